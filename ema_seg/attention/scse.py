@@ -1,0 +1,34 @@
+"""Concurrent spatial and channel squeeze-and-excitation (scSE).
+
+Paper: Roy et al., "Concurrent Spatial and Channel Squeeze & Excitation in Fully Convolutional Networks",
+MICCAI 2018, https://arxiv.org/abs/1803.02579
+"""
+
+from segmentation_models_pytorch.base.modules import SCSEModule
+
+from ema_seg.errors import ModelError
+
+__all__ = ["SCSE"]
+
+
+class SCSE(SCSEModule):
+    """Add a channel-gated and a pixel-gated copy of the input.
+
+    Args:
+        channels: number C of input channels.
+        reduction: the channel gate's bottleneck has ``channels // reduction`` channels; the paper uses 2.
+
+    Shape:
+        Input and output: (B, C, H, W).
+
+    Raises:
+        ModelError: ``reduction`` is larger than ``channels``.
+    """
+
+    def __init__(self, channels: int, reduction: int = 2) -> None:
+        if not 1 <= reduction <= channels:
+            raise ModelError(
+                f"scSE cannot reduce {channels} channels by reduction={reduction}; "
+                f"choose a reduction from 1 to {channels}."
+            )
+        super().__init__(channels, reduction=reduction)

