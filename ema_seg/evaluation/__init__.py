@@ -1,6 +1,27 @@
 """Predictions to scores, and a model to its cost."""
 
 from ema_seg.evaluation.confusion import ConfusionMatrix, Scores
-from ema_seg.evaluation.inference import autocast, pad_to_stride, predict
+from ema_seg.evaluation.cost import Cost, measure_cost
+from ema_seg.evaluation.environment import describe_environment
+from ema_seg.evaluation.evaluator import Evaluation, ImageRecord, evaluate
+from ema_seg.evaluation.examples import Example, choose_examples, denormalise, predict_examples
+from ema_seg.evaluation.inference import autocast, pad_to_stride, predict, segment
 
-__all__ = ["ConfusionMatrix", "Scores", "autocast", "pad_to_stride", "predict"]
+__all__ = [
+    "ConfusionMatrix",
+    "Cost",
+    "Evaluation",
+    "Example",
+    "ImageRecord",
+    "Scores",
+    "autocast",
+    "choose_examples",
+    "denormalise",
+    "describe_environment",
+    "evaluate",
+    "measure_cost",
+    "pad_to_stride",
+    "predict",
+    "predict_examples",
+    "segment",
+]

@@ -1,7 +1,7 @@
 """From images of any size to logits of the same size."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,16 @@ from torch.nn import functional
 
 from ema_seg.errors import ConfigError, ModelError
 
-__all__ = ["PRECISIONS", "autocast", "device_of", "memory_format_of", "pad_to_stride", "predict"]
+__all__ = [
+    "PRECISIONS",
+    "autocast",
+    "device_of",
+    "evaluation_mode",
+    "memory_format_of",
+    "pad_to_stride",
+    "predict",
+    "segment",
+]
 
 #: Lightning's names of the precisions, and the type that autocast computes in (None: no autocast).
 PRECISIONS: dict[str, torch.dtype | None] = {
@@ -33,6 +42,21 @@ def autocast(device: torch.device | str, precision: str) -> AbstractContextManag
         raise ConfigError(f"precision={precision!r} is not known: choose one of {', '.join(PRECISIONS)}.")
     dtype = PRECISIONS[precision]
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype=dtype)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode and every module back into its own mode afterwards.
+
+    Module by module, because `model.train()` would also wake normalisation layers that are frozen on purpose.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -105,3 +129,12 @@ def predict(model: nn.Module, images: Sequence[Tensor], stride: int) -> list[Ten
             )
         logits.update(zip(indices, output[..., :height, :width], strict=True))
     return [logits[index] for index in range(len(images))]
+
+
+def segment(model: nn.Module, images: Sequence[Tensor], stride: int) -> list[Tensor]:
+    """Predict the most likely class of every pixel; see `predict`.
+
+    Returns:
+        One int64 tensor H x W for each image, on the model's device.
+    """
+    return [logits.argmax(dim=0) for logits in predict(model, images, stride)]

@@ -1,0 +1,289 @@
+"""What a model costs: parameters, arithmetic, time and memory."""
+
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from ema_seg.errors import ConfigError, DataError, ModelError
+from ema_seg.evaluation.environment import describe_device
+from ema_seg.evaluation.inference import autocast, evaluation_mode, memory_format_of, pad_to_stride, segment
+
+__all__ = ["Cost", "count_macs", "count_parameters", "measure_cost", "measure_peak_memory"]
+
+_MEMORY_METHODS = {
+    "cuda": "weights, buffers and input, plus the growth of torch.cuda.max_memory_allocated in a forward",
+    "other": "weights, buffers and input, plus the peak of live tensors between the operations of a forward",
+}
+
+
+class Cost(TypedDict):
+    """What `measure_cost` returns."""
+
+    parameters: dict[str, int]
+    gmacs: float
+    throughput: dict[str, Any]
+
+
+def measure_cost(
+    model: nn.Module,
+    *,
+    size: tuple[int, int],
+    stride: int,
+    batch_size: int,
+    device: torch.device | str,
+    precision: str = "32-true",
+    loader: DataLoader | None = None,
+    warmup: int = 3,
+    min_repeats: int = 10,
+    budget: float = 10.0,
+) -> Cost:
+    """Measure a model at one image size, in evaluation mode, precision and memory layout as evaluated.
+
+    Forward passes alone are timed on random images, for batches of 1 and of `batch_size`. With a loader the
+    whole way is timed too: read and decode the files, transform, pad, copy to the device, forward, argmax, and
+    copy the masks back.
+
+    Args:
+        model: maps float B x 3 x H x W to logits; it is moved to the device.
+        size: height and width of the images, which are padded to the stride.
+        stride: what the model needs height and width to be multiples of.
+        batch_size: the second batch size to measure.
+        device: where to run.
+        precision: see `autocast`.
+        loader: the evaluation's loader, as `evaluate` takes it; None leaves the end-to-end measurement out.
+        warmup: forward passes before the timed ones.
+        min_repeats: timed forward passes at least.
+        budget: seconds after which no further pass starts, divided equally between the measurements.
+
+    Returns:
+        A dict of plain values: `parameters` (`total`, `trainable`), `gmacs` of one image (see `count_macs`),
+        and `throughput`, which holds the settings (`device`, `precision`, `memory_format`, `size`,
+        `padded_size`, `memory_method`), `forward`, a list with an entry for each batch size
+        (`images_per_second`, `latency` in seconds per batch as `median` and `p95`, `peak_memory` in bytes), and
+        `end_to_end` (`images_per_second` and how it was loaded; None without a loader).
+
+    Raises:
+        ConfigError: a number is not positive.
+        DataError: the loader gives no image.
+        ModelError: the memory does not suffice for the batch.
+    """
+    _check_positive(batch_size=batch_size, min_repeats=min_repeats, budget=budget)
+    device = torch.device(device)
+    model.to(device)
+    batch_sizes = sorted({1, batch_size})
+    share = budget / (len(batch_sizes) + (loader is not None))
+
+    def measure_forward(batch: int) -> dict[str, Any]:
+        images = _random_images(model, batch, size, stride, device)
+        try:
+            seconds = _time_forward(model, images, device, warmup, min_repeats, share)
+            memory = measure_peak_memory(model, images)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"A batch of {batch} images of {size[0]} x {size[1]} pixels does not fit into the memory of "
+                f"{device}: measure with a smaller batch."
+            ) from error
+        return _forward_entry(batch, seconds, warmup, memory)
+
+    with evaluation_mode(model), autocast(device, precision):
+        single = _random_images(model, 1, size, stride, device)
+        gmacs = count_macs(model, single) / 1e9
+        forward = [measure_forward(batch) for batch in batch_sizes]
+        end_to_end = None if loader is None else _time_end_to_end(model, loader, stride, share)
+    return Cost(
+        parameters=count_parameters(model),
+        gmacs=gmacs,
+        throughput={
+            "device": describe_device(device)["name"],
+            "precision": precision,
+            "memory_format": str(memory_format_of(model)).removeprefix("torch.").removesuffix("_format"),
+            "size": list(size),
+            "padded_size": list(single.shape[-2:]),
+            "memory_method": _MEMORY_METHODS.get(device.type, _MEMORY_METHODS["other"]),
+            "forward": forward,
+            "end_to_end": end_to_end,
+        },
+    )
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Count the weights: `total` and those that are `trainable`; a shared one counts once."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return {
+        "total": sum(size for size, _ in sizes),
+        "trainable": sum(size for size, trainable in sizes if trainable),
+    }
+
+
+def count_macs(model: nn.Module, images: Tensor) -> int:
+    """Count the multiply-accumulate operations of a forward pass.
+
+    As PyTorch's `torch.utils.flop_counter` counts them: convolutions, matrix products and attention.
+    Element-wise operations, normalisation, pooling and interpolation count nothing.
+
+    Args:
+        model: the model, in the mode it is to be counted in.
+        images: its input, float B x 3 x H x W.
+    """
+    # Fused attention kernels hide their matrix products from the counter on some devices, so the count takes
+    # the plain path; and `no_grad`, because inference mode hides the parts of composite operations.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(images)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    return counter.get_total_flops() // 2
+
+
+def measure_peak_memory(model: nn.Module, images: Tensor) -> int:
+    """Measure the most bytes that a forward pass without gradients holds at once.
+
+    Counted are the weights, the buffers, the input, and what the pass allocates. On a CUDA device the caching
+    allocator tells the latter, workspaces of kernels included. Elsewhere it is the size of all tensors alive
+    between two operations, which is exact and does not depend on the number of threads, but does not see what
+    an operation allocates and releases within itself.
+
+    Args:
+        model: the model, on the images' device and in the mode it is to be measured in.
+        images: its input, float B x 3 x H x W.
+    """
+    resident = [*model.parameters(), *model.buffers(), images]
+    torch.clear_autocast_cache()  # casts of the weights are part of the pass
+    if images.device.type != "cuda":
+        with torch.no_grad(), _LiveBytes(resident) as live:
+            model(images)
+        return live.peak
+    torch.cuda.synchronize(images.device)
+    torch.cuda.reset_peak_memory_stats(images.device)
+    before = torch.cuda.memory_allocated(images.device)
+    with torch.inference_mode():
+        model(images)
+    torch.cuda.synchronize(images.device)
+    return _storage_bytes(resident) + torch.cuda.max_memory_allocated(images.device) - before
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows how many bytes the tensors hold that are alive, from some resident ones on."""
+
+    def __init__(self, resident: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._storages: set[int] = set()
+        for tensor in resident:
+            self._follow(tensor)
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf)
+        return result
+
+    def _follow(self, tensor: Tensor) -> None:
+        # Views share a storage, which is what holds the bytes; its Python object lives as long as it does.
+        storage = tensor.untyped_storage()
+        if id(storage) in self._storages:
+            return
+        self._storages.add(id(storage))
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, id(storage), storage.nbytes())
+
+    def _release(self, storage: int, nbytes: int) -> None:
+        self._storages.discard(storage)
+        self.live -= nbytes
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _random_images(
+    model: nn.Module, batch_size: int, size: tuple[int, int], stride: int, device: torch.device
+) -> Tensor:
+    # A normalised image has about zero mean and unit variance; the generator keeps the global seed untouched.
+    images = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(0))
+    return pad_to_stride(images, stride).to(device, memory_format=memory_format_of(model))
+
+
+@torch.inference_mode()
+def _time_forward(
+    model: nn.Module, images: Tensor, device: torch.device, warmup: int, min_repeats: int, budget: float
+) -> list[float]:
+    """Seconds of each forward pass, waiting for the device before and after it."""
+    for _ in range(warmup):
+        model(images)
+    seconds: list[float] = []
+    deadline = time.perf_counter() + budget
+    while len(seconds) < min_repeats or time.perf_counter() < deadline:
+        _wait_for(device)
+        start = time.perf_counter()
+        model(images)
+        _wait_for(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _forward_entry(batch_size: int, seconds: list[float], warmup: int, memory: int) -> dict[str, Any]:
+    median, p95 = np.percentile(seconds, [50, 95]).tolist()
+    return {
+        "batch_size": batch_size,
+        "images_per_second": batch_size / median,
+        "latency": {"median": median, "p95": p95},
+        "peak_memory": memory,
+        "repeats": len(seconds),
+        "warmup": warmup,
+    }
+
+
+def _time_end_to_end(model: nn.Module, loader: DataLoader, stride: int, budget: float) -> dict[str, Any]:
+    """Time the way from the files to the masks, over the data set or until the budget is spent."""
+    # The batches that workers fetched ahead of the first one would flatter the rate, so they warm up too.
+    ahead = loader.num_workers * (loader.prefetch_factor or 0)
+    warmup = min(1 + ahead, len(loader) // 2)
+    images, start, elapsed = 0, time.perf_counter(), 0.0
+    for index, batch in enumerate(loader):
+        for mask in segment(model, batch["image"], stride):
+            mask.cpu()  # waits for the device
+        if index < warmup:
+            start = time.perf_counter()
+            continue
+        images += len(batch["image"])
+        elapsed = time.perf_counter() - start
+        if elapsed > budget:
+            break
+    if images == 0:
+        raise DataError("There is no image to measure the throughput with: the split is empty.")
+    return {
+        "images_per_second": images / elapsed,
+        "images": images,
+        "batch_size": loader.batch_size,
+        "workers": loader.num_workers,
+        "warmup_batches": warmup,
+    }
+
+
+def _check_positive(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if value <= 0:
+            raise ConfigError(f"{name}={value}: measuring the cost needs a positive number.")

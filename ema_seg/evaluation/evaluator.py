@@ -1,0 +1,113 @@
+"""A model and a data set to one confusion matrix and a record of every image."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from ema_seg.errors import DataError, ModelError
+from ema_seg.evaluation.confusion import ConfusionMatrix
+from ema_seg.evaluation.inference import autocast, evaluation_mode, predict
+
+__all__ = ["Evaluation", "ImageRecord", "evaluate"]
+
+
+class ImageRecord(TypedDict):
+    """What one image contributes: its own scores, and the counts to rebuild any subset's mean IoU."""
+
+    name: str
+    miou: float
+    pixel_accuracy: float
+    intersection: list[int]
+    union: list[int]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome of `evaluate`.
+
+    Attributes:
+        confusion: the counts over all images.
+        images: one record for each image, in the loader's order.
+    """
+
+    confusion: ConfusionMatrix
+    images: list[ImageRecord]
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Mapping[str, Any]],
+    classes: Sequence[str],
+    *,
+    stride: int,
+    device: torch.device | str,
+    precision: str = "32-true",
+    progress: bool = True,
+) -> Evaluation:
+    """Predict every image at its own size and count the pixels.
+
+    The model is moved to the device and run in evaluation mode; every module's mode is restored afterwards.
+
+    Args:
+        model: maps float B x 3 x H x W to logits B x K x H x W.
+        loader: batches of lists `image` (normalised float 3 x H x W), `mask` (int64 H x W) and `name`.
+        classes: the names of the K classes.
+        stride: what the model needs height and width to be multiples of.
+        device: where to run.
+        precision: see `autocast`.
+        progress: show a progress bar if the output is a terminal.
+
+    Raises:
+        DataError: the loader gives no image, or a mask holds a label that is no class.
+        ModelError: the model predicts another number of classes than the data set has.
+    """
+    device = torch.device(device)
+    model.to(device)
+    total = ConfusionMatrix(len(classes))
+    records: list[ImageRecord] = []
+    with evaluation_mode(model), autocast(device, precision):
+        for batch in _tracked(loader, progress):
+            logits = predict(model, batch["image"], stride)
+            for name, scores, target in zip(batch["name"], logits, batch["mask"], strict=True):
+                confusion = _count(name, scores, target, len(classes))
+                total.merge(confusion)
+                records.append(_record(name, confusion))
+    if not records:
+        raise DataError("There is no image to evaluate: the split is empty.")
+    return Evaluation(total, records)
+
+
+def _tracked(loader: Iterable[Mapping[str, Any]], progress: bool) -> Iterable[Mapping[str, Any]]:
+    console = Console(stderr=True)
+    disable = not (progress and console.is_terminal)
+    return track(loader, description="Evaluating", console=console, transient=True, disable=disable)
+
+
+def _count(name: str, logits: Tensor, target: Tensor, num_classes: int) -> ConfusionMatrix:
+    if logits.shape[0] != num_classes:
+        raise ModelError(
+            f"The model predicts {logits.shape[0]} classes but the data set has {num_classes}: "
+            "evaluate it on the data it was trained for."
+        )
+    confusion = ConfusionMatrix(num_classes)
+    try:
+        confusion.update(logits.argmax(dim=0), target)
+    except (DataError, ModelError) as error:
+        raise type(error)(f"{name}: {error}") from error
+    return confusion
+
+
+def _record(name: str, confusion: ConfusionMatrix) -> ImageRecord:
+    scores = confusion.compute()
+    return ImageRecord(
+        name=name,
+        miou=scores["miou"],
+        pixel_accuracy=scores["pixel_accuracy"],
+        intersection=confusion.intersection.tolist(),
+        union=confusion.union.tolist(),
+    )

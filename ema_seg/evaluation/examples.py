@@ -1,0 +1,106 @@
+"""The images that show a model at its best, its usual and its worst."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired, Protocol, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ema_seg.evaluation.evaluator import ImageRecord
+from ema_seg.evaluation.inference import autocast, evaluation_mode, segment
+
+__all__ = ["Example", "choose_examples", "denormalise", "predict_examples"]
+
+
+class Example(TypedDict):
+    """One image to be drawn: uint8 RGB H x W x 3, with its masks as integers H x W (255 = ignored).
+
+    `weight_map` is what an attention block weighs each pixel with, float H x W in [0, 1].
+    """
+
+    title: str
+    image: np.ndarray
+    truth: np.ndarray
+    prediction: np.ndarray
+    weight_map: NotRequired[np.ndarray]
+
+
+class Samples(Protocol):
+    """A data set of transformed samples, by index."""
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+def choose_examples(records: Sequence[ImageRecord]) -> dict[str, int]:
+    """Pick the images with the best, the median and the worst mean IoU.
+
+    Images without a labelled pixel have no score and are passed over; no image is picked twice, so that fewer
+    than three scored images give fewer examples.
+
+    Returns:
+        Index into `records` by "best", "median" and "worst", in this order.
+    """
+    scored = [index for index, record in enumerate(records) if not math.isnan(record["miou"])]
+    ranked = sorted(scored, key=lambda index: -records[index]["miou"])
+    places = {"best": 0, "worst": len(ranked) - 1, "median": len(ranked) // 2}
+    chosen: dict[str, int] = {}
+    for label, place in places.items():
+        if ranked and ranked[place] not in chosen.values():
+            chosen[label] = ranked[place]
+    return {label: chosen[label] for label in ("best", "median", "worst") if label in chosen}
+
+
+def predict_examples(
+    model: nn.Module,
+    dataset: Samples,
+    records: Sequence[ImageRecord],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    stride: int,
+    device: torch.device | str,
+    precision: str = "32-true",
+) -> list[Example]:
+    """Predict the best, median and worst image once more, so that no evaluation has to keep its predictions.
+
+    Args:
+        model: the model that was evaluated.
+        dataset: the data set that was evaluated, with its evaluation transform.
+        records: the evaluation's records, in the data set's order.
+        mean: the mean colour that the transform subtracts, per channel, for images in [0, 1].
+        std: the deviation that it divides by.
+        stride: see `evaluate`.
+        device: see `evaluate`.
+        precision: see `evaluate`.
+    """
+    device = torch.device(device)
+    examples: list[Example] = []
+    with evaluation_mode(model), autocast(device, precision):
+        for label, index in choose_examples(records).items():
+            sample, score = dataset[index], records[index]["miou"]
+            (prediction,) = segment(model, [sample["image"]], stride)
+            example = Example(
+                title=f"{label}: {sample['name']}\nmIoU {100 * score:.1f}",
+                image=denormalise(sample["image"], mean, std),
+                truth=sample["mask"].cpu().numpy(),
+                prediction=prediction.cpu().numpy(),
+            )
+            examples.append(example)
+    return examples
+
+
+def denormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Turn a normalised image back into colours.
+
+    Args:
+        image: float tensor 3 x H x W.
+        mean: the mean colour that was subtracted, per channel, for images in [0, 1].
+        std: the deviation that was divided by.
+
+    Returns:
+        A uint8 array H x W x 3.
+    """
+    colours = image.detach().float().cpu().permute(1, 2, 0) * torch.tensor(std) + torch.tensor(mean)
+    return (colours * 255).round().clamp(0, 255).to(torch.uint8).numpy()
