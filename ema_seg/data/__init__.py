@@ -1,0 +1,88 @@
+"""Data sets and the data module: files to samples to batches."""
+
+import inspect
+import os
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ema_seg.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ema_seg.data.ade20k import ADE20KDataset
+    from ema_seg.data.base import IGNORE_INDEX, Sample, SegmentationDataset
+    from ema_seg.data.camvid import CamVidDataset
+    from ema_seg.data.cityscapes import CityscapesDataset
+    from ema_seg.data.datamodule import SegmentationDataModule
+    from ema_seg.data.folder import FolderDataset
+    from ema_seg.data.street import StreetDataset
+
+__all__ = [
+    "DATASETS",
+    "IGNORE_INDEX",
+    "ADE20KDataset",
+    "CamVidDataset",
+    "CityscapesDataset",
+    "FolderDataset",
+    "Sample",
+    "SegmentationDataModule",
+    "SegmentationDataset",
+    "StreetDataset",
+    "build_dataset",
+]
+
+DATASETS = {
+    "ade20k": "ADE20KDataset",
+    "camvid": "CamVidDataset",
+    "cityscapes": "CityscapesDataset",
+    "folder": "FolderDataset",
+    "street": "StreetDataset",
+}
+"""The class of each data set, by the name used in configs; each is defined in the module of that name."""
+
+# Imported on first use: `import ema_seg.data` alone costs neither torch nor OpenCV.
+_MODULES = {
+    "IGNORE_INDEX": "base",
+    "Sample": "base",
+    "SegmentationDataset": "base",
+    "SegmentationDataModule": "datamodule",
+} | {class_name: name for name, class_name in DATASETS.items()}
+
+
+def build_dataset(
+    name: str,
+    root: str | os.PathLike[str],
+    split: str = "train",
+    transform: Callable[["Sample"], Any] | None = None,
+    **options: Any,
+) -> "SegmentationDataset":
+    """Build the data set that configs call ``name``.
+
+    Args:
+        name: A key of :data:`DATASETS`.
+        root: The data set's folder or archive.
+        split: "train", "val" or "test".
+        transform: Maps a sample to what indexing returns.
+        **options: The class's own keyword arguments.
+
+    Raises:
+        ConfigError: The name, the split or an option is unknown.
+        DataError: The files are not a data set of this kind.
+    """
+    if name not in DATASETS:
+        raise ConfigError(f"data.name={name!r} is not a data set; choose from {', '.join(sorted(DATASETS))}.")
+    dataset_class = getattr(import_module(f"ema_seg.data.{name}"), DATASETS[name])
+    known = list(inspect.signature(dataset_class).parameters)[3:]  # after root, split and transform
+    for option in options:
+        if option not in known:
+            raise ConfigError(
+                f"data.{option}={options[option]!r} is not an option of the data set {name!r};"
+                f" its options: {', '.join(known)}."
+            )
+    return dataset_class(root, split, transform, **options)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

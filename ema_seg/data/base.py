@@ -1,0 +1,347 @@
+"""What every data set shares: samples, decoding of images and masks, and pairing of the two.
+
+The path of a sample is ``files -> decoded uint8 arrays -> train ids -> transform``. Every mistake in the
+files ends in a DataError whose one sentence names the file, what was found in it and what was expected.
+"""
+
+import io
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypedDict
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ema_seg.data.source import File
+from ema_seg.errors import ConfigError, DataError
+
+__all__ = [
+    "IGNORE_INDEX",
+    "INVALID",
+    "Color",
+    "MissingSplitError",
+    "Pair",
+    "Pairing",
+    "Sample",
+    "SegmentationDataset",
+    "apply_table",
+    "decode_image",
+    "decode_mask",
+    "pair_files",
+    "train_id_table",
+]
+
+IGNORE_INDEX = 255
+"""The train id of pixels without a class: they enter neither the loss nor the score."""
+
+INVALID = 254
+"""In a table of train ids: this mask value must not occur."""
+
+Color = tuple[int, int, int]
+
+
+class Sample(TypedDict):
+    """A decoded image with its mask, before transforms."""
+
+    image: NDArray[np.uint8]
+    """RGB, H x W x 3."""
+    mask: NDArray[np.uint8]
+    """Train ids, H x W; 255 = ignore."""
+    name: str
+    """Unique within the split; no suffix."""
+
+
+class Pair(NamedTuple):
+    """The files of one sample; ``mask`` is None in a split published without labels."""
+
+    name: str
+    image: File
+    mask: File | None
+
+
+class Pairing(NamedTuple):
+    """The pairs of a split, sorted by name, and one sentence for each file that has no counterpart."""
+
+    pairs: list[Pair]
+    unpaired: list[str]
+
+
+class MissingSplitError(DataError):
+    """The root is a data set of this kind but has no files of the asked split."""
+
+
+class SegmentationDataset(Dataset[Any]):
+    """Base of the data sets: a split's images with their masks as train ids.
+
+    A subclass states the class attributes, and finds its files in :meth:`find_pairs`. Datasets pickle, and
+    can be read from any number of worker processes.
+
+    Args:
+        root: The data set's folder (or archive, where the subclass reads one).
+        split: One of ``splits``.
+        transform: Maps a :class:`Sample` to what indexing returns; None returns the sample itself.
+        allow_unpaired: Go on without the images or masks that have no counterpart, listing them in
+            ``unpaired``,
+            instead of raising. This is for the data check, which reports all defects of a data set together.
+
+    Raises:
+        ConfigError: The split is not one of ``splits``.
+        DataError: The root is not a data set of this kind, or an image or a mask has no counterpart.
+    """
+
+    classes: tuple[str, ...]
+    palette: tuple[Color, ...]
+    splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
+    layout: ClassVar[str]
+    """What a root holds, to complete the sentence "expected ..."."""
+    train_ids: NDArray[np.uint8]
+    """Train id of each of the 256 possible mask values; see :func:`train_id_table`."""
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        split: str = "train",
+        transform: Callable[[Sample], Any] | None = None,
+        *,
+        allow_unpaired: bool = False,
+    ) -> None:
+        if split not in self.splits:
+            raise ConfigError(
+                f"split={split!r} is not a split of this data set; choose from {', '.join(self.splits)}."
+            )
+        self.root = Path(root).expanduser()
+        self.split = split
+        self.transform = transform
+        if not self.root.exists():
+            raise DataError(f"{self.root}: no such file or folder; expected {self.layout}.")
+        self.pairs, self.unpaired = self.find_pairs()
+        if self.unpaired and not allow_unpaired:
+            raise DataError(_summarise(self.unpaired))
+
+    @abstractmethod
+    def find_pairs(self) -> Pairing:
+        """Find the split's files, without opening any of them.
+
+        Raises:
+            MissingSplitError: There are no files of this split.
+            DataError: The root has another layout.
+        """
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, the ignored pixels not counted."""
+        return len(self.classes)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Any:
+        image, mask = self.read_image(index), self.read_mask(index)
+        self.check_sizes(index, image, mask)
+        sample: Sample = {"image": image, "mask": mask, "name": self.name(index)}
+        return sample if self.transform is None else self.transform(sample)
+
+    def name(self, index: int) -> str:
+        """The sample's name, unique within the split."""
+        return self.pairs[index].name
+
+    def read_image(self, index: int) -> NDArray[np.uint8]:
+        """The image, uint8 RGB H x W x 3; raises DataError where it cannot be decoded."""
+        return decode_image(self.pairs[index].image)
+
+    def read_mask(self, index: int) -> NDArray[np.uint8]:
+        """The mask's train ids, uint8 H x W with 255 = ignore.
+
+        Raises:
+            DataError: The split has no labels, the mask cannot be decoded, or a value in it is outside the
+                class list.
+        """
+        file = self.pairs[index].mask
+        if file is None:
+            raise DataError(f"{self.root}: the split {self.split!r} has no labels; choose a split that has.")
+        return self.to_train_ids(decode_mask(file), file)
+
+    def to_train_ids(self, mask: NDArray[np.uint8], file: File) -> NDArray[np.uint8]:
+        """Map a decoded mask (uint8 H x W values, or H x W x 3 colours) to train ids, uint8 H x W."""
+        if mask.ndim == 3:
+            raise DataError(f"{file}: is a colour image, expected one channel of class values.")
+        return apply_table(mask, self.train_ids, file)
+
+    def check_sizes(self, index: int, image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> None:
+        """Raise DataError unless the image and the mask at ``index`` are equally large."""
+        if image.shape[:2] != mask.shape[:2]:
+            pair = self.pairs[index]
+            raise DataError(
+                f"{pair.mask}: the mask is {_size(mask)} pixels (width x height) but its image {pair.image} is"
+                f" {_size(image)}; both must be the same."
+            )
+
+
+def decode_image(file: File) -> NDArray[np.uint8]:
+    """Decode an image of any 8-bit format and colour mode that Pillow reads, to RGB H x W x 3.
+
+    Pixels are taken as they are stored: an EXIF orientation is not applied, for the mask next to the image
+    has none.
+
+    Raises:
+        DataError: The file is unreadable or truncated, or has more than 8 bits a channel.
+    """
+    data = file.read()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.mode.startswith(("I", "F")):
+                raise DataError(f"{file}: the image has mode {image.mode}, expected 8 bits a channel.")
+            if image.format == "JPEG" and image.mode in {"L", "RGB"} and _has_end_of_jpeg(data):
+                return _decode_jpeg(data)
+            return np.array(image.convert("RGB"))
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, ...
+        raise DataError(f"{file}: cannot be decoded as an image ({_first_line(error)}).") from error
+
+
+def decode_mask(file: File) -> NDArray[np.uint8]:
+    """Decode a mask without touching its values.
+
+    Grey masks give their grey values and palette images their indices, whatever the bit depth; colour masks
+    give RGB.
+
+    Returns:
+        uint8, H x W, or H x W x 3 for a colour image.
+
+    Raises:
+        DataError: The file is unreadable or truncated, or a value in it exceeds 255.
+    """
+    data = file.read()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            scale = _grey_scale(image)  # before loading, which forgets how the pixels were stored
+            if image.mode in {"RGB", "RGBA"}:
+                return np.array(image.convert("RGB"))
+            if image.mode not in {"1", "L", "P"} and not image.mode.startswith("I"):
+                raise DataError(f"{file}: the mask has mode {image.mode}, expected grey, palette or RGB.")
+            values = np.array(image)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{file}: cannot be decoded as a mask ({_first_line(error)}).") from error
+    if values.dtype not in (np.uint8, np.bool_) and (values.min() < 0 or values.max() > 255):
+        worst = values.max() if values.max() > 255 else values.min()
+        raise DataError(
+            f"{file}: mask value {worst} is outside the class list, expected values from 0 to 255."
+        )
+    return values.astype(np.uint8, copy=False) // scale
+
+
+def train_id_table(train_ids: Mapping[int, int]) -> NDArray[np.uint8]:
+    """A lookup table from mask values to train ids, in which every value that is not a key counts as a
+    defect.
+    """
+    table = np.full(256, INVALID, dtype=np.uint8)
+    for value, train_id in train_ids.items():
+        table[value] = train_id
+    return table
+
+
+def apply_table(mask: NDArray[np.uint8], table: NDArray[np.uint8], file: File) -> NDArray[np.uint8]:
+    """Map mask values to train ids; raises DataError naming ``file`` and the values that are not in the
+    table.
+    """
+    train_ids = np.asarray(cv2.LUT(mask, table), dtype=np.uint8)
+    if (train_ids == INVALID).any():
+        outside = np.unique(mask[train_ids == INVALID])
+        raise DataError(
+            f"{file}: mask value {_ranges(outside)} is outside the class list,"
+            f" expected {_ranges(np.flatnonzero(table != INVALID))}."
+        )
+    return train_ids
+
+
+def pair_files(
+    images: Iterable[tuple[str, File]],
+    masks: Iterable[tuple[str, File]],
+    *,
+    image_place: str,
+    mask_place: str,
+) -> Pairing:
+    """Pair images and masks that have the same name.
+
+    Args:
+        images: Pairs of (sample name, file).
+        masks: Pairs of (sample name, file).
+        image_place: Where an image is expected, for messages.
+        mask_place: Where a mask is expected, for messages.
+    """
+    unpaired: list[str] = []
+    images_by_name = _by_name(images, unpaired)
+    masks_by_name = _by_name(masks, unpaired)
+    for name in sorted(images_by_name.keys() - masks_by_name.keys()):
+        unpaired.append(
+            f"{images_by_name[name]}: the image has no mask, expected one named {name} in {mask_place}."
+        )
+    for name in sorted(masks_by_name.keys() - images_by_name.keys()):
+        unpaired.append(
+            f"{masks_by_name[name]}: the mask has no image, expected one named {name} in {image_place}."
+        )
+    names = sorted(images_by_name.keys() & masks_by_name.keys())
+    return Pairing([Pair(name, images_by_name[name], masks_by_name[name]) for name in names], unpaired)
+
+
+def _by_name(files: Iterable[tuple[str, File]], defects: list[str]) -> dict[str, File]:
+    by_name: dict[str, File] = {}
+    for name, file in files:
+        if name in by_name:
+            defects.append(
+                f"{file}: has the same name {name} as {by_name[name]}, expected one file per name."
+            )
+        else:
+            by_name[name] = file
+    return by_name
+
+
+def _summarise(defects: list[str]) -> str:
+    if len(defects) == 1:
+        return defects[0]
+    others = f"{len(defects) - 1} more of the kind; python -m ema_seg.data.check lists all"
+    return f"{defects[0].removesuffix('.')} ({others})."
+
+
+def _has_end_of_jpeg(data: bytes) -> bool:
+    # OpenCV decodes a truncated JPEG without complaint, with grey where data are missing. A file without the
+    # end marker is therefore left to Pillow, which refuses it.
+    return b"\xff\xd9" in data[-64:]
+
+
+def _decode_jpeg(data: bytes) -> NDArray[np.uint8]:
+    # Three times as fast as Pillow, which goes through four bytes a pixel.
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if pixels is None:
+        raise ValueError("broken JPEG data")
+    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+
+
+def _grey_scale(image: Image.Image) -> int:
+    """The factor by which Pillow stretches grey values of 2 or 4 bits to the range of 8 bits."""
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0][3] if tiles else None
+    raw_mode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return {"L;2": 85, "L;4": 17}.get(str(raw_mode), 1)
+
+
+def _ranges(values: NDArray[np.integer[Any]]) -> str:
+    """Sorted distinct values in short: ``0-18, 255``."""
+    runs = np.split(values, np.flatnonzero(np.diff(values.astype(int)) > 1) + 1)
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _size(array: NDArray[np.uint8]) -> str:
+    return f"{array.shape[1]} x {array.shape[0]}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,317 @@
+"""The user's own images and masks, in folders, with the classes in a YAML file.
+
+    root/
+      classes.yaml
+      train/images/ride/001.jpg    train/masks/ride/001.png
+      val/images/...               val/masks/...
+      test/images/...              test/masks/...        (optional)
+
+An image and its mask have the same path below ``images/`` and ``masks/`` up to the suffix; sub-folders are
+optional. Both can be in any format that Pillow reads (JPEG, PNG, TIFF, WebP, BMP, ...).
+
+A mask is either *indexed*, one channel (grey or palette) whose pixels are class values, or *colour-coded*,
+RGB pixels each of which is exactly the colour of a class.
+
+The classes file is a list of classes, or a mapping with such a list and the ignored pixels::
+
+    classes:
+      - {name: background, value: 0, color: [0, 0, 0]}
+      - {name: leaf, value: 7, color: "#22cc44"}
+    ignore: [255, "#ffffff"]
+
+- A class is a name alone, or a mapping with ``name`` and, each optional, ``value`` and ``color``. The order
+  of the list is
+  the order of the train ids.
+- ``value`` (0 to 255) is the class's value in indexed masks; without it, the class's position in the list,
+  from 0.
+- ``color`` is ``[red, green, blue]`` (0 to 255 each) or ``"#rrggbb"``: the class's colour in colour-coded
+  masks and in
+  figures. Give it to all classes or to none; without, figures get distinct colours and masks must be indexed.
+- ``ignore`` is a mask value or colour, or a list of them, that belongs to no class; without it, the value
+  255.
+  Any other value or colour in a mask is an error.
+
+The shortest classes file is thus ``[background, leaf]``.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from PIL import Image, ImageColor
+
+from ema_seg.data.base import (
+    IGNORE_INDEX,
+    INVALID,
+    Color,
+    MissingSplitError,
+    Pairing,
+    Sample,
+    SegmentationDataset,
+    pair_files,
+    train_id_table,
+)
+from ema_seg.data.source import File, FolderSource
+from ema_seg.errors import DataError
+
+__all__ = ["ClassList", "FolderDataset", "pair_split_folder"]
+
+_MAX_CLASSES = 254  # train ids are bytes, of which 254 and 255 are taken
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """A classes file's content, the train ids being positions in ``names``."""
+
+    names: tuple[str, ...]
+    values: tuple[int, ...]
+    """Each class's value in indexed masks."""
+    colors: tuple[Color, ...] | None
+    """Each class's colour, or None where the file gives none."""
+    ignored_values: tuple[int, ...] = (IGNORE_INDEX,)
+    ignored_colors: tuple[Color, ...] = ()
+
+    @classmethod
+    def read(cls, path: Path) -> "ClassList":
+        """Read a classes file; the format is on top of this module.
+
+        Raises:
+            DataError: The file is missing, is not YAML, or its content is not in the format.
+        """
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"{path}: the classes file cannot be read ({error.strerror}).") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: is not valid YAML ({' '.join(str(error).split())}).") from error
+        try:
+            return cls._parse(content)
+        except ValueError as error:
+            raise DataError(f"{path}: {error}.") from error
+
+    @classmethod
+    def _parse(cls, content: object) -> "ClassList":
+        if not isinstance(content, Mapping):
+            content = {"classes": content}
+        _refuse_unknown_keys(content, {"classes", "ignore"}, "the classes file")
+        entries = content.get("classes")
+        if not isinstance(entries, list) or not 1 <= len(entries) <= _MAX_CLASSES:
+            raise ValueError(f"expected a list of 1 to {_MAX_CLASSES} classes, found {_shown(entries)}")
+        classes = [_parse_class(entry, position) for position, entry in enumerate(entries)]
+        names, values, colors = zip(*classes, strict=True)
+        ignored = _parse_ignored(content.get("ignore", IGNORE_INDEX))
+        ignored_values = tuple(item for item in ignored if isinstance(item, int))
+        ignored_colors = tuple(item for item in ignored if isinstance(item, tuple))
+        _refuse_repeated(names, "name")
+        _refuse_repeated(values + ignored_values, "value")
+        _refuse_repeated([color for color in colors + ignored_colors if color], "color")
+        if None in colors and any(colors):
+            raise ValueError(
+                f"class {names[colors.index(None)]!r} has no color but others have; give it to all or none"
+            )
+        return cls(names, values, None if None in colors else colors, ignored_values, ignored_colors)
+
+    @property
+    def value_train_ids(self) -> dict[int, int]:
+        """The train id of each value that can occur in an indexed mask."""
+        return dict.fromkeys(self.ignored_values, IGNORE_INDEX) | {v: i for i, v in enumerate(self.values)}
+
+    @property
+    def color_train_ids(self) -> dict[Color, int]:
+        """The train id of each colour that can occur in a colour-coded mask."""
+        return dict.fromkeys(self.ignored_colors, IGNORE_INDEX) | {
+            c: i for i, c in enumerate(self.colors or ())
+        }
+
+
+class FolderDataset(SegmentationDataset):
+    """The user's own data set; the module's docstring gives its layout and the format of the classes file.
+
+    Args:
+        root: The folder with ``train/``, ``val/`` and, if there is one, ``test/``.
+        split: "train", "val" or "test".
+        transform: Maps a sample to what indexing returns.
+        classes: The classes file; ``<root>/classes.yaml`` by default.
+        allow_unpaired: See :class:`SegmentationDataset`.
+    """
+
+    layout: ClassVar[str] = "a folder with train/, val/ or test/, each with images/ and masks/"
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        split: str = "train",
+        transform: Callable[[Sample], Any] | None = None,
+        *,
+        classes: str | os.PathLike[str] | None = None,
+        allow_unpaired: bool = False,
+    ) -> None:
+        super().__init__(root, split, transform, allow_unpaired=allow_unpaired)
+        self.classes_file = self.root / "classes.yaml" if classes is None else Path(classes).expanduser()
+        self.class_list = ClassList.read(self.classes_file)
+        self.classes = self.class_list.names
+        self.palette = self.class_list.colors or distinct_colors(len(self.classes))
+        self.train_ids = train_id_table(self.class_list.value_train_ids)
+
+    def find_pairs(self) -> Pairing:
+        """See :meth:`SegmentationDataset.find_pairs`."""
+        return pair_split_folder(self.root, self.split, self.layout)
+
+    def to_train_ids(self, mask: NDArray[np.uint8], file: File) -> NDArray[np.uint8]:
+        """See :meth:`SegmentationDataset.to_train_ids`; colour-coded masks are looked up in the class
+        colours.
+        """
+        if mask.ndim == 2:
+            return super().to_train_ids(mask, file)
+        color_train_ids = self.class_list.color_train_ids
+        if self.class_list.colors is None:
+            raise DataError(
+                f"{file}: is a colour image, but {self.classes_file} gives the classes no colors."
+            )
+        train_ids = _color_table(tuple(color_train_ids.items()))[_color_code(mask)]
+        outside = np.argwhere(train_ids == INVALID)
+        if len(outside):
+            row, column = outside[0]
+            color = tuple(int(channel) for channel in mask[row, column])
+            raise DataError(
+                f"{file}: mask colour {color} (at row {row}, column {column}; {len(outside)} pixels in all have such"
+                f" colours) is not the colour of a class or of ignored pixels in {self.classes_file}."
+            )
+        return train_ids
+
+
+def pair_split_folder(root: Path, split: str, layout: str) -> Pairing:
+    """Pair ``<root>/<split>/images/**`` with ``<root>/<split>/masks/**`` by path without suffix.
+
+    Raises:
+        MissingSplitError: The root has other splits but not this one.
+        DataError: The root has no split at all, and so is not of this ``layout``.
+    """
+    source = FolderSource(root)
+    image_folder, mask_folder = f"{split}/images", f"{split}/masks"
+    images, masks = source.files(image_folder), source.files(mask_folder)
+    if not images and not masks:
+        present = [name for name in ("train", "val", "test") if (root / name / "images").is_dir()]
+        if not present:
+            raise DataError(f"{root}: has no images in {image_folder}/, expected {layout}.")
+        raise MissingSplitError(
+            f"{root}: has no images in {image_folder}/; splits with images: {', '.join(present)}."
+        )
+    defects = [
+        f"{source.locate(name)}: is not an image file." for name in images + masks if not _is_image(name)
+    ]
+    pairing = pair_files(
+        [(_stem(name, image_folder), File(source, name)) for name in images if _is_image(name)],
+        [(_stem(name, mask_folder), File(source, name)) for name in masks if _is_image(name)],
+        image_place=f"{image_folder}/",
+        mask_place=f"{mask_folder}/",
+    )
+    return Pairing(pairing.pairs, defects + pairing.unpaired)
+
+
+def distinct_colors(count: int) -> tuple[Color, ...]:
+    """Up to 254 distinct colours, none of them black: the PASCAL VOC colour map without its first entry.
+
+    The map reads the bits of a label three at a time, and spreads them over the channels from the high bit
+    down.
+    """
+
+    def channel(label: int, offset: int) -> int:
+        return sum((label >> (3 * bit + offset) & 1) << (7 - bit) for bit in range(3))
+
+    return tuple((channel(label, 0), channel(label, 1), channel(label, 2)) for label in range(1, count + 1))
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in Image.registered_extensions()
+
+
+def _stem(name: str, folder: str) -> str:
+    return str(PurePosixPath(name).relative_to(folder).with_suffix(""))
+
+
+def _color_code(colors: NDArray[np.uint8]) -> NDArray[np.uint32]:
+    """Colours ... x 3 as one number each."""
+    return colors.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
+
+
+# Cached here rather than held by the data set, which would send 16 MiB to each worker that is not forked.
+@lru_cache(maxsize=4)
+def _color_table(train_ids: tuple[tuple[Color, int], ...]) -> NDArray[np.uint8]:
+    """The train id of each of the 2**24 colours."""
+    table = np.full(1 << 24, INVALID, dtype=np.uint8)
+    for color, train_id in train_ids:
+        table[_color_code(np.array(color, dtype=np.uint8))] = train_id
+    return table
+
+
+def _parse_class(entry: object, position: int) -> tuple[str, int, Color | None]:
+    if isinstance(entry, str):
+        return entry, position, None
+    if not isinstance(entry, Mapping):
+        raise ValueError(
+            f"class {position} is {_shown(entry)}, expected a name (in quotes where YAML reads another type) or a mapping"
+        )
+    _refuse_unknown_keys(entry, {"name", "value", "color"}, f"class {position}")
+    name, value = entry.get("name"), entry.get("value", position)
+    if not isinstance(name, str):
+        raise ValueError(
+            f"class {position} has the name {_shown(name)}, expected a text, in quotes if need be"
+        )
+    if not _is_byte(value):
+        raise ValueError(
+            f"class {name!r} has the value {_shown(value)}, expected a whole number from 0 to 255"
+        )
+    return name, value, _parse_color(entry["color"]) if "color" in entry else None
+
+
+def _parse_ignored(ignored: object) -> list[int | Color]:
+    """The values and colours under ``ignore``."""
+    if ignored is None:
+        return []
+    # Three numbers are three values: a lone colour is written "#rrggbb" or in a list of its own.
+    items = ignored if isinstance(ignored, list) else [ignored]
+    return [item if isinstance(item, int) and _is_byte(item) else _parse_color(item) for item in items]
+
+
+def _parse_color(color: object) -> Color:
+    if isinstance(color, str) and len(color) == 7 and color.startswith("#"):
+        try:
+            red, green, blue = ImageColor.getrgb(color)[:3]
+        except ValueError:
+            pass
+        else:
+            return red, green, blue
+    if isinstance(color, list) and len(color) == 3 and all(map(_is_byte, color)):
+        return color[0], color[1], color[2]
+    raise ValueError(
+        f'{_shown(color)} is not a color, expected [red, green, blue] from 0 to 255 or "#rrggbb"'
+    )
+
+
+def _is_byte(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
+
+
+def _refuse_unknown_keys(mapping: Mapping[Any, Any], known: set[str], where: str) -> None:
+    for key in mapping.keys() - known:
+        raise ValueError(f"{where} has the unknown key {key!r}, expected {', '.join(sorted(known))}")
+
+
+def _refuse_repeated(items: Iterable[Any], kind: str) -> None:
+    seen = set()
+    for item in items:
+        if item in seen:
+            raise ValueError(f"the {kind} {_shown(item)} occurs twice, expected it once")
+        seen.add(item)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,133 @@
+"""Files of a data set, read from a folder or, without unpacking, from a zip archive.
+
+A :class:`Source` lists and reads members by their relative POSIX name (``leftImg8bit/train/aachen/….png``),
+so that a data set's code is the same for both. Sources are safe in ``DataLoader`` workers under every start
+method: they pickle without open handles, and an archive is opened once per process.
+"""
+
+import os
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from ema_seg.errors import DataError
+
+__all__ = ["File", "FolderSource", "Source", "ZipSource"]
+
+# Left behind by operating systems beside the user's files; never part of a data set.
+_SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}
+_SYSTEM_FOLDERS = {"__MACOSX"}
+
+
+class Source(ABC):
+    """A read-only tree of files at ``path``.
+
+    Hidden files (a leading dot) and the droppings of operating systems (``Thumbs.db``, ``__MACOSX/``) are not
+    listed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    @abstractmethod
+    def files(self, folder: str) -> list[str]:
+        """Names of all files under ``folder``, at any depth, sorted; empty where there is no such folder."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """The content of one file.
+
+        Raises:
+            DataError: The file is missing or cannot be read.
+        """
+
+    def locate(self, name: str) -> str:
+        """Where ``name`` is, for messages: the path of the file, or the archive's path followed by the
+        member's.
+        """
+        return str(self.path / name)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r})"
+
+
+class FolderSource(Source):
+    """The files under a folder."""
+
+    def files(self, folder: str) -> list[str]:
+        """See :meth:`Source.files`; symbolic links are followed."""
+        walk = os.walk(self.path / folder, followlinks=True)
+        found = [(Path(parent) / name).relative_to(self.path) for parent, _, names in walk for name in names]
+        return sorted(name.as_posix() for name in found if _is_listed(name))
+
+    def read(self, name: str) -> bytes:
+        """See :meth:`Source.read`."""
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.locate(name)}: cannot be read ({error.strerror or error}).") from error
+
+
+class ZipSource(Source):
+    """The members of a zip archive, read in place."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
+        self._archive: zipfile.ZipFile | None = None
+        self._opened_by = 0
+
+    def files(self, folder: str) -> list[str]:
+        """See :meth:`Source.files`."""
+        prefix = f"{folder.rstrip('/')}/" if folder else ""
+        names = (info.filename for info in self._open().infolist() if not info.is_dir())
+        return sorted(name for name in names if name.startswith(prefix) and _is_listed(PurePosixPath(name)))
+
+    def read(self, name: str) -> bytes:
+        """See :meth:`Source.read`; a member whose checksum is wrong cannot be read."""
+        try:
+            return self._open().read(name)
+        except KeyError as error:
+            raise DataError(f"{self.locate(name)}: the archive has no such member.") from error
+        # RuntimeError: the member is encrypted, or (NotImplementedError) compressed in a way Python cannot
+        # read.
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+            raise DataError(f"{self.locate(name)}: cannot be read from the archive ({error}).") from error
+
+    def _open(self) -> zipfile.ZipFile:
+        # A handle inherited through fork shares its file position with the parent's: two processes reading
+        # through it would get each other's bytes. So every process opens the archive for itself, on its first
+        # read.
+        if self._archive is None or self._opened_by != os.getpid():
+            try:
+                self._archive = zipfile.ZipFile(self.path)
+            except (zipfile.BadZipFile, OSError) as error:
+                raise DataError(f"{self.path}: cannot be opened as a zip archive ({error}).") from error
+            self._opened_by = os.getpid()
+        return self._archive
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"])  # type: ignore[misc]
+
+
+class File(NamedTuple):
+    """One file of a source."""
+
+    source: Source
+    name: str
+
+    def read(self) -> bytes:
+        """The content; raises DataError like :meth:`Source.read`."""
+        return self.source.read(self.name)
+
+    def __str__(self) -> str:
+        return self.source.locate(self.name)
+
+
+def _is_listed(name: Path | PurePosixPath) -> bool:
+    hidden = any(part.startswith(".") or part in _SYSTEM_FOLDERS for part in name.parts)
+    return not hidden and name.name not in _SYSTEM_FILES
