@@ -18,7 +18,7 @@ from ema_seg.errors import ConfigError, DataError, ModelError
 from ema_seg.evaluation.environment import describe_device
 from ema_seg.evaluation.inference import autocast, evaluation_mode, memory_format_of, pad_to_stride, segment
 
-__all__ = ["Cost", "count_macs", "count_parameters", "measure_cost", "measure_peak_memory"]
+__all__ = ["Cost", "count_macs", "count_parameters", "measure_cost", "measure_peak_memory", "time_end_to_end"]
 
 _MEMORY_METHODS = {
     "cuda": "weights, buffers and input, plus the growth of torch.cuda.max_memory_allocated in a forward",
@@ -50,8 +50,8 @@ def measure_cost(
     """Measure a model at one image size, in evaluation mode, precision and memory layout as evaluated.
 
     Forward passes alone are timed on random images, for batches of 1 and of `batch_size`. With a loader the
-    whole way is timed too: read and decode the files, transform, pad, copy to the device, forward, argmax, and
-    copy the masks back.
+    whole way is timed too: read and decode the files, transform, pad, copy to the device, forward, argmax,
+    and copy the masks back.
 
     Args:
         model: maps float B x 3 x H x W to logits; it is moved to the device.
@@ -69,8 +69,8 @@ def measure_cost(
         A dict of plain values: `parameters` (`total`, `trainable`), `gmacs` of one image (see `count_macs`),
         and `throughput`, which holds the settings (`device`, `precision`, `memory_format`, `size`,
         `padded_size`, `memory_method`), `forward`, a list with an entry for each batch size
-        (`images_per_second`, `latency` in seconds per batch as `median` and `p95`, `peak_memory` in bytes), and
-        `end_to_end` (`images_per_second` and how it was loaded; None without a loader).
+        (`images_per_second`, `latency` in seconds per batch as `median` and `p95`, `peak_memory` in bytes),
+        and `end_to_end` (`images_per_second` and how it was loaded; None without a loader).
 
     Raises:
         ConfigError: a number is not positive.
@@ -99,7 +99,7 @@ def measure_cost(
         single = _random_images(model, 1, size, stride, device)
         gmacs = count_macs(model, single) / 1e9
         forward = [measure_forward(batch) for batch in batch_sizes]
-        end_to_end = None if loader is None else _time_end_to_end(model, loader, stride, share)
+        end_to_end = None if loader is None else time_end_to_end(model, loader, stride, share)
     return Cost(
         parameters=count_parameters(model),
         gmacs=gmacs,
@@ -256,9 +256,23 @@ def _forward_entry(batch_size: int, seconds: list[float], warmup: int, memory: i
     }
 
 
-def _time_end_to_end(model: nn.Module, loader: DataLoader, stride: int, budget: float) -> dict[str, Any]:
-    """Time the way from the files to the masks, over the data set or until the budget is spent."""
-    # The batches that workers fetched ahead of the first one would flatter the rate, so they warm up too.
+def time_end_to_end(model: nn.Module, loader: DataLoader, stride: int, budget: float) -> dict[str, Any]:
+    """Time the way from the files to the masks, over the data set or until the budget is spent.
+
+    Args:
+        model: see `measure_cost`; used as it is found.
+        loader: see `measure_cost`.
+        stride: see `measure_cost`.
+        budget: seconds after which no further batch starts.
+
+    Returns:
+        A dict of `images_per_second`, the `images` that were timed, the loader's `batch_size` and `workers`, and
+        the `warmup_batches` that were not timed.
+
+    Raises:
+        DataError: the loader gives no image.
+    """
+    # The batches that workers fetch ahead of the first one would flatter the rate, so they warm up too.
     ahead = loader.num_workers * (loader.prefetch_factor or 0)
     warmup = min(1 + ahead, len(loader) // 2)
     images, start, elapsed = 0, time.perf_counter(), 0.0
