@@ -1,7 +1,6 @@
-"""ADE20K in its scene parsing form (SceneParse150): 150 classes, images of many sizes
-(http://sceneparsing.csail.mit.edu).
+"""ADE20K in its scene parsing form (SceneParse150): 150 classes, images of many sizes.
 
-Zhou et al., "Scene Parsing through ADE20K Dataset", CVPR 2017.
+Zhou et al., "Scene Parsing through ADE20K Dataset", CVPR 2017; http://sceneparsing.csail.mit.edu.
 """
 
 from pathlib import PurePosixPath

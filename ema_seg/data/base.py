@@ -177,8 +177,8 @@ class SegmentationDataset(Dataset[Any]):
         if image.shape[:2] != mask.shape[:2]:
             pair = self.pairs[index]
             raise DataError(
-                f"{pair.mask}: the mask is {_size(mask)} pixels (width x height) but its image {pair.image} is"
-                f" {_size(image)}; both must be the same."
+                f"{pair.mask}: the mask is {_size(mask)} pixels (width x height), expected"
+                f" {_size(image)} as in its image {pair.image}."
             )
 
 
@@ -239,9 +239,7 @@ def decode_mask(file: File) -> NDArray[np.uint8]:
 
 
 def train_id_table(train_ids: Mapping[int, int]) -> NDArray[np.uint8]:
-    """A lookup table from mask values to train ids, in which every value that is not a key counts as a
-    defect.
-    """
+    """A lookup table from mask values to train ids, in which a value that is not a key is a defect."""
     table = np.full(256, INVALID, dtype=np.uint8)
     for value, train_id in train_ids.items():
         table[value] = train_id
@@ -249,9 +247,7 @@ def train_id_table(train_ids: Mapping[int, int]) -> NDArray[np.uint8]:
 
 
 def apply_table(mask: NDArray[np.uint8], table: NDArray[np.uint8], file: File) -> NDArray[np.uint8]:
-    """Map mask values to train ids; raises DataError naming ``file`` and the values that are not in the
-    table.
-    """
+    """Map mask values to train ids; DataError names ``file`` and the values that are not in the table."""
     train_ids = np.asarray(cv2.LUT(mask, table), dtype=np.uint8)
     if (train_ids == INVALID).any():
         outside = np.unique(mask[train_ids == INVALID])

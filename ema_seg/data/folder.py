@@ -164,9 +164,7 @@ class FolderDataset(SegmentationDataset):
         return pair_split_folder(self.root, self.split, self.layout)
 
     def to_train_ids(self, mask: NDArray[np.uint8], file: File) -> NDArray[np.uint8]:
-        """See :meth:`SegmentationDataset.to_train_ids`; colour-coded masks are looked up in the class
-        colours.
-        """
+        """See :meth:`SegmentationDataset.to_train_ids`; colours are looked up in the classes file."""
         if mask.ndim == 2:
             return super().to_train_ids(mask, file)
         color_train_ids = self.class_list.color_train_ids
@@ -180,8 +178,8 @@ class FolderDataset(SegmentationDataset):
             row, column = outside[0]
             color = tuple(int(channel) for channel in mask[row, column])
             raise DataError(
-                f"{file}: mask colour {color} (at row {row}, column {column}; {len(outside)} pixels in all have such"
-                f" colours) is not the colour of a class or of ignored pixels in {self.classes_file}."
+                f"{file}: mask colour {color} (row {row}, column {column}, {len(outside) - 1} more pixels)"
+                f" is not the colour of a class or of ignored pixels in {self.classes_file}."
             )
         return train_ids
 
@@ -256,7 +254,8 @@ def _parse_class(entry: object, position: int) -> tuple[str, int, Color | None]:
         return entry, position, None
     if not isinstance(entry, Mapping):
         raise ValueError(
-            f"class {position} is {_shown(entry)}, expected a name (in quotes where YAML reads another type) or a mapping"
+            f"class {position} is {_shown(entry)}, expected a name (a text, in quotes if need be) or a"
+            " mapping"
         )
     _refuse_unknown_keys(entry, {"name", "value", "color"}, f"class {position}")
     name, value = entry.get("name"), entry.get("value", position)

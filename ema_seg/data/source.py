@@ -44,9 +44,7 @@ class Source(ABC):
         """
 
     def locate(self, name: str) -> str:
-        """Where ``name`` is, for messages: the path of the file, or the archive's path followed by the
-        member's.
-        """
+        """Where ``name`` is, for messages; a member's name follows its archive's path."""
         return str(self.path / name)
 
     def __repr__(self) -> str:

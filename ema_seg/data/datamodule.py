@@ -1,0 +1,214 @@
+"""Samples to batches: the Lightning data module."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from ema_seg.data import build_dataset
+from ema_seg.data.base import SegmentationDataset
+from ema_seg.data.transforms import TensorSample, build_eval_transform, build_train_transform
+from ema_seg.errors import ConfigError
+
+__all__ = ["SegmentationDataModule", "collate_crops", "collate_images"]
+
+
+class SegmentationDataModule(LightningDataModule):
+    """Training batches of augmented crops, and evaluation batches of whole images.
+
+    Training batches are ``{"image": B x 3 x H x W, "mask": B x H x W, "name": list[str]}``. Images of
+    evaluation batches keep their own sizes: ``{"image": list of 3 x H x W, "mask": list of H x W, "name":
+    list[str]}``.
+
+    Shuffling and augmentation follow torch's seed: the same seed gives the same batches, for the same number
+    of workers.
+
+    Args:
+        name: The data set, a key of :data:`ema_seg.data.DATASETS`.
+        root: Its folder or archive.
+        batch_size: Crops in a training batch, per process; an incomplete last batch is dropped.
+        evaluation_batch_size: Images in an evaluation batch.
+        workers: Worker processes of each loader; 0 loads in the main process.
+        augmentation: Steps of :func:`ema_seg.data.transforms.build_train_transform`.
+        mean: Mean of each RGB channel, for images in [0, 1].
+        std: Standard deviation of each RGB channel, for images in [0, 1].
+        evaluation_split: The split of ``test_dataloader``; ``val_dataloader`` always reads "val".
+        **options: The data set's own options.
+
+    Raises:
+        ConfigError: A number is out of range, or a name is unknown.
+        DataError: From the first use of a data set, where its files are not as they should be.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        root: str | os.PathLike[str],
+        batch_size: int,
+        evaluation_batch_size: int,
+        workers: int,
+        augmentation: Mapping[str, Mapping[str, Any] | None],
+        mean: Sequence[float],
+        std: Sequence[float],
+        evaluation_split: str = "val",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        _require_at_least(1, batch_size=batch_size, evaluation_batch_size=evaluation_batch_size)
+        _require_at_least(0, workers=workers)
+        self.dataset_name = name
+        self.root = root
+        self.batch_size = batch_size
+        self.evaluation_batch_size = evaluation_batch_size
+        self.workers = workers
+        self.evaluation_split = evaluation_split
+        self.options = options
+        self.train_transform = build_train_transform(augmentation, mean, std)
+        self.eval_transform = build_eval_transform(mean, std)
+
+    @cached_property
+    def train_dataset(self) -> SegmentationDataset:
+        """The train split, augmented."""
+        return build_dataset(self.dataset_name, self.root, "train", self.train_transform, **self.options)
+
+    @cached_property
+    def val_dataset(self) -> SegmentationDataset:
+        """The val split at the images' own sizes."""
+        return build_dataset(self.dataset_name, self.root, "val", self.eval_transform, **self.options)
+
+    @cached_property
+    def test_dataset(self) -> SegmentationDataset:
+        """The split ``evaluation_split`` at the images' own sizes."""
+        if self.evaluation_split == "val":
+            return self.val_dataset
+        return build_dataset(
+            self.dataset_name, self.root, self.evaluation_split, self.eval_transform, **self.options
+        )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, by train id."""
+        return self.test_dataset.classes
+
+    @property
+    def palette(self) -> tuple[tuple[int, int, int], ...]:
+        """The RGB colours of the classes, by train id."""
+        return self.test_dataset.palette
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return self.test_dataset.num_classes
+
+    def setup(self, stage: str) -> None:
+        """Find the files that the stage ("fit", "validate", "test") needs, to fail early."""
+        if stage == "fit":
+            self._require_full_batch(len(self.train_dataset))
+        if stage in {"fit", "validate"}:
+            _ = self.val_dataset
+        if stage == "test":
+            _ = self.test_dataset
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled batches of crops."""
+        return self._loader(
+            self.train_dataset,
+            batch_size=self.batch_size,
+            shuffle=True,
+            drop_last=True,
+            collate_fn=collate_crops,
+            generator=self._generator(),
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The val split in order, as batches of whole images."""
+        return self._evaluation_loader(self.val_dataset)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The split ``evaluation_split`` in order, as batches of whole images."""
+        return self._evaluation_loader(self.test_dataset)
+
+    def _evaluation_loader(self, dataset: SegmentationDataset) -> DataLoader[Any]:
+        return self._loader(dataset, batch_size=self.evaluation_batch_size, collate_fn=collate_images)
+
+    def _loader(self, dataset: SegmentationDataset, **arguments: Any) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_start_worker,
+            **arguments,
+        )
+
+    def _generator(self) -> torch.Generator:
+        """The source of the order of samples and of the workers' seeds.
+
+        It depends on the process's rank, so that processes augment differently, and on the epoch, so that a
+        resumed run does not repeat the first epoch.
+        """
+        rank, epoch = (self.trainer.global_rank, self.trainer.current_epoch) if self.trainer else (0, 0)
+        entropy = np.random.SeedSequence((torch.initial_seed(), rank, epoch))
+        return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+
+    def _require_full_batch(self, images: int) -> None:
+        processes = self.trainer.world_size if self.trainer else 1
+        if math.ceil(images / processes) < self.batch_size:
+            share = f" for {processes} processes" if processes > 1 else ""
+            raise ConfigError(
+                f"data.batch_size={self.batch_size} is more than the {images} training images in"
+                f" {self.root}{share}; choose a smaller batch size."
+            )
+
+
+def collate_crops(samples: list[TensorSample]) -> dict[str, Any]:
+    """Stack samples of one size into ``{"image": B x 3 x H x W, "mask": B x H x W, "name": list[str]}``.
+
+    Raises:
+        ConfigError: The samples differ in size.
+    """
+    first = samples[0]
+    for other in samples:
+        if other["image"].shape != first["image"].shape:
+            raise ConfigError(
+                f"training images differ in size after augmentation: {first['name']} is {_shape(first)} pixels"
+                f" but {other['name']} {_shape(other)}; crop all to one size, as CategoryLimitedCrop does."
+            )
+    return {
+        "image": torch.stack([sample["image"] for sample in samples]),
+        "mask": torch.stack([sample["mask"] for sample in samples]),
+        "name": [sample["name"] for sample in samples],
+    }
+
+
+def collate_images(samples: list[TensorSample]) -> dict[str, Any]:
+    """List samples of any sizes: ``{"image": list[3 x H x W], "mask": list[H x W], "name": list[str]}``."""
+    return {
+        "image": [sample["image"] for sample in samples],
+        "mask": [sample["mask"] for sample in samples],
+        "name": [sample["name"] for sample in samples],
+    }
+
+
+def _start_worker(_worker: int) -> None:
+    # The workers are the parallelism: OpenCV's own threads on top would compete with them for the cores.
+    cv2.setNumThreads(0)
+
+
+def _require_at_least(minimum: int, **values: int) -> None:
+    for key, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ConfigError(f"data.{key}={value!r} must be a whole number of at least {minimum}.")
+
+
+def _shape(sample: TensorSample) -> str:
+    height, width = sample["mask"].shape
+    return f"{width} x {height}"

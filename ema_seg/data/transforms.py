@@ -1,0 +1,257 @@
+"""Samples to tensors: augmentation for training, and normalisation.
+
+Augmentation is a list of named steps, each a class of albumentations or :class:`CategoryLimitedCrop`. A mask
+is always resampled to the nearest pixel, and what a geometric step brings into view from outside the image is
+the mean colour in the image (0 after normalisation) and 255 (ignored) in the mask.
+"""
+
+import difflib
+import inspect
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict, TypeGuard
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ema_seg.data.base import IGNORE_INDEX, Sample
+from ema_seg.errors import ConfigError
+
+# On import, albumentations asks the network for a newer version of itself unless told not to.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import albumentations as A
+from albumentations.core.transforms_interface import BaseTransformInitSchema
+from albumentations.core.type_definitions import Targets
+from pydantic import Field, ValidationError
+
+__all__ = ["CategoryLimitedCrop", "TensorSample", "build_eval_transform", "build_train_transform"]
+
+
+class TensorSample(TypedDict):
+    """A sample after transforms."""
+
+    image: Tensor
+    """Normalised float32, 3 x H x W, contiguous."""
+    mask: Tensor
+    """Train ids, int64, H x W; 255 = ignore."""
+    name: str
+
+
+class CategoryLimitedCrop(A.DualTransform):
+    """A random crop in which no class takes more than ``max_share`` of the labelled pixels.
+
+    Crops are drawn up to ``tries`` times, and the last stands if none would do, the usual recipe for
+    Cityscapes and ADE20K: it keeps large classes (road, wall, sky) from filling whole crops. Ignored pixels
+    are not counted; a crop with nothing else is drawn again. An image smaller than the crop is first padded
+    at the right and the bottom.
+
+    Args:
+        height: Height of the crop in pixels.
+        width: Width of the crop in pixels.
+        max_share: Largest share of the labelled pixels for one class, in (0, 1]; 1 accepts any crop with a
+            label. tries: How often to draw, at least 1. fill: Colour of the padding, RGB from 0 to 255.
+            fill_mask: Train id of the padding. p: Probability with which the step is applied.
+    """
+
+    _targets = (Targets.IMAGE, Targets.MASK)
+
+    class InitSchema(BaseTransformInitSchema):
+        """The valid arguments."""
+
+        height: int = Field(ge=1)
+        width: int = Field(ge=1)
+        max_share: float = Field(gt=0, le=1)
+        tries: int = Field(ge=1)
+        fill: tuple[float, float, float]
+        fill_mask: int = Field(ge=0, le=255)
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        max_share: float = 0.75,
+        tries: int = 10,
+        fill: tuple[float, float, float] = (0, 0, 0),
+        fill_mask: int = IGNORE_INDEX,
+        p: float = 1.0,
+    ) -> None:
+        super().__init__(p=p)
+        self.height = height
+        self.width = width
+        self.max_share = max_share
+        self.tries = tries
+        self.fill = fill
+        self.fill_mask = fill_mask
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Draw the crop's upper left corner."""
+        rows, columns = params["shape"][:2]
+        for _ in range(self.tries):
+            top = self.py_random.randint(0, max(rows - self.height, 0))
+            left = self.py_random.randint(0, max(columns - self.width, 0))
+            if self._is_acceptable(data["mask"][top : top + self.height, left : left + self.width]):
+                break
+        return {"top": top, "left": left}
+
+    def apply(self, img: NDArray[np.uint8], top: int, left: int, **params: Any) -> NDArray[np.uint8]:
+        """Crop the image, uint8 H x W x 3."""
+        return self._crop(img, top, left, self.fill)
+
+    def apply_to_mask(self, mask: NDArray[np.uint8], top: int, left: int, **params: Any) -> NDArray[np.uint8]:
+        """Crop the mask, uint8 H x W."""
+        return self._crop(mask, top, left, self.fill_mask)
+
+    def _is_acceptable(self, mask: NDArray[np.uint8]) -> bool:
+        counts = cv2.calcHist([mask], [0], None, [256], [0, 256])
+        counts[IGNORE_INDEX] = 0
+        labelled = counts.sum()
+        return bool(labelled > 0 and counts.max() <= self.max_share * labelled)
+
+    def _crop(
+        self, array: NDArray[np.uint8], top: int, left: int, fill: float | tuple[float, ...]
+    ) -> NDArray[np.uint8]:
+        crop = array[top : top + self.height, left : left + self.width]
+        bottom, right = self.height - crop.shape[0], self.width - crop.shape[1]
+        if not bottom and not right:
+            return crop
+        padded = cv2.copyMakeBorder(crop, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=fill)
+        return np.asarray(padded, dtype=np.uint8)
+
+
+def build_train_transform(
+    steps: Mapping[str, Mapping[str, Any] | None], mean: Sequence[float], std: Sequence[float]
+) -> Callable[[Sample], TensorSample]:
+    """Build the training transform: the augmentation steps in their order, then normalisation.
+
+    The random numbers come from torch's generator, and so from ``torch.manual_seed`` in the main process and
+    from the worker's seed in a ``DataLoader`` worker: reproducible, and different in each worker and epoch.
+
+    Args:
+        steps: By a name of the user's choice, ``{"transform": <class>, **arguments}``; the class is
+            :class:`CategoryLimitedCrop` or a transform of albumentations. None in place of a step leaves it
+            out.
+        mean: Mean of each RGB channel, for images in [0, 1].
+        std: Standard deviation of each RGB channel, for images in [0, 1].
+
+    Raises:
+        ConfigError: A step names no transform, or has arguments that the transform does not take.
+    """
+    transforms = [_build_step(name, step, mean) for name, step in steps.items() if step is not None]
+    return _Augmentation(transforms, _Normalisation(mean, std))
+
+
+def build_eval_transform(mean: Sequence[float], std: Sequence[float]) -> Callable[[Sample], TensorSample]:
+    """Build the evaluation transform: normalisation, at the image's own size.
+
+    Args:
+        mean: Mean of each RGB channel, for images in [0, 1].
+        std: Standard deviation of each RGB channel, for images in [0, 1].
+    """
+    return _Normalisation(mean, std)
+
+
+class _Normalisation:
+    """Sample to tensors: ``(image / 255 - mean) / std``."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ConfigError(
+                f"mean={list(mean)} and std={list(std)} must be three numbers each, for red, green and"
+                " blue, and the latter positive."
+            )
+        self.mean = torch.tensor(mean, dtype=torch.float32).mul_(255)[:, None, None]
+        self.std = torch.tensor(std, dtype=torch.float32).mul_(255)[:, None, None]
+
+    def __call__(self, sample: Sample) -> TensorSample:
+        pixels = torch.from_numpy(sample["image"]).permute(2, 0, 1)
+        image = pixels.to(torch.float32, memory_format=torch.contiguous_format).sub_(self.mean).div_(self.std)
+        return {"image": image, "mask": torch.from_numpy(sample["mask"]).long(), "name": sample["name"]}
+
+
+class _Augmentation:
+    """Albumentations steps, seeded from torch's generator, followed by normalisation."""
+
+    def __init__(self, transforms: Sequence[A.BasicTransform], normalise: _Normalisation) -> None:
+        self.compose = A.Compose(transforms, mask_interpolation=cv2.INTER_NEAREST)
+        self.normalise = normalise
+
+    def __call__(self, sample: Sample) -> TensorSample:
+        self._seed()
+        augmented = self.compose(image=sample["image"], mask=sample["mask"])
+        return self.normalise({**sample, "image": augmented["image"], "mask": augmented["mask"]})
+
+    def _seed(self) -> None:
+        # Albumentations 2 keeps generators of its own, which torch's seed does not reach and which a worker
+        # inherits: all workers would draw the same numbers. And its `seed` argument seeds every transform
+        # alike, which correlates them (with probability 0.5 each, a flip and a blur would always come
+        # together). So for each sample all transforms share one fresh generator, seeded from torch's, which
+        # the DataLoader seeds per worker and epoch.
+        seed = int(torch.randint(2**63 - 1, ()))
+        self.compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
+
+
+def _build_step(name: str, step: Mapping[str, Any], mean: Sequence[float]) -> A.BasicTransform:
+    if not isinstance(step, Mapping) or not isinstance(step.get("transform"), str):
+        raise ConfigError(f"augmentation.{name}={step!r} must be a mapping with the key transform, a class.")
+    arguments = {key: value for key, value in step.items() if key != "transform"}
+    transform_class = _find_transform(name, step["transform"])
+    parameters = inspect.signature(transform_class).parameters
+    for key, value in arguments.items():
+        if key not in parameters:
+            raise ConfigError(
+                f"augmentation.{name}.{key}={value!r} is not an argument of {step['transform']}"
+                f"{_nearest(key, parameters)}; its arguments: {', '.join(parameters)}."
+            )
+    defaults = {key: parameter.default for key, parameter in parameters.items()}
+    try:
+        return transform_class(**_outside_fill(defaults, mean) | arguments)
+    except (TypeError, ValueError) as error:  # pydantic's ValidationError is a ValueError
+        raise ConfigError(f"augmentation.{name} ({step['transform']}): {_explain(error)}.") from error
+
+
+def _find_transform(name: str, class_name: str) -> type[A.BasicTransform]:
+    if class_name == CategoryLimitedCrop.__name__:
+        return CategoryLimitedCrop
+    found = getattr(A, class_name, None)
+    if _is_transform(found):
+        return found
+    known = [key for key, value in vars(A).items() if _is_transform(value)]
+    raise ConfigError(
+        f"augmentation.{name}.transform={class_name!r} is neither CategoryLimitedCrop nor a transform of"
+        f" albumentations{_nearest(class_name, [*known, CategoryLimitedCrop.__name__])}."
+    )
+
+
+def _is_transform(value: object) -> TypeGuard[type[A.BasicTransform]]:
+    return inspect.isclass(value) and issubclass(value, A.BasicTransform)
+
+
+def _outside_fill(defaults: Mapping[str, Any], mean: Sequence[float]) -> dict[str, Any]:
+    """What a transform shall show where the image ends.
+
+    Geometric transforms have a ``fill_mask`` that is 0 by default, which here is a class. Dropout transforms
+    have one that is None, which leaves the mask alone, and keep their defaults.
+    """
+    if defaults.get("fill_mask") not in (0, IGNORE_INDEX):
+        return {}
+    return {"fill_mask": IGNORE_INDEX, "fill": tuple(round(255 * channel) for channel in mean)}
+
+
+def _nearest(name: str, known: Any) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def _explain(error: Exception) -> str:
+    """The error in one line; of pydantic's pages only what is wrong with which argument."""
+    if isinstance(error.__cause__, ValidationError):
+        return ", ".join(
+            f"{'.'.join(map(str, fault['loc'][:1]))}={fault['input']!r}: {fault['msg']}"
+            for fault in error.__cause__.errors()
+        )
+    return " ".join(str(error).split()).removesuffix(".")
