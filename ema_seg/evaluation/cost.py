@@ -266,8 +266,8 @@ def time_end_to_end(model: nn.Module, loader: DataLoader, stride: int, budget: f
         budget: seconds after which no further batch starts.
 
     Returns:
-        A dict of `images_per_second`, the `images` that were timed, the loader's `batch_size` and `workers`, and
-        the `warmup_batches` that were not timed.
+        A dict of `images_per_second`, the `images` that were timed, the loader's `batch_size` and `workers`,
+        and the `warmup_batches` that were not timed.
 
     Raises:
         DataError: the loader gives no image.

@@ -1,0 +1,17 @@
+"""A result to ``report.json``, tables and figures."""
+
+from ema_seg.reporting.figures import colourise, draw_class_iou, draw_confusion_matrix, draw_samples
+from ema_seg.reporting.report import build_report, load_report, write_report
+from ema_seg.reporting.tables import print_report, render_markdown
+
+__all__ = [
+    "build_report",
+    "colourise",
+    "draw_class_iou",
+    "draw_confusion_matrix",
+    "draw_samples",
+    "load_report",
+    "print_report",
+    "render_markdown",
+    "write_report",
+]

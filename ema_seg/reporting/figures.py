@@ -1,0 +1,205 @@
+"""Figures: confusion matrix, IoU of each class, and images beside their masks.
+
+Drawn through Matplotlib's object interface, which needs no display and keeps no global state.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import PercentFormatter
+
+from ema_seg.data.base import IGNORE_INDEX
+from ema_seg.evaluation import Example
+from ema_seg.reporting.tables import describe_model
+
+__all__ = ["colourise", "draw_class_iou", "draw_confusion_matrix", "draw_samples"]
+
+_IGNORED_COLOUR = (0, 0, 0)
+# Vermillion of Okabe and Ito's palette: told from grey with every kind of colour vision.
+_WRONG_COLOUR = (213, 94, 0)
+
+_NUMBERED_CLASSES = 25
+_LABELLED_CLASSES = 50
+_BARS_PER_COLUMN = 50
+_LEGEND_CLASSES = 32
+
+Bar = tuple[str, float | None, Sequence[int]]
+
+
+def colourise(mask: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
+    """Paint class ids in their colours.
+
+    Args:
+        mask: integers H x W in [0, K), or 255 for ignored pixels, which become black.
+        palette: K colours, (red, green, blue) from 0 to 255.
+
+    Returns:
+        A uint8 array H x W x 3.
+    """
+    colours = np.full((256, 3), _IGNORED_COLOUR, np.uint8)
+    colours[: len(palette)] = palette
+    return colours[mask]
+
+
+def draw_confusion_matrix(report: Mapping[str, Any]) -> Figure:
+    """Draw which classes are taken for which: each row is a true class and adds up to 100 %.
+
+    Rows of classes that do not occur in the truth stay grey.
+    """
+    counts = np.array(report["confusion_matrix"], dtype=float)
+    total = counts.sum(axis=1, keepdims=True)
+    shares = np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
+
+    classes = report["classes"]
+    side = float(np.clip(0.42 * len(classes), 4.5, 13))
+    figure = _new_figure(side + 1.6, side + 1.2)
+    axes = figure.add_subplot()
+    # The square root brings out the confusions, which are small beside the diagonal.
+    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1), interpolation="nearest")
+    axes.set_facecolor("0.88")
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.set_title(describe_model(report), fontsize=11, pad=10)
+
+    every = math.ceil(len(classes) / _LABELLED_CLASSES)
+    ticks, names = range(0, len(classes), every), list(classes[::every])
+    size = 8 if every == 1 else 7
+    axes.set_xticks(ticks, names, rotation=90, fontsize=size)
+    axes.set_yticks(ticks, names, fontsize=size)
+    if len(classes) <= _NUMBERED_CLASSES:
+        _write_shares(axes, shares)
+    figure.colorbar(
+        image, ax=axes, fraction=0.04, pad=0.02, format=PercentFormatter(1), label="of the true pixels"
+    )
+    return figure
+
+
+def draw_class_iou(report: Mapping[str, Any]) -> Figure:
+    """Draw the IoU of each class, best first, with the mean as a line; absent classes come last."""
+    bars = list(zip(report["classes"], report["iou"], report["palette"], strict=True))
+    ranked = sorted(bars, key=lambda bar: -1.0 if bar[1] is None else bar[1], reverse=True)
+
+    columns = math.ceil(len(ranked) / _BARS_PER_COLUMN)
+    height = math.ceil(len(ranked) / columns)
+    figure = _new_figure(1.5 + 5 * columns, 1.2 + 0.22 * height)
+    figure.suptitle(describe_model(report), fontsize=11)
+    for index, axes in enumerate(np.ravel(figure.subplots(1, columns))):
+        _draw_bars(axes, ranked[index * height : (index + 1) * height], report["miou"])
+        axes.set_ylim(height - 0.4, -0.6)
+    return figure
+
+
+def draw_samples(
+    rows: Sequence[Example], classes: Sequence[str], palette: Sequence[Sequence[int]], title: str = ""
+) -> Figure:
+    """Draw images in rows: input, truth, prediction and errors, and the attention's weights where given.
+
+    Args:
+        rows: at least one image with its masks.
+        classes: names of the K classes.
+        palette: their colours.
+        title: a heading for the whole.
+    """
+    weighted = any("weight_map" in row for row in rows)
+    columns = ["input", "truth", "prediction", "errors"] + ["attention weight"] * weighted
+    width = 2.8
+    heights = [width * row["truth"].shape[0] / row["truth"].shape[1] for row in rows]
+    legend = _legend_patches(rows, classes, palette)
+    legend_height = 0.2 * math.ceil(len(legend) / (2 * len(columns))) + 0.1
+    figure = _new_figure(width * len(columns) + 0.6, sum(heights) + 0.08 * len(rows) + legend_height + 0.5)
+    grid = figure.subplots(len(rows), len(columns), squeeze=False, height_ratios=heights)
+    for axes, name in zip(grid[0], columns, strict=True):
+        axes.set_title(name, fontsize=10)
+    for axes_row, row in zip(grid, rows, strict=True):
+        _draw_sample(axes_row, row, palette)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    figure.legend(
+        handles=legend, loc="outside lower center", ncols=2 * len(columns), fontsize=8, frameon=False
+    )
+    return figure
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _write_shares(axes: Axes, shares: np.ndarray) -> None:
+    for (row, column), share in np.ndenumerate(shares):
+        if share >= 0.005:  # would read 0
+            colour = "white" if share > 0.4 else "black"
+            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=colour)
+
+
+def _draw_bars(axes: Axes, bars: Sequence[Bar], mean: float | None) -> None:
+    for place, (_, iou, colour) in enumerate(bars):
+        axes.barh(place, iou or 0, height=0.75, color=_rgb(colour), edgecolor="0.25", linewidth=0.6)
+        text = "absent" if iou is None else f"{100 * iou:.1f}"
+        axes.text((iou or 0) + 0.01, place, text, va="center", fontsize=8, color="0.25")
+    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.set(xlim=(0, 1.08), xlabel="IoU")
+    axes.set_xticks(np.linspace(0, 1, 6))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.spines[["top", "right"]].set_visible(False)
+    if mean is not None:
+        axes.axvline(mean, color="black", linestyle="--", linewidth=1, zorder=0)
+        axes.set_title(f"mIoU {100 * mean:.2f} %", fontsize=9)
+
+
+def _draw_sample(axes_row: Sequence[Axes], row: Example, palette: Sequence[Sequence[int]]) -> None:
+    panels = [
+        row["image"],
+        colourise(row["truth"], palette),
+        colourise(row["prediction"], palette),
+        _paint_errors(row),
+    ]
+    for axes in axes_row:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    for axes, panel in zip(axes_row, panels, strict=False):
+        axes.imshow(panel, interpolation="nearest")
+    axes_row[0].set_ylabel(row["title"], fontsize=8)
+    if "weight_map" in row:
+        image = axes_row[-1].imshow(row["weight_map"], cmap="viridis", vmin=0, vmax=1)
+        axes_row[-1].figure.colorbar(image, ax=axes_row[-1], fraction=0.04, pad=0.02)
+
+
+def _paint_errors(row: Example) -> np.ndarray:
+    """The input in pale grey, wrong pixels in vermillion, ignored ones in white."""
+    grey = row["image"].mean(axis=2, keepdims=True) * 0.4 + 150
+    painted = np.repeat(grey, 3, axis=2)
+    labelled = row["truth"] != IGNORE_INDEX
+    painted[labelled & (row["truth"] != row["prediction"])] = _WRONG_COLOUR
+    painted[~labelled] = 255
+    return painted.astype(np.uint8)
+
+
+def _legend_patches(
+    rows: Sequence[Example], classes: Sequence[str], palette: Sequence[Sequence[int]]
+) -> list[Patch]:
+    """The classes that occur, in their order; of very many those with the most pixels."""
+    masks = np.concatenate([row[key].ravel() for row in rows for key in ("truth", "prediction")])
+    pixels = np.bincount(masks, minlength=IGNORE_INDEX + 1)[: len(classes)]
+    shown = np.sort(np.argsort(-pixels, kind="stable")[: min(_LEGEND_CLASSES, np.count_nonzero(pixels))])
+    patches = [_patch(classes[index], palette[index]) for index in shown]
+    if (masks == IGNORE_INDEX).any():
+        patches.append(_patch("ignored", _IGNORED_COLOUR))
+    return [*patches, _patch("wrong", _WRONG_COLOUR)]
+
+
+def _patch(label: str, colour: Sequence[int]) -> Patch:
+    return Patch(facecolor=_rgb(colour), edgecolor="0.25", linewidth=0.6, label=label)
+
+
+def _rgb(colour: Sequence[int]) -> tuple[float, float, float]:
+    red, green, blue = (channel / 255 for channel in colour)
+    return red, green, blue

@@ -1,0 +1,189 @@
+"""A report as tables: on the terminal and in Markdown."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["describe_model", "print_report", "render_markdown"]
+
+_SCORES = {
+    "miou": "mIoU",
+    "mean_accuracy": "mean accuracy",
+    "pixel_accuracy": "pixel accuracy",
+    "fw_iou": "frequency-weighted IoU",
+}
+_FIGURES = {
+    "confusion_matrix": "Confusion matrix",
+    "per_class_iou": "IoU of each class",
+    "panel": "The images with the best, the median and the worst mIoU",
+}
+
+Row = tuple[str, str]
+
+
+def print_report(report: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print a report as one table: the scores beside the cost, then the IoU of each class.
+
+    Args:
+        report: what ``build_report`` or ``load_report`` returned.
+        console: where to print; standard output by default, 80 columns wide if it is no terminal.
+    """
+    table = Table(
+        title=describe_model(report),
+        caption="\n".join(_captions(report)),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for name in ("score, %", "cost"):
+        table.add_column(name, overflow="fold")
+        table.add_column("", justify="right", overflow="fold")
+    for left, right in zip_longest(_score_rows(report), _cost_rows(report), fillvalue=("", "")):
+        table.add_row(*left, *right)
+    table.add_section()
+    table.add_row("[bold]IoU, %[/bold]")
+    rows = _class_rows(report)
+    half = (len(rows) + 1) // 2
+    for left, right in zip_longest(rows[:half], rows[half:], fillvalue=("", "")):
+        table.add_row(*left, *right)
+    (console or Console()).print(table)
+
+
+def render_markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
+    """Render a report as Markdown.
+
+    Args:
+        report: what ``build_report`` or ``load_report`` returned.
+        figures: names of the figures that lie in ``figures/`` beside it.
+    """
+    return "\n".join(_markdown_lines(report, figures)) + "\n"
+
+
+def describe_model(report: Mapping[str, Any]) -> str:
+    """Model, attention block and data in a few words: the title of every table and figure."""
+    model, attention, data = report["model"], report["attention"], report["data"]
+    return f"{model['decoder']} / {model['encoder']} / {attention['name']} on {data['name']} {data['split']}"
+
+
+def _markdown_lines(report: Mapping[str, Any], figures: Sequence[str]) -> Iterator[str]:
+    yield f"# {describe_model(report)}\n"
+    yield from (f"- {label}: {value}" for label, value in _origin_rows(report))
+    yield "\n## Scores\n"
+    yield from _markdown_table(("score", "%"), _score_rows(report))
+    if report["absent_classes"]:
+        yield f"\n{_absent_sentence(report)}"
+    yield "\n## Cost\n"
+    yield from _markdown_table(("", ""), _cost_rows(report))
+    yield f"\n{_cost_sentence(report)}"
+    yield "\n## Classes\n"
+    yield from _markdown_table(("class", "IoU, %"), _class_rows(report))
+    if figures:
+        yield "\n## Figures\n"
+        yield "\n\n".join(f"![{_FIGURES[name]}](figures/{name}.png)" for name in figures)
+    yield "\n## Environment\n"
+    yield from (f"- {label}: {value}" for label, value in _environment_rows(report["environment"]))
+
+
+def _markdown_table(header: Row, rows: Sequence[Row]) -> Iterator[str]:
+    yield "| {} | {} |".format(*header)
+    yield "|---|---:|"
+    yield from ("| {} | {} |".format(label.replace("|", "\\|"), value) for label, value in rows)
+
+
+def _score_rows(report: Mapping[str, Any]) -> list[Row]:
+    rows = [(label, _percent(report[key])) for key, label in _SCORES.items()]
+    scored = len(report["classes"]) - len(report["absent_classes"])
+    return [
+        *rows,
+        ("classes scored", f"{scored} of {len(report['classes'])}"),
+        ("images", str(report["data"]["images"])),
+    ]
+
+
+def _cost_rows(report: Mapping[str, Any]) -> list[Row]:
+    throughput = report["throughput"]
+    rows = [
+        ("parameters", f"{report['parameters']['total'] / 1e6:.2f} M"),
+        ("GMACs per image", f"{report['gmacs']:.2f}"),
+    ]
+    for entry in throughput["forward"]:
+        batch = f"batch {entry['batch_size']}"
+        latency = entry["latency"]
+        rows += [
+            (f"images/s, {batch}", _number(entry["images_per_second"])),
+            (f"latency, {batch}", f"{_number(1e3 * latency['median'])} ms"),
+            ("  95th percentile", f"{_number(1e3 * latency['p95'])} ms"),
+            (f"peak memory, {batch}", f"{entry['peak_memory'] / 2**20:.1f} MiB"),
+        ]
+    if throughput["end_to_end"]:
+        rows.append(("images/s, end to end", _number(throughput["end_to_end"]["images_per_second"])))
+    return rows
+
+
+def _class_rows(report: Mapping[str, Any]) -> list[Row]:
+    """Every class with its IoU; one without, being absent from truth and prediction, says so."""
+    pairs = zip(report["classes"], report["iou"], strict=True)
+    return [(name, "absent" if iou is None else _percent(iou)) for name, iou in pairs]
+
+
+def _origin_rows(report: Mapping[str, Any]) -> list[Row]:
+    data = report["data"]
+    rows = [
+        ("run", report["run"]),
+        ("checkpoint", report["checkpoint"]),
+        ("data", f"{data['name']}, split {data['split']}, {data['images']} images from {data['root']}"),
+        ("created", report["created"]),
+    ]
+    return [(label, value) for label, value in rows if value]
+
+
+def _environment_rows(environment: Mapping[str, Any]) -> list[Row]:
+    git = environment["git"]
+    rows = [
+        ("device", f"{environment['device']['name']}, {environment['threads']} CPU threads"),
+        ("CUDA", environment["cuda"] and f"{environment['cuda']}, cuDNN {environment['cudnn']}"),
+        ("system", f"{environment['os']}, Python {environment['python']}"),
+        ("packages", ", ".join(f"{name} {version}" for name, version in environment["packages"].items())),
+        ("commit", git and git["commit"] + (" with changes" if git["dirty"] else "")),
+        ("command", "`{}`".format(" ".join(environment["command"]))),
+    ]
+    return [(label, value) for label, value in rows if value]
+
+
+def _captions(report: Mapping[str, Any]) -> Iterator[str]:
+    environment = report["environment"]
+    packages = environment["packages"]
+    yield _cost_sentence(report)
+    yield f"ema-seg {packages['ema-seg']}, torch {packages['torch']}, Python {environment['python']}"
+    if report["absent_classes"]:
+        yield _absent_sentence(report)
+
+
+def _cost_sentence(report: Mapping[str, Any]) -> str:
+    throughput = report["throughput"]
+    height, width = throughput["size"]
+    sentence = f"Measured at {height} x {width} in {throughput['precision']} on {throughput['device']}."
+    if entire := throughput["end_to_end"]:
+        sentence += (
+            f" End to end is from the files to the masks: batch {entire['batch_size']}, "
+            f"{entire['workers']} workers, {entire['images']} images."
+        )
+    return sentence
+
+
+def _absent_sentence(report: Mapping[str, Any]) -> str:
+    return f"In neither truth nor prediction, left out of the mean: {', '.join(report['absent_classes'])}."
+
+
+def _percent(fraction: float | None) -> str:
+    return "undefined" if fraction is None else f"{100 * fraction:.2f}"
+
+
+def _number(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    return f"{value:.{digits}f}"
