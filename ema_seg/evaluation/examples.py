@@ -82,7 +82,7 @@ def predict_examples(
             sample, score = dataset[index], records[index]["miou"]
             (prediction,) = segment(model, [sample["image"]], stride)
             example = Example(
-                title=f"{label}: {sample['name']}\nmIoU {100 * score:.1f}",
+                title=f"{label}: {sample['name']}, mIoU {100 * score:.1f}%",
                 image=denormalise(sample["image"], mean, std),
                 truth=sample["mask"].cpu().numpy(),
                 prediction=prediction.cpu().numpy(),

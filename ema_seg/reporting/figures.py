@@ -5,7 +5,7 @@ Drawn through Matplotlib's object interface, which needs no display and keeps no
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -59,7 +59,7 @@ def draw_confusion_matrix(report: Mapping[str, Any]) -> Figure:
 
     classes = report["classes"]
     side = float(np.clip(0.42 * len(classes), 4.5, 13))
-    figure = _new_figure(side + 1.6, side + 1.2)
+    figure = _new_figure(side + 1.6, side + 0.9, layout="compressed")
     axes = figure.add_subplot()
     # The square root brings out the confusions, which are small beside the diagonal.
     image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1), interpolation="nearest")
@@ -74,9 +74,9 @@ def draw_confusion_matrix(report: Mapping[str, Any]) -> Figure:
     axes.set_yticks(ticks, names, fontsize=size)
     if len(classes) <= _NUMBERED_CLASSES:
         _write_shares(axes, shares)
-    figure.colorbar(
-        image, ax=axes, fraction=0.04, pad=0.02, format=PercentFormatter(1), label="of the true pixels"
-    )
+    bar = figure.colorbar(image, ax=axes, fraction=0.05, aspect=30, pad=0.02, format=PercentFormatter(1))
+    bar.set_label("share of the true class's pixels", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
     return figure
 
 
@@ -87,7 +87,7 @@ def draw_class_iou(report: Mapping[str, Any]) -> Figure:
 
     columns = math.ceil(len(ranked) / _BARS_PER_COLUMN)
     height = math.ceil(len(ranked) / columns)
-    figure = _new_figure(1.5 + 5 * columns, 1.2 + 0.22 * height)
+    figure = _new_figure(1.5 + 5 * columns, 1.2 + 0.22 * height, layout="constrained")
     figure.suptitle(describe_model(report), fontsize=11)
     for index, axes in enumerate(np.ravel(figure.subplots(1, columns))):
         _draw_bars(axes, ranked[index * height : (index + 1) * height], report["miou"])
@@ -112,22 +112,25 @@ def draw_samples(
     heights = [width * row["truth"].shape[0] / row["truth"].shape[1] for row in rows]
     legend = _legend_patches(rows, classes, palette)
     legend_height = 0.2 * math.ceil(len(legend) / (2 * len(columns))) + 0.1
-    figure = _new_figure(width * len(columns) + 0.6, sum(heights) + 0.08 * len(rows) + legend_height + 0.5)
+    size = width * len(columns), sum(heights) + 0.3 * len(rows) + legend_height + 0.6
+    figure = _new_figure(*size, layout="compressed")
     grid = figure.subplots(len(rows), len(columns), squeeze=False, height_ratios=heights)
     for axes, name in zip(grid[0], columns, strict=True):
-        axes.set_title(name, fontsize=10)
+        axes.annotate(
+            name, (0.5, 1), (0, 18), "axes fraction", textcoords="offset points", ha="center", fontsize=10
+        )
     for axes_row, row in zip(grid, rows, strict=True):
         _draw_sample(axes_row, row, palette)
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(f"{title}\n", fontsize=11, linespacing=0.5)
     figure.legend(
         handles=legend, loc="outside lower center", ncols=2 * len(columns), fontsize=8, frameon=False
     )
     return figure
 
 
-def _new_figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _new_figure(width: float, height: float, layout: Literal["constrained", "compressed"]) -> Figure:
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
@@ -143,7 +146,8 @@ def _draw_bars(axes: Axes, bars: Sequence[Bar], mean: float | None) -> None:
     for place, (_, iou, colour) in enumerate(bars):
         axes.barh(place, iou or 0, height=0.75, color=_rgb(colour), edgecolor="0.25", linewidth=0.6)
         text = "absent" if iou is None else f"{100 * iou:.1f}"
-        axes.text((iou or 0) + 0.01, place, text, va="center", fontsize=8, color="0.25")
+        label = axes.text((iou or 0) + 0.012, place, text, va="center", fontsize=8, color="0.25")
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # keeps the mean's line off it
     axes.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.set(xlim=(0, 1.08), xlabel="IoU")
@@ -152,7 +156,10 @@ def _draw_bars(axes: Axes, bars: Sequence[Bar], mean: float | None) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if mean is not None:
         axes.axvline(mean, color="black", linestyle="--", linewidth=1, zorder=0)
-        axes.set_title(f"mIoU {100 * mean:.2f} %", fontsize=9)
+        above = axes.get_xaxis_transform()
+        axes.text(
+            mean, 1.01, f"mIoU {100 * mean:.2f}%", transform=above, ha="center", va="bottom", fontsize=9
+        )
 
 
 def _draw_sample(axes_row: Sequence[Axes], row: Example, palette: Sequence[Sequence[int]]) -> None:
@@ -164,13 +171,14 @@ def _draw_sample(axes_row: Sequence[Axes], row: Example, palette: Sequence[Seque
     ]
     for axes in axes_row:
         axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
+        axes.spines[:].set(color="0.7", linewidth=0.6)
     for axes, panel in zip(axes_row, panels, strict=False):
         axes.imshow(panel, interpolation="nearest")
-    axes_row[0].set_ylabel(row["title"], fontsize=8)
+    axes_row[0].set_title(row["title"], loc="left", fontsize=8, pad=3)
     if "weight_map" in row:
         image = axes_row[-1].imshow(row["weight_map"], cmap="viridis", vmin=0, vmax=1)
-        axes_row[-1].figure.colorbar(image, ax=axes_row[-1], fraction=0.04, pad=0.02)
+        bar = axes_row[-1].figure.colorbar(image, ax=axes_row[-1], ticks=(0, 0.5, 1), fraction=0.04, pad=0.02)
+        bar.ax.tick_params(labelsize=8)
 
 
 def _paint_errors(row: Example) -> np.ndarray:

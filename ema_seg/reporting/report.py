@@ -36,7 +36,7 @@ from typing import Any
 from ema_seg.errors import DataError
 from ema_seg.evaluation import Cost, Evaluation, Example
 from ema_seg.reporting.figures import draw_class_iou, draw_confusion_matrix, draw_samples
-from ema_seg.reporting.tables import render_markdown
+from ema_seg.reporting.tables import describe_model, render_markdown
 
 __all__ = ["SCHEMA", "build_report", "load_report", "write_report"]
 
@@ -111,7 +111,7 @@ def write_report(report: Mapping[str, Any], directory: str | Path, panel: Sequen
         "per_class_iou": draw_class_iou(report),
     }
     if panel:
-        figures["panel"] = draw_samples(panel, report["classes"], report["palette"])
+        figures["panel"] = draw_samples(panel, report["classes"], report["palette"], describe_model(report))
     else:
         # An earlier report's panel would show another model's predictions.
         (directory / "figures" / "panel.png").unlink(missing_ok=True)

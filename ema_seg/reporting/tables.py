@@ -1,5 +1,6 @@
 """A report as tables: on the terminal and in Markdown."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -39,13 +40,13 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    for name in ("score, %", "cost"):
+    for name in ("score", "cost"):
         table.add_column(name, overflow="fold")
         table.add_column("", justify="right", overflow="fold")
     for left, right in zip_longest(_score_rows(report), _cost_rows(report), fillvalue=("", "")):
         table.add_row(*left, *right)
     table.add_section()
-    table.add_row("[bold]IoU, %[/bold]")
+    table.add_row("[bold]IoU of each class[/bold]")
     rows = _class_rows(report)
     half = (len(rows) + 1) // 2
     for left, right in zip_longest(rows[:half], rows[half:], fillvalue=("", "")):
@@ -73,14 +74,14 @@ def _markdown_lines(report: Mapping[str, Any], figures: Sequence[str]) -> Iterat
     yield f"# {describe_model(report)}\n"
     yield from (f"- {label}: {value}" for label, value in _origin_rows(report))
     yield "\n## Scores\n"
-    yield from _markdown_table(("score", "%"), _score_rows(report))
+    yield from _markdown_table(("score", ""), _score_rows(report))
     if report["absent_classes"]:
         yield f"\n{_absent_sentence(report)}"
     yield "\n## Cost\n"
-    yield from _markdown_table(("", ""), _cost_rows(report))
+    yield from _markdown_table(("cost", ""), _cost_rows(report))
     yield f"\n{_cost_sentence(report)}"
     yield "\n## Classes\n"
-    yield from _markdown_table(("class", "IoU, %"), _class_rows(report))
+    yield from _markdown_table(("class", "IoU"), _class_rows(report))
     if figures:
         yield "\n## Figures\n"
         yield "\n\n".join(f"![{_FIGURES[name]}](figures/{name}.png)" for name in figures)
@@ -107,8 +108,8 @@ def _score_rows(report: Mapping[str, Any]) -> list[Row]:
 def _cost_rows(report: Mapping[str, Any]) -> list[Row]:
     throughput = report["throughput"]
     rows = [
-        ("parameters", f"{report['parameters']['total'] / 1e6:.2f} M"),
-        ("GMACs per image", f"{report['gmacs']:.2f}"),
+        ("parameters", f"{report['parameters']['total']:,}"),
+        ("GMACs per image", _number(report["gmacs"])),
     ]
     for entry in throughput["forward"]:
         batch = f"batch {entry['batch_size']}"
@@ -116,7 +117,7 @@ def _cost_rows(report: Mapping[str, Any]) -> list[Row]:
         rows += [
             (f"images/s, {batch}", _number(entry["images_per_second"])),
             (f"latency, {batch}", f"{_number(1e3 * latency['median'])} ms"),
-            ("  95th percentile", f"{_number(1e3 * latency['p95'])} ms"),
+            (f"latency p95, {batch}", f"{_number(1e3 * latency['p95'])} ms"),
             (f"peak memory, {batch}", f"{entry['peak_memory'] / 2**20:.1f} MiB"),
         ]
     if throughput["end_to_end"]:
@@ -166,7 +167,10 @@ def _captions(report: Mapping[str, Any]) -> Iterator[str]:
 def _cost_sentence(report: Mapping[str, Any]) -> str:
     throughput = report["throughput"]
     height, width = throughput["size"]
-    sentence = f"Measured at {height} x {width} in {throughput['precision']} on {throughput['device']}."
+    sentence = (
+        f"Measured at {height} x {width} in {throughput['precision']}, {throughput['memory_format']} layout, "
+        f"on {throughput['device']}."
+    )
     if entire := throughput["end_to_end"]:
         sentence += (
             f" End to end is from the files to the masks: batch {entire['batch_size']}, "
@@ -180,10 +184,10 @@ def _absent_sentence(report: Mapping[str, Any]) -> str:
 
 
 def _percent(fraction: float | None) -> str:
-    return "undefined" if fraction is None else f"{100 * fraction:.2f}"
+    return "undefined" if fraction is None else f"{100 * fraction:.2f}%"
 
 
 def _number(value: float) -> str:
-    """Three significant digits, without an exponent."""
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2
-    return f"{value:.{digits}f}"
+    """Three significant digits or more, without an exponent."""
+    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{max(digits, 0)}f}"
