@@ -29,6 +29,7 @@ __all__ = [
     "SegmentationDataset",
     "StreetDataset",
     "build_dataset",
+    "find_dataset_class",
 ]
 
 DATASETS = {
@@ -69,9 +70,7 @@ def build_dataset(
         ConfigError: The name, the split or an option is unknown.
         DataError: The files are not a data set of this kind.
     """
-    if name not in DATASETS:
-        raise ConfigError(f"data.name={name!r} is not a data set; choose from {', '.join(sorted(DATASETS))}.")
-    dataset_class = getattr(import_module(f"ema_seg.data.{name}"), DATASETS[name])
+    dataset_class = find_dataset_class(name)
     known = list(inspect.signature(dataset_class).parameters)[3:]  # after root, split and transform
     for option in options:
         if option not in known:
@@ -80,6 +79,13 @@ def build_dataset(
                 f" its options: {', '.join(known)}."
             )
     return dataset_class(root, split, transform, **options)
+
+
+def find_dataset_class(name: str) -> "type[SegmentationDataset]":
+    """The class of the data set that configs call ``name``; raises ConfigError where there is none."""
+    if name not in DATASETS:
+        raise ConfigError(f"data.name={name!r} is not a data set; choose from {', '.join(sorted(DATASETS))}.")
+    return getattr(import_module(f"{__name__}.{name}"), DATASETS[name])
 
 
 def __getattr__(name: str) -> Any:

@@ -179,7 +179,7 @@ def collate_crops(samples: list[TensorSample]) -> dict[str, Any]:
     for other in samples:
         if other["image"].shape != first["image"].shape:
             raise ConfigError(
-                f"training images differ in size after augmentation: {first['name']} is {_shape(first)} pixels"
+                f"training images differ in size when augmented: {first['name']} is {_shape(first)} pixels"
                 f" but {other['name']} {_shape(other)}; crop all to one size, as CategoryLimitedCrop does."
             )
     return {

@@ -1,0 +1,205 @@
+"""Verify a whole data set: ``python -m ema_seg.data.check cityscapes <root>``.
+
+Every file of every split is decoded, and its size, its mask values and its pairing are checked. Printed are
+a table per split of how often each class occurs, and every defect on a line of its own. The exit status is 1
+if there is a defect, else 0.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch.utils.data import DataLoader, Dataset
+
+from ema_seg.data import DATASETS, build_dataset, find_dataset_class
+from ema_seg.data.base import IGNORE_INDEX, MissingSplitError, SegmentationDataset
+from ema_seg.errors import DataError, EmaSegError
+
+__all__ = ["SplitReport", "check_split", "main"]
+
+
+class _Finding(NamedTuple):
+    """What checking one pair of files found."""
+
+    pixels: NDArray[np.int64]
+    """Pixels by train id, 256."""
+    defects: list[str]
+
+
+@dataclass
+class SplitReport:
+    """The result of checking a split."""
+
+    split: str
+    classes: tuple[str, ...]
+    images: int
+    defects: list[str]
+    """One sentence each; empty if the split is sound."""
+    pixels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
+    """Pixels by train id in all readable masks, 256."""
+    images_with: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
+    """Images that contain the train id, 256."""
+
+    def table(self) -> Table:
+        """The share of the labelled pixels and the number of images of each class."""
+        labelled = self.pixels[:IGNORE_INDEX].sum()
+        table = Table(title=f"{self.split}: {self.images} images", title_justify="left")
+        table.add_column("id", justify="right")
+        table.add_column("class", no_wrap=True)
+        table.add_column("pixels %", justify="right")
+        table.add_column("images", justify="right")
+        for train_id, name in enumerate(self.classes):
+            share = f"{100 * self.pixels[train_id] / labelled:.3f}" if labelled else "-"
+            table.add_row(str(train_id), name, share, str(self.images_with[train_id]))
+        ignored = 100 * self.pixels[IGNORE_INDEX] / max(self.pixels.sum(), 1)
+        table.caption = f"ignored: {ignored:.3f} % of all pixels, which the percentages above leave out"
+        table.caption_justify = "left"
+        return table
+
+
+class _Findings(Dataset[_Finding]):
+    """Checks the pair at an index, so that a DataLoader spreads the work over processes."""
+
+    def __init__(self, dataset: SegmentationDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> _Finding:
+        defects: list[str] = []
+        pixels = np.zeros(256, dtype=np.int64)
+        image = mask = None
+        try:
+            image = self.dataset.read_image(index)
+        except DataError as error:
+            defects.append(str(error))
+        if self.dataset.pairs[index].mask is None:
+            return _Finding(pixels, defects)
+        try:
+            mask = self.dataset.read_mask(index)
+            pixels = np.bincount(mask.ravel(), minlength=256)
+            if image is not None:
+                self.dataset.check_sizes(index, image, mask)
+        except DataError as error:
+            defects.append(str(error))
+        return _Finding(pixels, defects)
+
+
+def check_split(
+    dataset: SegmentationDataset, workers: int = 0, progress: Progress | None = None
+) -> SplitReport:
+    """Decode and check every file of a split.
+
+    Args:
+        dataset: The split, made with ``allow_unpaired=True``.
+        workers: Worker processes; 0 checks in this one.
+        progress: Where to show progress, if anywhere.
+    """
+    report = SplitReport(dataset.split, dataset.classes, len(dataset), list(dataset.unpaired))
+    findings: Any = DataLoader(_Findings(dataset), batch_size=None, num_workers=workers, collate_fn=_as_is)
+    if progress is not None:
+        findings = progress.track(findings, total=len(dataset), description=dataset.split)
+    for finding in findings:
+        report.pixels += finding.pixels
+        report.images_with += finding.pixels > 0
+        report.defects += finding.defects
+    return report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    options = _parse(arguments)
+    try:
+        datasets, defects = _open_splits(options)
+    except EmaSegError as error:
+        print(error, file=sys.stderr)
+        return 1
+    reports = [_check_with_progress(dataset, options.workers) for dataset in datasets]
+    console = Console()
+    for report in reports:
+        console.print(report.table())
+        defects += report.defects
+    # Not through the console, which would break long lines.
+    for defect in defects:
+        print(defect)
+    print(
+        f"{options.name} at {options.root}: {len(defects) or 'no'} defect{'' if len(defects) == 1 else 's'}"
+    )
+    return 1 if defects else 0
+
+
+def _check_with_progress(dataset: SegmentationDataset, workers: int) -> SplitReport:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        return check_split(dataset, workers, progress)
+
+
+def _open_splits(options: argparse.Namespace) -> tuple[list[SegmentationDataset], list[str]]:
+    """The asked split or all that exist, and the errors of those that exist but cannot be opened.
+
+    Raises:
+        EmaSegError: Not one split can be opened; this is the first one's error.
+    """
+    datasets: list[SegmentationDataset] = []
+    errors: list[DataError] = []
+    for split in [options.split] if options.split else find_dataset_class(options.name).splits:
+        try:
+            dataset = build_dataset(options.name, options.root, split, allow_unpaired=True, **options.options)
+        except DataError as error:
+            errors.append(error)
+        else:
+            datasets.append(dataset)
+    if not datasets:
+        raise errors[0]
+    return datasets, [str(error) for error in errors if not isinstance(error, MissingSplitError)]
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m ema_seg.data.check", description="Verify every file of a data set."
+    )
+    parser.add_argument("name", choices=sorted(DATASETS), help="the data set")
+    parser.add_argument("root", help="its folder or archive")
+    parser.add_argument(
+        "options",
+        nargs="*",
+        type=_parse_option,
+        metavar="key=value",
+        help="the data set's options, such as coarse=true",
+    )
+    parser.add_argument("--split", help="check this split only")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(os.cpu_count() or 1, 8),
+        help="worker processes (default: %(default)s)",
+    )
+    parsed = parser.parse_intermixed_args(arguments)
+    parsed.options = dict(parsed.options)
+    return parsed
+
+
+def _parse_option(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
+    return key, yaml.safe_load(value)  # the types that the option would have in a config
+
+
+def _as_is(finding: Any) -> Any:
+    # The DataLoader's own conversion would turn the counts into tensors.
+    return finding
+
+
+if __name__ == "__main__":
+    sys.exit(main())

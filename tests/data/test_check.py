@@ -1,0 +1,104 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ema_seg.data.check import main
+from tests.data.builders import (
+    random_image,
+    random_mask,
+    save,
+    truncate,
+    write_cityscapes,
+    write_split_folder,
+)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_split_folder(tmp_path, "train", [f"t{index}" for index in range(5)], list(range(12)))
+    return write_split_folder(tmp_path, "val", ["v0", "v1"], [0, 3, 11])
+
+
+def test_a_sound_data_set_passes_with_class_frequencies(root: Path) -> None:
+    command = [sys.executable, "-m", "ema_seg.data.check", "camvid", str(root), "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "train: 5 images" in done.stdout and "val: 2 images" in done.stdout
+    assert "bicyclist" in done.stdout and "no defects" in done.stdout
+
+
+def test_frequencies_leave_ignored_pixels_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "train/images/a.png", random_image(0, 4, 4))
+    mask = random_mask([11], height=4, width=4)
+    mask[0] = (0, 0, 0, 3)
+    save(tmp_path / "train/masks/a.png", mask)
+    assert main(["camvid", str(tmp_path), "--workers", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cells = {line.split("│")[2].strip(): line.split("│")[3:5] for line in lines if line.count("│") == 5}
+    assert [cell.strip() for cell in cells["sky"]] == ["75.000", "1"]
+    assert [cell.strip() for cell in cells["road"]] == ["25.000", "1"]
+    assert [cell.strip() for cell in cells["car"]] == ["0.000", "0"]
+    assert any("ignored: 75.000 %" in line for line in lines)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_all_defects_are_listed(root: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
+    (root / "train/masks/t0.png").unlink()
+    truncate(root / "train/images/t1.jpg")
+    save(root / "train/masks/t1.png", random_mask([77]))
+    save(root / "train/masks/t2.png", random_mask([0], height=5))
+    (root / "train/masks/t3.png").write_bytes(b"")
+    save(root / "val/masks/v1.png", random_image(0))
+    assert main(["camvid", str(root), "--workers", workers]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    expected = [
+        "t0.jpg: the image has no mask",
+        "t1.jpg: cannot be decoded as an image",
+        "t1.png: mask value 77",
+        "t2.png: the mask is 16 x 5 pixels",
+        "t3.png: cannot be decoded as a mask",
+        "v1.png: is a colour image",
+    ]
+    for sentence in expected:
+        assert len([line for line in lines if sentence in line]) == 1, sentence
+    assert lines[-1].endswith("6 defects")
+
+
+def test_a_split_can_be_chosen(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "train/masks/t0.png").unlink()
+    assert main(["camvid", str(root), "--split", "val", "--workers", "0"]) == 0
+    assert main(["camvid", str(root), "--split", "test", "--workers", "0"]) == 1
+    assert "no images in test/images/; splits with images: train, val" in capsys.readouterr().err
+
+
+def test_options_reach_the_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_cityscapes(tmp_path, "train", ["aachen_000000_000019"], [7])
+    write_cityscapes(tmp_path, "train_extra", ["erlangen_000000_000000"], [7], labels="gtCoarse")
+    assert main(["cityscapes", str(tmp_path), "--workers", "0", "coarse=true"]) == 0
+    assert "train: 2 images" in capsys.readouterr().out
+    assert main(["cityscapes", str(tmp_path), "fine=true"]) == 1
+    assert "data.fine=True is not an option" in capsys.readouterr().err
+
+
+def test_labels_missing_from_a_split_are_a_defect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_cityscapes(tmp_path, "val", ["munster_000000_000019"], [7])
+    save(tmp_path / "leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png", random_image(0))
+    assert main(["cityscapes", str(tmp_path), "--workers", "0"]) == 1
+    output = capsys.readouterr().out
+    assert "val: 1 images" in output and "the split 'train' has images but no labels" in output
+
+
+def test_a_wrong_root_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ade20k", str(tmp_path / "nowhere")]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1 and "nowhere: no such file or folder" in captured.err
+
+
+@pytest.mark.parametrize("arguments", [["pascal", "root"], ["camvid", "root", "coarse"]])
+def test_a_wrong_command_line_shows_the_usage(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2

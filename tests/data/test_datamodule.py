@@ -1,0 +1,135 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ema_seg.data import SegmentationDataModule
+from ema_seg.errors import ConfigError, DataError
+from tests.data.builders import random_image, random_mask, save, write_split_folder
+
+CROP = {"crop": {"transform": "CategoryLimitedCrop", "height": 8, "width": 10}}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_split_folder(tmp_path, "train", [f"t{index}" for index in range(7)], [0, 1])
+    write_split_folder(tmp_path, "val", ["v0", "v1"], [0, 1])
+    save(tmp_path / "val/images/v2.jpg", random_image(2, 20, 30))
+    save(tmp_path / "val/masks/v2.png", random_mask([0, 1], 2, 20, 30))
+    write_split_folder(tmp_path, "test", ["x0"], [0, 1])
+    (tmp_path / "classes.yaml").write_text("[background, leaf]")
+    return tmp_path
+
+
+def make_module(root: Path, **changes: Any) -> SegmentationDataModule:
+    arguments: dict[str, Any] = {
+        "name": "folder",
+        "root": root,
+        "batch_size": 3,
+        "evaluation_batch_size": 2,
+        "workers": 0,
+        "augmentation": CROP,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.25, 0.25, 0.25),
+    }
+    return SegmentationDataModule(**arguments | changes)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_batches_are_stacked_crops(root: Path, workers: int) -> None:
+    module = make_module(root, workers=workers)
+    module.setup("fit")
+    batches = list(module.train_dataloader())
+    assert len(batches) == 2  # the seventh image does not fill a batch
+    assert batches[0]["image"].shape == (3, 3, 8, 10) and batches[0]["image"].dtype == torch.float32
+    assert batches[0]["mask"].shape == (3, 8, 10) and batches[0]["mask"].dtype == torch.int64
+    names = [name for batch in batches for name in batch["name"]]
+    assert len(set(names)) == 6
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_batches_keep_every_image_and_its_size(root: Path, workers: int) -> None:
+    module = make_module(root, workers=workers)
+    module.setup("validate")
+    batches = list(module.val_dataloader())
+    assert [name for batch in batches for name in batch["name"]] == ["v0", "v1", "v2"]
+    assert [tuple(image.shape) for batch in batches for image in batch["image"]] == [
+        (3, 12, 16),
+        (3, 12, 16),
+        (3, 20, 30),
+    ]
+    assert batches[1]["mask"][0].shape == (20, 30)
+
+
+def test_test_batches_come_from_the_evaluation_split(root: Path) -> None:
+    module = make_module(root)
+    module.setup("test")
+    assert module.test_dataset is module.val_dataset
+    module = make_module(root, evaluation_split="test")
+    module.setup("test")
+    assert [batch["name"] for batch in module.test_dataloader()] == [["x0"]]
+
+
+def test_describes_the_classes(root: Path) -> None:
+    module = make_module(root)
+    assert module.classes == ("background", "leaf")
+    assert module.num_classes == len(module.palette) == 2
+
+
+def test_datasets_are_built_once(root: Path) -> None:
+    module = make_module(root)
+    module.setup("fit")
+    built = module.train_dataset, module.val_dataset
+    module.setup("fit")
+    assert (module.train_dataset, module.val_dataset) == built
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_seed_decides_order_and_crops(root: Path, workers: int) -> None:
+    def epochs(seed: int) -> list[Any]:
+        torch.manual_seed(seed)
+        module = make_module(root, workers=workers)
+        loader = module.train_dataloader()
+        return [[(batch["name"], batch["image"].sum().item()) for batch in loader] for _ in range(2)]
+
+    first = epochs(1)
+    assert first == epochs(1)
+    assert first[0] != first[1]
+    assert first != epochs(2)
+
+
+def test_dataset_options_are_passed_on(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text("[soil, plant]")
+    assert make_module(root, classes=tmp_path / "other.yaml").classes == ("soil", "plant")
+    with pytest.raises(ConfigError, match=r"data\.coarse=True is not an option"):
+        make_module(root, coarse=True).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("batch_size", 0), ("evaluation_batch_size", 1.5), ("workers", -1), ("batch_size", True)],
+)
+def test_a_number_out_of_range_is_named(root: Path, key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.{key}={value} must be a whole number of at least"):
+        make_module(root, **{key: value})
+
+
+def test_a_batch_larger_than_the_data_set_is_named(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.batch_size=8 is more than the 7 training images"):
+        make_module(root, batch_size=8).setup("fit")
+    make_module(root, batch_size=7).setup("fit")
+
+
+def test_training_without_a_crop_to_one_size_is_named(root: Path) -> None:
+    save(root / "train/images/t0.jpg", random_image(0, 20, 30))
+    save(root / "train/masks/t0.png", random_mask([0], 0, 20, 30))
+    module = make_module(root, augmentation={}, batch_size=7)
+    with pytest.raises(ConfigError, match=r"differ in size when augmented: .*30 x 20.* crop all to one size"):
+        next(iter(module.train_dataloader()))
+
+
+def test_setup_fails_early_on_missing_data(root: Path) -> None:
+    (root / "val/masks/v0.png").unlink()
+    with pytest.raises(DataError, match=r"v0\.jpg: the image has no mask"):
+        make_module(root).setup("fit")

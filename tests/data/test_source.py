@@ -1,0 +1,85 @@
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from ema_seg.data.source import File, FolderSource, Source, ZipSource
+from ema_seg.errors import DataError
+
+FILES = {"a/x.txt": b"one", "a/b/y.txt": b"two", "c/z.txt": b"three"}
+UNLISTED = ["a/.hidden", "a/Thumbs.db", "__MACOSX/a/x.txt", ".git/config"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> FolderSource:
+    for name in [*FILES, *UNLISTED]:
+        path = tmp_path / "folder" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(FILES.get(name, b""))
+    return FolderSource(tmp_path / "folder")
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> ZipSource:
+    with zipfile.ZipFile(tmp_path / "files.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.mkdir("a")
+        for name in [*FILES, *UNLISTED]:
+            packed.writestr(name, FILES.get(name, b""))
+    return ZipSource(tmp_path / "files.zip")
+
+
+@pytest.fixture(params=["folder", "archive"])
+def source(request: pytest.FixtureRequest) -> Source:
+    return request.getfixturevalue(request.param)
+
+
+def test_lists_and_reads_the_same_names_from_folder_and_archive(source: Source) -> None:
+    assert source.files("") == ["a/b/y.txt", "a/x.txt", "c/z.txt"]
+    assert source.files("a") == ["a/b/y.txt", "a/x.txt"]
+    assert source.files("nowhere") == []
+    assert [source.read(name) for name in FILES] == list(FILES.values())
+
+
+def test_a_missing_file_is_named(source: Source) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.txt"):
+        source.read("a/nowhere.txt")
+
+
+def test_files_survive_pickling(source: Source) -> None:
+    file = File(source, "a/x.txt")
+    file.read()  # so that an archive is open
+    again = pickle.loads(pickle.dumps(file))
+    assert again.read() == b"one"
+    assert str(again) == str(file) == str(source.path / "a/x.txt")
+
+
+def test_an_archive_is_opened_once_per_process(archive: ZipSource) -> None:
+    archive.read("a/x.txt")
+    opened = archive._open()
+    assert archive._open() is opened
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:  # the child reports whether it opened a handle of its own, and what it read
+        os.write(writer, b"%d" % (archive._open() is not opened) + archive.read("c/z.txt"))
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 100) == b"1three"
+    assert archive.read("a/b/y.txt") == b"two"
+
+
+def test_a_damaged_member_is_named(archive: ZipSource) -> None:
+    content = bytearray(archive.path.read_bytes())
+    with zipfile.ZipFile(archive.path) as packed:
+        info = packed.getinfo("c/z.txt")
+    content[info.header_offset + 30 + len(info.filename)] ^= 0xFF
+    archive.path.write_bytes(content)
+    with pytest.raises(DataError, match=r"files\.zip.c.z\.txt: cannot be read from the archive"):
+        archive.read("c/z.txt")
+
+
+def test_a_file_that_is_no_archive_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.zip").write_bytes(b"not a zip")
+    with pytest.raises(DataError, match=r"broken\.zip: cannot be opened as a zip archive"):
+        ZipSource(tmp_path / "broken.zip").files("")
