@@ -20,7 +20,7 @@ __all__ = ["ConfusionMatrix", "Scores"]
 
 
 class Scores(TypedDict):
-    """What `ConfusionMatrix.compute` returns; all are fractions in [0, 1], `nan` where undefined."""
+    """What ``ConfusionMatrix.compute`` returns; all are fractions in [0, 1], ``nan`` where undefined."""
 
     miou: float
     iou: list[float]
@@ -97,15 +97,15 @@ class ConfusionMatrix:
     def compute(self) -> Scores:
         """Derive the scores from the counts.
 
-        * `iou` of a class: intersection / union of its true and predicted pixels. A class without a pixel in
-          truth or prediction has no union and so no IoU (`nan`); one that is predicted though it never
+        * ``iou`` of a class: intersection / union of its true and predicted pixels. A class without a pixel
+          in truth or prediction has no union and so no IoU (``nan``); one that is predicted though it never
           occurs scores 0.
-        * `miou`: the mean over the classes that have an IoU.
-        * `mean_accuracy`: the mean accuracy (recall) over the classes that occur in the truth.
-        * `pixel_accuracy`: the fraction of labelled pixels predicted right.
-        * `fw_iou`: the IoUs' mean, weighted by how frequent each class is in the truth.
+        * ``miou``: the mean over the classes that have an IoU.
+        * ``mean_accuracy``: the mean accuracy (recall) over the classes that occur in the truth.
+        * ``pixel_accuracy``: the fraction of labelled pixels predicted right.
+        * ``fw_iou``: the IoUs' mean, weighted by how frequent each class is in the truth.
 
-        Without a single labelled pixel every score is `nan`.
+        Without a single labelled pixel every score is ``nan``.
         """
         matrix = self.matrix.cpu().numpy()
         correct, truth = matrix.diagonal(), matrix.sum(axis=1)

@@ -27,7 +27,7 @@ _MEMORY_METHODS = {
 
 
 class Cost(TypedDict):
-    """What `measure_cost` returns."""
+    """What ``measure_cost`` returns."""
 
     parameters: dict[str, int]
     gmacs: float
@@ -49,7 +49,7 @@ def measure_cost(
 ) -> Cost:
     """Measure a model at one image size, in evaluation mode, precision and memory layout as evaluated.
 
-    Forward passes alone are timed on random images, for batches of 1 and of `batch_size`. With a loader the
+    Forward passes alone are timed on random images, for batches of 1 and of ``batch_size``. With a loader the
     whole way is timed too: read and decode the files, transform, pad, copy to the device, forward, argmax,
     and copy the masks back.
 
@@ -59,18 +59,19 @@ def measure_cost(
         stride: what the model needs height and width to be multiples of.
         batch_size: the second batch size to measure.
         device: where to run.
-        precision: see `autocast`.
-        loader: the evaluation's loader, as `evaluate` takes it; None leaves the end-to-end measurement out.
+        precision: see ``autocast``.
+        loader: the evaluation's loader, as ``evaluate`` takes it; None leaves the end-to-end measurement out.
         warmup: forward passes before the timed ones.
         min_repeats: timed forward passes at least.
         budget: seconds after which no further pass starts, divided equally between the measurements.
 
     Returns:
-        A dict of plain values: `parameters` (`total`, `trainable`), `gmacs` of one image (see `count_macs`),
-        and `throughput`, which holds the settings (`device`, `precision`, `memory_format`, `size`,
-        `padded_size`, `memory_method`), `forward`, a list with an entry for each batch size
-        (`images_per_second`, `latency` in seconds per batch as `median` and `p95`, `peak_memory` in bytes),
-        and `end_to_end` (`images_per_second` and how it was loaded; None without a loader).
+        A dict of plain values: ``parameters`` (``total``, ``trainable``), ``gmacs`` of one image (see
+        ``count_macs``), and ``throughput``, which holds the settings (``device``, ``precision``,
+        ``memory_format``, ``size``, ``padded_size``, ``memory_method``), ``forward``, a list with an entry
+        for each batch size (``images_per_second``, ``latency`` in seconds per batch as ``median`` and
+        ``p95``, ``peak_memory`` in bytes), and ``end_to_end`` (``images_per_second`` and how it was loaded;
+        None without a loader).
 
     Raises:
         ConfigError: a number is not positive.
@@ -117,7 +118,7 @@ def measure_cost(
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Count the weights: `total` and those that are `trainable`; a shared one counts once."""
+    """Count the weights: ``total`` and those that are ``trainable``; a shared one counts once."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return {
         "total": sum(size for size, _ in sizes),
@@ -128,19 +129,24 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 def count_macs(model: nn.Module, images: Tensor) -> int:
     """Count the multiply-accumulate operations of a forward pass.
 
-    As PyTorch's `torch.utils.flop_counter` counts them: convolutions, matrix products and attention.
+    As PyTorch's ``torch.utils.flop_counter`` counts them: convolutions, matrix products and attention.
     Element-wise operations, normalisation, pooling and interpolation count nothing.
 
     Args:
         model: the model, in the mode it is to be counted in.
         images: its input, float B x 3 x H x W.
     """
-    # Fused attention kernels hide their matrix products from the counter on some devices, so the count takes
-    # the plain path; and `no_grad`, because inference mode hides the parts of composite operations.
+    # Compiled code and, on some devices, fused attention hide their matrix products from the counter, so the
+    # count takes the plain path; and ``no_grad``, as inference mode hides the parts of composite operations.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with (
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
             model(images)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -153,7 +159,7 @@ def measure_peak_memory(model: nn.Module, images: Tensor) -> int:
     Counted are the weights, the buffers, the input, and what the pass allocates. On a CUDA device the caching
     allocator tells the latter, workspaces of kernels included. Elsewhere it is the size of all tensors alive
     between two operations, which is exact and does not depend on the number of threads, but does not see what
-    an operation allocates and releases within itself.
+    an operation allocates and releases within itself; a compiled model is followed uncompiled there.
 
     Args:
         model: the model, on the images' device and in the mode it is to be measured in.
@@ -162,7 +168,7 @@ def measure_peak_memory(model: nn.Module, images: Tensor) -> int:
     resident = [*model.parameters(), *model.buffers(), images]
     torch.clear_autocast_cache()  # casts of the weights are part of the pass
     if images.device.type != "cuda":
-        with torch.no_grad(), _LiveBytes(resident) as live:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), _LiveBytes(resident) as live:
             model(images)
         return live.peak
     torch.cuda.synchronize(images.device)
@@ -260,14 +266,14 @@ def time_end_to_end(model: nn.Module, loader: DataLoader, stride: int, budget: f
     """Time the way from the files to the masks, over the data set or until the budget is spent.
 
     Args:
-        model: see `measure_cost`; used as it is found.
-        loader: see `measure_cost`.
-        stride: see `measure_cost`.
+        model: see ``measure_cost``; used as it is found.
+        loader: see ``measure_cost``.
+        stride: see ``measure_cost``.
         budget: seconds after which no further batch starts.
 
     Returns:
-        A dict of `images_per_second`, the `images` that were timed, the loader's `batch_size` and `workers`,
-        and the `warmup_batches` that were not timed.
+        A dict of ``images_per_second``, the ``images`` that were timed, the loader's ``batch_size`` and
+        ``workers``, and the ``warmup_batches`` that were not timed.
 
     Raises:
         DataError: the loader gives no image.

@@ -31,9 +31,10 @@ def describe_environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         device: where the model runs.
 
     Returns:
-        A dict of plain values, ready for JSON: `python`, `os`, `packages` (version by name, None if not
-        installed), `device` (type and name), `threads`, `cuda` and `cudnn` (None without), `git` (`commit` of
-        the running code and whether it is `dirty`; None outside a git checkout) and `command`.
+        A dict of plain values, ready for JSON: ``python``, ``os``, ``packages`` (version by name, None if not
+        installed), ``device`` (type and name), ``threads``, ``cuda`` and ``cudnn`` (None without), ``git``
+        (``commit`` of the running code and whether it is ``dirty``; None outside a git checkout) and
+        ``command``.
     """
     return {
         "python": platform.python_version(),
@@ -63,7 +64,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    """The CPU's product name; `platform.processor` does not know it on Linux."""
+    """The CPU's product name; ``platform.processor`` does not know it on Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

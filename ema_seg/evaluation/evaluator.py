@@ -28,7 +28,7 @@ class ImageRecord(TypedDict):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The outcome of `evaluate`.
+    """The outcome of ``evaluate``.
 
     Attributes:
         confusion: the counts over all images.
@@ -55,11 +55,11 @@ def evaluate(
 
     Args:
         model: maps float B x 3 x H x W to logits B x K x H x W.
-        loader: batches of lists `image` (normalised float 3 x H x W), `mask` (int64 H x W) and `name`.
+        loader: batches of lists ``image`` (normalised float 3 x H x W), ``mask`` (int64 H x W) and ``name``.
         classes: the names of the K classes.
         stride: what the model needs height and width to be multiples of.
         device: where to run.
-        precision: see `autocast`.
+        precision: see ``autocast``.
         progress: show a progress bar if the output is a terminal.
 
     Raises:

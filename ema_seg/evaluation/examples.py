@@ -17,7 +17,7 @@ __all__ = ["Example", "choose_examples", "denormalise", "predict_examples"]
 class Example(TypedDict):
     """One image to be drawn: uint8 RGB H x W x 3, with its masks as integers H x W (255 = ignored).
 
-    `weight_map` is what an attention block weighs each pixel with, float H x W in [0, 1].
+    ``weight_map`` is what an attention block weighs each pixel with, float H x W in [0, 1].
     """
 
     title: str
@@ -40,7 +40,7 @@ def choose_examples(records: Sequence[ImageRecord]) -> dict[str, int]:
     than three scored images give fewer examples.
 
     Returns:
-        Index into `records` by "best", "median" and "worst", in this order.
+        Index into ``records`` by "best", "median" and "worst", in this order.
     """
     scored = [index for index, record in enumerate(records) if not math.isnan(record["miou"])]
     ranked = sorted(scored, key=lambda index: -records[index]["miou"])
@@ -71,9 +71,9 @@ def predict_examples(
         records: the evaluation's records, in the data set's order.
         mean: the mean colour that the transform subtracts, per channel, for images in [0, 1].
         std: the deviation that it divides by.
-        stride: see `evaluate`.
-        device: see `evaluate`.
-        precision: see `evaluate`.
+        stride: see ``evaluate``.
+        device: see ``evaluate``.
+        precision: see ``evaluate``.
     """
     device = torch.device(device)
     examples: list[Example] = []

@@ -33,7 +33,7 @@ def autocast(device: torch.device | str, precision: str) -> AbstractContextManag
 
     Args:
         device: where the model runs.
-        precision: one of `PRECISIONS`; "32-true" leaves every operation as it is.
+        precision: one of ``PRECISIONS``; "32-true" leaves every operation as it is.
 
     Raises:
         ConfigError: the precision is not known.
@@ -48,7 +48,7 @@ def autocast(device: torch.device | str, precision: str) -> AbstractContextManag
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode and every module back into its own mode afterwards.
 
-    Module by module, because `model.train()` would also wake normalisation layers that are frozen on purpose.
+    Module by module, because ``model.train()`` would also wake normalisation layers frozen on purpose.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -66,7 +66,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def memory_format_of(model: nn.Module) -> torch.memory_format:
-    """`torch.channels_last` if the model's convolution weights are laid out so, else contiguous.
+    """``torch.channels_last`` if the model's convolution weights are laid out so, else contiguous.
 
     The weights of 1x1 convolutions fit both layouts and so tell nothing.
     """
@@ -86,7 +86,7 @@ def pad_to_stride(images: Tensor, stride: int) -> Tensor:
         stride: what height and width must be multiples of.
 
     Returns:
-        A tensor B x C x H' x W'; `images` itself where nothing is missing.
+        A tensor B x C x H' x W'; ``images`` itself where nothing is missing.
     """
     height, width = images.shape[-2:]
     bottom, right = -height % stride, -width % stride
@@ -98,8 +98,8 @@ def predict(model: nn.Module, images: Sequence[Tensor], stride: int) -> list[Ten
     """Compute the logits of images that may differ in size.
 
     Images of equal size are forwarded together: each such batch is padded to the stride (see
-    `pad_to_stride`) and its logits are cropped back. The model is used as it is found: its mode, its device,
-    its memory layout, and the autocast context around the call.
+    ``pad_to_stride``) and its logits are cropped back. The model is used as it is found: its mode, its
+    device, its memory layout, and the autocast context around the call.
 
     Args:
         model: maps float B x 3 x H x W, with H and W multiples of the stride, to logits B x K x H x W.
@@ -132,7 +132,7 @@ def predict(model: nn.Module, images: Sequence[Tensor], stride: int) -> list[Ten
 
 
 def segment(model: nn.Module, images: Sequence[Tensor], stride: int) -> list[Tensor]:
-    """Predict the most likely class of every pixel; see `predict`.
+    """Predict the most likely class of every pixel; see ``predict``.
 
     Returns:
         One int64 tensor H x W for each image, on the model's device.

@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 __all__ = ["describe_model", "print_report", "render_markdown"]
 
@@ -34,8 +35,8 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
         console: where to print; standard output by default, 80 columns wide if it is no terminal.
     """
     table = Table(
-        title=describe_model(report),
-        caption="\n".join(_captions(report)),
+        title=Text(describe_model(report)),
+        caption=Text("\n".join(_captions(report))),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -43,15 +44,19 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
     for name in ("score", "cost"):
         table.add_column(name, overflow="fold")
         table.add_column("", justify="right", overflow="fold")
-    for left, right in zip_longest(_score_rows(report), _cost_rows(report), fillvalue=("", "")):
-        table.add_row(*left, *right)
+    _add_rows(table, _score_rows(report), _cost_rows(report))
     table.add_section()
-    table.add_row("[bold]IoU of each class[/bold]")
+    table.add_row(Text("IoU of each class", style="bold"))
     rows = _class_rows(report)
     half = (len(rows) + 1) // 2
-    for left, right in zip_longest(rows[:half], rows[half:], fillvalue=("", "")):
-        table.add_row(*left, *right)
+    _add_rows(table, rows[:half], rows[half:])
     (console or Console()).print(table)
+
+
+def _add_rows(table: Table, left: Sequence[Row], right: Sequence[Row]) -> None:
+    for cells in zip_longest(left, right, fillvalue=("", "")):
+        # As text, because the name of a class may hold brackets, which rich would take for markup.
+        table.add_row(*(Text(cell) for pair in cells for cell in pair))
 
 
 def render_markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
@@ -144,11 +149,12 @@ def _origin_rows(report: Mapping[str, Any]) -> list[Row]:
 
 def _environment_rows(environment: Mapping[str, Any]) -> list[Row]:
     git = environment["git"]
+    packages = [f"{name} {version}" for name, version in environment["packages"].items() if version]
     rows = [
         ("device", f"{environment['device']['name']}, {environment['threads']} CPU threads"),
         ("CUDA", environment["cuda"] and f"{environment['cuda']}, cuDNN {environment['cudnn']}"),
         ("system", f"{environment['os']}, Python {environment['python']}"),
-        ("packages", ", ".join(f"{name} {version}" for name, version in environment["packages"].items())),
+        ("packages", ", ".join(packages)),
         ("commit", git and git["commit"] + (" with changes" if git["dirty"] else "")),
         ("command", "`{}`".format(" ".join(environment["command"]))),
     ]
