@@ -52,7 +52,7 @@ _MODULES = {
 
 def build_dataset(
     name: str,
-    root: str | os.PathLike[str],
+    root: str | os.PathLike[str] | None,
     split: str = "train",
     transform: Callable[["Sample"], Any] | None = None,
     **options: Any,
@@ -61,24 +61,27 @@ def build_dataset(
 
     Args:
         name: A key of :data:`DATASETS`.
-        root: The data set's folder or archive.
+        root: The data set's folder or archive; None is possible only for the data set that is generated.
         split: "train", "val" or "test".
         transform: Maps a sample to what indexing returns.
         **options: The class's own keyword arguments.
 
     Raises:
-        ConfigError: The name, the split or an option is unknown.
+        ConfigError: The name, the split or an option is unknown, or the root is not given.
         DataError: The files are not a data set of this kind.
     """
     dataset_class = find_dataset_class(name)
-    known = list(inspect.signature(dataset_class).parameters)[3:]  # after root, split and transform
+    parameters = inspect.signature(dataset_class).parameters
+    if root is None and parameters["root"].default is inspect.Parameter.empty:
+        raise ConfigError(f"data.root is not set; expected {dataset_class.layout}.")
+    known = list(parameters)[3:]  # after root, split and transform
     for option in options:
         if option not in known:
             raise ConfigError(
                 f"data.{option}={options[option]!r} is not an option of the data set {name!r};"
                 f" its options: {', '.join(known)}."
             )
-    return dataset_class(root, split, transform, **options)
+    return dataset_class(root, split, transform, **options)  # type: ignore[arg-type]  # some take a root of None
 
 
 def find_dataset_class(name: str) -> "type[SegmentationDataset]":

@@ -86,8 +86,7 @@ class SegmentationDataset(Dataset[Any]):
         split: One of ``splits``.
         transform: Maps a :class:`Sample` to what indexing returns; None returns the sample itself.
         allow_unpaired: Go on without the images or masks that have no counterpart, listing them in
-            ``unpaired``,
-            instead of raising. This is for the data check, which reports all defects of a data set together.
+            ``unpaired``, instead of raising. This is for the data check, which reports all defects together.
 
     Raises:
         ConfigError: The split is not one of ``splits``.

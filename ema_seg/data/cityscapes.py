@@ -72,8 +72,7 @@ class CityscapesDataset(SegmentationDataset):
         split: "train" (2975 images), "val" (500) or "test" (1525).
         transform: Maps a sample to what indexing returns.
         coarse: Add the 19998 coarsely labelled images to the train split, from ``leftImg8bit/train_extra/``
-            with
-            ``gtCoarse/train_extra/``, or from ``leftImg8bit_trainextra.zip`` with ``gtCoarse.zip``.
+            with ``gtCoarse/train_extra/``, or from ``leftImg8bit_trainextra.zip`` with ``gtCoarse.zip``.
         allow_unpaired: See :class:`SegmentationDataset`.
     """
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from ema_seg.data import build_dataset
 from ema_seg.data.base import SegmentationDataset
 from ema_seg.data.transforms import TensorSample, build_eval_transform, build_train_transform
-from ema_seg.errors import ConfigError
+from ema_seg.errors import ConfigError, EmaSegError
 
 __all__ = ["SegmentationDataModule", "collate_crops", "collate_images"]
 
@@ -32,7 +32,7 @@ class SegmentationDataModule(LightningDataModule):
 
     Args:
         name: The data set, a key of :data:`ema_seg.data.DATASETS`.
-        root: Its folder or archive.
+        root: Its folder or archive; None for the generated data set's own place.
         batch_size: Crops in a training batch, per process; an incomplete last batch is dropped.
         evaluation_batch_size: Images in an evaluation batch.
         workers: Worker processes of each loader; 0 loads in the main process.
@@ -51,7 +51,7 @@ class SegmentationDataModule(LightningDataModule):
         self,
         *,
         name: str,
-        root: str | os.PathLike[str],
+        root: str | os.PathLike[str] | None,
         batch_size: int,
         evaluation_batch_size: int,
         workers: int,
@@ -140,7 +140,7 @@ class SegmentationDataModule(LightningDataModule):
         return self._loader(dataset, batch_size=self.evaluation_batch_size, collate_fn=collate_images)
 
     def _loader(self, dataset: SegmentationDataset, **arguments: Any) -> DataLoader[Any]:
-        return DataLoader(
+        return _Loader(
             dataset,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
@@ -165,8 +165,22 @@ class SegmentationDataModule(LightningDataModule):
             share = f" for {processes} processes" if processes > 1 else ""
             raise ConfigError(
                 f"data.batch_size={self.batch_size} is more than the {images} training images in"
-                f" {self.root}{share}; choose a smaller batch size."
+                f" {self.train_dataset.root}{share}; choose a smaller batch size."
             )
+
+
+class _Loader(DataLoader[Any]):
+    """A DataLoader through which errors of ours come out of a worker as the sentence that they were."""
+
+    def __iter__(self) -> Any:
+        try:
+            yield from super().__iter__()
+        except EmaSegError as error:
+            text = str(error)
+            if not text.startswith("Caught "):  # raised in this process
+                raise
+            # A worker sends the traceback as text, which ends in "<exception's class>: <sentence>".
+            raise type(error)(text.rstrip().splitlines()[-1].partition(": ")[2]) from None
 
 
 def collate_crops(samples: list[TensorSample]) -> dict[str, Any]:

@@ -183,6 +183,11 @@ class _Augmentation:
     def __call__(self, sample: Sample) -> TensorSample:
         self._seed()
         augmented = self.compose(image=sample["image"], mask=sample["mask"])
+        if getattr(augmented["image"], "dtype", None) != np.uint8:
+            raise ConfigError(
+                "augmentation must keep images of bytes; leave out the step that converts or normalises them,"
+                " which happens after the last step by itself."
+            )
         return self.normalise({**sample, "image": augmented["image"], "mask": augmented["mask"]})
 
     def _seed(self) -> None:

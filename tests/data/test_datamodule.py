@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import LightningModule, Trainer
 
 from ema_seg.data import SegmentationDataModule
 from ema_seg.errors import ConfigError, DataError
@@ -22,7 +23,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make_module(root: Path, **changes: Any) -> SegmentationDataModule:
+def make_module(root: Path | None, **changes: Any) -> SegmentationDataModule:
     arguments: dict[str, Any] = {
         "name": "folder",
         "root": root,
@@ -133,3 +134,62 @@ def test_setup_fails_early_on_missing_data(root: Path) -> None:
     (root / "val/masks/v0.png").unlink()
     with pytest.raises(DataError, match=r"v0\.jpg: the image has no mask"):
         make_module(root).setup("fit")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_errors_of_workers_are_one_sentence(root: Path, workers: int) -> None:
+    (root / "val/images/v1.jpg").write_bytes(b"broken")
+    module = make_module(root, workers=workers)
+    with pytest.raises(DataError) as raised:
+        list(module.val_dataloader())
+    assert "\n" not in str(raised.value)
+    assert str(raised.value).startswith(f"{root / 'val/images/v1.jpg'}: cannot be decoded as an image")
+
+
+class Recorder(LightningModule):
+    """Records the names in the batches of each epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, list[str]] = {}
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: dict[str, Any], index: int) -> torch.Tensor:
+        self.seen.setdefault(self.current_epoch, []).extend(batch["name"])
+        return self.weight * batch["image"].mean()
+
+    def validation_step(self, batch: dict[str, Any], index: int) -> None:
+        assert isinstance(batch["image"], list)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(module: SegmentationDataModule, path: Path, epochs: int, checkpoint: Path | None = None) -> Recorder:
+    recorder = Recorder()
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(recorder, module, ckpt_path=checkpoint, weights_only=False)
+    trainer.save_checkpoint(path)
+    return recorder
+
+
+def test_trains_with_lightning_and_a_resumed_run_does_not_repeat_an_epoch(root: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first = fit(make_module(root, batch_size=1), tmp_path / "first.ckpt", epochs=1)
+    torch.manual_seed(0)
+    resumed = fit(make_module(root, batch_size=1), tmp_path / "second.ckpt", 2, tmp_path / "first.ckpt")
+    assert sorted(first.seen[0]) == sorted(resumed.seen[1]) == [f"t{index}" for index in range(7)]
+    assert list(resumed.seen) == [1]
+    assert first.seen[0] != resumed.seen[1]
+
+
+def test_a_missing_root_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"data\.root is not set; expected a folder with train/"):
+        make_module(None).setup("fit")

@@ -208,3 +208,10 @@ def test_a_mistake_in_a_step_is_named(step: dict[str, Any], message: str) -> Non
 def test_mean_and_std_must_be_three_numbers(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match=r"mean=.* and std=.* must be three numbers each"):
         build_eval_transform(mean, std)
+
+
+@pytest.mark.parametrize("name", ["Normalize", "ToFloat", "ToTensorV2"])
+def test_steps_that_convert_the_image_are_refused(name: str) -> None:
+    transform = build_train_transform({"s": {"transform": name, "p": 1}}, MEAN, STD)
+    with pytest.raises(ConfigError, match="augmentation must keep images of bytes"):
+        transform(make_sample())
