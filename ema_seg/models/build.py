@@ -12,10 +12,10 @@ from torch import nn
 
 from ema_seg.attention import build_attention
 from ema_seg.errors import ConfigError, ModelError
-from ema_seg.models.placement import place_attention
+from ema_seg.models.placement import PLACEMENTS, place_attention
 from ema_seg.models.weights import check_encoder_name, load_encoder_weights
 
-__all__ = ["build_segmenter", "decoder_names", "model_stride"]
+__all__ = ["build_segmenter", "decoder_names", "model_stride", "segmenter_from_config"]
 
 _DECODERS: dict[str, type[nn.Module]] = dict(smp.MODEL_ARCHITECTURES_MAPPING)
 
@@ -82,6 +82,30 @@ def build_segmenter(
     else:
         place_attention(model, decoder, make_block, placements, encoder_stages=encoder_stages)
     return model
+
+
+def segmenter_from_config(config: Mapping[str, Any], classes: int, *, pretrained: bool = True) -> nn.Module:
+    """Build the segmenter that a run's configuration describes, see ``build_segmenter``.
+
+    Args:
+        config: holds ``model`` (decoder, encoder, encoder_weights and options), ``attention`` (name and
+            options) and ``placement`` (``encoder``, ``decoder``, ``head`` as booleans; ``encoder_stages``).
+        classes: number of classes.
+        pretrained: False leaves the encoder's weights random, for a model that a checkpoint will fill.
+    """
+    arguments = dict(config["model"])
+    if not pretrained:
+        arguments["encoder_weights"] = None
+    attention = dict(config["attention"])
+    placement = config["placement"]
+    return build_segmenter(
+        **arguments,
+        classes=classes,
+        attention=attention.pop("name"),
+        attention_options=attention,
+        placements=[place for place in PLACEMENTS if placement[place]],
+        encoder_stages=placement["encoder_stages"],
+    )
 
 
 def model_stride(model: nn.Module) -> int:

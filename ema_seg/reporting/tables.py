@@ -53,12 +53,6 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
     (console or Console()).print(table)
 
 
-def _add_rows(table: Table, left: Sequence[Row], right: Sequence[Row]) -> None:
-    for cells in zip_longest(left, right, fillvalue=("", "")):
-        # As text, because the name of a class may hold brackets, which rich would take for markup.
-        table.add_row(*(Text(cell) for pair in cells for cell in pair))
-
-
 def render_markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
     """Render a report as Markdown.
 
@@ -73,6 +67,12 @@ def describe_model(report: Mapping[str, Any]) -> str:
     """Model, attention block and data in a few words: the title of every table and figure."""
     model, attention, data = report["model"], report["attention"], report["data"]
     return f"{model['decoder']} / {model['encoder']} / {attention['name']} on {data['name']} {data['split']}"
+
+
+def _add_rows(table: Table, left: Sequence[Row], right: Sequence[Row]) -> None:
+    for cells in zip_longest(left, right, fillvalue=("", "")):
+        # As text, because the name of a class may hold brackets, which rich would take for markup.
+        table.add_row(*(Text(cell) for pair in cells for cell in pair))
 
 
 def _markdown_lines(report: Mapping[str, Any], figures: Sequence[str]) -> Iterator[str]:

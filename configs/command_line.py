@@ -1,0 +1,59 @@
+"""What ``train.py`` and ``eval.py`` share of the way from a command line to a configuration."""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from ema_seg.errors import ConfigError, EmaSegError
+
+__all__ = ["argument", "plain_config", "reports_errors", "saved_config"]
+
+
+def reports_errors(function: Callable[..., None]) -> Callable[..., None]:
+    """Turn an error that the user can correct into one sentence on standard error and exit status 1."""
+
+    @wraps(function)
+    def wrapped(*arguments: Any) -> None:
+        try:
+            function(*arguments)
+        except EmaSegError as error:
+            sys.exit(f"error: {error}")
+
+    return wrapped
+
+
+def argument(key: str) -> str | None:
+    """The value of the override ``key=value`` on the command line; None if it is missing, empty or null."""
+    values = [text.removeprefix(f"{key}=") for text in sys.argv[1:] if text.startswith(f"{key}=")]
+    return values[-1] if values and values[-1] not in ("", "null") else None
+
+
+def saved_config(run: Path, key: str) -> dict[str, Any]:
+    """The configuration in a run's folder, which the override ``key`` has named."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{key}={run}: there is no {path}; give the folder of a run that train.py made.")
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path)))
+    except Exception as error:  # whatever the YAML reader finds
+        raise ConfigError(f"{key}={run}: {path} is not readable as YAML ({' '.join(str(error).split())}).") from error
+
+
+def plain_config(config: DictConfig) -> dict[str, Any]:
+    """Resolve a composed configuration into plain dicts and lists.
+
+    Raises:
+        ConfigError: a value that the user has to give is missing, or a reference leads nowhere.
+    """
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+    except MissingMandatoryValue as error:
+        key = getattr(error, "full_key", None) or str(error).rpartition(" ")[2]
+        raise ConfigError(f"{key} is not set; give {key}=<value> on the command line.") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the configuration does not resolve: {' '.join(str(error).split())}") from error

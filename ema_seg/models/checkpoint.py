@@ -1,0 +1,67 @@
+"""Rebuild a model from a checkpoint alone."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ema_seg.errors import CheckpointError
+from ema_seg.models.build import segmenter_from_config
+
+__all__ = ["load_checkpoint", "load_segmenter"]
+
+_MODEL_PREFIX = "model."
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of ``train.py`` onto the CPU, as data only: code that it may carry is not run.
+
+    Returns:
+        At least ``state_dict``, ``config`` (the run's configuration) and ``classes`` (the class names).
+
+    Raises:
+        CheckpointError: the file is missing, unreadable or of another program.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"ckpt={path}: no such file; give the path of a checkpoint that train.py wrote.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, pickle and zipfile each have their own
+        raise CheckpointError(
+            f"ckpt={path}: the file is truncated or no checkpoint of plain data ({type(error).__name__}); "
+            "give a checkpoint that train.py wrote."
+        ) from error
+    missing = [key for key in ("state_dict", "config", "classes") if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if missing:
+        raise CheckpointError(
+            f"ckpt={path}: the file was not written by train.py (it lacks {', '.join(missing)}); "
+            "to start from foreign encoder weights use model.encoder_weights=<file>."
+        )
+    return checkpoint
+
+
+def load_segmenter(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild the model that a checkpoint holds.
+
+    Returns:
+        The model on the CPU, in evaluation mode, and the checkpoint.
+
+    Raises:
+        CheckpointError: see ``load_checkpoint``; or the weights do not fit the configuration beside them.
+    """
+    checkpoint = load_checkpoint(path)
+    model = segmenter_from_config(checkpoint["config"], len(checkpoint["classes"]), pretrained=False)
+    weights = {
+        name.removeprefix(_MODEL_PREFIX): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith(_MODEL_PREFIX)
+    }
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"ckpt={path}: its weights do not fit the model that its configuration describes: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+    return model.eval(), checkpoint

@@ -1,0 +1,113 @@
+"""From a checkpoint to its report: scores, costs and figures of one model, measured together."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ema_seg.data import SegmentationDataModule
+from ema_seg.errors import ConfigError, DataError
+from ema_seg.evaluation import describe_environment, evaluate, measure_cost, predict_examples
+from ema_seg.models import load_segmenter, model_stride
+from ema_seg.reporting.report import build_report, write_report
+
+__all__ = ["assess_checkpoint"]
+
+
+def assess_checkpoint(
+    checkpoint: Path,
+    data: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    directory: Path,
+    *,
+    run: str | None = None,
+) -> dict[str, Any]:
+    """Score a checkpoint on its evaluation split, measure what the model costs, and write the report.
+
+    Args:
+        checkpoint: a checkpoint that ``train.py`` wrote.
+        data: arguments of ``SegmentationDataModule``; its ``evaluation_split`` is scored.
+        settings: ``device``, ``precision``, ``channels_last``, ``compile``, and for the cost ``batch_size``,
+            ``size`` (height and width; None for that of the split's first image) and ``budget`` in seconds.
+        directory: where ``report.json``, ``report.md`` and ``figures/`` go.
+        run: the run's folder, for the record.
+
+    Returns:
+        The report, as ``report.json`` holds it.
+
+    Raises:
+        EmaSegError: whatever a user can correct, from the parts that find it.
+    """
+    model, saved = load_segmenter(checkpoint)
+    module = SegmentationDataModule(**data)
+    module.setup("test")
+    _check_classes(saved["classes"], module, checkpoint)
+    device, stride = _device(settings["device"]), model_stride(model)
+    model.to(device)
+    if settings["channels_last"]:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if settings["compile"]:
+        model.compile(dynamic=False)
+
+    loader, dataset = module.test_dataloader(), module.test_dataset
+    precision = settings["precision"]
+    evaluation = evaluate(model, loader, module.classes, stride=stride, device=device, precision=precision)
+    examples = predict_examples(
+        model,
+        dataset,
+        evaluation.images,
+        mean=data["mean"],
+        std=data["std"],
+        stride=stride,
+        device=device,
+        precision=precision,
+    )
+    cost = measure_cost(
+        model,
+        size=tuple(settings["size"] or dataset.read_image(0).shape[:2]),
+        stride=stride,
+        batch_size=settings["batch_size"],
+        device=device,
+        precision=precision,
+        loader=loader,
+        budget=settings["budget"],
+    )
+    config = saved["config"]
+    report = build_report(
+        evaluation,
+        cost,
+        classes=module.classes,
+        palette=module.palette,
+        data={"name": module.dataset_name, "root": str(dataset.root), "split": module.evaluation_split},
+        model=config["model"],
+        attention={**config["attention"], "placement": config["placement"]},
+        environment=describe_environment(device),
+        run=run,
+        checkpoint=checkpoint,
+    )
+    write_report(report, directory, examples)
+    return report
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+        )
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(
+            f"evaluation.device={name} cannot be used here ({str(error).splitlines()[0]})."
+        ) from error
+    return device
+
+
+def _check_classes(trained: list[str], module: SegmentationDataModule, checkpoint: Path) -> None:
+    if tuple(trained) != tuple(module.classes):
+        raise DataError(
+            f"{checkpoint} was trained on {len(trained)} classes ({', '.join(trained[:3])}, …), but data={module.dataset_name} "
+            f"has {len(module.classes)} ({', '.join(module.classes[:3])}, …); evaluate on data with the same classes."
+        )

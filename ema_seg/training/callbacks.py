@@ -1,0 +1,180 @@
+"""What a run does besides stepping: speed, a line and a row per epoch, pictures of what the model sees."""
+
+import csv
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ema_seg.data import SegmentationDataModule
+from ema_seg.data.base import SegmentationDataset
+from ema_seg.evaluation.inference import segment
+from ema_seg.reporting import draw_samples
+
+__all__ = ["EpochLog", "Pictures", "attention_map"]
+
+_COLUMNS = (
+    "epoch",
+    "step",
+    "train/loss",
+    "val/miou",
+    "val/mean_accuracy",
+    "val/pixel_accuracy",
+    "learning_rate",
+    "images_per_second",
+    "seconds",
+)
+
+
+class EpochLog(Callback):
+    """Shows training speed in the progress bar; writes each epoch as one row of ``metrics.csv`` and one line.
+
+    A resumed run keeps the rows of the epochs that it does not repeat. (Lightning's own CSV logger starts its
+    file afresh, and leaves most cells empty.)
+
+    Args:
+        path: the file to write.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rows: list[dict[str, Any]] = []
+        self._epoch_start = self._train_start = self._train_seconds = 0.0
+        self._images = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read what an earlier part of this run has written."""
+        if self.path.is_file():
+            with self.path.open(newline="") as file:
+                self._rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < trainer.current_epoch]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._epoch_start = self._train_start = time.perf_counter()
+        self._images = 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show the mean speed of this epoch so far."""
+        self._images += len(batch["name"]) * trainer.world_size
+        self._train_seconds = time.perf_counter() - self._train_start
+        pl_module.log("images/s", self._images / self._train_seconds, prog_bar=True, logger=False, batch_size=1)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the row, after the epoch's validation if there was one."""
+        if not trainer.is_global_zero:
+            return
+        logged = trainer.logged_metrics | trainer.callback_metrics
+        row: dict[str, Any] = {
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            "learning_rate": max(group["lr"] for group in trainer.optimizers[0].param_groups),
+            "images_per_second": self._images / self._train_seconds,
+            "seconds": time.perf_counter() - self._epoch_start,
+        }
+        row |= {name: float(logged[name]) for name in _COLUMNS if name in logged}
+        self._rows.append({name: _shown(row[name]) if name in row else "" for name in _COLUMNS})
+        _write_rows(self.path, self._rows)
+        trainer_line = (
+            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  loss {row['train/loss']:.3f}"
+            f"  val mIoU {row.get('val/miou', float('nan')):.4f}"
+            f"  {row['images_per_second']:.1f} images/s  {row['seconds']:.0f} s"
+        )
+        # Standard error, as the progress bar: standard output carries the report and the path of the run.
+        print(trainer_line, file=sys.stderr, flush=True)
+
+
+def _shown(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Replace the file in one step, so that a kill leaves the old rows or the new ones."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, _COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+class Pictures(Callback):
+    """Every few epochs, draws input, truth, prediction and attention map of some validation images.
+
+    Written to ``<directory>/epoch_<number>.png`` and, if a logger takes figures, there too.
+
+    Args:
+        directory: folder of the pictures.
+        every: epochs from one picture to the next; the last epoch is always drawn.
+        count: number of images, spread evenly over the validation set.
+    """
+
+    def __init__(self, directory: Path, every: int, count: int = 3) -> None:
+        self.directory = directory
+        self.every = every
+        self.count = count
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw, if it is time: here the averaged weights, if there are any, are still in place."""
+        epoch = trainer.current_epoch + 1
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        if epoch % self.every and epoch != trainer.max_epochs:
+            return
+        data: SegmentationDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        dataset = data.val_dataset
+        indices = torch.linspace(0, len(dataset) - 1, min(self.count, len(dataset))).round().int().tolist()
+        rows = [_row(pl_module, dataset, index) for index in indices]
+        figure = draw_samples(rows, data.classes, data.palette)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.directory / f"epoch_{epoch:03d}.png")
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_figure"):
+                logger.experiment.add_figure("validation", figure, global_step=trainer.global_step, close=False)
+
+
+def _row(module: LightningModule, dataset: SegmentationDataset, index: int) -> dict[str, Any]:
+    sample = dataset[index]
+    image = sample["image"].to(module.device)
+    row = {
+        "image": dataset.read_image(index),
+        "truth": dataset.read_mask(index),
+        "prediction": segment(module.model, [image], module.stride)[0].cpu().numpy(),  # type: ignore[arg-type]
+        "title": sample["name"],
+    }
+    weights = attention_map(module.model, image, module.stride)  # type: ignore[arg-type]
+    return row if weights is None else row | {"weight_map": weights.cpu().numpy()}
+
+
+def attention_map(model: nn.Module, image: Tensor, stride: int) -> Tensor | None:
+    """The weight map of the last attention block that has one, averaged over its channel groups.
+
+    Args:
+        model: a segmenter.
+        image: normalised float image (3, H, W) on the model's device.
+        stride: the model's stride.
+
+    Returns:
+        Weights in (0, 1), float32 (H, W); None if no block of the model has a method ``weight_map``.
+    """
+    blocks = [module for module in model.modules() if hasattr(module, "weight_map")]
+    if not blocks:
+        return None
+    inputs: list[Tensor] = []
+    handle = blocks[-1].register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    try:
+        segment(model, [image], stride)
+    finally:
+        handle.remove()
+    with torch.inference_mode():
+        weights = blocks[-1].weight_map(inputs[0]).float().mean(dim=1, keepdim=True)  # type: ignore[operator]
+        height, width = image.shape[1:]
+        padded = (height + -height % stride, width + -width % stride)
+        return F.interpolate(weights, size=padded, mode="bilinear")[0, 0, :height, :width]

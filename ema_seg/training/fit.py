@@ -1,0 +1,123 @@
+"""From a configuration to a trained model: build the parts, fit, name the best checkpoint."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from ema_seg.data import SegmentationDataModule
+from ema_seg.errors import CheckpointError, ConfigError
+from ema_seg.evaluation import describe_environment
+from ema_seg.models import segmenter_from_config
+from ema_seg.training.callbacks import EpochLog, Pictures
+from ema_seg.training.loggers import build_logger
+from ema_seg.training.losses import build_loss
+from ema_seg.training.module import SegmentationModule
+
+__all__ = ["fit"]
+
+_MONITORED = "val/miou"
+
+
+def fit(config: Mapping[str, Any], run: Path, *, resume: bool = False) -> Path:
+    """Train what ``config`` describes.
+
+    Args:
+        config: the resolved configuration of ``train.py`` as plain data.
+        run: the run's folder; receives ``environment.json``, ``metrics.csv``, ``checkpoints/`` and pictures.
+        resume: continue from ``checkpoints/last.ckpt`` in that folder.
+
+    Returns:
+        The checkpoint with the best validation mIoU.
+
+    Raises:
+        EmaSegError: whatever a user can correct, from the parts that find it.
+    """
+    data = SegmentationDataModule(**config["data"])
+    data.setup("fit")
+    model = segmenter_from_config(config, data.num_classes, pretrained=not resume)
+    settings = config["training"]
+    if settings["channels_last"]:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if settings["compile"]:
+        _compile(model)
+    module = SegmentationModule(
+        model,
+        build_loss(config["loss"], data.num_classes),
+        classes=data.classes,
+        optimizer=config["optimizer"],
+        schedule=config["schedule"],
+        config=config,
+    )
+    checkpoints = ModelCheckpoint(
+        run / "checkpoints",
+        filename="best",
+        monitor=_MONITORED,
+        mode="max",
+        save_last=True,
+        enable_version_counter=False,
+    )
+    last = run / "checkpoints" / "last.ckpt"
+    if resume and not last.is_file():
+        raise CheckpointError(f"resume={run}: there is no {last}; the run ended before its first checkpoint.")
+    trainer = _build_trainer(config, run, [checkpoints, *_callbacks(settings, run)])
+    _write_environment(run, trainer)
+    trainer.fit(module, data, ckpt_path=str(last) if resume else None, weights_only=True)
+    return _best(checkpoints, run)
+
+
+def _compile(model: nn.Module) -> None:
+    # Crops all have one size; evaluation images may not, and each new size is compiled anew.
+    model.compile(dynamic=False)
+
+
+def _callbacks(settings: Mapping[str, Any], run: Path) -> list[Callback]:
+    callbacks: list[Callback] = [EpochLog(run / "metrics.csv")]
+    if settings["pictures_every"]:
+        callbacks.append(Pictures(run / "pictures", every=settings["pictures_every"]))
+    if settings["weight_averaging"]:
+        callbacks.append(EMAWeightAveraging(decay=settings["weight_averaging"]))
+    if settings["early_stopping"]:
+        callbacks.append(EarlyStopping(_MONITORED, patience=settings["early_stopping"], mode="max"))
+    return callbacks
+
+
+def _shows_progress(setting: bool | str) -> bool:
+    return sys.stderr.isatty() if setting == "auto" else bool(setting)
+
+
+def _build_trainer(config: Mapping[str, Any], run: Path, callbacks: list[Callback]) -> Trainer:
+    try:
+        return Trainer(
+            **config["trainer"],
+            default_root_dir=run,
+            logger=build_logger(run, **config["logger"]),
+            callbacks=callbacks,
+            enable_progress_bar=_shows_progress(config["training"]["progress_bar"]),
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise ConfigError(f"trainer: Lightning refuses these settings: {' '.join(str(error).split())}") from error
+
+
+def _write_environment(run: Path, trainer: Trainer) -> None:
+    if trainer.is_global_zero:
+        environment = describe_environment(trainer.strategy.root_device)
+        (run / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def _best(checkpoints: ModelCheckpoint, run: Path) -> Path:
+    best = Path(checkpoints.best_model_path or run / "checkpoints" / "best.ckpt")
+    if not best.is_file():
+        raise CheckpointError(
+            f"{run}: no checkpoint was chosen as the best, because no validation ran; "
+            "set trainer.check_val_every_n_epoch no larger than epochs."
+        )
+    return best

@@ -1,0 +1,45 @@
+"""Experiment loggers by name. ``metrics.csv`` is written in any case, see ``EpochLog``."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+
+from ema_seg.errors import ConfigError
+
+__all__ = ["build_logger"]
+
+# Name: the class, what it calls the folder that it writes to, and its fixed arguments. Loaded only when named.
+_LOGGERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "tensorboard": ("TensorBoardLogger", "save_dir", {"name": "", "version": "tensorboard"}),
+    "wandb": ("WandbLogger", "save_dir", {}),
+    "mlflow": ("MLFlowLogger", "save_dir", {}),
+}
+
+
+def build_logger(run: Path, *, name: str | None, **options: Any) -> Logger | bool:
+    """The Lightning logger called ``name``, writing into the run's folder; False for ``"none"``.
+
+    Args:
+        run: the run's folder.
+        name: ``"tensorboard"``, ``"wandb"``, ``"mlflow"`` or ``"none"``.
+        **options: further arguments of Lightning's logger, such as ``project`` for wandb.
+
+    Raises:
+        ConfigError: the name or an option is unknown, or the logger's package is not installed.
+    """
+    if name in (None, "none"):
+        return False
+    if name not in _LOGGERS:
+        raise ConfigError(f"logger.name: unknown logger {name!r}; choose among {', '.join(_LOGGERS)}, none.")
+    class_name, folder, fixed = _LOGGERS[name]
+    logger_class = getattr(importlib.import_module("lightning.pytorch.loggers"), class_name)
+    try:
+        return logger_class(**{folder: str(run)}, **fixed, **options)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"logger={name} needs a package that is not installed; run pip install 'ema-seg[{name}]'."
+        ) from error
+    except TypeError as error:
+        raise ConfigError(f"logger: Lightning's {class_name} does not take these options: {error}.") from error

@@ -1,0 +1,162 @@
+"""Segmentation losses and weighted sums of them.
+
+Every loss takes logits (B, K, H, W) and int64 train ids (B, H, W), and leaves pixels with the ignore index out.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from segmentation_models_pytorch.losses import DiceLoss, FocalLoss, LovaszLoss
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ema_seg.data.base import IGNORE_INDEX
+from ema_seg.errors import ConfigError
+
+__all__ = ["WeightedSum", "build_loss", "loss_names"]
+
+
+class CrossEntropy(nn.Module):
+    """Mean cross-entropy over the labelled pixels.
+
+    Args:
+        classes: number K of classes.
+        class_weights: K factors, one per class; the mean is then weighted.
+        label_smoothing: share of the probability spread evenly over all classes.
+    """
+
+    def __init__(
+        self, classes: int, class_weights: Sequence[float] | None = None, label_smoothing: float = 0.0
+    ) -> None:
+        super().__init__()
+        if class_weights is not None and len(class_weights) != classes:
+            raise ConfigError(
+                f"loss.cross_entropy.class_weights: {len(class_weights)} weights for {classes} classes; give one each."
+            )
+        self.register_buffer("class_weights", None if class_weights is None else torch.tensor(class_weights))
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Scalar loss; 0 with a zero gradient if no pixel is labelled."""
+        total = F.cross_entropy(
+            logits,
+            target,
+            weight=self.class_weights,
+            ignore_index=IGNORE_INDEX,
+            label_smoothing=self.label_smoothing,
+            reduction="sum",
+        )
+        labelled = target != IGNORE_INDEX
+        if self.class_weights is None:
+            return total / labelled.sum().clamp(min=1)
+        weights = self.class_weights[target[labelled]]
+        return total / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+class OHEM(nn.Module):
+    """Cross-entropy over the hard pixels only (online hard example mining).
+
+    As in semantic segmentation since Wu et al., "High-performance Semantic Segmentation Using Very Deep Fully
+    Convolutional Networks", https://arxiv.org/abs/1604.04339: a pixel is hard if the probability given to its
+    class is below ``threshold``; if there are fewer than ``min_kept`` of these, the hardest ``min_kept`` pixels
+    are taken.
+
+    Args:
+        classes: number K of classes (unused, for the common signature).
+        threshold: probability in (0, 1].
+        min_kept: number of pixels per image of the batch.
+    """
+
+    def __init__(self, classes: int, threshold: float = 0.7, min_kept: int = 10_000) -> None:
+        super().__init__()
+        if not 0 < threshold <= 1:
+            raise ConfigError(f"loss.ohem.threshold={threshold} is no probability; choose one above 0, at most 1.")
+        self.threshold = threshold
+        self.min_kept = min_kept
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Scalar loss; 0 with a zero gradient if no pixel is labelled."""
+        losses = F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="none")
+        losses = losses[target != IGNORE_INDEX]
+        if losses.numel() == 0:
+            return logits.sum() * 0.0
+        kept = min(self.min_kept * len(target), losses.numel())
+        hardest = losses.detach().topk(kept).values[-1]
+        threshold = -torch.log(torch.tensor(self.threshold, device=losses.device, dtype=losses.dtype))
+        return losses[losses >= torch.minimum(threshold, hardest)].mean()
+
+
+def _dice(classes: int, smooth: float = 1.0) -> nn.Module:
+    # Smoothing keeps a class without pixels in the batch from counting as a complete miss.
+    return DiceLoss("multiclass", ignore_index=IGNORE_INDEX, smooth=smooth)
+
+
+def _focal(classes: int, gamma: float = 2.0, alpha: float | None = None) -> nn.Module:
+    return FocalLoss("multiclass", alpha=alpha, gamma=gamma, ignore_index=IGNORE_INDEX)
+
+
+def _lovasz(classes: int, per_image: bool = False) -> nn.Module:
+    return LovaszLoss("multiclass", per_image=per_image, ignore_index=IGNORE_INDEX)
+
+
+_LOSSES: dict[str, Callable[..., nn.Module]] = {
+    "cross_entropy": CrossEntropy,
+    "ohem": OHEM,
+    "dice": _dice,
+    "focal": _focal,
+    "lovasz": _lovasz,
+}
+
+
+def loss_names() -> tuple[str, ...]:
+    """The losses that ``build_loss`` knows."""
+    return tuple(_LOSSES)
+
+
+class WeightedSum(nn.Module):
+    """Sum of losses, each times its weight, computed in float32 whatever the precision of the logits."""
+
+    def __init__(self, terms: Mapping[str, tuple[float, nn.Module]]) -> None:
+        super().__init__()
+        self.weights = {name: weight for name, (weight, _) in terms.items()}
+        self.losses = nn.ModuleDict({name: loss for name, (_, loss) in terms.items()})
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Scalar float32 loss of logits (B, K, H, W) against int64 train ids (B, H, W)."""
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = logits.float()
+            return torch.stack([self.weights[name] * loss(logits, target) for name, loss in self.losses.items()]).sum()
+
+
+def build_loss(terms: Mapping[str, Mapping[str, Any] | None], classes: int) -> WeightedSum:
+    """Make the weighted sum that ``terms`` describes.
+
+    Args:
+        terms: for each loss by name its ``weight`` (default 1) and its own options; a term of None is left
+            out. Example: ``{"cross_entropy": {"weight": 1.0}, "dice": {"weight": 0.5}}``.
+        classes: number K of classes.
+
+    Raises:
+        ConfigError: a name or an option is unknown, or nothing is left to sum.
+    """
+    built: dict[str, tuple[float, nn.Module]] = {}
+    for name, options in terms.items():
+        if options is None:
+            continue
+        if name not in _LOSSES:
+            close = get_close_matches(name, _LOSSES, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"loss.{name}: there is no such loss, only {', '.join(_LOSSES)}.{hint}")
+        settings = dict(options)
+        weight = settings.pop("weight", 1.0)
+        known = [key for key in inspect.signature(_LOSSES[name]).parameters if key != "classes"]
+        for key in settings:
+            if key not in known:
+                raise ConfigError(f"loss.{name}.{key}: no such option; there are weight, {', '.join(known)}.")
+        built[name] = (float(weight), _LOSSES[name](classes, **settings))
+    if not built:
+        raise ConfigError(f"loss: no term is left; name at least one of {', '.join(_LOSSES)}.")
+    return WeightedSum(built)

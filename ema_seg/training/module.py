@@ -1,0 +1,102 @@
+"""The Lightning module: one training step, one validation pass, one optimiser with its schedule."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from ema_seg.errors import TrainingError
+from ema_seg.evaluation import ConfusionMatrix
+from ema_seg.evaluation.inference import segment
+from ema_seg.models import model_stride
+from ema_seg.training.optimisation import build_optimizer, build_schedule
+
+__all__ = ["SegmentationModule"]
+
+
+class SegmentationModule(LightningModule):
+    """Trains a segmenter and scores it on the validation images at their own size.
+
+    Logs ``train/loss`` per epoch, and ``val/miou``, ``val/mean_accuracy`` and ``val/pixel_accuracy`` per
+    validation, all three from one confusion matrix.
+
+    Args:
+        model: maps float images (B, 3, H, W) to logits (B, K, H, W).
+        loss: maps logits and int64 train ids (B, H, W) to a scalar.
+        optimizer: keyword arguments of ``build_optimizer``.
+        schedule: keyword arguments of ``build_schedule``.
+        classes: the K class names.
+        config: the run's whole configuration as plain data; like the class names it is stored in every
+            checkpoint, so that a checkpoint alone is enough to rebuild the model.
+
+    Raises:
+        TrainingError: in a training step whose loss is not finite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        *,
+        classes: Sequence[str],
+        optimizer: Mapping[str, Any],
+        schedule: Mapping[str, Any],
+        config: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.classes = list(classes)
+        self.config = dict(config)
+        self.optimizer_settings = dict(optimizer)
+        self.schedule_settings = dict(schedule)
+        self.stride = model_stride(model)
+        self.confusion = ConfusionMatrix(len(classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K, H, W) of images (B, 3, H, W)."""
+        return self.model(images)
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        """Loss of one batch of crops."""
+        loss = self.loss(self(batch["image"]), batch["mask"])
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}), in the batch of "
+                f"{', '.join(batch['name'])}; lower optimizer.lr, lengthen schedule.warmup_steps, set "
+                "trainer.gradient_clip_val, or look at these samples."
+            )
+        size = len(batch["name"])
+        self.log("loss", loss, prog_bar=True, logger=False, batch_size=size)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the scores of this validation from zero."""
+        self.confusion = ConfusionMatrix(len(self.classes))
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        """Count the pixels of whole images, at their own size."""
+        for prediction, target in zip(segment(self.model, batch["image"], self.stride), batch["mask"], strict=True):
+            self.confusion.update(prediction, target)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores."""
+        scores = self.confusion.compute()
+        self.log("val_miou", scores["miou"], prog_bar=True, logger=False)
+        for name in ("miou", "mean_accuracy", "pixel_accuracy"):
+            self.log(f"val/{name}", scores[name])
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser, and its schedule stepped after every step."""
+        optimizer = build_optimizer(self.model, **self.optimizer_settings)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = build_schedule(optimizer, steps, **self.schedule_settings)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what rebuilding the model needs."""
+        checkpoint["config"] = self.config
+        checkpoint["classes"] = self.classes

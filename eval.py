@@ -1,0 +1,62 @@
+"""Evaluate a trained model: mIoU beside throughput, latency, memory and FLOPs, in one report.
+
+python eval.py --help shows what can be configured.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from configs.command_line import argument, plain_config, reports_errors, saved_config
+from ema_seg.errors import ConfigError
+
+
+@reports_errors
+def main() -> None:
+    """Compose the configuration around that of the run, and evaluate."""
+    saved = _saved_config()
+    store = ConfigStore.instance()
+    for group in ("data", "evaluation"):
+        store.store("of_run", saved.get(group, {}), group=group)
+    hydra.main(version_base="1.3", config_path="configs", config_name="eval")(_evaluate)()
+
+
+def _saved_config() -> dict[str, Any]:
+    """The configuration of the run or checkpoint on the command line; empty if there is none."""
+    if run := argument("run"):
+        return saved_config(Path(run), key="run")
+    if ckpt := argument("ckpt"):
+        from ema_seg.models import load_checkpoint
+
+        return load_checkpoint(Path(ckpt))["config"]
+    return {}
+
+
+@reports_errors
+def _evaluate(composed: DictConfig) -> None:
+    """Score, measure and report one checkpoint."""
+    config = plain_config(composed)
+    if bool(config["run"]) == bool(config["ckpt"]):
+        raise ConfigError("name what to evaluate: either run=<folder of a run> or ckpt=<checkpoint file>.")
+    run = Path(config["run"]) if config["run"] else _run_of(Path(config["ckpt"]))
+    checkpoint = Path(config["ckpt"] or run / "checkpoints" / "best.ckpt")
+
+    # Heavy libraries only now, so that --help and --cfg answer at once.
+    from ema_seg.reporting import assess_checkpoint, print_report
+
+    directory = Path(config["report"]["dir"] or run / "report")
+    report = assess_checkpoint(checkpoint, config["data"], config["evaluation"], directory, run=str(run))
+    print_report(report)
+    print(f"report: {directory}")
+
+
+def _run_of(checkpoint: Path) -> Path:
+    """The folder that a checkpoint's report goes to: its run's, or its own where it lies alone."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+
+
+if __name__ == "__main__":
+    main()
