@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from ema_seg.errors import ConfigError, DataError
+from ema_seg.errors import ConfigError, DataError, ModelError
 from ema_seg.evaluation import measure_cost
 from ema_seg.evaluation.cost import count_macs, count_parameters, measure_peak_memory, time_end_to_end
 
@@ -182,6 +182,17 @@ def test_the_global_seed_is_left_alone() -> None:
     torch.manual_seed(5)
     measure_cost(model, size=(8, 8), stride=8, batch_size=2, device="cpu", budget=0.01)
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_too_little_memory_is_named() -> None:
+    class Greedy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return x
+
+    with pytest.raises(ModelError, match="batch of 64 images of 8 x 9 pixels does not fit"):
+        measure_cost(Greedy(), size=(8, 9), stride=8, batch_size=64, device="cpu", budget=0.01)
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
