@@ -24,6 +24,7 @@ CLOTHES = [
     rgb(0.12, 0.13, 0.16), rgb(0.2, 0.25, 0.42), rgb(0.6, 0.15, 0.15), rgb(0.75, 0.73, 0.68),
     rgb(0.35, 0.33, 0.3), rgb(0.25, 0.4, 0.28), rgb(0.7, 0.55, 0.2), rgb(0.5, 0.5, 0.55),
 ]  # fmt: skip
+SPORTSWEAR = [rgb(0.85, 0.85, 0.15), rgb(0.9, 0.45, 0.1), rgb(0.2, 0.7, 0.75), rgb(0.8, 0.12, 0.15)]
 SKIN = [rgb(0.85, 0.66, 0.54), rgb(0.6, 0.43, 0.32), rgb(0.38, 0.26, 0.2)]
 
 
@@ -85,7 +86,7 @@ def draw_traffic_light(scene: Scene, x: float, z: float) -> None:
     figure.line([[0, 0], [0, height + 0.2]], 0.14, metal, LabelId.POLE)
     case = scene.pick([BLACK, rgb(0.12, 0.2, 0.14), rgb(0.25, 0.25, 0.25)], 0.02)
     figure.polygon(
-        [[-0.24, height - 0.15], [0.24, height - 0.15], [0.24, height + 1.0], [-0.24, height + 1.0]], case
+        [[-0.28, height - 0.2], [0.28, height - 0.2], [0.28, height + 1.05], [-0.28, height + 1.05]], case
     )
     lit = scene.rng.integers(3)
     for i, color in enumerate((rgb(0.2, 0.95, 0.5), rgb(1, 0.75, 0.2), rgb(1, 0.22, 0.15))):
@@ -114,7 +115,7 @@ def draw_sign(scene: Scene, x: float, z: float) -> None:
     """A traffic sign of any shape on its pole."""
     rng = scene.rng
     shape = SIGN_SHAPES[rng.integers(len(SIGN_SHAPES))]
-    size, height = rng.uniform(0.38, 0.55), rng.uniform(2.0, 2.8)
+    size, height = rng.uniform(0.42, 0.6), rng.uniform(2.0, 2.8)
     red, blue, white = rgb(0.75, 0.1, 0.1), rgb(0.12, 0.3, 0.68), rgb(0.9, 0.9, 0.9)
     rim, face, symbol = {
         "circle": (red, white, BLACK) if scene.chance(0.6) else (white, blue, white),
@@ -208,12 +209,8 @@ def draw_cyclist(scene: Scene, x: float, z: float) -> None:
     from_behind, mirrored = scene.chance(0.5), scene.chance(0.5)
     draw_bicycle(scene, x, z, from_behind, mirrored)
     figure = Figure(scene, x, z, LabelId.RIDER, mirrored)
-    coat, trousers, skin, helmet = (
-        scene.pick(CLOTHES),
-        scene.pick(CLOTHES),
-        scene.pick(SKIN),
-        scene.pick(PAINT),
-    )
+    coat, trousers = scene.pick(SPORTSWEAR), scene.pick(CLOTHES)
+    skin, helmet = scene.pick(SKIN), scene.pick(SPORTSWEAR)
     if from_behind:
         for side in (-1, 1):
             figure.line([[0.1 * side, 0.95], [0.17 * side, 0.3 + 0.1 * side]], 0.15, trousers)

@@ -21,7 +21,7 @@ from ema_seg.data.street_scene.figures import (
 from ema_seg.data.street_scene.plants import draw_tree
 from ema_seg.data.street_scene.stage import SUBPIXEL_BITS, Points, Scene, Side, fixed_point
 from ema_seg.data.street_scene.surroundings import Plot
-from ema_seg.data.street_scene.vehicles import draw_bus, draw_car, draw_truck
+from ema_seg.data.street_scene.vehicles import draw_bus, draw_car
 
 __all__ = ["KINDS", "Kind", "Placed", "cast_shadows", "draw_thing", "place_objects"]
 
@@ -44,23 +44,22 @@ class Kind:
 
 
 KINDS = (
-    Kind(draw_lamp, "kerb", 0.9, 6, (6, 70), 0.3, 7),
-    Kind(draw_bollard, "kerb", 0.45, 6, (5, 22), 0.3, 1),
-    Kind(draw_traffic_light, "kerb", 0.75, 4, (6, 28), 0.4, 3.5),
-    Kind(draw_sign, "kerb", 0.95, 5, (5.5, 32), 0.4, 2.6),
-    Kind(draw_bin, "sidewalk", 0.4, 2, (6, 25), 0.5, 1),
-    Kind(draw_tree, "kerb", 0.45, 4, (9, 60), 0.9, 5),
-    Kind(draw_person, "sidewalk", 0.9, 8, (5, 32), 0.4, 1.7),
-    Kind(draw_person, "road", 0.35, 3, (7, 30), 0.4, 1.7),
-    Kind(draw_cyclist, "own lane", 0.35, 1, (6, 20), 0.9, 1.6),
-    Kind(draw_cyclist, "road", 0.5, 2, (6, 22), 0.9, 1.6),
-    Kind(draw_bicycle, "sidewalk", 0.5, 3, (5, 18), 0.9, 1),
-    Kind(draw_bus, "oncoming lane", 0.3, 1, (13, 35), 5.5, 3, TOWARDS),
-    Kind(draw_truck, "oncoming lane", 0.22, 1, (12, 35), 4.5, 3, TOWARDS),
-    Kind(draw_truck, "own lane", 0.22, 1, (12, 30), 4.5, 3, ALONG),
-    Kind(draw_car, "parking", 0.8, 7, (7, 60), 2.5, 1.4, ALONG),
-    Kind(draw_car, "own lane", 0.5, 2, (8, 60), 2.5, 1.4, ALONG),
-    Kind(draw_car, "oncoming lane", 0.6, 3, (8, 70), 2.5, 1.4, TOWARDS),
+    Kind(draw_lamp, "kerb", 0.9, 6, (7, 60), 0.3, 7),
+    Kind(draw_bollard, "kerb", 0.4, 6, (7, 22), 0.3, 1),
+    Kind(draw_traffic_light, "kerb", 0.85, 5, (8, 28), 0.4, 3.5),
+    Kind(draw_sign, "kerb", 0.95, 6, (8, 30), 0.4, 2.6),
+    Kind(draw_bin, "sidewalk", 0.4, 2, (7, 25), 0.5, 1),
+    Kind(draw_tree, "kerb", 0.4, 4, (12, 60), 0.9, 5),
+    Kind(draw_person, "sidewalk", 0.95, 12, (5.5, 24), 0.4, 1.7),
+    Kind(draw_person, "road", 0.6, 4, (6, 24), 0.4, 1.7),
+    Kind(draw_cyclist, "own lane", 0.35, 1, (6, 18), 0.9, 1.6),
+    Kind(draw_cyclist, "road", 0.5, 2, (6, 20), 0.9, 1.6),
+    Kind(draw_bicycle, "sidewalk", 0.6, 4, (6, 18), 0.9, 1),
+    Kind(draw_bus, "oncoming lane", 0.4, 1, (13, 32), 5.5, 3, TOWARDS),
+    Kind(draw_bus, "own lane", 0.15, 1, (14, 30), 5.5, 3, ALONG),
+    Kind(draw_car, "parking", 0.8, 7, (8, 60), 2.5, 1.4, ALONG),
+    Kind(draw_car, "own lane", 0.5, 2, (9, 60), 2.5, 1.4, ALONG),
+    Kind(draw_car, "oncoming lane", 0.6, 3, (9, 70), 2.5, 1.4, TOWARDS),
     Kind(draw_car, "junction", 0.6, 2, (10, 60), 2.3, 1.4, ACROSS),
 )
 
@@ -79,8 +78,12 @@ def _sample_place(scene: Scene, kind: Kind) -> tuple[float, float]:
     side: Side = 1 if scene.chance(0.5) else -1
     z = float(np.exp(rng.uniform(*np.log(kind.depth))))
     kerb, front = layout.kerb[side], layout.front[side]
-    if kind.zone == "junction" and layout.junction:
-        z = rng.uniform(layout.junction[0] + 1.5, layout.junction[1] - 1.5)
+    if layout.junction:
+        start, stop = layout.junction
+        if kind.zone == "junction":
+            z = rng.uniform(start + 1.5, stop - 1.5)
+        elif kind.zone in ("kerb", "sidewalk", "parking") and start - 1 < z < stop + kind.radius:
+            z = start - kind.radius - rng.uniform(0.3, 1.5)  # at the corner, not in the crossing street
     x = {
         "kerb": side * (kerb + rng.uniform(0.3, 0.7)),
         "sidewalk": side * rng.uniform(kerb + 0.5, front - 0.5),

@@ -54,7 +54,7 @@ def draw_fence(scene: Scene, near: tuple[float, float], far: tuple[float, float]
     feet = start + (end - start) * share
     # Where pickets come closer than a pixel or two they would merge into a solid surface: draw every third.
     drawn = (gap * camera.focal / feet[:, 2] > 2.5) | (np.arange(count) % 3 == 0)
-    width = np.where(np.arange(count) % is_post == 0, 0.12, 0.05) * camera.focal / feet[:, 2]
+    width = np.where(np.arange(count) % is_post == 0, 0.16, 0.09) * camera.focal / feet[:, 2]
     tops, colors = camera.project(feet + up), lit[0] + (lit[1] - lit[0]) * share
     canvas.lines(camera.project(feet)[drawn], tops[drawn], width[drawn], colors[drawn])
     for level in (0.15, 0.38, 0.62, 0.93) if is_railed else (0.12, 0.93):

@@ -45,7 +45,6 @@ class LabelId(IntEnum):
     PERSON = 24
     RIDER = 25
     CAR = 26
-    TRUCK = 27
     BUS = 28
     BICYCLE = 33
 
@@ -294,7 +293,7 @@ class Scene:
 def sample_camera(rng: Rng, height: int, width: int) -> Camera:
     """A random camera for a canvas of this many rows and columns."""
     return Camera(
-        focal=rng.uniform(0.78, 0.9) * width,
+        focal=rng.uniform(0.95, 1.1) * width,
         centre=rng.uniform(0.36, 0.64) * width,
         horizon=rng.uniform(0.38, 0.48) * height,
         height=rng.uniform(1.35, 1.75),
@@ -303,7 +302,7 @@ def sample_camera(rng: Rng, height: int, width: int) -> Camera:
 
 def sample_light(rng: Rng) -> Light:
     """Random light: mostly day, sometimes dusk or night."""
-    name = str(rng.choice(["sunny", "overcast", "dusk", "night"], p=[0.5, 0.3, 0.12, 0.08]))
+    name = str(rng.choice(["sunny", "overcast", "dusk", "night"], p=[0.52, 0.32, 0.1, 0.06]))
     elevation = np.deg2rad(rng.uniform(8, 18) if name == "dusk" else rng.uniform(25, 60))
     azimuth = rng.uniform(0, 2 * np.pi)
     sun = np.array(
@@ -327,8 +326,8 @@ def sample_layout(rng: Rng) -> Layout:
         1: float(rng.choice([0, rng.uniform(1, 3)])),
     }
     front: dict[Side, float] = {
-        -1: kerb[-1] + verge[-1] + rng.uniform(2, 4.5),
-        1: kerb[1] + verge[1] + rng.uniform(2, 4.5),
+        -1: kerb[-1] + verge[-1] + rng.uniform(3, 6),
+        1: kerb[1] + verge[1] + rng.uniform(3, 6),
     }
     start = rng.uniform(14, 45)
     junction = (start, start + rng.uniform(7, 11)) if rng.random() < 0.5 else None

@@ -157,6 +157,7 @@ PLASTER = [
     rgb(0.55, 0.6, 0.66), rgb(0.62, 0.64, 0.56), rgb(0.76, 0.6, 0.55), rgb(0.4, 0.4, 0.42),
 ]  # fmt: skip
 BRICK = [rgb(0.55, 0.3, 0.23), rgb(0.62, 0.42, 0.32), rgb(0.45, 0.3, 0.26), rgb(0.66, 0.56, 0.45)]
+CONCRETE = [rgb(0.6, 0.59, 0.56), rgb(0.5, 0.5, 0.48), rgb(0.68, 0.66, 0.62)]
 STOREY = 3.1  # metres
 
 
@@ -187,8 +188,8 @@ def plan_plots(scene: Scene) -> list[Plot]:
                 far, following = junction[0], junction[1] + 1.5
             else:
                 following = far
-            kind: PlotKind = rng.choice(["house", "wall", "garden"], p=[0.58, 0.14, 0.28])
-            height = rng.uniform(2, 6) * STOREY if kind == "house" else rng.uniform(1.6, 2.8)
+            kind: PlotKind = rng.choice(["house", "wall", "garden"], p=[0.46, 0.17, 0.37])
+            height = rng.uniform(2, 6) * STOREY if kind == "house" else rng.uniform(1.8, 3.2)
             if far - near > 1:
                 sheltered = kind == "house" and _ends_at_taller_house(plots, near, height)
                 plots.append(Plot(kind, side, near, far, height, sheltered))
@@ -256,9 +257,10 @@ def _draw_wall(scene: Scene, plot: Plot) -> None:
     x = plot.side * scene.layout.front[plot.side]
     for _ in range(scene.rng.integers(0, 3)):
         draw_tree(scene, x + plot.side * scene.rng.uniform(2, 5), scene.rng.uniform(plot.near + 1, plot.far))
-    is_brick = scene.chance(0.5)
-    color = scene.pick(BRICK if is_brick else [rgb(0.6, 0.58, 0.55), *PLASTER])
-    picture = _facade(scene, plot.far - plot.near, plot.height, plot.near, color, is_brick, windows=False)
+    color = scene.pick(CONCRETE, 0.03)
+    picture = _facade(
+        scene, plot.far - plot.near, plot.height, plot.near, color, is_brick=False, windows=False
+    )
     rows = len(picture)
     picture[: max(1, rows // 12)] *= 1.15  # the coping
     picture[:, :: max(6, picture.shape[1] // 6)] *= 0.8  # panel joints
@@ -274,8 +276,8 @@ def _draw_garden(scene: Scene, plot: Plot) -> None:
             draw_tree(scene, away, z)
         else:
             draw_foliage(scene, away, z, base=0, radius=(rng.uniform(0.8, 2.2), rng.uniform(0.8, 1.6)))
-    if scene.chance(0.8):
-        draw_fence(scene, (x, plot.near), (x, plot.far), rng.uniform(1.1, 1.9))
+    if scene.chance(0.9):
+        draw_fence(scene, (x, plot.near), (x, plot.far), rng.uniform(1.3, 2.1))
 
 
 def _paste_upright(

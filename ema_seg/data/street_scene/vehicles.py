@@ -1,4 +1,4 @@
-"""Cars, trucks and buses: solid blocks with windows, wheels and lamps on their faces."""
+"""Cars and buses: solid blocks with windows, wheels and lamps on their faces."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ema_seg.data.street_scene.stage import BLACK, PAINT, Color, LabelId, Points, Scene, rgb
 
-__all__ = ["draw_bus", "draw_car", "draw_truck"]
+__all__ = ["draw_bus", "draw_car"]
 
 
 @dataclass(frozen=True)
@@ -161,42 +161,6 @@ def draw_car(scene: Scene, x: float, z: float, heading: float) -> None:
             vehicle.fill(face, glass, _box(0.53, 0.12, 0.92, 0.85))
         elif face.name != "top":
             vehicle.fill(face, glass * rng.uniform(0.8, 1.6), _box(0.07, 0.1, 0.93, 0.88))
-
-
-def draw_truck(scene: Scene, x: float, z: float, heading: float) -> None:
-    """A lorry: a cargo box behind a cab."""
-    vehicle, rng = Vehicle(scene, Pose(x, z, heading), LabelId.TRUCK), scene.rng
-    long, tall = rng.uniform(4, 5.5), rng.uniform(2.9, 3.5)
-    cargo, cab = (
-        Block((-long, 0.55), (0.9, tall), 2.35),
-        Block((1.1, 0.45), (2.7, rng.uniform(2.3, 2.7)), 2.2, 0, 0.25, 0.05),
-    )
-    cover, paint = scene.pick(PAINT), scene.pick(PAINT)
-    near_last = (cab, cargo) if np.cos(heading) > 0 else (cargo, cab)
-    for block in near_last:
-        for face in vehicle.faces(block):
-            if face.name in ("rear", "front"):
-                vehicle.fill(face, BLACK, _box(0.06, -0.2, 0.94, 0.0))
-            vehicle.fill(face, cover if block is cargo else paint)
-            _draw_truck_details(vehicle, face, block, is_cargo=block is cargo, color=cover)
-
-
-def _draw_truck_details(vehicle: Vehicle, face: Face, block: Block, is_cargo: bool, color: Color) -> None:
-    glass = rgb(0.14, 0.16, 0.2) + 0.15 * vehicle.scene.light.zenith
-    if face.name in ("left", "right"):
-        vehicle.wheels(face, block, 0.48, (0.2, 0.36) if is_cargo else (0.5,))
-        if is_cargo:
-            vehicle.fill(face, color * 0.6, _box(0, 0, 1, 0.06))
-            vehicle.fill(face, np.clip(color * 0.5 + 0.3, 0, 1), _box(0.2, 0.45, 0.75, 0.7))
-        else:
-            vehicle.fill(face, glass, _box(0.2, 0.5, 0.85, 0.88))
-    elif face.name == "front" and not is_cargo:
-        vehicle.fill(face, glass, _box(0.06, 0.48, 0.94, 0.9))
-        vehicle.lamps(face, 0.06)
-    elif face.name == "rear" and is_cargo:
-        vehicle.fill(face, color * 0.7, _box(0.49, 0, 0.51, 1))
-        vehicle.fill(face, color * 0.7, _box(0, 0, 1, 0.05))
-        vehicle.lamps(face, 0.0)
 
 
 def draw_bus(scene: Scene, x: float, z: float, heading: float) -> None:
