@@ -27,7 +27,7 @@ from ema_seg.errors import ConfigError, DataError
 
 __all__ = ["StreetDataset"]
 
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 """Part of the folder's name: raise it with every change to the pictures."""
 
 SIZE_LIMITS = (32, 2048)

@@ -56,8 +56,8 @@ def _develop(scene: Scene) -> NDArray[np.uint8]:
     image *= np.exp(rng.normal(0, 0.13)) * (1 + rng.normal(0, 0.03, 3)).astype(np.float32)
     np.clip(image, 0, 1, out=image)
     image = image ** np.float32(np.exp(rng.normal(0, 0.12)))
-    image = cv2.GaussianBlur(image, (3, 3), rng.uniform(0.2, 0.7))
-    grain = rng.uniform(0.006, 0.02) * (1.8 if scene.light.name == "night" else 1)
+    image = cv2.GaussianBlur(image, (3, 3), rng.uniform(0.2, 0.55))
+    grain = rng.uniform(0.004, 0.013) * (1.8 if scene.light.name == "night" else 1)
     image = image + np.float32(grain) * rng.standard_normal(image.shape, dtype=np.float32)
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
 

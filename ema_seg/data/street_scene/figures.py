@@ -85,16 +85,17 @@ def draw_traffic_light(scene: Scene, x: float, z: float) -> None:
     figure = Figure(scene, x, z, LabelId.TRAFFIC_LIGHT)
     figure.line([[0, 0], [0, height + 0.2]], 0.14, metal, LabelId.POLE)
     case = scene.pick([BLACK, rgb(0.12, 0.2, 0.14), rgb(0.25, 0.25, 0.25)], 0.02)
-    figure.polygon(
-        [[-0.28, height - 0.2], [0.28, height - 0.2], [0.28, height + 1.05], [-0.28, height + 1.05]], case
-    )
+    corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
+    middle = np.array([0, height + 0.42])
+    figure.polygon(middle + corners * (0.3, 0.64), rgb(0.85, 0.85, 0.82))
+    figure.polygon(middle + corners * (0.24, 0.58), case)
     lit = scene.rng.integers(3)
     for i, color in enumerate((rgb(0.2, 0.95, 0.5), rgb(1, 0.75, 0.2), rgb(1, 0.22, 0.15))):
         centre = [0, height + 0.06 + 0.36 * i]
         if i == lit:
             figure.disc(centre, 0.14, color, shines=True)
         else:
-            figure.disc(centre, 0.14, color * 0.22)
+            figure.disc(centre, 0.14, color * 0.35)
 
 
 SignShape = Literal["circle", "triangle", "square", "octagon", "board"]
@@ -122,7 +123,7 @@ def draw_sign(scene: Scene, x: float, z: float) -> None:
         "triangle": (red, white, BLACK),
         "square": (white, blue, white) if scene.chance(0.6) else (white, rgb(0.9, 0.75, 0.15), white),
         "octagon": (white, red, white),
-        "board": (white, blue, white) if scene.chance(0.5) else (BLACK, rgb(0.92, 0.8, 0.2), BLACK),
+        "board": (white, blue, white) if scene.chance(0.5) else (white, rgb(0.1, 0.45, 0.25), white),
     }[shape]
     figure = Figure(scene, x, z, LabelId.TRAFFIC_SIGN)
     figure.line([[0, 0], [0, height + size]], 0.11, scene.pick(METAL), LabelId.POLE)

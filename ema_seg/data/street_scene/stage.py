@@ -312,7 +312,7 @@ def sample_light(rng: Rng) -> Light:
         "sunny": (0.52, 0.62, rgb(1.05, 1.0, 0.92), rgb(0.32, 0.52, 0.82), rgb(0.74, 0.83, 0.92)),
         "overcast": (0.78, 0.1, rgb(0.97, 1.0, 1.03), rgb(0.66, 0.7, 0.74), rgb(0.8, 0.82, 0.84)),
         "dusk": (0.4, 0.42, rgb(1.12, 0.9, 0.76), rgb(0.36, 0.4, 0.62), rgb(0.9, 0.66, 0.5)),
-        "night": (0.27, 0.0, rgb(0.95, 0.95, 1.1), rgb(0.07, 0.09, 0.16), rgb(0.2, 0.2, 0.25)),
+        "night": (0.42, 0.0, rgb(0.95, 0.95, 1.1), rgb(0.07, 0.09, 0.16), rgb(0.2, 0.2, 0.25)),
     }[name]
     tint = rng.normal(0, 0.03, 3)
     return Light(name, sun, ambient, direct, color, zenith + tint, horizon + tint, rng.uniform(0.001, 0.006))

@@ -277,7 +277,7 @@ def _draw_garden(scene: Scene, plot: Plot) -> None:
         else:
             draw_foliage(scene, away, z, base=0, radius=(rng.uniform(0.8, 2.2), rng.uniform(0.8, 1.6)))
     if scene.chance(0.9):
-        draw_fence(scene, (x, plot.near), (x, plot.far), rng.uniform(1.3, 2.1))
+        draw_fence(scene, (x, plot.near), (x, plot.far), rng.uniform(1.4, 2.2))
 
 
 def _paste_upright(
