@@ -13,6 +13,8 @@ from omegaconf import DictConfig
 from configs.command_line import argument, plain_config, reports_errors, saved_config
 from ema_seg.errors import ConfigError
 
+CONFIGS = Path(__file__).resolve().parent / "configs"
+
 
 @reports_errors
 def main() -> None:
@@ -21,7 +23,7 @@ def main() -> None:
     store = ConfigStore.instance()
     for group in ("data", "evaluation"):
         store.store("of_run", saved.get(group, {}), group=group)
-    hydra.main(version_base="1.3", config_path="configs", config_name="eval")(_evaluate)()
+    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="eval")(_evaluate)()
 
 
 def _saved_config() -> dict[str, Any]:

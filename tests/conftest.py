@@ -1,0 +1,80 @@
+import os
+
+# Several test processes run side by side; more than one thread each would make them wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+# The entry points are scripts beside the package, not part of it.
+sys.path.insert(0, str(ROOT))
+
+
+def write_camvid(root, sizes=((64, 96),), train=4, val=3):
+    """A data set in CamVid's layout: a road below, sky above, a pole, an unlabelled strip at the left."""
+    generator = np.random.default_rng(0)
+    for split, count in {"train": train, "val": val}.items():
+        for folder in ("images", "masks"):
+            (root / split / folder).mkdir(parents=True)
+        for index in range(count):
+            height, width = sizes[index % len(sizes)]
+            mask = np.zeros((height, width), np.uint8)
+            mask[height // 2 + index :] = 3
+            mask[:, width // 3 : width // 3 + 4] = 2
+            mask[:, :2] = 11
+            image = mask[..., None] * np.array([20, 15, 10], np.uint8) + generator.integers(0, 40, (height, width, 3))
+            Image.fromarray(image.astype(np.uint8)).save(root / split / "images" / f"{split}_{index}.jpg")
+            Image.fromarray(mask).save(root / split / "masks" / f"{split}_{index}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def camvid_root(tmp_path_factory):
+    return write_camvid(tmp_path_factory.mktemp("camvid") / "data")
+
+
+# The smallest model and the shortest training that still pass every station.
+QUICK = (
+    "model=fpn",
+    "model.encoder=tu-mobilenetv3_small_050",
+    "model.encoder_weights=null",
+    "data.batch_size=2",
+    "data.evaluation_batch_size=2",
+    "data.workers=0",
+    "data.augmentation.crop.height=64",
+    "data.augmentation.crop.width=64",
+    "epochs=2",
+    "logger=none",
+    "training.pictures_every=0",
+    "evaluation.budget=0.1",
+    "trainer=cpu",
+)
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Run ``train`` or ``eval`` in this process; gives exit status, standard output and standard error."""
+
+    def run(script, *overrides):
+        from hydra.core.global_hydra import GlobalHydra
+
+        module = __import__(script)
+        monkeypatch.setattr(sys, "argv", [str(ROOT / f"{script}.py"), *map(str, overrides)])
+        GlobalHydra.instance().clear()
+        status = 0
+        try:
+            module.main()
+        except SystemExit as exit:
+            if isinstance(exit.code, str):
+                print(exit.code, file=sys.stderr)
+            status = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run

@@ -1,0 +1,191 @@
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from ema_seg.attention import EMA
+from ema_seg.errors import ConfigError, ModelError
+from ema_seg.models import build_segmenter, decoder_names, model_stride, segmenter_from_config
+from ema_seg.models.placement import PLACEMENTS
+
+# The lightest encoder that each decoder takes.
+ENCODERS = {"dpt": "tu-vit_tiny_patch16_224", "segformer": "mit_b0"}
+
+# Blocks that each placement adds: feature maps that the decoder reads, blocks of the decoder, always one head.
+EXPECTED_BLOCKS = {
+    "unet": (5, 5),
+    "unetplusplus": (5, 11),
+    "manet": (5, 5),
+    "linknet": (5, 5),
+    "fpn": (4, 4),
+    "pspnet": (1, 1),
+    "pan": (4, 3),
+    "deeplabv3": (1, 1),
+    "deeplabv3plus": (2, 1),
+    "upernet": (4, 3),
+    "segformer": (4, 1),
+    "dpt": (4, 4),
+}
+
+
+def encoder_of(decoder):
+    return ENCODERS.get(decoder, "resnet18")
+
+
+def build(decoder, **arguments):
+    torch.manual_seed(0)
+    return build_segmenter(decoder, classes=3, encoder=encoder_of(decoder), **arguments)
+
+
+def test_the_table_covers_every_decoder_of_smp():
+    assert set(decoder_names()) == set(EXPECTED_BLOCKS) == set(smp.MODEL_ARCHITECTURES_MAPPING)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("decoder", decoder_names())
+def test_every_placement_is_in_the_graph_of_every_decoder(decoder, placement):
+    model = build(decoder, attention="ema", attention_options={"factor": "auto"}, placements=[placement])
+    stride = model_stride(model)
+    images = torch.randn(2, 3, 128, 192)  # not square; multiples of every stride
+
+    logits = model(images)
+    logits.square().mean().backward()
+
+    blocks = [module for module in model.modules() if isinstance(module, EMA)]
+    expected = dict(zip(PLACEMENTS, (*EXPECTED_BLOCKS[decoder], 1), strict=True))
+    assert 128 % stride == 192 % stride == 0
+    assert logits.shape == (2, 3, 128, 192)
+    assert len(blocks) == expected[placement]
+    for block in blocks:
+        for name, parameter in block.named_parameters():
+            assert parameter.grad is not None, name
+        # The 3×3 branch always gets a gradient that is not zero; a single channel per group has softmax 1.
+        assert block.conv3x3.bias.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("decoder", decoder_names())
+def test_none_is_plain_smp_bit_for_bit(decoder):
+    ours = build(decoder, attention="none", placements=PLACEMENTS)
+    torch.manual_seed(0)
+    options = {"dynamic_img_size": True} if decoder == "dpt" else {}
+    plain = smp.create_model(decoder, encoder_of(decoder), encoder_weights=None, classes=3, **options)
+    images = torch.randn(1, 3, 128, 192)
+
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(ours.eval()(images), plain.eval()(images))
+
+
+def test_attention_leaves_the_other_weights_and_the_batch_statistics_as_they_were():
+    plain = build("unet").state_dict()
+    model = build("unet", attention="ema", attention_options={"factor": 4}, placements=PLACEMENTS)
+    names = {
+        name: name.replace("encoder.encoder.", "encoder.")
+        .replace(".block.", ".")
+        .replace("segmentation_head.head.", "segmentation_head.")
+        for name in model.state_dict()
+        if ".attention." not in name
+    }
+
+    for name, original in names.items():
+        assert torch.equal(model.state_dict()[name], plain[original]), name
+    assert set(names.values()) == set(plain)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.training
+
+
+def test_placements_combine():
+    model = build("unet", attention="se", attention_options={}, placements=PLACEMENTS, encoder_stages=[3, 5])
+
+    assert list(model.encoder.attention) == ["3", "5"]
+    assert all(hasattr(block, "attention") for block in model.decoder.blocks)
+    assert hasattr(model.segmentation_head, "attention")
+    assert model(torch.randn(1, 3, 64, 96).expand(2, -1, -1, -1)).shape == (2, 3, 64, 96)
+
+
+def test_an_attention_block_changes_the_output():
+    images = torch.randn(1, 3, 64, 64)
+    plain = build("unet").eval()
+    attended = build("unet", attention="ema", attention_options={"factor": 4}).eval()
+
+    with torch.inference_mode():
+        assert not torch.allclose(plain(images), attended(images))
+
+
+def test_a_model_runs_in_channels_last_and_bfloat16():
+    model = build("fpn", attention="ema", attention_options={"factor": "auto"}).eval()
+    images = torch.randn(1, 3, 64, 96)
+    expected = model(images)
+    model.to(memory_format=torch.channels_last)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(images.contiguous(memory_format=torch.channels_last))
+
+    assert_close(model(images), expected, rtol=1e-3, atol=1e-4)
+    assert_close(low.float(), expected, rtol=0.1, atol=0.05 * expected.abs().max().item())
+
+
+def test_transformer_encoders_without_a_stride_2_map_are_handled():
+    model = build_segmenter(
+        "unetplusplus",
+        classes=2,
+        encoder="tu-convnext_atto",
+        attention="se",
+        placements=["encoder", "decoder"],
+    )
+
+    assert "1" not in model.encoder.attention
+    assert model(torch.randn(2, 3, 64, 96)).shape == (2, 2, 64, 96)
+
+
+def test_options_reach_the_decoder():
+    model = build("unet", decoder_channels=[64, 48, 32, 24, 8])
+
+    assert model.segmentation_head[0].in_channels == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"decoder": "unnet"}, r"unknown decoder 'unnet'.*Did you mean 'unet'"),
+        ({"encoder": "resnet81"}, r"encoder 'resnet81'.*Did you mean.*resnet18"),
+        ({"encoder": "tu-tf_efficientnet_lit0"}, r"'tu-tf_efficientnet_lit0'.*tu-tf_efficientnet_lite0"),
+        ({"decoder_chanels": [1]}, r"model\.decoder_chanels: .*did you mean 'decoder_channels'"),
+        ({"attention": "emu"}, r"no block is called 'emu'"),
+        ({"attention_options": {"factor": 3}}, r"attention\.factor: .*'none' has no such option"),
+    ],
+)
+def test_unknown_names_are_config_errors(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        build_segmenter(**{"classes": 2, "encoder": "resnet18", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"placements": ["neck"]}, "'neck' is unknown; choose among encoder, decoder, head"),
+        ({"placements": ["encoder"], "encoder_stages": [1]}, "stage 1 of the encoder does not feed the fpn"),
+        ({"attention_options": {"factor": 7}}, r"cannot split 128 channels into factor=7"),
+        ({"encoder_depth": 9}, r"cannot be built with encoder='resnet18', encoder_depth=9"),
+    ],
+)
+def test_parts_that_do_not_fit_are_model_errors(arguments, message):
+    settings = {"classes": 2, "encoder": "resnet18", "attention": "ema", "attention_options": {"factor": "auto"}}
+    with pytest.raises(ModelError, match=message):
+        build_segmenter("fpn", **(settings | arguments))
+
+
+def test_a_configuration_describes_a_model():
+    config = {
+        "model": {"decoder": "fpn", "encoder": "resnet18", "encoder_weights": "missing-file.pth"},
+        "attention": {"name": "ema", "factor": 2},
+        "placement": {"encoder": False, "encoder_stages": None, "decoder": False, "head": True},
+    }
+
+    model = segmenter_from_config(config, 5, pretrained=False)
+
+    assert isinstance(model.segmentation_head.attention, EMA)
+    assert model.segmentation_head.attention.groups == 2
+    assert model(torch.zeros(1, 3, 32, 64)).shape == (1, 5, 32, 64)
+    assert isinstance(model, nn.Module)

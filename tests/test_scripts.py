@@ -1,0 +1,403 @@
+"""The entry points, as a user runs them."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tests.conftest import QUICK, ROOT, write_camvid
+from PIL import Image
+
+from ema_seg.evaluation import ConfusionMatrix
+from ema_seg.models import load_segmenter
+
+
+@pytest.fixture(scope="module")
+def finished_run(camvid_root, tmp_path_factory):
+    """One run in a process of its own, with everything switched on that a run can leave behind."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    overrides = [
+        *(text for text in QUICK if not text.startswith(("logger", "training.pictures"))),
+        "data=camvid",
+        f"data.root={camvid_root}",
+        "training.pictures_every=1",
+        "data.workers=1",
+        f"hydra.run.dir={run}",
+    ]
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *overrides], capture_output=True, text=True, cwd=run.parent, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return run, done
+
+
+def rows_of(run):
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_its_directory_as_promised(finished_run):
+    run, _ = finished_run
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+
+    assert {
+        "config.yaml",
+        "environment.json",
+        "metrics.csv",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "report/report.json",
+        "report/report.md",
+        "report/figures/confusion_matrix.png",
+        "report/figures/per_class_iou.png",
+        "report/figures/panel.png",
+        "pictures/epoch_001.png",
+        "pictures/epoch_002.png",
+    } <= files
+    assert any(name.startswith("tensorboard/events") for name in files)
+
+
+def test_a_run_prints_the_report_and_its_path(finished_run):
+    run, done = finished_run
+
+    assert "mIoU" in done.stdout
+    assert "images/s" in done.stdout
+    assert done.stdout.rstrip().endswith(f"run: {run}")
+    assert "epoch 2/2" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_metrics_have_a_full_row_per_epoch(finished_run):
+    rows = rows_of(finished_run[0])
+
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert all(value != "" for row in rows for value in row.values())
+
+
+def test_the_report_agrees_with_the_checkpoint_and_the_files(finished_run, camvid_root):
+    """Rebuild the model from the checkpoint alone, predict without our evaluation code, count again."""
+    run, _ = finished_run
+    report = json.loads((run / "report" / "report.json").read_text())
+    model, checkpoint = load_segmenter(run / "checkpoints" / "best.ckpt")
+    mean, std = (np.array(checkpoint["config"]["data"][key]) for key in ("mean", "std"))
+    counts = np.zeros((11, 11), np.int64)
+    for path in sorted((camvid_root / "val" / "images").iterdir()):
+        image = (np.asarray(Image.open(path)) / 255 - mean) / std
+        truth = np.asarray(Image.open(camvid_root / "val" / "masks" / f"{path.stem}.png"))
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(image).permute(2, 0, 1)[None].float())
+        prediction = logits[0].argmax(0).numpy()
+        np.add.at(counts, (truth[truth != 11], prediction[truth != 11]), 1)
+
+    assert report["confusion_matrix"] == counts.tolist()
+    matrix = ConfusionMatrix(11)
+    matrix.matrix += torch.from_numpy(counts)
+    assert report["miou"] == pytest.approx(matrix.compute()["miou"])
+    assert report["miou"] == pytest.approx(max(float(row["val/miou"]) for row in rows_of(run)), rel=1e-5)
+    assert report["throughput"]["forward"][0]["images_per_second"] > 0
+    assert report["attention"]["name"] == "ema"
+
+
+def test_the_saved_configuration_is_resolved(finished_run):
+    run, _ = finished_run
+    text = (run / "config.yaml").read_text()
+
+    assert "${" not in text
+    assert yaml.safe_load(text)["data"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    assert "torch" in json.loads((run / "environment.json").read_text())["packages"]
+
+
+def test_a_checkpoint_is_plain_data(finished_run):
+    for name in ("best", "last"):
+        checkpoint = torch.load(finished_run[0] / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        assert checkpoint["config"]["model"]["decoder"] == "fpn"
+        assert len(checkpoint["classes"]) == 11
+
+
+def test_eval_repeats_the_report_of_a_run(finished_run, run_script, tmp_path):
+    run, _ = finished_run
+    before = json.loads((run / "report" / "report.json").read_text())
+
+    status, out, err = run_script("eval", f"run={run}", f"report.dir={tmp_path / 'again'}")
+
+    assert status == 0, err
+    after = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert status == 0
+    assert "mIoU" in out
+    for key in ("confusion_matrix", "miou", "iou", "parameters", "gmacs", "classes", "data", "attention"):
+        assert after[key] == before[key], key
+
+
+def test_eval_takes_a_lone_checkpoint_and_other_data(finished_run, run_script, tmp_path):
+    run, _ = finished_run
+    checkpoint = shutil.copy(run / "checkpoints" / "best.ckpt", tmp_path / "copied.ckpt")
+    root = write_camvid(tmp_path / "other", sizes=((50, 70), (64, 96)), train=1, val=4)
+
+    status, _, err = run_script(
+        "eval", f"ckpt={checkpoint}", f"data.root={root}", "evaluation.precision=bf16-mixed", "data.workers=1"
+    )
+
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert status == 0, err
+    assert sum(map(sum, report["confusion_matrix"])) == 2 * 50 * 68 + 2 * 64 * 94
+    assert report["throughput"]["precision"] == "bf16-mixed"
+    assert report["throughput"]["size"] == [50, 70]
+    assert report["throughput"]["padded_size"] == [64, 96]
+
+
+def test_a_run_is_resumed_with_its_own_configuration(camvid_root, run_script, tmp_path):
+    run = tmp_path / "run"
+    common = (*QUICK, "data=camvid", f"data.root={camvid_root}", "seed=3", "model.encoder_weights=null")
+    assert run_script("train", *common, "schedule=constant", "epochs=1", f"hydra.run.dir={run}")[0] == 0
+    first = rows_of(run)
+    step = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+
+    status, out, err = run_script("train", f"resume={run}", "trainer.max_epochs=3")
+
+    last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert status == 0, err
+    assert [row["epoch"] for row in rows_of(run)] == ["0", "1", "2"]
+    assert rows_of(run)[0] == first[0]
+    assert last["global_step"] == 3 * step
+    assert out.rstrip().endswith(f"run: {run}")
+    assert yaml.safe_load((run / "config.yaml").read_text())["schedule"]["name"] == "constant"
+
+
+def test_options_of_training_work_together(camvid_root, run_script, tmp_path):
+    run = tmp_path / "run"
+
+    status, _, err = run_script(
+        "train",
+        *QUICK,
+        "data=camvid",
+        f"data.root={camvid_root}",
+        f"hydra.run.dir={run}",
+        "epochs=5",
+        "attention=scse",
+        "placement=everywhere",
+        "loss=cross_entropy_dice",
+        "+loss.lovasz.weight=0.1",
+        "optimizer=sgd",
+        "schedule=cosine",
+        "trainer.precision=bf16-mixed",
+        "trainer.gradient_clip_val=1.0",
+        "trainer.accumulate_grad_batches=2",
+        "training.weight_averaging=0.9",
+        "training.early_stopping=1",
+        "optimizer.lr=1e-12",
+        "data.augmentation.flip=null",
+        "+data.augmentation.blur.transform=GaussianBlur",
+    )
+
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert status == 0, err
+    assert len(rows_of(run)) < 5  # nothing is learned, so training stops early
+    assert checkpoint["global_step"] == len(rows_of(run))  # two batches an epoch make one step
+    assert "current_model_state" in checkpoint
+
+
+def make_cityscapes(root):
+    for split in ("train", "val"):
+        for index in range(3):
+            name = f"aachen_{index:06d}_000019"
+            for kind, suffix in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
+                path = root / kind / split / "aachen" / f"{name}_{suffix}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                array = np.full((64, 128, 3), 90, np.uint8) if kind == "leftImg8bit" else np.full((64, 128), 7, np.uint8)
+                array[:20] = 23
+                Image.fromarray(array).save(path)
+    return root
+
+
+def make_cityscapes_zips(root):
+    folders = make_cityscapes(root / "unpacked")
+    for kind in ("leftImg8bit", "gtFine"):
+        with zipfile.ZipFile(root / f"{kind}_trainvaltest.zip", "w") as archive:
+            for path in sorted((folders / kind).rglob("*.png")):
+                archive.write(path, path.relative_to(folders))
+    shutil.rmtree(folders)
+    return root
+
+
+def make_ade20k(root):
+    for split, prefix in (("training", "train"), ("validation", "val")):
+        for index in range(1, 4):
+            for kind, suffix in (("images", "jpg"), ("annotations", "png")):
+                path = root / "ADEChallengeData2016" / kind / split / f"ADE_{prefix}_{index:08d}.{suffix}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shape = (60 + index, 80) if kind == "annotations" else (60 + index, 80, 3)
+                array = np.full(shape, 3, np.uint8)
+                array[:30] = 0
+                Image.fromarray(array).save(path)
+    return root
+
+
+def make_folder(root):
+    (root / "classes.yaml").parent.mkdir(parents=True, exist_ok=True)
+    (root / "classes.yaml").write_text("- background\n- thing\n")
+    for split in ("train", "val"):
+        for index in range(3):
+            mask = np.zeros((70, 90), np.uint8)
+            mask[20:50, 30:60] = 1
+            for kind, array in (("images", mask[..., None].repeat(3, 2) * 200), ("masks", mask)):
+                path = root / split / kind / f"{index}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(path)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("data", "make", "classes"),
+    [
+        ("cityscapes", make_cityscapes, 19),
+        ("cityscapes", make_cityscapes_zips, 19),
+        ("ade20k", make_ade20k, 150),
+        ("folder", make_folder, 2),
+    ],
+)
+def test_the_same_entry_point_trains_on_every_data_set(data, make, classes, run_script, tmp_path):
+    root = make(tmp_path / "data")
+
+    status, _, err = run_script(
+        "train", *QUICK, f"data={data}", f"data.root={root}", f"hydra.run.dir={tmp_path / 'run'}", "epochs=1"
+    )
+
+    assert status == 0, err
+    report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
+    assert len(report["classes"]) == classes
+    assert report["data"]["name"] == data
+
+
+def test_the_default_data_are_generated_and_read(run_script, tmp_path):
+    sizes = ("data.height=64", "data.width=128", "data.train_images=2", "data.val_images=1", "data.test_images=1")
+
+    status, _, err = run_script(
+        "train", *QUICK, *sizes, f"data.root={tmp_path / 'cache'}", f"hydra.run.dir={tmp_path / 'run'}", "epochs=1"
+    )
+
+    assert status == 0, err
+    report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
+    assert report["data"]["split"] == "test"
+    assert report["absent_classes"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("data=camvid",), "error: data.root is not set; give data.root=<value>"),
+        (("data=camvid", "data.root=/nowhere"), "/nowhere"),
+        (("model.encoder=resnet81",), "Did you mean"),
+        (("attention=ema", "attention.factor=7"), "valid factors are"),
+        (("loss.dise.weight=1",), "Key 'loss.dise' is not in struct|Could not override 'loss.dise.weight'"),
+        (("+loss.dise.weight=1",), "loss.dise: there is no such loss"),
+        (("trainer.precision=bf17",), "trainer: Lightning refuses"),
+        (("+trainer.max_epoch=3",), "trainer: Lightning refuses"),
+        (("data.batch_size=0",), "data.batch_size=0 must be a whole number of at least 1"),
+        (("data.batch_size=64",), "data.batch_size=64 is more than the 4 training images"),
+        (("schedule.warmup_steps=1000",), "schedule.warmup_steps=1000: the training has 4 steps"),
+        (("resume=runs/missing",), "resume=runs/missing: there is no runs/missing/config.yaml"),
+        (("model.encoder_weights=missing.pth",), "missing.pth: no such file"),
+    ],
+)
+def test_a_mistake_ends_in_one_sentence(overrides, message, camvid_root, run_script, tmp_path):
+    import re
+
+    common = [*QUICK, f"hydra.run.dir={tmp_path / 'run'}"]
+    if not any(text.startswith("data=") for text in overrides):
+        common += ["data=camvid", f"data.root={camvid_root}"]
+
+    status, _, err = run_script("train", *common, *overrides)
+
+    assert status == 1
+    assert re.search(message, err), err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((), "name what to evaluate: either run="),
+        (("run=runs/missing",), "run=runs/missing: there is no"),
+        (("ckpt=missing.ckpt",), "ckpt=missing.ckpt: no such file"),
+        (("run={run}", "data=folder", "data.root={folder}"), "was trained on 11 classes .* has 2"),
+        (("run={run}", "evaluation.device=tpu"), "evaluation.device=tpu cannot be used here"),
+        (("run={run}", "evaluation.precision=8"), "precision="),
+        (("run={run}", "data.rooot=x"), "data.rooot"),
+    ],
+)
+def test_a_mistake_in_an_evaluation_ends_in_one_sentence(overrides, message, finished_run, run_script, tmp_path):
+    import re
+
+    folder = make_folder(tmp_path / "folder")
+    filled = [text.format(run=finished_run[0], folder=folder) for text in overrides]
+
+    status, _, err = run_script("eval", *filled, f"report.dir={tmp_path / 'report'}")
+
+    assert status == 1
+    assert re.search(message, err), err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "empty"])
+def test_a_damaged_checkpoint_is_named(damage, finished_run, run_script, tmp_path):
+    path = tmp_path / "damaged.ckpt"
+    content = (finished_run[0] / "checkpoints" / "best.ckpt").read_bytes()
+    if damage == "foreign":
+        torch.save({"weights": torch.zeros(1)}, path)
+    else:
+        path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
+
+    status, _, err = run_script("eval", f"ckpt={path}")
+
+    assert status == 1
+    assert "damaged.ckpt" in err
+    assert "Traceback" not in err
+
+
+def test_a_finished_run_is_not_overwritten(finished_run, camvid_root, run_script):
+    run, _ = finished_run
+
+    status, _, err = run_script("train", *QUICK, "data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={run}")
+
+    assert status == 1
+    assert f"{run} holds a run already; continue it with resume={run}" in err
+
+
+@pytest.mark.parametrize("arguments", [["train.py", "--help"], ["train.py", "--cfg", "job"], ["eval.py", "--help"]])
+def test_help_needs_no_heavy_library(arguments):
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = {arguments!r}\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally:\n"
+        "    heavy = {'torch', 'lightning', 'albumentations', 'cv2', 'matplotlib'} & set(sys.modules)\n"
+        "    assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=60,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "data" in done.stdout
+
+
+def test_help_names_every_group_and_every_option():
+    help_text = (ROOT / "configs" / "hydra" / "help" / "train.yaml").read_text().split("\n  and change")[0]
+    groups = [path for path in (ROOT / "configs").iterdir() if path.is_dir() and path.name not in ("hydra", "__pycache__")]
+
+    for group in groups:
+        assert f"    {group.name} " in help_text, group.name
+        for option in group.glob("*.yaml"):
+            assert option.stem in help_text.replace(",", " ").split(), option

@@ -1,0 +1,119 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from ema_seg.errors import ConfigError
+from ema_seg.training.losses import build_loss, loss_names
+
+CLASSES = 5
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, CLASSES, 6, 7, generator=generator)
+    target = torch.randint(0, CLASSES, (2, 6, 7), generator=generator)
+    target[:, :2] = 255
+    return logits, target
+
+
+def test_cross_entropy_is_the_mean_over_labelled_pixels(batch):
+    logits, target = batch
+    loss = build_loss({"cross_entropy": {"label_smoothing": 0.1}}, CLASSES)
+
+    assert_close(loss(logits, target), F.cross_entropy(logits, target, ignore_index=255, label_smoothing=0.1))
+
+
+def test_class_weights_weigh_the_mean(batch):
+    logits, target = batch
+    weights = [1.0, 2.0, 0.0, 4.0, 0.5]
+    loss = build_loss({"cross_entropy": {"class_weights": weights}}, CLASSES)
+
+    assert_close(loss(logits, target), F.cross_entropy(logits, target, torch.tensor(weights), ignore_index=255))
+
+
+@pytest.mark.parametrize(("threshold", "min_kept"), [(0.7, 0), (0.01, 3), (0.2, 10), (1.0, 0)])
+def test_ohem_averages_the_hard_pixels(batch, threshold, min_kept):
+    logits, target = batch
+    probabilities = logits.softmax(1).permute(0, 2, 3, 1)[target != 255].numpy()
+    of_truth = probabilities[np.arange(len(probabilities)), target[target != 255].numpy()]
+    hard = np.sort(of_truth)[: max(min_kept * 2, (of_truth < threshold).sum(), 1)]
+    loss = build_loss({"ohem": {"threshold": threshold, "min_kept": min_kept}}, CLASSES)
+
+    assert loss(logits, target).item() == pytest.approx(-np.log(hard).mean(), rel=1e-5)
+
+
+def test_focal_with_gamma_zero_is_a_mean_of_binary_cross_entropies(batch):
+    logits, target = batch
+    one_hot = F.one_hot(target[target != 255], CLASSES).float()
+    expected = F.binary_cross_entropy_with_logits(logits.permute(0, 2, 3, 1)[target != 255], one_hot)
+
+    loss = build_loss({"focal": {"gamma": 0.0}}, CLASSES)
+
+    assert_close(loss(logits, target), expected)
+
+
+@pytest.mark.parametrize("name", ["dice", "lovasz", "cross_entropy", "focal", "ohem"])
+def test_a_sure_and_right_prediction_costs_almost_nothing(batch, name):
+    _, target = batch
+    one_hot = F.one_hot(target.where(target != 255, 0), CLASSES).permute(0, 3, 1, 2).float()
+    logits = 60.0 * (2 * one_hot - 1)
+
+    assert build_loss({name: {}}, CLASSES)(logits, target).item() == pytest.approx(0.0, abs=1e-3)
+    assert build_loss({name: {}}, CLASSES)(logits.roll(1, 1), target).item() > 0.5
+
+
+@pytest.mark.parametrize("name", loss_names())
+def test_ignored_pixels_have_no_influence(batch, name):
+    logits, target = batch
+    changed = logits.where((target != 255)[:, None], torch.tensor(9.0))
+    logits.requires_grad_()
+    loss = build_loss({name: {}}, CLASSES)
+
+    loss(logits, target).backward()
+
+    assert_close(loss(logits, target), loss(changed, target))
+    assert (logits.grad.permute(0, 2, 3, 1)[target == 255] == 0).all()
+
+
+@pytest.mark.parametrize("name", loss_names())
+def test_a_batch_without_labels_gives_a_finite_loss_and_no_gradient(batch, name):
+    logits, target = batch
+    logits.requires_grad_()
+    loss = build_loss({name: {}}, CLASSES)(logits, torch.full_like(target, 255))
+
+    loss.backward()
+
+    assert math.isfinite(loss.item())
+    assert (logits.grad == 0).all()
+
+
+def test_terms_add_up_by_weight_in_float32(batch):
+    logits, target = batch
+    parts = {"cross_entropy": {"weight": 0.5}, "dice": {"weight": 2.0}, "lovasz": None}
+    loss = build_loss(parts, CLASSES)
+    expected = 0.5 * build_loss({"cross_entropy": {}}, CLASSES)(logits, target)
+    expected = expected + 2 * build_loss({"dice": {}}, CLASSES)(logits, target)
+
+    assert_close(loss(logits, target), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert loss(logits.bfloat16(), target).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ({"lovas": {}}, r"loss\.lovas: there is no such loss.*Did you mean 'lovasz'"),
+        ({"dice": {"gamma": 1}}, r"loss\.dice\.gamma: no such option; there are weight, smooth"),
+        ({"dice": None}, r"loss: no term is left"),
+        ({"cross_entropy": {"class_weights": [1.0]}}, r"1 weights for 5 classes"),
+        ({"ohem": {"threshold": 70}}, r"loss\.ohem\.threshold=70 is no probability"),
+    ],
+)
+def test_mistakes_are_named(terms, message):
+    with pytest.raises(ConfigError, match=message):
+        build_loss(terms, CLASSES)
