@@ -4,7 +4,6 @@ python train.py --help shows what can be configured.
 """
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 

@@ -191,9 +191,7 @@ class ADE20KDataset(SegmentationDataset):
     classes = tuple(name for name, _ in _CLASSES)
     palette = tuple(color for _, color in _CLASSES)
     splits: ClassVar[tuple[str, ...]] = ("train", "val")
-    layout: ClassVar[str] = (
-        f"the folder {_FOLDER} with images/ and annotations/, its parent, or {_FOLDER}.zip"
-    )
+    layout: ClassVar[str] = f"the folder {_FOLDER} with images/ and annotations/, its parent, or {_FOLDER}.zip"
     train_ids = train_id_table({0: IGNORE_INDEX} | {value: value - 1 for value in range(1, 151)})
 
     def find_pairs(self) -> Pairing:
@@ -205,9 +203,7 @@ class ADE20KDataset(SegmentationDataset):
         masks = _by_stem(source, mask_folder, ".png")
         if not images and not masks:
             raise MissingSplitError(f"{source.path}: has no images {image_folder}/*.jpg.")
-        return pair_files(
-            images, masks, image_place=f"{image_folder}/*.jpg", mask_place=f"{mask_folder}/*.png"
-        )
+        return pair_files(images, masks, image_place=f"{image_folder}/*.jpg", mask_place=f"{mask_folder}/*.png")
 
     def _source(self) -> tuple[Source, str]:
         """The source, and the prefix in it of ``images/`` and ``annotations/``."""
@@ -223,8 +219,4 @@ class ADE20KDataset(SegmentationDataset):
 
 
 def _by_stem(source: Source, folder: str, suffix: str) -> list[tuple[str, File]]:
-    return [
-        (PurePosixPath(name).stem, File(source, name))
-        for name in source.files(folder)
-        if name.endswith(suffix)
-    ]
+    return [(PurePosixPath(name).stem, File(source, name)) for name in source.files(folder) if name.endswith(suffix)]

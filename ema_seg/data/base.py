@@ -110,9 +110,7 @@ class SegmentationDataset(Dataset[Any]):
         allow_unpaired: bool = False,
     ) -> None:
         if split not in self.splits:
-            raise ConfigError(
-                f"split={split!r} is not a split of this data set; choose from {', '.join(self.splits)}."
-            )
+            raise ConfigError(f"split={split!r} is not a split of this data set; choose from {', '.join(self.splits)}.")
         self.root = Path(root).expanduser()
         self.split = split
         self.transform = transform
@@ -231,9 +229,7 @@ def decode_mask(file: File) -> NDArray[np.uint8]:
         raise DataError(f"{file}: cannot be decoded as a mask ({_first_line(error)}).") from error
     if values.dtype not in (np.uint8, np.bool_) and (values.min() < 0 or values.max() > 255):
         worst = values.max() if values.max() > 255 else values.min()
-        raise DataError(
-            f"{file}: mask value {worst} is outside the class list, expected values from 0 to 255."
-        )
+        raise DataError(f"{file}: mask value {worst} is outside the class list, expected values from 0 to 255.")
     return values.astype(np.uint8, copy=False) // scale
 
 
@@ -276,13 +272,9 @@ def pair_files(
     images_by_name = _by_name(images, unpaired)
     masks_by_name = _by_name(masks, unpaired)
     for name in sorted(images_by_name.keys() - masks_by_name.keys()):
-        unpaired.append(
-            f"{images_by_name[name]}: the image has no mask, expected one named {name} in {mask_place}."
-        )
+        unpaired.append(f"{images_by_name[name]}: the image has no mask, expected one named {name} in {mask_place}.")
     for name in sorted(masks_by_name.keys() - images_by_name.keys()):
-        unpaired.append(
-            f"{masks_by_name[name]}: the mask has no image, expected one named {name} in {image_place}."
-        )
+        unpaired.append(f"{masks_by_name[name]}: the mask has no image, expected one named {name} in {image_place}.")
     names = sorted(images_by_name.keys() & masks_by_name.keys())
     return Pairing([Pair(name, images_by_name[name], masks_by_name[name]) for name in names], unpaired)
 
@@ -291,9 +283,7 @@ def _by_name(files: Iterable[tuple[str, File]], defects: list[str]) -> dict[str,
     by_name: dict[str, File] = {}
     for name, file in files:
         if name in by_name:
-            defects.append(
-                f"{file}: has the same name {name} as {by_name[name]}, expected one file per name."
-            )
+            defects.append(f"{file}: has the same name {name} as {by_name[name]}, expected one file per name.")
         else:
             by_name[name] = file
     return by_name

@@ -37,9 +37,7 @@ class CamVidDataset(SegmentationDataset):
 
     classes = tuple(name for name, _ in _CLASSES)
     palette = tuple(color for _, color in _CLASSES)
-    layout: ClassVar[str] = (
-        "the CamVid folder, which holds train/, val/ or test/, each with images/ and masks/"
-    )
+    layout: ClassVar[str] = "the CamVid folder, which holds train/, val/ or test/, each with images/ and masks/"
     train_ids = train_id_table({value: value for value in range(_UNLABELLED)} | {_UNLABELLED: IGNORE_INDEX})
 
     def find_pairs(self) -> Pairing:

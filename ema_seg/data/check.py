@@ -95,9 +95,7 @@ class _Findings(Dataset[_Finding]):
         return _Finding(pixels, defects)
 
 
-def check_split(
-    dataset: SegmentationDataset, workers: int = 0, progress: Progress | None = None
-) -> SplitReport:
+def check_split(dataset: SegmentationDataset, workers: int = 0, progress: Progress | None = None) -> SplitReport:
     """Decode and check every file of a split.
 
     Args:
@@ -132,9 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Not through the console, which would break long lines.
     for defect in defects:
         print(defect)
-    print(
-        f"{options.name} at {options.root}: {len(defects) or 'no'} defect{'' if len(defects) == 1 else 's'}"
-    )
+    print(f"{options.name} at {options.root}: {len(defects) or 'no'} defect{'' if len(defects) == 1 else 's'}")
     return 1 if defects else 0
 
 

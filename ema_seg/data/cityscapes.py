@@ -124,9 +124,7 @@ class CityscapesDataset(SegmentationDataset):
             return Pairing([Pair(name, image, None) for name, image in sorted(images.items())], [])
         if not masks:
             expected = f"*{suffixes[1]} in {label_folder}/<city>/ or in {label_archive}"
-            raise DataError(
-                f"{self.root}: the split {split!r} has images but no labels, expected {expected}."
-            )
+            raise DataError(f"{self.root}: the split {split!r} has images but no labels, expected {expected}.")
         return pair_files(
             images.items(),
             masks.items(),

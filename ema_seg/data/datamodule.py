@@ -89,9 +89,7 @@ class SegmentationDataModule(LightningDataModule):
         """The split ``evaluation_split`` at the images' own sizes."""
         if self.evaluation_split == "val":
             return self.val_dataset
-        return build_dataset(
-            self.dataset_name, self.root, self.evaluation_split, self.eval_transform, **self.options
-        )
+        return build_dataset(self.dataset_name, self.root, self.evaluation_split, self.eval_transform, **self.options)
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -125,9 +125,7 @@ class ClassList:
     @property
     def color_train_ids(self) -> dict[Color, int]:
         """The train id of each colour that can occur in a colour-coded mask."""
-        return dict.fromkeys(self.ignored_colors, IGNORE_INDEX) | {
-            c: i for i, c in enumerate(self.colors or ())
-        }
+        return dict.fromkeys(self.ignored_colors, IGNORE_INDEX) | {c: i for i, c in enumerate(self.colors or ())}
 
 
 class FolderDataset(SegmentationDataset):
@@ -169,9 +167,7 @@ class FolderDataset(SegmentationDataset):
             return super().to_train_ids(mask, file)
         color_train_ids = self.class_list.color_train_ids
         if self.class_list.colors is None:
-            raise DataError(
-                f"{file}: is a colour image, but {self.classes_file} gives the classes no colors."
-            )
+            raise DataError(f"{file}: is a colour image, but {self.classes_file} gives the classes no colors.")
         train_ids = _color_table(tuple(color_train_ids.items()))[_color_code(mask)]
         outside = np.argwhere(train_ids == INVALID)
         if len(outside):
@@ -198,12 +194,8 @@ def pair_split_folder(root: Path, split: str, layout: str) -> Pairing:
         present = [name for name in ("train", "val", "test") if (root / name / "images").is_dir()]
         if not present:
             raise DataError(f"{root}: has no images in {image_folder}/, expected {layout}.")
-        raise MissingSplitError(
-            f"{root}: has no images in {image_folder}/; splits with images: {', '.join(present)}."
-        )
-    defects = [
-        f"{source.locate(name)}: is not an image file." for name in images + masks if not _is_image(name)
-    ]
+        raise MissingSplitError(f"{root}: has no images in {image_folder}/; splits with images: {', '.join(present)}.")
+    defects = [f"{source.locate(name)}: is not an image file." for name in images + masks if not _is_image(name)]
     pairing = pair_files(
         [(_stem(name, image_folder), File(source, name)) for name in images if _is_image(name)],
         [(_stem(name, mask_folder), File(source, name)) for name in masks if _is_image(name)],
@@ -254,19 +246,14 @@ def _parse_class(entry: object, position: int) -> tuple[str, int, Color | None]:
         return entry, position, None
     if not isinstance(entry, Mapping):
         raise ValueError(
-            f"class {position} is {_shown(entry)}, expected a name (a text, in quotes if need be) or a"
-            " mapping"
+            f"class {position} is {_shown(entry)}, expected a name (a text, in quotes if need be) or a mapping"
         )
     _refuse_unknown_keys(entry, {"name", "value", "color"}, f"class {position}")
     name, value = entry.get("name"), entry.get("value", position)
     if not isinstance(name, str):
-        raise ValueError(
-            f"class {position} has the name {_shown(name)}, expected a text, in quotes if need be"
-        )
+        raise ValueError(f"class {position} has the name {_shown(name)}, expected a text, in quotes if need be")
     if not _is_byte(value):
-        raise ValueError(
-            f"class {name!r} has the value {_shown(value)}, expected a whole number from 0 to 255"
-        )
+        raise ValueError(f"class {name!r} has the value {_shown(value)}, expected a whole number from 0 to 255")
     return name, value, _parse_color(entry["color"]) if "color" in entry else None
 
 
@@ -289,9 +276,7 @@ def _parse_color(color: object) -> Color:
             return red, green, blue
     if isinstance(color, list) and len(color) == 3 and all(map(_is_byte, color)):
         return color[0], color[1], color[2]
-    raise ValueError(
-        f'{_shown(color)} is not a color, expected [red, green, blue] from 0 to 255 or "#rrggbb"'
-    )
+    raise ValueError(f'{_shown(color)} is not a color, expected [red, green, blue] from 0 to 255 or "#rrggbb"')
 
 
 def _is_byte(value: object) -> bool:

@@ -78,16 +78,14 @@ class StreetDataset(CityscapesDataset):
         *,
         height: int = 160,
         width: int = 320,
-        train_images: int = 200,
+        train_images: int = 480,
         val_images: int = 40,
         test_images: int = 40,
         seed: int = 0,
         allow_unpaired: bool = False,
     ) -> None:
         if split not in self.splits:
-            raise ConfigError(
-                f"split={split!r} is not a split of this data set; choose from {', '.join(self.splits)}."
-            )
+            raise ConfigError(f"split={split!r} is not a split of this data set; choose from {', '.join(self.splits)}.")
         for name, value in {"height": height, "width": width}.items():
             _check_whole_number(name, value, SIZE_LIMITS)
         counts = {"train": train_images, "val": val_images, "test": test_images}
@@ -184,9 +182,7 @@ def _write_scenes(folder: Path, counts: Mapping[str, int], height: int, width: i
             process.terminate()
 
 
-def _start_worker(
-    write: Callable[[str, int], None], share: list[tuple[str, int]]
-) -> tuple[Process, Connection]:
+def _start_worker(write: Callable[[str, int], None], share: list[tuple[str, int]]) -> tuple[Process, Connection]:
     """Starts a process that writes a share of the scenes; it reports None or an OSError when it ends."""
     receiver, sender = Pipe(duplex=False)
     process = Process(target=_work, args=(write, share, sender), daemon=True)

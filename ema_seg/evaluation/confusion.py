@@ -89,9 +89,7 @@ class ConfusionMatrix:
             ConfigError: the numbers of classes differ.
         """
         if other.num_classes != self.num_classes:
-            raise ConfigError(
-                f"Confusion matrices over {self.num_classes} and {other.num_classes} classes do not add."
-            )
+            raise ConfigError(f"Confusion matrices over {self.num_classes} and {other.num_classes} classes do not add.")
         self.matrix += other.matrix.to(self.matrix.device)
 
     def compute(self) -> Scores:

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ema_seg.errors import ConfigError, DataError, ModelError
 from ema_seg.evaluation.environment import describe_device
-from ema_seg.evaluation.inference import autocast, evaluation_mode, memory_format_of, pad_to_stride, segment
+from ema_seg.evaluation.inference import autocast, memory_format_of, pad_to_stride, segment
+from ema_seg.models.mode import evaluation_mode
 
 __all__ = ["Cost", "count_macs", "count_parameters", "measure_cost", "measure_peak_memory", "time_end_to_end"]
 

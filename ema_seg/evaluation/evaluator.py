@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ema_seg.errors import DataError, ModelError
 from ema_seg.evaluation.confusion import ConfusionMatrix
-from ema_seg.evaluation.inference import autocast, evaluation_mode, predict
+from ema_seg.evaluation.inference import autocast, predict
+from ema_seg.models.mode import evaluation_mode
 
 __all__ = ["Evaluation", "ImageRecord", "evaluate"]
 

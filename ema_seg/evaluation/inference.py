@@ -1,7 +1,7 @@
 """From images of any size to logits of the same size."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ __all__ = [
     "PRECISIONS",
     "autocast",
     "device_of",
-    "evaluation_mode",
     "memory_format_of",
     "pad_to_stride",
     "predict",
@@ -42,21 +41,6 @@ def autocast(device: torch.device | str, precision: str) -> AbstractContextManag
         raise ConfigError(f"precision={precision!r} is not known: choose one of {', '.join(PRECISIONS)}.")
     dtype = PRECISIONS[precision]
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype=dtype)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode and every module back into its own mode afterwards.
-
-    Module by module, because ``model.train()`` would also wake normalisation layers frozen on purpose.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -4,10 +4,10 @@ import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from functools import partial
 from typing import Any
 
 import segmentation_models_pytorch as smp
+from segmentation_models_pytorch.base import SegmentationModel
 from torch import nn
 
 from ema_seg.attention import build_attention
@@ -71,16 +71,17 @@ def build_segmenter(
         raise ConfigError(f"model.decoder: unknown decoder {decoder!r}; smp has {', '.join(_DECODERS)}.{hint}")
     check_encoder_name(encoder)
     _check_options(decoder, encoder, options)
-    # Fail on a wrong block name or option even where no placement would build it.
-    make_block = partial(build_attention, attention, **dict(attention_options or {}))
+
+    def build_block(channels: int) -> nn.Module:
+        return build_attention(attention, channels, **(attention_options or {}))
 
     model = _build_plain(decoder, encoder, classes, options)
     if encoder_weights is not None:
-        load_encoder_weights(model.encoder, encoder, encoder_weights)  # type: ignore[arg-type]
+        load_encoder_weights(model.encoder, encoder, encoder_weights)
     if attention == "none":
-        make_block(1)
+        build_block(1)  # for its complaint about options that it does not have
     else:
-        place_attention(model, decoder, make_block, placements, encoder_stages=encoder_stages)
+        place_attention(model, decoder, build_block, placements, encoder_stages=encoder_stages)
     return model
 
 
@@ -129,7 +130,7 @@ def _check_options(decoder: str, encoder: str, options: Mapping[str, Any]) -> No
             raise ConfigError(f"model.{option}: the {decoder} decoder has no such option; {hint}")
 
 
-def _build_plain(decoder: str, encoder: str, classes: int, options: Mapping[str, Any]) -> nn.Module:
+def _build_plain(decoder: str, encoder: str, classes: int, options: Mapping[str, Any]) -> SegmentationModel:
     """The smp model with random weights."""
     arguments = dict(options)
     if decoder == "dpt":
@@ -139,7 +140,15 @@ def _build_plain(decoder: str, encoder: str, classes: int, options: Mapping[str,
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             return _DECODERS[decoder](encoder_name=encoder, encoder_weights=None, classes=classes, **arguments)
-    except (AssertionError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        AssertionError,
+        IndexError,
+        KeyError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         shown = "".join(f", {name}={value!r}" for name, value in options.items())
         raise ModelError(
             f"the {decoder} decoder cannot be built with encoder={encoder!r}{shown}: {_one_line(error)}"

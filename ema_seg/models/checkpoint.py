@@ -32,7 +32,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"ckpt={path}: the file is truncated or no checkpoint of plain data ({type(error).__name__}); "
             "give a checkpoint that train.py wrote."
         ) from error
-    missing = [key for key in ("state_dict", "config", "classes") if not isinstance(checkpoint, dict) or key not in checkpoint]
+    missing = [
+        key for key in ("state_dict", "config", "classes") if not isinstance(checkpoint, dict) or key not in checkpoint
+    ]
     if missing:
         raise CheckpointError(
             f"ckpt={path}: the file was not written by train.py (it lacks {', '.join(missing)}); "

@@ -10,15 +10,16 @@ Which feature maps the decoder reads and how many channels each block puts out i
 table per decoder and encoder: one small forward and backward pass of the finished model tells.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from segmentation_models_pytorch.base import SegmentationModel
 from torch import Tensor, nn
 
 from ema_seg.errors import ModelError
+from ema_seg.models.mode import evaluation_mode
 
 __all__ = ["PLACEMENTS", "place_attention"]
 
@@ -101,7 +102,7 @@ class AttentionOnFeatures(nn.Module):
 
 
 def place_attention(
-    model: nn.Module,
+    model: SegmentationModel,
     decoder: str,
     build_block: BuildBlock,
     placements: Sequence[str],
@@ -132,7 +133,7 @@ def place_attention(
     if "encoder" in placements:
         stages = _chosen_stages(probe.stages, encoder_stages, decoder)
         attention = {stage: build_block(probe.stages[stage]) for stage in stages}
-        model.encoder = AttentionOnFeatures(model.encoder, attention)  # type: ignore[arg-type]
+        model.encoder = AttentionOnFeatures(model.encoder, attention)
     if "decoder" in placements:
         for (parent, name, block), channels in zip(blocks, probe.block_channels, strict=True):
             # Unet++ keeps placeholder blocks without channels for encoders that lack the stride-2 feature map.
@@ -140,21 +141,21 @@ def place_attention(
                 _replace(parent, name, AttentionAfter(block, build_block(channels)))
     if "head" in placements:
         attention_block = build_block(probe.head_channels)
-        model.segmentation_head = AttentionBefore(attention_block, model.segmentation_head)  # type: ignore[arg-type]
+        model.segmentation_head = AttentionBefore(attention_block, model.segmentation_head)
 
 
-def _decoder_blocks(model: nn.Module, decoder: str) -> list[tuple[nn.Module, str, nn.Module]]:
+def _decoder_blocks(model: SegmentationModel, decoder: str) -> list[tuple[nn.Module, str, nn.Module]]:
     """The blocks of the decoder as (parent module, name in it, block), in order of registration."""
     if decoder in _BLOCK_CONTAINERS:
         container = getattr(model.decoder, _BLOCK_CONTAINERS[decoder])
         return [(container, name, block) for name, block in container.named_children()]
     if decoder in _BLOCK_ATTRIBUTES:
         return [
-            (model.decoder, name, getattr(model.decoder, name))  # type: ignore[misc]
+            (model.decoder, name, getattr(model.decoder, name))
             for name in _BLOCK_ATTRIBUTES[decoder]
             if hasattr(model.decoder, name)
         ]
-    return [(model, "decoder", model.decoder)]  # type: ignore[list-item]
+    return [(model, "decoder", model.decoder)]
 
 
 def _replace(parent: nn.Module, name: str, block: nn.Module) -> None:
@@ -185,7 +186,7 @@ class _Probe:
     head_channels: int
 
 
-def _probe(model: nn.Module, blocks: list[nn.Module]) -> _Probe:
+def _probe(model: SegmentationModel, blocks: list[nn.Module]) -> _Probe:
     """Run the model once on a small image and note what flows where.
 
     A feature map is read by the decoder if a gradient reaches it from the logits.
@@ -200,17 +201,15 @@ def _probe(model: nn.Module, blocks: list[nn.Module]) -> _Probe:
         return (list(features), *tokens) if tokens else list(features)
 
     handles = [
-        model.encoder.register_forward_hook(detach_features),  # type: ignore[union-attr, arg-type]
-        model.segmentation_head.register_forward_pre_hook(  # type: ignore[union-attr]
-            lambda _, inputs: head_input.append(inputs[0])  # type: ignore[arg-type]
-        ),
+        model.encoder.register_forward_hook(detach_features),
+        model.segmentation_head.register_forward_pre_hook(lambda _, inputs: head_input.append(inputs[0])),
         *(
             block.register_forward_hook(lambda module, _, output: channels.update({module: output.shape[1]}))
             for block in blocks
         ),
     ]
     try:
-        with _evaluation_mode(model), torch.enable_grad():
+        with evaluation_mode(model), torch.enable_grad():
             model(_small_image(model)).sum().backward()
     finally:
         for handle in handles:
@@ -224,21 +223,9 @@ def _probe(model: nn.Module, blocks: list[nn.Module]) -> _Probe:
     return _Probe(stages, [channels[block] for block in blocks], head_input[0].shape[1])
 
 
-def _small_image(model: nn.Module) -> Tensor:
+def _small_image(model: SegmentationModel) -> Tensor:
     """The smallest image that every decoder takes: PAN pools its stride-32 features three times."""
     size = getattr(model.encoder, "input_size", None)  # vision transformers: the size they were trained at
     height, width = size[1:] if size else (256, 256)
     parameter = next(model.parameters())
     return torch.zeros(1, 3, height, width, dtype=parameter.dtype, device=parameter.device)
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Leave running statistics, and the random number generator that dropout would use, as they are."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -74,7 +74,7 @@ def encoder_normalisation(encoder: str, weights: str | None) -> Normalisation:
         )
     scale = parameters["input_range"][1]
     mean, std = (tuple(value / scale for value in parameters[key]) for key in ("mean", "std"))
-    return Normalisation(mean, std)  # type: ignore[arg-type]
+    return Normalisation(mean, std)
 
 
 def load_encoder_weights(encoder: nn.Module, name: str, weights: str) -> None:

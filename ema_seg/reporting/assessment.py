@@ -27,7 +27,8 @@ def assess_checkpoint(
 
     Args:
         checkpoint: a checkpoint that ``train.py`` wrote.
-        data: arguments of ``SegmentationDataModule``; its ``evaluation_split`` is scored.
+        data: arguments of ``SegmentationDataModule``; its ``evaluation_split`` is scored. A ``mean`` or ``std``
+            of None is that of the training.
         settings: ``device``, ``precision``, ``channels_last``, ``compile``, and for the cost ``batch_size``,
             ``size`` (height and width; None for that of the split's first image) and ``budget`` in seconds.
         directory: where ``report.json``, ``report.md`` and ``figures/`` go.
@@ -40,13 +41,16 @@ def assess_checkpoint(
         EmaSegError: whatever a user can correct, from the parts that find it.
     """
     model, saved = load_segmenter(checkpoint)
+    # The normalisation belongs to the model, not to the data that it is evaluated on.
+    trained_on = saved["config"]["data"]
+    data = {**data, **{key: data[key] or trained_on[key] for key in ("mean", "std")}}
     module = SegmentationDataModule(**data)
     module.setup("test")
     _check_classes(saved["classes"], module, checkpoint)
     device, stride = _device(settings["device"]), model_stride(model)
     model.to(device)
     if settings["channels_last"]:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     if settings["compile"]:
         model.compile(dynamic=False)
 
@@ -92,22 +96,19 @@ def assess_checkpoint(
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
-        )
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:
-        raise ConfigError(
-            f"evaluation.device={name} cannot be used here ({str(error).splitlines()[0]})."
-        ) from error
+        raise ConfigError(f"evaluation.device={name} cannot be used here ({str(error).splitlines()[0]}).") from error
     return device
 
 
 def _check_classes(trained: list[str], module: SegmentationDataModule, checkpoint: Path) -> None:
     if tuple(trained) != tuple(module.classes):
+        first, other = (", ".join(names[:3]) + ", …" for names in (trained, module.classes))
         raise DataError(
-            f"{checkpoint} was trained on {len(trained)} classes ({', '.join(trained[:3])}, …), but data={module.dataset_name} "
-            f"has {len(module.classes)} ({', '.join(module.classes[:3])}, …); evaluate on data with the same classes."
+            f"{checkpoint} was trained on {len(trained)} classes ({first}), but data={module.dataset_name} has "
+            f"{len(module.classes)} ({other}); evaluate on data with the same classes."
         )

@@ -116,16 +116,12 @@ def draw_samples(
     figure = _new_figure(*size, layout="compressed")
     grid = figure.subplots(len(rows), len(columns), squeeze=False, height_ratios=heights)
     for axes, name in zip(grid[0], columns, strict=True):
-        axes.annotate(
-            name, (0.5, 1), (0, 18), "axes fraction", textcoords="offset points", ha="center", fontsize=10
-        )
+        axes.annotate(name, (0.5, 1), (0, 18), "axes fraction", textcoords="offset points", ha="center", fontsize=10)
     for axes_row, row in zip(grid, rows, strict=True):
         _draw_sample(axes_row, row, palette)
     if title:
         figure.suptitle(f"{title}\n", fontsize=11, linespacing=0.5)
-    figure.legend(
-        handles=legend, loc="outside lower center", ncols=2 * len(columns), fontsize=8, frameon=False
-    )
+    figure.legend(handles=legend, loc="outside lower center", ncols=2 * len(columns), fontsize=8, frameon=False)
     return figure
 
 
@@ -157,9 +153,7 @@ def _draw_bars(axes: Axes, bars: Sequence[Bar], mean: float | None) -> None:
     if mean is not None:
         axes.axvline(mean, color="black", linestyle="--", linewidth=1, zorder=0)
         above = axes.get_xaxis_transform()
-        axes.text(
-            mean, 1.01, f"mIoU {100 * mean:.2f}%", transform=above, ha="center", va="bottom", fontsize=9
-        )
+        axes.text(mean, 1.01, f"mIoU {100 * mean:.2f}%", transform=above, ha="center", va="bottom", fontsize=9)
 
 
 def _draw_sample(axes_row: Sequence[Axes], row: Example, palette: Sequence[Sequence[int]]) -> None:
@@ -191,9 +185,7 @@ def _paint_errors(row: Example) -> np.ndarray:
     return painted.astype(np.uint8)
 
 
-def _legend_patches(
-    rows: Sequence[Example], classes: Sequence[str], palette: Sequence[Sequence[int]]
-) -> list[Patch]:
+def _legend_patches(rows: Sequence[Example], classes: Sequence[str], palette: Sequence[Sequence[int]]) -> list[Patch]:
     """The classes that occur, in their order; of very many those with the most pixels."""
     masks = np.concatenate([row[key].ravel() for row in rows for key in ("truth", "prediction")])
     pixels = np.bincount(masks, minlength=IGNORE_INDEX + 1)[: len(classes)]

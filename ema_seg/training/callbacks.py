@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ema_seg.data import SegmentationDataModule
 from ema_seg.data.base import SegmentationDataset
-from ema_seg.evaluation.inference import segment
+from ema_seg.evaluation import Example, segment
 from ema_seg.reporting import draw_samples
 
 __all__ = ["EpochLog", "Pictures", "attention_map"]
@@ -48,8 +49,8 @@ class EpochLog(Callback):
         self._epoch_start = self._train_start = self._train_seconds = 0.0
         self._images = 0
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read what an earlier part of this run has written."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read what an earlier part of this run has written: only now is the epoch known to go on from."""
         if self.path.is_file():
             with self.path.open(newline="") as file:
                 self._rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < trainer.current_epoch]
@@ -108,7 +109,7 @@ def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 class Pictures(Callback):
     """Every few epochs, draws input, truth, prediction and attention map of some validation images.
 
-    Written to ``<directory>/epoch_<number>.png`` and, if a logger takes figures, there too.
+    Written to ``<directory>/epoch_<number>.png`` and to TensorBoard, if that is the logger.
 
     Args:
         directory: folder of the pictures.
@@ -136,21 +137,23 @@ class Pictures(Callback):
         self.directory.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.directory / f"epoch_{epoch:03d}.png")
         for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_figure"):
+            if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("validation", figure, global_step=trainer.global_step, close=False)
 
 
-def _row(module: LightningModule, dataset: SegmentationDataset, index: int) -> dict[str, Any]:
+def _row(module: LightningModule, dataset: SegmentationDataset, index: int) -> Example:
     sample = dataset[index]
     image = sample["image"].to(module.device)
-    row = {
-        "image": dataset.read_image(index),
-        "truth": dataset.read_mask(index),
-        "prediction": segment(module.model, [image], module.stride)[0].cpu().numpy(),  # type: ignore[arg-type]
-        "title": sample["name"],
-    }
+    row = Example(
+        title=sample["name"],
+        image=dataset.read_image(index),
+        truth=dataset.read_mask(index),
+        prediction=segment(module.model, [image], module.stride)[0].cpu().numpy(),  # type: ignore[arg-type]
+    )
     weights = attention_map(module.model, image, module.stride)  # type: ignore[arg-type]
-    return row if weights is None else row | {"weight_map": weights.cpu().numpy()}
+    if weights is not None:
+        row["weight_map"] = weights.cpu().numpy()
+    return row
 
 
 def attention_map(model: nn.Module, image: Tensor, stride: int) -> Tensor | None:

@@ -45,7 +45,7 @@ def fit(config: Mapping[str, Any], run: Path, *, resume: bool = False) -> Path:
     model = segmenter_from_config(config, data.num_classes, pretrained=not resume)
     settings = config["training"]
     if settings["channels_last"]:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
     if settings["compile"]:
         _compile(model)
     module = SegmentationModule(
@@ -56,21 +56,19 @@ def fit(config: Mapping[str, Any], run: Path, *, resume: bool = False) -> Path:
         schedule=config["schedule"],
         config=config,
     )
-    checkpoints = ModelCheckpoint(
-        run / "checkpoints",
-        filename="best",
-        monitor=_MONITORED,
-        mode="max",
-        save_last=True,
-        enable_version_counter=False,
-    )
+    best = _keep(run, "best", monitor=_MONITORED, mode="max")
     last = run / "checkpoints" / "last.ckpt"
     if resume and not last.is_file():
         raise CheckpointError(f"resume={run}: there is no {last}; the run ended before its first checkpoint.")
-    trainer = _build_trainer(config, run, [checkpoints, *_callbacks(settings, run)])
+    trainer = _build_trainer(config, run, [best, _keep(run, "last"), *_callbacks(settings, run)])
     _write_environment(run, trainer)
     trainer.fit(module, data, ckpt_path=str(last) if resume else None, weights_only=True)
-    return _best(checkpoints, run)
+    return _best(best, run)
+
+
+def _keep(run: Path, name: str, **arguments: Any) -> ModelCheckpoint:
+    """Keep one checkpoint under a fixed name; Lightning's own ``save_last`` skips epochs that are not the best."""
+    return ModelCheckpoint(run / "checkpoints", filename=name, enable_version_counter=False, **arguments)
 
 
 def _compile(model: nn.Module) -> None:
@@ -113,8 +111,8 @@ def _write_environment(run: Path, trainer: Trainer) -> None:
         (run / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 
-def _best(checkpoints: ModelCheckpoint, run: Path) -> Path:
-    best = Path(checkpoints.best_model_path or run / "checkpoints" / "best.ckpt")
+def _best(keeper: ModelCheckpoint, run: Path) -> Path:
+    best = Path(keeper.best_model_path or run / "checkpoints" / "best.ckpt")
     if not best.is_file():
         raise CheckpointError(
             f"{run}: no checkpoint was chosen as the best, because no validation ran; "

@@ -36,6 +36,7 @@ class CrossEntropy(nn.Module):
             raise ConfigError(
                 f"loss.cross_entropy.class_weights: {len(class_weights)} weights for {classes} classes; give one each."
             )
+        self.class_weights: Tensor | None
         self.register_buffer("class_weights", None if class_weights is None else torch.tensor(class_weights))
         self.label_smoothing = label_smoothing
 

@@ -13,7 +13,7 @@ from ema_seg.errors import ConfigError
 
 __all__ = ["build_optimizer", "build_schedule"]
 
-_OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "sgd": SGD}
+_OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": AdamW, "sgd": SGD}
 
 
 def build_optimizer(
@@ -104,9 +104,7 @@ def build_schedule(
     return LambdaLR(optimizer, lambda step: _factor(step, total_steps, warmup, decay, options))
 
 
-def _factor(
-    step: int, total_steps: int, warmup: int, decay: Callable[..., float], options: Mapping[str, Any]
-) -> float:
+def _factor(step: int, total_steps: int, warmup: int, decay: Callable[..., float], options: Mapping[str, Any]) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     # Clamped because the scheduler asks once more after the last step.

@@ -14,9 +14,7 @@ def random_image(seed: int, height: int = HEIGHT, width: int = WIDTH) -> NDArray
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def random_mask(
-    values: list[int], seed: int = 0, height: int = HEIGHT, width: int = WIDTH
-) -> NDArray[np.uint8]:
+def random_mask(values: list[int], seed: int = 0, height: int = HEIGHT, width: int = WIDTH) -> NDArray[np.uint8]:
     """A mask in which each of ``values`` occurs."""
     mask = np.random.default_rng(seed).choice(np.array(values, dtype=np.uint8), (height, width))
     mask.ravel()[: len(values)] = values
@@ -29,9 +27,7 @@ def save(path: Path, array: NDArray[np.uint8]) -> Path:
     return path
 
 
-def write_split_folder(
-    root: Path, split: str, names: list[str], values: list[int], suffix: str = ".jpg"
-) -> Path:
+def write_split_folder(root: Path, split: str, names: list[str], values: list[int], suffix: str = ".jpg") -> Path:
     """``<split>/images/<name>.jpg`` with ``<split>/masks/<name>.png``."""
     for seed, name in enumerate(names):
         save(root / split / "images" / f"{name}{suffix}", random_image(seed))

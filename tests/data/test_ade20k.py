@@ -16,9 +16,7 @@ def release(tmp_path: Path) -> Path:
     """A folder that holds ``ADEChallengeData2016``."""
     parent = tmp_path / "release"
     write_ade20k(parent / "ADEChallengeData2016", "training", ["ADE_train_00000001"], VALUES)
-    write_ade20k(
-        parent / "ADEChallengeData2016", "validation", ["ADE_val_00000001", "ADE_val_00000002"], VALUES
-    )
+    write_ade20k(parent / "ADEChallengeData2016", "validation", ["ADE_val_00000001", "ADE_val_00000002"], VALUES)
     return parent
 
 
@@ -49,9 +47,7 @@ def test_has_the_150_classes_in_their_order() -> None:
         127: "bicycle",
         149: "flag",
     }
-    assert {index: ADE20KDataset.classes[index] for index in spots} == spots | {
-        116: ADE20KDataset.classes[116]
-    }
+    assert {index: ADE20KDataset.classes[index] for index in spots} == spots | {116: ADE20KDataset.classes[116]}
     assert ADE20KDataset.palette[0] == (120, 120, 120)
     assert ADE20KDataset.palette[149] == (92, 0, 255)
 

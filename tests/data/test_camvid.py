@@ -108,9 +108,7 @@ def test_a_truncated_file_is_named(root: Path) -> None:
 
 def test_build_dataset_names_what_it_does_not_know(root: Path) -> None:
     assert len(build_dataset("camvid", root, "val")) == 1
-    with pytest.raises(
-        ConfigError, match=r"data\.name='pascal' .*ade20k, camvid, cityscapes, folder, street"
-    ):
+    with pytest.raises(ConfigError, match=r"data\.name='pascal' .*ade20k, camvid, cityscapes, folder, street"):
         build_dataset("pascal", root)
     with pytest.raises(ConfigError, match=r"data\.coarse=True is not an option of the data set 'camvid'"):
         build_dataset("camvid", root, coarse=True)

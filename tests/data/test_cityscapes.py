@@ -109,25 +109,19 @@ def test_pickles(root: Path) -> None:
 
 
 def test_a_wrong_root_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"has neither leftImg8bit/ nor leftImg8bit_trainvaltest\.zip; expected"
-    ):
+    with pytest.raises(DataError, match=r"has neither leftImg8bit/ nor leftImg8bit_trainvaltest\.zip; expected"):
         CityscapesDataset(tmp_path)
 
 
 def test_a_missing_split_is_named(tmp_path: Path) -> None:
     write_cityscapes(tmp_path, "val", ["munster_000000_000019"], [7])
-    with pytest.raises(
-        MissingSplitError, match=r"has no images leftImg8bit/train/<city>/\*_leftImg8bit\.png"
-    ):
+    with pytest.raises(MissingSplitError, match=r"has no images leftImg8bit/train/<city>/\*_leftImg8bit\.png"):
         CityscapesDataset(tmp_path, "train")
 
 
 def test_a_split_without_labels_is_named(folders: Path) -> None:
     shutil.rmtree(folders / "gtFine")
-    with pytest.raises(
-        DataError, match=r"the split 'val' has images but no labels, expected .*labelIds\.png"
-    ):
+    with pytest.raises(DataError, match=r"the split 'val' has images but no labels, expected .*labelIds\.png"):
         CityscapesDataset(folders, "val")
     test = CityscapesDataset(folders, "test")
     np.testing.assert_array_equal(test.read_image(0), random_image(0))

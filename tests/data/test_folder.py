@@ -75,9 +75,7 @@ def test_a_colour_outside_the_classes_is_named(tmp_path: Path) -> None:
     mask = COLORS[random_mask([0, 1])]
     mask[3, 5] = (0x22, 0xCC, 0x45)
     save(tmp_path / "train/masks/b.png", mask)
-    with pytest.raises(
-        DataError, match=r"b\.png: mask colour \(34, 204, 69\) \(row 3, column 5.*classes\.yaml"
-    ):
+    with pytest.raises(DataError, match=r"b\.png: mask colour \(34, 204, 69\) \(row 3, column 5.*classes\.yaml"):
         FolderDataset(tmp_path)[1]
 
 

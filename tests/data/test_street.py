@@ -48,9 +48,7 @@ def test_another_process_with_another_hash_seed_writes_identical_bytes(tmp_path:
 
 def test_an_image_depends_on_no_count(tmp_path: Path) -> None:
     few = content(StreetDataset(tmp_path, **TINY).root)
-    many = content(
-        StreetDataset(tmp_path, **TINY | {"train_images": 5, "val_images": 3, "test_images": 2}).root
-    )
+    many = content(StreetDataset(tmp_path, **TINY | {"train_images": 5, "val_images": 3, "test_images": 2}).root)
     assert few.items() < many.items()
 
 
@@ -225,9 +223,7 @@ def test_a_generated_folder_that_lost_files_is_an_error_that_says_what_to_do(tmp
     ],
 )
 def test_an_impossible_option_is_named_with_its_value(tmp_path: Path, option: str, value: object) -> None:
-    with pytest.raises(
-        ConfigError, match=re.escape(f"{option}={value!r} is not possible; choose a whole number")
-    ):
+    with pytest.raises(ConfigError, match=re.escape(f"{option}={value!r} is not possible; choose a whole number")):
         StreetDataset(tmp_path, **TINY | {option: value})
     assert list(tmp_path.iterdir()) == []
 
@@ -250,9 +246,7 @@ def run_lengths(mask: np.ndarray) -> np.ndarray:
     return np.flatnonzero(steps == -1) - np.flatnonzero(steps == 1)
 
 
-def generate(
-    root: Path, train_images: int = TINY["train_images"], **environment: str
-) -> subprocess.Popen[bytes]:
+def generate(root: Path, train_images: int = TINY["train_images"], **environment: str) -> subprocess.Popen[bytes]:
     """Starts another interpreter that generates the tiny data set."""
     options = TINY | {"train_images": train_images}
     code = f"from ema_seg.data.street import StreetDataset; StreetDataset({str(root)!r}, **{options!r})"

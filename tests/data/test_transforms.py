@@ -72,9 +72,7 @@ def test_training_samples_have_the_crop_size_and_only_known_train_ids() -> None:
 
 @pytest.mark.parametrize("name", ["Rotate", "Affine", "ElasticTransform", "PadIfNeeded", "GridDistortion"])
 def test_geometric_steps_ignore_what_lies_outside_the_image(name: str) -> None:
-    arguments: dict[str, Any] = {"Rotate": {"limit": [45, 45]}, "Affine": {"translate_percent": 0.3}}.get(
-        name, {}
-    )
+    arguments: dict[str, Any] = {"Rotate": {"limit": [45, 45]}, "Affine": {"translate_percent": 0.3}}.get(name, {})
     arguments |= {"min_height": 60, "min_width": 90} if name == "PadIfNeeded" else {}
     step = {"transform": name, "p": 1, "mask_interpolation": 1, **arguments}
     if name == "PadIfNeeded":
@@ -159,9 +157,7 @@ def test_steps_are_drawn_independently() -> None:
     }
     transform = build_train_transform(steps, (0, 0, 0), (1, 1, 1))
     image = make_sample()["image"][..., 0] / 255
-    corners = {
-        str(round(float(corner), 4)) for corner in (image[0, 0], image[0, -1], image[-1, 0], image[-1, -1])
-    }
+    corners = {str(round(float(corner), 4)) for corner in (image[0, 0], image[0, -1], image[-1, 0], image[-1, -1])}
     torch.manual_seed(0)
     seen = {str(round(float(transform(make_sample())["image"][0, 0, 0]), 4)) for _ in range(60)}
     assert seen == corners  # none, either and both

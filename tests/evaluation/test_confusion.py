@@ -131,9 +131,7 @@ def test_agrees_with_the_script_of_cityscapes(name: str, tmp_path: Path) -> None
     assert confusion.matrix.tolist() == np.array(theirs["confMatrix"])[np.ix_(order, order)].tolist()
     names = {label.id: label.name for label in cityscapes_labels}
     scores = confusion.compute()
-    assert scores["iou"] == pytest.approx(
-        [theirs["classScores"][names[i]] for i in order], abs=0, nan_ok=True
-    )
+    assert scores["iou"] == pytest.approx([theirs["classScores"][names[i]] for i in order], abs=0, nan_ok=True)
     assert scores["miou"] == pytest.approx(theirs["averageScoreClasses"], rel=1e-12, nan_ok=True)
 
 
@@ -174,9 +172,7 @@ def test_arrays_and_tensors_of_any_integer_type_and_layout_count_alike(dtype: ty
     assert int(expected.matrix.sum()) == 2 * 8 * 6 - 3
 
     variants = ConfusionMatrix(150)
-    variants.update(
-        prediction.astype(dtype)[:, ::-1].transpose(0, 2, 1), truth.astype(dtype)[:, ::-1].swapaxes(1, 2)
-    )
+    variants.update(prediction.astype(dtype)[:, ::-1].transpose(0, 2, 1), truth.astype(dtype)[:, ::-1].swapaxes(1, 2))
     assert torch.equal(variants.matrix, expected.matrix)
     tensors = ConfusionMatrix(150)
     tensors.update(torch.from_numpy(prediction.astype(dtype)).mT, torch.from_numpy(truth).mT)

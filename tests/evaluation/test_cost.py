@@ -143,9 +143,7 @@ def test_measures_the_model_it_is_given(tmp_path: Path) -> None:
     [(5, 0, 1, 3), (2, 0, 0, 2), (8, 1, 2, 4)],
     ids=["first batch warms up", "a single batch is timed", "fetched ahead"],
 )
-def test_end_to_end_covers_the_data_set(
-    tmp_path: Path, count: int, workers: int, warmup: int, timed: int
-) -> None:
+def test_end_to_end_covers_the_data_set(tmp_path: Path, count: int, workers: int, warmup: int, timed: int) -> None:
     loader = DataLoader(Files(tmp_path, count), batch_size=2, collate_fn=collate, num_workers=workers)
     result = time_end_to_end(two_convolutions(), loader, stride=8, budget=60)
     assert result["images_per_second"] > 0
@@ -168,9 +166,7 @@ def test_without_a_loader_there_is_no_end_to_end() -> None:
 
 def test_layout_and_precision_are_those_of_the_run() -> None:
     model = two_convolutions().to(memory_format=torch.channels_last)
-    cost = measure_cost(
-        model, size=(8, 8), stride=8, batch_size=1, device="cpu", precision="bf16-mixed", budget=0.01
-    )
+    cost = measure_cost(model, size=(8, 8), stride=8, batch_size=1, device="cpu", precision="bf16-mixed", budget=0.01)
     assert cost["throughput"]["memory_format"] == "channels_last"
     assert cost["throughput"]["precision"] == "bf16-mixed"
 
@@ -200,6 +196,4 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         measure_cost(two_convolutions(), size=(8, 8), stride=8, batch_size=0, device="cpu")
     empty: DataLoader = DataLoader(Files(tmp_path, 0), batch_size=1, collate_fn=collate)
     with pytest.raises(DataError, match="no image"):
-        measure_cost(
-            two_convolutions(), size=(8, 8), stride=8, batch_size=1, device="cpu", loader=empty, budget=0.01
-        )
+        measure_cost(two_convolutions(), size=(8, 8), stride=8, batch_size=1, device="cpu", loader=empty, budget=0.01)

@@ -66,9 +66,7 @@ def test_records_rebuild_the_whole() -> None:
     assert np.sum([record["intersection"] for record in result.images], axis=0).tolist() == (
         result.confusion.intersection.tolist()
     )
-    assert np.sum([record["union"] for record in result.images], axis=0).tolist() == (
-        result.confusion.union.tolist()
-    )
+    assert np.sum([record["union"] for record in result.images], axis=0).tolist() == (result.confusion.union.tolist())
     alone = ConfusionMatrix(3)
     alone.update(samples[1]["image"].argmax(0), samples[1]["mask"])
     assert result.images[1]["miou"] == alone.compute()["miou"]

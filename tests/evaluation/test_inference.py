@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from ema_seg.errors import ConfigError, ModelError
 from ema_seg.evaluation.inference import (
     autocast,
-    evaluation_mode,
     memory_format_of,
     pad_to_stride,
     predict,
     segment,
 )
+from ema_seg.models.mode import evaluation_mode
 
 
 class Recorder(nn.Module):

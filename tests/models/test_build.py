@@ -171,7 +171,12 @@ def test_unknown_names_are_config_errors(arguments, message):
     ],
 )
 def test_parts_that_do_not_fit_are_model_errors(arguments, message):
-    settings = {"classes": 2, "encoder": "resnet18", "attention": "ema", "attention_options": {"factor": "auto"}}
+    settings = {
+        "classes": 2,
+        "encoder": "resnet18",
+        "attention": "ema",
+        "attention_options": {"factor": "auto"},
+    }
     with pytest.raises(ModelError, match=message):
         build_segmenter("fpn", **(settings | arguments))
 

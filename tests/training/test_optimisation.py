@@ -65,7 +65,10 @@ def test_warm_up_rises_linearly_then_the_schedule_starts(warmup):
     ("settings", "message"),
     [
         ({"name": "polly"}, "unknown schedule 'polly'; choose among poly, cosine, constant"),
-        ({"name": "cosine", "power": 1.0}, r"schedule\.power: cosine has no such option; it has final_factor"),
+        (
+            {"name": "cosine", "power": 1.0},
+            r"schedule\.power: cosine has no such option; it has final_factor",
+        ),
         ({"name": "poly", "warmup_steps": 11}, r"warmup_steps=11: the training has 10 steps"),
     ],
 )

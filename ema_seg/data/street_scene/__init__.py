@@ -62,9 +62,7 @@ def _develop(scene: Scene) -> NDArray[np.uint8]:
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
-def render_scene(
-    rng: np.random.Generator, height: int, width: int
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def render_scene(rng: np.random.Generator, height: int, width: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Draws a scene.
 
     Args:
@@ -76,9 +74,7 @@ def render_scene(
         The RGB image (uint8, height x width x 3) and its Cityscapes label ids (uint8, height x width).
     """
     rows, columns = height * SUPERSAMPLING, width * SUPERSAMPLING
-    scene = Scene(
-        rng, sample_camera(rng, rows, columns), sample_light(rng), Canvas(rows, columns), sample_layout(rng)
-    )
+    scene = Scene(rng, sample_camera(rng, rows, columns), sample_light(rng), Canvas(rows, columns), sample_layout(rng))
     plots, things = plan_plots(scene), place_objects(scene)
     draw_sky(scene)
     draw_ground(scene)

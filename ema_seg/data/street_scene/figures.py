@@ -105,9 +105,7 @@ SIGN_SHAPES: tuple[SignShape, ...] = ("circle", "triangle", "square", "octagon",
 def _sign_outline(shape: SignShape, size: float) -> Points:
     if shape == "board":
         return np.array([[-1.2, -0.6], [1.2, -0.6], [1.2, 0.6], [-1.2, 0.6]]) * size
-    corners, turn = {"circle": (20, 0.0), "triangle": (3, 0.5), "square": (4, 0.25), "octagon": (8, 0.125)}[
-        shape
-    ]
+    corners, turn = {"circle": (20, 0.0), "triangle": (3, 0.5), "square": (4, 0.25), "octagon": (8, 0.125)}[shape]
     angle = (np.arange(corners) / corners + turn / corners * (2 if shape != "triangle" else 1.5)) * 2 * np.pi
     return np.stack([np.cos(angle), np.sin(angle)], 1) * size
 

@@ -44,9 +44,7 @@ def draw_fence(scene: Scene, near: tuple[float, float], far: tuple[float, float]
     start, end = np.array([near[0], 0, max(near[1], NEAR)]), np.array([far[0], 0, far[1]])
     up = np.array([0, height, 0])
     canvas.polygon(camera.project([start, end, end + up, start + up]), None, LabelId.FENCE)
-    paint = scene.pick(
-        [rgb(0.16, 0.18, 0.17), rgb(0.8, 0.8, 0.78), rgb(0.42, 0.3, 0.2), rgb(0.2, 0.34, 0.26)]
-    )
+    paint = scene.pick([rgb(0.16, 0.18, 0.17), rgb(0.8, 0.8, 0.78), rgb(0.42, 0.3, 0.2), rgb(0.2, 0.34, 0.26)])
     lit = [scene.shade(paint, float(foot[0]), float(foot[2])) for foot in (start, end)]
     gap, is_post = (1.8, 1) if is_railed else (0.2, 10)
     count = max(2, int(np.linalg.norm(end - start) / gap))
@@ -59,6 +57,4 @@ def draw_fence(scene: Scene, near: tuple[float, float], far: tuple[float, float]
     canvas.lines(camera.project(feet)[drawn], tops[drawn], width[drawn], colors[drawn])
     for level in (0.15, 0.38, 0.62, 0.93) if is_railed else (0.12, 0.93):
         low, high = level * up, level * up + np.array([0, 0.09 if is_railed else 0.06, 0])
-        canvas.polygon(
-            camera.project([start + low, end + low, end + high, start + high]), (lit[0] + lit[1]) / 2
-        )
+        canvas.polygon(camera.project([start + low, end + low, end + high, start + high]), (lit[0] + lit[1]) / 2)

@@ -160,17 +160,13 @@ class Canvas:
         for ends_of_line, width, color in zip(fixed, thickness, colors.tolist(), strict=True):
             cv2.polylines(self.image, [ends_of_line], False, color, width, cv2.LINE_8, SUBPIXEL_BITS)
 
-    def discs(
-        self, centres: Points, radii: Points, colors: NDArray[np.float64] | None, label: LabelId
-    ) -> None:
+    def discs(self, centres: Points, radii: Points, colors: NDArray[np.float64] | None, label: LabelId) -> None:
         """Fills N circles (N x 2 centres and N radii, pixels) in this order."""
         stamp, fixed = self._stamp(label), fixed_point(centres).tolist()
         fixed_radii = np.maximum(1, np.rint(radii * 2**SUBPIXEL_BITS)).astype(int).tolist()
         for at, radius in zip(fixed, fixed_radii, strict=True):
             cv2.circle(self.paint, at, radius, stamp, -1, cv2.LINE_8, SUBPIXEL_BITS)
-        for at, radius, color in zip(
-            fixed, fixed_radii, [] if colors is None else colors.tolist(), strict=False
-        ):
+        for at, radius, color in zip(fixed, fixed_radii, [] if colors is None else colors.tolist(), strict=False):
             cv2.circle(self.image, at, radius, color, -1, cv2.LINE_8, SUBPIXEL_BITS)
 
     def texture(self, picture: NDArray[np.float32], corners: Points, label: LabelId) -> None:
@@ -184,9 +180,7 @@ class Canvas:
         target = (corners - (left, top)).astype(np.float32)
         size = (int(right - left), int(bottom - top))
         warp = cv2.getPerspectiveTransform(source, target)
-        warped = cv2.warpPerspective(
-            picture, warp, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-        )
+        warped = cv2.warpPerspective(picture, warp, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         mask = np.zeros(size[::-1], np.uint8)
         cv2.fillPoly(mask, [fixed_point(target)], 1, cv2.LINE_8, SUBPIXEL_BITS)
         area = (slice(top, bottom), slice(left, right))
@@ -305,9 +299,7 @@ def sample_light(rng: Rng) -> Light:
     name = str(rng.choice(["sunny", "overcast", "dusk", "night"], p=[0.52, 0.32, 0.1, 0.06]))
     elevation = np.deg2rad(rng.uniform(8, 18) if name == "dusk" else rng.uniform(25, 60))
     azimuth = rng.uniform(0, 2 * np.pi)
-    sun = np.array(
-        [np.cos(elevation) * np.cos(azimuth), np.sin(elevation), np.cos(elevation) * np.sin(azimuth)]
-    )
+    sun = np.array([np.cos(elevation) * np.cos(azimuth), np.sin(elevation), np.cos(elevation) * np.sin(azimuth)])
     ambient, direct, color, zenith, horizon = {
         "sunny": (0.52, 0.62, rgb(1.05, 1.0, 0.92), rgb(0.32, 0.52, 0.82), rgb(0.74, 0.83, 0.92)),
         "overcast": (0.78, 0.1, rgb(0.97, 1.0, 1.03), rgb(0.66, 0.7, 0.74), rgb(0.8, 0.82, 0.84)),

@@ -258,9 +258,7 @@ def _draw_wall(scene: Scene, plot: Plot) -> None:
     for _ in range(scene.rng.integers(0, 3)):
         draw_tree(scene, x + plot.side * scene.rng.uniform(2, 5), scene.rng.uniform(plot.near + 1, plot.far))
     color = scene.pick(CONCRETE, 0.03)
-    picture = _facade(
-        scene, plot.far - plot.near, plot.height, plot.near, color, is_brick=False, windows=False
-    )
+    picture = _facade(scene, plot.far - plot.near, plot.height, plot.near, color, is_brick=False, windows=False)
     rows = len(picture)
     picture[: max(1, rows // 12)] *= 1.15  # the coping
     picture[:, :: max(6, picture.shape[1] // 6)] *= 0.8  # panel joints
@@ -319,9 +317,7 @@ def _glass(scene: Scene) -> Color:
     """A window pane: dark, or the reflected sky, or lit from inside after sunset."""
     if scene.light.is_dark and scene.chance(0.4):
         return rgb(1.0, 0.85, 0.5) / scene.light.ambient * scene.rng.uniform(0.4, 0.8)
-    return (rgb(0.14, 0.17, 0.2) + 0.4 * scene.rng.random() ** 2 * scene.light.zenith) * scene.rng.uniform(
-        0.7, 1.4
-    )
+    return (rgb(0.14, 0.17, 0.2) + 0.4 * scene.rng.random() ** 2 * scene.light.zenith) * scene.rng.uniform(0.7, 1.4)
 
 
 def _rectangle(picture: Picture, box: ArrayLike, detail: float, color: Color) -> None:
@@ -337,9 +333,7 @@ def _draw_windows(scene: Scene, picture: Picture, detail: float) -> None:
     for storey in range(1, int(height / STOREY)):
         top = height - (storey + 1) * STOREY + 0.7
         for left in np.arange(0.6, length - wide, pitch):
-            _rectangle(
-                picture, (left - 0.12, top - 0.12, left + wide + 0.12, top + tall + 0.12), detail, frame
-            )
+            _rectangle(picture, (left - 0.12, top - 0.12, left + wide + 0.12, top + tall + 0.12), detail, frame)
             _rectangle(picture, (left, top, left + wide, top + tall), detail, _glass(scene))
             middle = left + wide / 2
             _rectangle(picture, (middle - 0.04, top, middle + 0.04, top + tall), detail, frame)
@@ -361,9 +355,7 @@ def _draw_ground_floor(scene: Scene, picture: Picture, detail: float) -> None:
             height - (2.3 if is_shop or is_door else 2.0),
             height - (0 if is_door else 0.5 if is_shop else 0.9),
         )
-        _rectangle(
-            picture, (left, top, left + wide, bottom), detail, accent * 0.7 if is_door else _glass(scene)
-        )
+        _rectangle(picture, (left, top, left + wide, bottom), detail, accent * 0.7 if is_door else _glass(scene))
         left += wide + (0.3 if is_shop else rng.uniform(0.8, 1.6))
     if is_shop:
         _rectangle(picture, (0, height - 3.0, length, height - 2.4), detail, accent)

@@ -23,9 +23,7 @@ class Pose:
         """Maps N x 3 points (along, across to the right, up) to the world."""
         along, across, up = np.asarray(local, dtype=np.float64).T
         sine, cosine = np.sin(self.heading), np.cos(self.heading)
-        return np.stack(
-            [self.x + along * sine + across * cosine, up, self.z + along * cosine - across * sine], 1
-        )
+        return np.stack([self.x + along * sine + across * cosine, up, self.z + along * cosine - across * sine], 1)
 
 
 # Corners of a block's faces, each as seen from outside: bottom left, bottom right, top right, top left.
@@ -167,9 +165,7 @@ def draw_bus(scene: Scene, x: float, z: float, heading: float) -> None:
     """A city bus."""
     vehicle, half = Vehicle(scene, Pose(x, z, heading), LabelId.BUS), scene.rng.uniform(4.5, 6)
     body = Block((-half, 0.35), (half, 3.05), 2.5, 0.05, 0.12, 0.05)
-    paint = scene.pick(
-        [rgb(0.85, 0.65, 0.12), rgb(0.7, 0.12, 0.1), rgb(0.85, 0.86, 0.85), rgb(0.15, 0.4, 0.6)]
-    )
+    paint = scene.pick([rgb(0.85, 0.65, 0.12), rgb(0.7, 0.12, 0.1), rgb(0.85, 0.86, 0.85), rgb(0.15, 0.4, 0.6)])
     glass = rgb(0.1, 0.12, 0.15) + 0.2 * scene.light.zenith
     for face in vehicle.faces(body):
         if face.name in ("rear", "front"):
