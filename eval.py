@@ -3,6 +3,7 @@
 python eval.py --help shows what can be configured.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from configs.command_line import argument, plain_config, reports_errors, saved_config
+from configs.command_line import argument, expand_home, plain_config, reports_errors, saved_config
 from ema_seg.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -19,6 +20,7 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 @reports_errors
 def main() -> None:
     """Compose the configuration around that of the run, and evaluate."""
+    sys.argv = expand_home(sys.argv)
     saved = _saved_config()
     store = ConfigStore.instance()
     for group in ("data", "evaluation"):

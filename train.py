@@ -4,6 +4,7 @@ python train.py --help shows what can be configured.
 """
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from configs.command_line import argument, plain_config, reports_errors, saved_config
+from configs.command_line import argument, expand_home, plain_config, reports_errors, saved_config
 from ema_seg.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -21,6 +22,7 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 @reports_errors
 def main() -> None:
     """Compose the configuration, of a resumed run from its own file, and train."""
+    sys.argv = expand_home(sys.argv)
     config_name = "train"
     if run := argument("resume"):
         config_name = _register_resumed(Path(run))

@@ -1,5 +1,6 @@
 """What ``train.py`` and ``eval.py`` share of the way from a command line to a configuration."""
 
+import re
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -11,7 +12,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ema_seg.errors import ConfigError, EmaSegError
 
-__all__ = ["argument", "plain_config", "reports_errors", "saved_config"]
+__all__ = ["argument", "expand_home", "plain_config", "reports_errors", "saved_config"]
 
 
 def reports_errors(function: Callable[..., None]) -> Callable[..., None]:
@@ -25,6 +26,11 @@ def reports_errors(function: Callable[..., None]) -> Callable[..., None]:
             sys.exit(f"error: {error}")
 
     return wrapped
+
+
+def expand_home(arguments: list[str]) -> list[str]:
+    """Replace ``key=~/…`` by the path that it means, which neither the shell nor Hydra does."""
+    return [re.sub(r"^([^=]+=)~(?=/|$)", lambda match: match[1] + str(Path.home()), text) for text in arguments]
 
 
 def argument(key: str) -> str | None:

@@ -375,6 +375,16 @@ def test_a_damaged_checkpoint_is_named(damage, finished_run, run_script, tmp_pat
     assert "Traceback" not in err
 
 
+def test_a_home_directory_is_found_as_the_shell_would(finished_run, run_script, monkeypatch, tmp_path):
+    run, _ = finished_run
+    monkeypatch.setenv("HOME", str(run.parent))
+
+    status, _, err = run_script("eval", f"run=~/{run.name}", "report.dir=~/elsewhere")
+
+    assert status == 0, err
+    assert (run.parent / "elsewhere" / "report.json").is_file()
+
+
 def test_a_finished_run_is_not_overwritten(finished_run, camvid_root, run_script):
     run, _ = finished_run
 

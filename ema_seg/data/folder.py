@@ -19,16 +19,14 @@ The classes file is a list of classes, or a mapping with such a list and the ign
       - {name: leaf, value: 7, color: "#22cc44"}
     ignore: [255, "#ffffff"]
 
-- A class is a name alone, or a mapping with ``name`` and, each optional, ``value`` and ``color``. The order
-  of the list is
-  the order of the train ids.
+- A class is a name alone, or a mapping with ``name`` and, each optional, ``value`` and ``color``. The order of
+  the list is the order of the train ids.
 - ``value`` (0 to 255) is the class's value in indexed masks; without it, the class's position in the list,
   from 0.
-- ``color`` is ``[red, green, blue]`` (0 to 255 each) or ``"#rrggbb"``: the class's colour in colour-coded
-  masks and in
-  figures. Give it to all classes or to none; without, figures get distinct colours and masks must be indexed.
-- ``ignore`` is a mask value or colour, or a list of them, that belongs to no class; without it, the value
-  255.
+- ``color`` is ``[red, green, blue]`` (0 to 255 each) or ``"#rrggbb"``: the class's colour in colour-coded masks
+  and in figures. Give it to all classes or to none; without, figures get distinct colours and masks must be
+  indexed.
+- ``ignore`` is a mask value or colour, or a list of them, that belongs to no class; without it, the value 255.
   Any other value or colour in a mask is an error.
 
 The shortest classes file is thus ``[background, leaf]``.

@@ -53,9 +53,11 @@ class CategoryLimitedCrop(A.DualTransform):
     Args:
         height: Height of the crop in pixels.
         width: Width of the crop in pixels.
-        max_share: Largest share of the labelled pixels for one class, in (0, 1]; 1 accepts any crop with a
-            label. tries: How often to draw, at least 1. fill: Colour of the padding, RGB from 0 to 255.
-            fill_mask: Train id of the padding. p: Probability with which the step is applied.
+        max_share: Largest share of the labelled pixels for one class, in (0, 1]; 1 accepts any crop with a label.
+        tries: How often to draw, at least 1.
+        fill: Colour of the padding, RGB from 0 to 255.
+        fill_mask: Train id of the padding.
+        p: Probability with which the step is applied.
     """
 
     _targets = (Targets.IMAGE, Targets.MASK)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,14 @@ __all__ = ["fit"]
 
 _MONITORED = "val/miou"
 
+# Warnings of the libraries about themselves, or about what is meant to be so here.
+_NOISE = (
+    r".*isinstance\(treespec, LeafSpec\)",
+    r"Checkpoint directory .* exists and is not empty",
+    r"The number of training batches .* is smaller than the logging interval",
+    r"The '.*_dataloader' does not have many workers",
+)
+
 
 def fit(config: Mapping[str, Any], run: Path, *, resume: bool = False) -> Path:
     """Train what ``config`` describes.
@@ -40,6 +49,8 @@ def fit(config: Mapping[str, Any], run: Path, *, resume: bool = False) -> Path:
     Raises:
         EmaSegError: whatever a user can correct, from the parts that find it.
     """
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message)
     data = SegmentationDataModule(**config["data"])
     data.setup("fit")
     model = segmenter_from_config(config, data.num_classes, pretrained=not resume)

@@ -1,0 +1,49 @@
+"""The commands and the links of the documentation, against the program as it is."""
+
+import re
+import shlex
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+
+from configs.command_line import expand_home
+from tests.conftest import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COMMAND = re.compile(r"^\s*python (train|eval)\.py ?([^#\n]*)", re.MULTILINE)
+HELP = [ROOT / "configs" / "hydra" / "help" / f"{script}.yaml" for script in ("train", "eval")]
+
+
+def commands():
+    for page in (*PAGES, *HELP):
+        for script, arguments in COMMAND.findall(page.read_text()):
+            yield pytest.param(script, shlex.split(arguments), id=f"{page.name}: {script} {arguments.strip()}")
+
+
+@pytest.mark.parametrize(("script", "arguments"), commands())
+def test_every_command_is_one_that_the_program_takes(script, arguments):
+    arguments = expand_home(arguments)
+    overrides = [text for text in arguments if "=" in text]
+    others = set(arguments) - set(overrides)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        if script == "eval":
+            trained = compose("train", ["data=camvid"])
+            for group in ("data", "evaluation"):
+                ConfigStore.instance().store("of_run", trained[group], group=group)
+        compose(script, overrides)
+
+    assert others <= {"--help", "--hydra-help", "--cfg", "job", "[overrides]", "-m"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_inside_the_project_leads_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_make_has_the_targets_that_the_readme_names():
+    makefile = (ROOT / "Makefile").read_text()
+
+    for target in re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
