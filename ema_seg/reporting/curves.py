@@ -1,0 +1,76 @@
+"""Training curves of several runs in one figure.
+
+``python -m ema_seg.reporting.curves curves.png none=runs/camvid_none ema=runs/camvid_ema``
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ema_seg.errors import ConfigError, DataError, EmaSegError
+
+__all__ = ["draw_curves", "main", "read_metrics"]
+
+_PANELS = {"train/loss": "training loss", "val/miou": "validation mIoU, %"}
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """The rows of a run's ``metrics.csv``, one per epoch; a value that was not measured is left out.
+
+    Raises:
+        DataError: the file is missing or not what ``train.py`` writes.
+    """
+    path = run / "metrics.csv"
+    try:
+        with path.open(newline="") as file:
+            return [{key: float(value) for key, value in row.items() if value != ""} for row in csv.DictReader(file)]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give the folder of a run.") from error
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: is not a table of numbers ({error}); give the folder of a run.") from error
+
+
+def draw_curves(runs: Mapping[str, Path]) -> Figure:
+    """Draw training loss and validation mIoU over the epochs.
+
+    Args:
+        runs: the folder of each run, by the name that the legend gives it.
+    """
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, (column, label) in zip(figure.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
+        for name, run in runs.items():
+            points = [(row["epoch"] + 1, row[column]) for row in read_metrics(run) if column in row]
+            scale = 100 if column == "val/miou" else 1
+            axes.plot([epoch for epoch, _ in points], [scale * value for _, value in points], marker=".", label=name)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw the figure that the command line asks for; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m ema_seg.reporting.curves", description="Draw training curves.")
+    parser.add_argument("figure", type=Path, help="where to write the figure: .png, .pdf or .svg")
+    parser.add_argument("runs", nargs="+", metavar="name=folder", help="a run of train.py and its name in the legend")
+    options = parser.parse_args(arguments)
+    try:
+        pairs = [text.partition("=") for text in options.runs]
+        for name, separator, folder in pairs:
+            if not (name and separator and folder):
+                raise ConfigError(f"{name}: name each run as name=folder, for example ema=runs/my_run.")
+        draw_curves({name: Path(folder) for name, _, folder in pairs}).savefig(options.figure, dpi=150)
+    except EmaSegError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ema_seg.attention import EMA
+from ema_seg.errors import ConfigError, TrainingError
+from ema_seg.models import build_segmenter
+from ema_seg.training.callbacks import EpochLog, attention_map
+from ema_seg.training.loggers import build_logger
+from ema_seg.training.losses import build_loss
+from ema_seg.training.module import SegmentationModule
+
+ENCODER = "tu-mobilenetv3_small_050"
+
+
+def segmenter(**arguments):
+    torch.manual_seed(0)
+    return build_segmenter("fpn", classes=3, encoder=ENCODER, **arguments)
+
+
+def module(model):
+    return SegmentationModule(
+        model,
+        build_loss({"cross_entropy": {}}, 3),
+        classes=["a", "b", "c"],
+        optimizer={"name": "adamw", "lr": 1e-3, "encoder_lr_factor": 1.0, "weight_decay": 0.0},
+        schedule={"name": "constant"},
+        config={},
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_the_step_and_the_samples(value):
+    batch = {
+        "image": torch.full((2, 3, 64, 64), value),
+        "mask": torch.zeros(2, 64, 64, dtype=torch.int64),
+        "name": ["aachen_1", "bochum_2"],
+    }
+
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 0 .* aachen_1, bochum_2"):
+        module(segmenter()).training_step(batch, 0)
+
+
+def test_a_checkpoint_carries_the_configuration_and_the_classes():
+    checkpoint = {}
+
+    module(segmenter()).on_save_checkpoint(checkpoint)
+
+    assert checkpoint == {"config": {}, "classes": ["a", "b", "c"]}
+
+
+def test_the_attention_map_is_the_last_blocks_at_the_images_size():
+    model = segmenter(attention="ema", attention_options={"factor": 2}, placements=["head"]).eval()
+    image = torch.randn(3, 50, 70)
+    block = model.segmentation_head.attention
+    assert isinstance(block, EMA)
+    nn.init.zeros_(block.conv3x3.weight)
+    nn.init.zeros_(block.gn.weight)
+    nn.init.constant_(block.conv3x3.bias, 2.0)
+    nn.init.constant_(block.gn.bias, -1.0)
+
+    weights = attention_map(model, image, stride=32)
+
+    # Both branches are constant, so that the weight is the sigmoid of their sum everywhere.
+    assert weights.shape == (50, 70)
+    assert torch.allclose(weights, torch.tensor(1.0).sigmoid())
+
+
+def test_a_model_without_weight_maps_has_no_attention_map():
+    assert attention_map(segmenter(attention="se").eval(), torch.randn(3, 32, 32), stride=32) is None
+
+
+def test_the_epoch_log_survives_a_kill_in_the_middle_of_writing(tmp_path, monkeypatch):
+    from ema_seg.training import callbacks
+
+    path = tmp_path / "metrics.csv"
+    row = dict.fromkeys(callbacks._COLUMNS, "1")
+    callbacks._write_rows(path, [row])
+    before = path.read_text()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(callbacks.csv.DictWriter, "writerows", killed)
+    with pytest.raises(KeyboardInterrupt):
+        callbacks._write_rows(path, [row, row])
+
+    assert path.read_text() == before
+    assert EpochLog(path).path == path
+
+
+def test_loggers_are_named(tmp_path):
+    assert build_logger(tmp_path, name="none") is False
+    assert build_logger(tmp_path, name="tensorboard").log_dir == str(tmp_path / "tensorboard")
+    with pytest.raises(ConfigError, match=r"logger\.name: unknown logger 'wandbb'; choose among tensorboard, wandb"):
+        build_logger(tmp_path, name="wandbb")
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_logger_that_is_not_installed_names_the_extra(name, tmp_path, monkeypatch):
+    import lightning.pytorch.loggers
+
+    class_name = {"wandb": "WandbLogger", "mlflow": "MLFlowLogger"}[name]
+
+    def missing(**_):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(lightning.pytorch.loggers, class_name, missing)
+    with pytest.raises(ConfigError, match=rf"logger={name} needs a package.*ema-seg\[{name}\]"):
+        build_logger(tmp_path, name=name)
+
+
+def test_a_prediction_is_scored_at_the_images_own_size():
+    lightning_module = module(segmenter().eval())
+    image, mask = torch.randn(3, 45, 61), torch.from_numpy(np.full((45, 61), 1))
+    mask[:5] = 255
+    lightning_module.on_validation_epoch_start()
+
+    lightning_module.validation_step({"image": [image], "mask": [mask], "name": ["x"]}, 0)
+
+    assert lightning_module.confusion.matrix.sum() == 40 * 61
