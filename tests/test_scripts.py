@@ -175,6 +175,29 @@ def test_a_run_is_resumed_with_its_own_configuration(camvid_root, run_script, tm
     assert yaml.safe_load((run / "config.yaml").read_text())["schedule"]["name"] == "constant"
 
 
+def test_an_epoch_without_validation_has_no_score(camvid_root, run_script, tmp_path):
+    run = tmp_path / "run"
+    options = ("epochs=3", "trainer.check_val_every_n_epoch=2", "training.progress_bar=true", "logger=tensorboard")
+
+    status, out, err = run_script(
+        "train", *QUICK, "data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={run}", *options
+    )
+
+    assert status == 0, err
+    assert [row["val/miou"] != "" for row in rows_of(run)] == [False, True, False]
+    for quantity in ("loss=", "val_miou=", "images/s="):
+        assert quantity in out  # in the progress bar
+
+
+def test_a_training_without_an_end_is_refused(camvid_root, run_script, tmp_path):
+    status, _, err = run_script(
+        "train", *QUICK, "data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={tmp_path / 'run'}", "epochs=-1"
+    )
+
+    assert status == 1
+    assert "trains for ever" in err
+
+
 def test_options_of_training_work_together(camvid_root, run_script, tmp_path):
     run = tmp_path / "run"
 

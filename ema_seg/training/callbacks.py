@@ -48,6 +48,7 @@ class EpochLog(Callback):
         self._rows: list[dict[str, Any]] = []
         self._epoch_start = self._train_start = self._train_seconds = 0.0
         self._images = 0
+        self._validated = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read what an earlier part of this run has written: only now is the epoch known to go on from."""
@@ -59,6 +60,7 @@ class EpochLog(Callback):
         """Start the clock."""
         self._epoch_start = self._train_start = time.perf_counter()
         self._images = 0
+        self._validated = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -67,6 +69,10 @@ class EpochLog(Callback):
         self._images += len(batch["name"]) * trainer.world_size
         self._train_seconds = time.perf_counter() - self._train_start
         pl_module.log("images/s", self._images / self._train_seconds, prog_bar=True, logger=False, batch_size=1)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that the scores are of this epoch; Lightning keeps those of earlier ones."""
+        self._validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the row, after the epoch's validation if there was one."""
@@ -80,16 +86,21 @@ class EpochLog(Callback):
             "images_per_second": self._images / self._train_seconds,
             "seconds": time.perf_counter() - self._epoch_start,
         }
-        row |= {name: float(logged[name]) for name in _COLUMNS if name in logged}
+        current = [name for name in _COLUMNS if name in logged and (self._validated or not name.startswith("val/"))]
+        row |= {name: float(logged[name]) for name in current}
         self._rows.append({name: _shown(row[name]) if name in row else "" for name in _COLUMNS})
         _write_rows(self.path, self._rows)
-        trainer_line = (
-            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  loss {row['train/loss']:.3f}"
-            f"  val mIoU {row.get('val/miou', float('nan')):.4f}"
-            f"  {row['images_per_second']:.1f} images/s  {row['seconds']:.0f} s"
-        )
-        # Standard error, as the progress bar: standard output carries the report and the path of the run.
-        print(trainer_line, file=sys.stderr, flush=True)
+        # Standard error, because standard output carries the report and the path of the run.
+        print(_line(row, trainer), file=sys.stderr, flush=True)
+
+
+def _line(row: dict[str, Any], trainer: Trainer) -> str:
+    epochs = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+    scores = f"val mIoU {row['val/miou']:.4f}" if "val/miou" in row else "not validated"
+    return (
+        f"epoch {row['epoch'] + 1}{epochs}  loss {row['train/loss']:.3f}  {scores}  "
+        f"{row['images_per_second']:.1f} images/s  {row['seconds']:.0f} s"
+    )
 
 
 def _shown(value: Any) -> Any:

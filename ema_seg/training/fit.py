@@ -99,7 +99,7 @@ def _callbacks(settings: Mapping[str, Any], run: Path) -> list[Callback]:
 
 
 def _shows_progress(setting: bool | str) -> bool:
-    return sys.stderr.isatty() if setting == "auto" else bool(setting)
+    return sys.stdout.isatty() if setting == "auto" else bool(setting)
 
 
 def _build_trainer(config: Mapping[str, Any], run: Path, callbacks: list[Callback]) -> Trainer:

@@ -1,5 +1,6 @@
 """The Lightning module: one training step, one validation pass, one optimiser with its schedule."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from ema_seg.errors import TrainingError
+from ema_seg.errors import ConfigError, TrainingError
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.evaluation.inference import segment
 from ema_seg.models import model_stride
@@ -92,8 +93,13 @@ class SegmentationModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimiser, and its schedule stepped after every step."""
         optimizer = build_optimizer(self.model, **self.optimizer_settings)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = build_schedule(optimizer, steps, **self.schedule_settings)
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ConfigError(
+                f"trainer.max_epochs={self.trainer.max_epochs} trains for ever, and the learning rate's schedule needs "
+                "an end; set epochs, or +trainer.max_steps."
+            )
+        schedule = build_schedule(optimizer, int(steps), **self.schedule_settings)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
