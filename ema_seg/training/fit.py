@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -95,6 +95,8 @@ def _callbacks(settings: Mapping[str, Any], run: Path) -> list[Callback]:
         callbacks.append(EMAWeightAveraging(decay=settings["weight_averaging"]))
     if settings["early_stopping"]:
         callbacks.append(EarlyStopping(_MONITORED, patience=settings["early_stopping"], mode="max"))
+    if _shows_progress(settings["progress_bar"]):
+        callbacks.append(TQDMProgressBar())  # Lightning's other bar cuts its metrics off on a narrow terminal
     return callbacks
 
 
