@@ -4,11 +4,13 @@ python eval.py --help shows what can be configured.
 """
 
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from configs.command_line import argument, expand_home, plain_config, reports_errors, saved_config
@@ -51,10 +53,16 @@ def _evaluate(composed: DictConfig) -> None:
     # Heavy libraries only now, so that --help and --cfg answer at once.
     from ema_seg.reporting import assess_checkpoint, print_report
 
-    directory = Path(config["report"]["dir"] or run / "report")
+    directory = Path(config["report"]["dir"] or run / _default_folder())
     report = assess_checkpoint(checkpoint, config["data"], config["evaluation"], directory, run=str(run))
     print_report(report)
     print(f"report: {directory}")
+
+
+def _default_folder() -> str:
+    """``report`` for the run as it was; a new folder for anything else, so that the run's own report stays."""
+    changes = [text for text in HydraConfig.get().overrides.task if not text.startswith(("run=", "ckpt=", "report."))]
+    return f"report_{datetime.now():%Y-%m-%d_%H-%M-%S}" if changes else "report"
 
 
 def _run_of(checkpoint: Path) -> Path:

@@ -31,6 +31,12 @@ def main() -> None:
 
 def _register_resumed(run: Path) -> str:
     """Make a run's own configuration the one that overrides on the command line change."""
+    for text in sys.argv[1:]:
+        if text.lstrip("+~").startswith("optimizer."):
+            raise ConfigError(
+                f"resume={run} goes on with the optimiser as it was saved, which {text} cannot change; leave it "
+                "out, or start a new run."
+            )
     config = saved_config(run, key="resume")
     hydra_settings = {"run": {"dir": str(run)}, "output_subdir": None}
     ConfigStore.instance().store("resumed", {**config, "resume": None, "hydra": hydra_settings})
@@ -48,25 +54,34 @@ def _train(composed: DictConfig) -> None:
     # Heavy libraries only now, so that --help and --cfg answer at once.
     from lightning import seed_everything
 
-    from ema_seg.models import encoder_normalisation
-    from ema_seg.reporting import assess_checkpoint, print_report
+    from ema_seg.reporting import assess_checkpoint, check_settings, print_report
     from ema_seg.training import fit
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    check_settings(config["evaluation"])
+    if not isinstance(config["seed"], int) or not 0 <= config["seed"] < 2**32:
+        raise ConfigError(f"seed={config['seed']!r} is no whole number from 0 to 4294967295.")
     seed_everything(config["seed"], workers=True, verbose=False)
-    _complete(config["data"], encoder_normalisation(config["model"]["encoder"], config["model"]["encoder_weights"]))
+    _complete(config["data"], config["model"])
     OmegaConf.save(config, run / "config.yaml")
     best = fit(config, run, resume=bool(config["resume"]))
-    report = assess_checkpoint(best, config["data"], config["evaluation"], Path(config["report"]["dir"]), run=str(run))
+    directory = Path(config["report"]["dir"] or run / "report")
+    report = assess_checkpoint(best, config["data"], config["evaluation"], directory, run=str(run))
     print_report(report)
     print(f"run: {run}")
 
 
-def _complete(data: dict[str, Any], normalisation: Any) -> None:
-    """Fill in the normalisation where the user has given none."""
-    for key, values in normalisation._asdict().items():
-        if data[key] is None:
-            data[key] = list(values)
+def _complete(data: dict[str, Any], model: dict[str, Any]) -> None:
+    """Fill in what the user has left to the project, so that the saved configuration says all of it."""
+    from ema_seg.models import encoder_normalisation
+
+    if data["mean"] is None or data["std"] is None:
+        normalisation = encoder_normalisation(model["encoder"], model["encoder_weights"])
+        for key, values in normalisation._asdict().items():
+            data[key] = list(values) if data[key] is None else data[key]
+    for key in ("root", "classes"):
+        if data.get(key) is not None:
+            data[key] = str(Path(data[key]).absolute())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,12 @@ from ema_seg.errors import ConfigError, EmaSegError
 
 __all__ = ["argument", "expand_home", "plain_config", "reports_errors", "saved_config"]
 
+# What the configs make one key follow another for; a saved configuration has only the values.
+_LINKS = {
+    "trainer.max_epochs": "epochs",
+    "evaluation.batch_size": "data.evaluation_batch_size",
+}
+
 
 def reports_errors(function: Callable[..., None]) -> Callable[..., None]:
     """Turn an error that the user can correct into one sentence on standard error and exit status 1."""
@@ -35,7 +41,7 @@ def expand_home(arguments: list[str]) -> list[str]:
 
 def argument(key: str) -> str | None:
     """The value of the override ``key=value`` on the command line; None if it is missing, empty or null."""
-    values = [text.removeprefix(f"{key}=") for text in sys.argv[1:] if text.startswith(f"{key}=")]
+    values = [text.removeprefix(f"{key}=").strip("'\"") for text in sys.argv[1:] if text.startswith(f"{key}=")]
     return values[-1] if values and values[-1] not in ("", "null") else None
 
 
@@ -45,9 +51,18 @@ def saved_config(run: Path, key: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{key}={run}: there is no {path}; give the folder of a run that train.py made.")
     try:
-        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path)))
+        config = cast(DictConfig, OmegaConf.load(path))
+        return cast(dict[str, Any], OmegaConf.to_container(_linked(config)))
     except Exception as error:  # whatever the YAML reader finds
         raise ConfigError(f"{key}={run}: {path} is not readable as YAML ({' '.join(str(error).split())}).") from error
+
+
+def _linked(config: DictConfig) -> DictConfig:
+    """Let the keys that follow another one follow it again, so that an override of the one reaches the other."""
+    for key, source in _LINKS.items():
+        if OmegaConf.select(config, key) == OmegaConf.select(config, source):
+            OmegaConf.update(config, key, f"${{{source}}}")
+    return config
 
 
 def plain_config(config: DictConfig) -> dict[str, Any]:

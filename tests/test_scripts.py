@@ -134,7 +134,6 @@ def test_eval_repeats_the_report_of_a_run(finished_run, run_script, tmp_path):
 
     assert status == 0, err
     after = json.loads((tmp_path / "again" / "report.json").read_text())
-    assert status == 0
     assert "mIoU" in out
     for key in ("confusion_matrix", "miou", "iou", "parameters", "gmacs", "classes", "data", "attention"):
         assert after[key] == before[key], key
@@ -149,8 +148,9 @@ def test_eval_takes_a_lone_checkpoint_and_other_data(finished_run, run_script, t
         "eval", f"ckpt={checkpoint}", f"data.root={root}", "evaluation.precision=bf16-mixed", "data.workers=1"
     )
 
-    report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert status == 0, err
+    (path,) = tmp_path.glob("report_*/report.json")  # a folder of its own, because the evaluation was changed
+    report = json.loads(path.read_text())
     assert sum(map(sum, report["confusion_matrix"])) == 2 * 50 * 68 + 2 * 64 * 94
     assert report["throughput"]["precision"] == "bf16-mixed"
     assert report["throughput"]["size"] == [50, 70]
@@ -164,7 +164,11 @@ def test_a_run_is_resumed_with_its_own_configuration(camvid_root, run_script, tm
     first = rows_of(run)
     step = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
 
-    status, out, err = run_script("train", f"resume={run}", "trainer.max_epochs=3")
+    moved = tmp_path / "moved"
+    run.rename(moved)
+    run = moved
+
+    status, out, err = run_script("train", f"resume={run}", "epochs=3")
 
     last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert status == 0, err
@@ -173,6 +177,17 @@ def test_a_run_is_resumed_with_its_own_configuration(camvid_root, run_script, tm
     assert last["global_step"] == 3 * step
     assert out.rstrip().endswith(f"run: {run}")
     assert yaml.safe_load((run / "config.yaml").read_text())["schedule"]["name"] == "constant"
+    assert (run / "report" / "report.json").is_file()
+    keeper = next(state for name, state in last["callbacks"].items() if "val/miou" in name)
+    assert keeper["best_model_path"] == str(run / "checkpoints" / "best.ckpt")
+    assert keeper["best_model_score"].item() == pytest.approx(max(float(row["val/miou"]) for row in rows_of(run)))
+
+
+def test_a_resumed_run_keeps_its_optimiser(finished_run, run_script):
+    status, _, err = run_script("train", f"resume={finished_run[0]}", "optimizer.lr=1e-5")
+
+    assert status == 1
+    assert "optimizer.lr=1e-5 cannot change" in err
 
 
 def test_an_epoch_without_validation_has_no_score(camvid_root, run_script, tmp_path):
@@ -338,9 +353,24 @@ def test_the_default_data_are_generated_and_read(run_script, tmp_path):
         (("attention=ema", "attention.factor=7"), "valid factors are"),
         (("loss.dise.weight=1",), "Key 'loss.dise' is not in struct|Could not override 'loss.dise.weight'"),
         (("+loss.dise.weight=1",), "loss.dise: there is no such loss"),
-        (("trainer.precision=bf17",), "trainer: Lightning refuses"),
+        (("trainer.precision=bf17", "evaluation.precision=32"), "trainer: Lightning refuses"),
         (("+trainer.max_epoch=3",), "trainer: Lightning refuses"),
         (("data.batch_size=0",), "data.batch_size=0 must be a whole number of at least 1"),
+        (("data.mean=0.5",), "data.mean=0.5 must be three numbers"),
+        (("data.augmentation.crop.height=50",), "crops of 50 x 64 pixels, but the model takes multiples of 32"),
+        (("placement.decoder=false",), "attention=ema is placed nowhere"),
+        (("placement.encoder_stages=[3]",), "has no effect without placement.encoder=true"),
+        (("+loss.lovasz=0.5",), "give its weight as loss.lovasz.weight=0.5"),
+        (("optimizer.lr=fast",), "optimizer.lr='fast' is no number"),
+        (("schedule.warmup_steps=long",), "schedule.warmup_steps='long' is no number"),
+        (("training.weight_averaging=2",), "training.weight_averaging=2 is no decay between 0 and 1"),
+        (("attention=se", "attention.reduction=0"), "SE cannot reduce .* channels by reduction=0"),
+        (("seed=-1",), "seed=-1 is no whole number"),
+        (("model.encoder=null",), "model.encoder=None is no name"),
+        (("trainer.precision=bf16-true",), "precision='bf16-true' is not known"),
+        (("evaluation.size=512",), r"evaluation.size=512 is no \[height,width\]"),
+        (("evaluation.batch_size=0",), "evaluation.batch_size=0 is no positive number"),
+        (("evaluation.device=tpu",), "evaluation.device=tpu cannot be used here"),
         (("data.batch_size=64",), "data.batch_size=64 is more than the 4 training images"),
         (("schedule.warmup_steps=1000",), "schedule.warmup_steps=1000: the training has 4 steps"),
         (("resume=runs/missing",), "resume=runs/missing: there is no runs/missing/config.yaml"),

@@ -105,7 +105,7 @@ def _number_of_groups(channels: int, factor: int | Literal["auto"]) -> int:
     divisors = [divisor for divisor in range(1, channels + 1) if channels % divisor == 0]
     if factor == "auto":
         return max(divisor for divisor in divisors if divisor <= _LARGEST_AUTO_FACTOR)
-    if factor not in divisors:
+    if not isinstance(factor, int) or factor not in divisors:
         raise ModelError(
             f"EMA cannot split {channels} channels into factor={factor!r} groups; "
             f"valid factors are {', '.join(map(str, divisors))}, or 'auto'."

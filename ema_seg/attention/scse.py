@@ -26,7 +26,7 @@ class SCSE(SCSEModule):
     """
 
     def __init__(self, channels: int, reduction: int = 2) -> None:
-        if not 1 <= reduction <= channels:
+        if not isinstance(reduction, int) or not 1 <= reduction <= channels:
             raise ModelError(
                 f"scSE cannot reduce {channels} channels by reduction={reduction}; "
                 f"choose a reduction from 1 to {channels}."

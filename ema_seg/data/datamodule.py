@@ -64,6 +64,7 @@ class SegmentationDataModule(LightningDataModule):
         super().__init__()
         _require_at_least(1, batch_size=batch_size, evaluation_batch_size=evaluation_batch_size)
         _require_at_least(0, workers=workers)
+        _require_channels(mean=mean, std=std)
         self.dataset_name = name
         self.root = root
         self.batch_size = batch_size
@@ -219,6 +220,12 @@ def _require_at_least(minimum: int, **values: int) -> None:
     for key, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise ConfigError(f"data.{key}={value!r} must be a whole number of at least {minimum}.")
+
+
+def _require_channels(**values: Sequence[float]) -> None:
+    for key, value in values.items():
+        if not isinstance(value, list | tuple) or len(value) != 3 or not all(isinstance(x, int | float) for x in value):
+            raise ConfigError(f"data.{key}={value!r} must be three numbers, one for each of red, green and blue.")
 
 
 def _shape(sample: TensorSample) -> str:

@@ -42,7 +42,7 @@ def measure_cost(
     stride: int,
     batch_size: int,
     device: torch.device | str,
-    precision: str = "32-true",
+    precision: str | int = "32-true",
     loader: DataLoader | None = None,
     warmup: int = 3,
     min_repeats: int = 10,
@@ -107,7 +107,8 @@ def measure_cost(
         gmacs=gmacs,
         throughput={
             "device": describe_device(device)["name"],
-            "precision": precision,
+            "precision": str(precision),
+            "compiled": model._compiled_call_impl is not None,
             "memory_format": str(memory_format_of(model)).removeprefix("torch.").removesuffix("_format"),
             "size": list(size),
             "padded_size": list(single.shape[-2:]),

@@ -47,7 +47,7 @@ def evaluate(
     *,
     stride: int,
     device: torch.device | str,
-    precision: str = "32-true",
+    precision: str | int = "32-true",
     progress: bool = True,
 ) -> Evaluation:
     """Predict every image at its own size and count the pixels.

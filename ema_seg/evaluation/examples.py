@@ -62,7 +62,7 @@ def predict_examples(
     std: Sequence[float],
     stride: int,
     device: torch.device | str,
-    precision: str = "32-true",
+    precision: str | int = "32-true",
 ) -> list[Example]:
     """Predict the best, median and worst image once more, so that no evaluation has to keep its predictions.
 

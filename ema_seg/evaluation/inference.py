@@ -22,12 +22,15 @@ __all__ = [
 #: Lightning's names of the precisions, and the type that autocast computes in (None: no autocast).
 PRECISIONS: dict[str, torch.dtype | None] = {
     "32-true": None,
+    "32": None,
     "bf16-mixed": torch.bfloat16,
+    "bf16": torch.bfloat16,
     "16-mixed": torch.float16,
+    "16": torch.float16,
 }
 
 
-def autocast(device: torch.device | str, precision: str) -> AbstractContextManager[object]:
+def autocast(device: torch.device | str, precision: str | int) -> AbstractContextManager[object]:
     """The context to run a model in, for a precision by Lightning's name.
 
     Args:
@@ -37,9 +40,9 @@ def autocast(device: torch.device | str, precision: str) -> AbstractContextManag
     Raises:
         ConfigError: the precision is not known.
     """
-    if precision not in PRECISIONS:
+    if str(precision) not in PRECISIONS:
         raise ConfigError(f"precision={precision!r} is not known: choose one of {', '.join(PRECISIONS)}.")
-    dtype = PRECISIONS[precision]
+    dtype = PRECISIONS[str(precision)]
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype=dtype)
 
 

@@ -71,13 +71,28 @@ def build_segmenter(
         raise ConfigError(f"model.decoder: unknown decoder {decoder!r}; smp has {', '.join(_DECODERS)}.{hint}")
     check_encoder_name(encoder)
     _check_options(decoder, encoder, options)
+    if attention != "none" and not placements:
+        raise ConfigError(
+            f"placement: attention={attention} is placed nowhere; set placement.encoder, placement.decoder or "
+            "placement.head to true, or use attention=none."
+        )
+    if encoder_stages is not None and "encoder" not in placements:
+        raise ConfigError(
+            f"placement.encoder_stages={list(encoder_stages)} has no effect without placement.encoder=true; set that, "
+            "or leave the stages out."
+        )
 
     def build_block(channels: int) -> nn.Module:
         return build_attention(attention, channels, **(attention_options or {}))
 
     model = _build_plain(decoder, encoder, classes, options)
     if encoder_weights is not None:
-        load_encoder_weights(model.encoder, encoder, encoder_weights)
+        load_encoder_weights(
+            model.encoder,
+            encoder,
+            encoder_weights,
+            fetch=lambda: _construct(decoder, encoder, "imagenet", classes, options).encoder,
+        )
     if attention == "none":
         build_block(1)  # for its complaint about options that it does not have
     else:
@@ -132,27 +147,26 @@ def _check_options(decoder: str, encoder: str, options: Mapping[str, Any]) -> No
 
 def _build_plain(decoder: str, encoder: str, classes: int, options: Mapping[str, Any]) -> SegmentationModel:
     """The smp model with random weights."""
-    arguments = dict(options)
-    if decoder == "dpt":
-        # A vision transformer otherwise takes images of one size only.
-        arguments.setdefault("dynamic_img_size", True)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            return _DECODERS[decoder](encoder_name=encoder, encoder_weights=None, classes=classes, **arguments)
-    except (
-        AssertionError,
-        IndexError,
-        KeyError,
-        NotImplementedError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+        return _construct(decoder, encoder, None, classes, options)
+    except (AssertionError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         shown = "".join(f", {name}={value!r}" for name, value in options.items())
         raise ModelError(
             f"the {decoder} decoder cannot be built with encoder={encoder!r}{shown}: {_one_line(error)}"
         ) from error
+
+
+def _construct(
+    decoder: str, encoder: str, weights: str | None, classes: int, options: Mapping[str, Any]
+) -> SegmentationModel:
+    # A vision transformer otherwise takes images of one size only.
+    defaults = {"dynamic_img_size": True} if decoder == "dpt" else {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message="For 'tu-'")  # about the name "imagenet", which is ours for all
+        return _DECODERS[decoder](
+            encoder_name=encoder, encoder_weights=weights, classes=classes, **(defaults | dict(options))
+        )
 
 
 def _one_line(error: Exception) -> str:

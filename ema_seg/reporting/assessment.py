@@ -8,11 +8,11 @@ import torch
 
 from ema_seg.data import SegmentationDataModule
 from ema_seg.errors import ConfigError, DataError
-from ema_seg.evaluation import describe_environment, evaluate, measure_cost, predict_examples
+from ema_seg.evaluation import autocast, describe_environment, evaluate, measure_cost, predict_examples
 from ema_seg.models import load_segmenter, model_stride
 from ema_seg.reporting.report import build_report, write_report
 
-__all__ = ["assess_checkpoint"]
+__all__ = ["assess_checkpoint", "check_settings"]
 
 
 def assess_checkpoint(
@@ -40,6 +40,7 @@ def assess_checkpoint(
     Raises:
         EmaSegError: whatever a user can correct, from the parts that find it.
     """
+    device = check_settings(settings)
     model, saved = load_segmenter(checkpoint)
     # The normalisation belongs to the model, not to the data that it is evaluated on.
     trained_on = saved["config"]["data"]
@@ -47,7 +48,7 @@ def assess_checkpoint(
     module = SegmentationDataModule(**data)
     module.setup("test")
     _check_classes(saved["classes"], module, checkpoint)
-    device, stride = _device(settings["device"]), model_stride(model)
+    stride = model_stride(model)
     model.to(device)
     if settings["channels_last"]:
         model.to(memory_format=torch.channels_last)
@@ -56,17 +57,7 @@ def assess_checkpoint(
 
     loader, dataset = module.test_dataloader(), module.test_dataset
     precision = settings["precision"]
-    evaluation = evaluate(model, loader, module.classes, stride=stride, device=device, precision=precision)
-    examples = predict_examples(
-        model,
-        dataset,
-        evaluation.images,
-        mean=data["mean"],
-        std=data["std"],
-        stride=stride,
-        device=device,
-        precision=precision,
-    )
+    # The cost first: a compiled model is then compiled for the size that is timed, before it meets others.
     cost = measure_cost(
         model,
         size=tuple(settings["size"] or dataset.read_image(0).shape[:2]),
@@ -76,6 +67,22 @@ def assess_checkpoint(
         precision=precision,
         loader=loader,
         budget=settings["budget"],
+    )
+    evaluation = evaluate(model, loader, module.classes, stride=stride, device=device, precision=precision)
+    if not evaluation.confusion.matrix.any():
+        raise DataError(
+            f"{dataset.root}: the split {module.evaluation_split!r} has no labelled pixel (the labels of a test split "
+            "are often withheld); choose another with data.evaluation_split."
+        )
+    examples = predict_examples(
+        model,
+        dataset,
+        evaluation.images,
+        mean=data["mean"],
+        std=data["std"],
+        stride=stride,
+        device=device,
+        precision=precision,
     )
     config = saved["config"]
     report = build_report(
@@ -94,11 +101,30 @@ def assess_checkpoint(
     return report
 
 
+def check_settings(settings: Mapping[str, Any]) -> torch.device:
+    """The device that an evaluation will run on; a ConfigError if any of its settings cannot work.
+
+    Called before a training too, so that its evaluation does not fail for a mistake that was there from the start.
+    """
+    device = _device(settings["device"])
+    with autocast(device, settings["precision"]):
+        pass
+    size = settings["size"]
+    if size is not None and not (
+        isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
+    ):
+        raise ConfigError(f"evaluation.size={size} is no [height,width] in pixels, such as [512,1024].")
+    for key in ("batch_size", "budget"):
+        if not isinstance(settings[key], int | float) or settings[key] <= 0:
+            raise ConfigError(f"evaluation.{key}={settings[key]!r} is no positive number.")
+    return device
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device("cuda" if name == "gpu" else name)
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:
         raise ConfigError(f"evaluation.device={name} cannot be used here ({str(error).splitlines()[0]}).") from error

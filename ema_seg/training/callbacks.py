@@ -184,7 +184,9 @@ def attention_map(model: nn.Module, image: Tensor, stride: int) -> Tensor | None
     inputs: list[Tensor] = []
     handle = blocks[-1].register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     try:
-        segment(model, [image], stride)
+        # A compiled model would not see a hook that came after its compilation.
+        with torch.compiler.set_stance("force_eager"):
+            segment(model, [image], stride)
     finally:
         handle.remove()
     with torch.inference_mode():

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from ema_seg.data import SegmentationDataModule
-from ema_seg.errors import CheckpointError, ConfigError
+from ema_seg.errors import CheckpointError, ConfigError, TrainingError
 from ema_seg.evaluation import describe_environment
 from ema_seg.models import segmenter_from_config
 from ema_seg.training.callbacks import EpochLog, Pictures
@@ -67,19 +67,45 @@ def fit(config: Mapping[str, Any], run: Path, *, resume: bool = False) -> Path:
         schedule=config["schedule"],
         config=config,
     )
-    best = _keep(run, "best", monitor=_MONITORED, mode="max")
+    best = RunCheckpoint(run, "best", monitor=_MONITORED, mode="max")
     last = run / "checkpoints" / "last.ckpt"
     if resume and not last.is_file():
         raise CheckpointError(f"resume={run}: there is no {last}; the run ended before its first checkpoint.")
-    trainer = _build_trainer(config, run, [best, _keep(run, "last"), *_callbacks(settings, run)])
+    trainer = _build_trainer(
+        config, run, [best, RunCheckpoint(run, "last", save_on_train_epoch_end=True), *_callbacks(settings, run)]
+    )
     _write_environment(run, trainer)
-    trainer.fit(module, data, ckpt_path=str(last) if resume else None, weights_only=True)
+    try:
+        trainer.fit(module, data, ckpt_path=str(last) if resume else None, weights_only=True)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the memory does not suffice for data.batch_size={data.batch_size}; lower it, lower "
+            "data.augmentation.crop.height and width, or set trainer.precision=bf16-mixed."
+        ) from error
     return _best(best, run)
 
 
-def _keep(run: Path, name: str, **arguments: Any) -> ModelCheckpoint:
-    """Keep one checkpoint under a fixed name; Lightning's own ``save_last`` skips epochs that are not the best."""
-    return ModelCheckpoint(run / "checkpoints", filename=name, enable_version_counter=False, **arguments)
+class RunCheckpoint(ModelCheckpoint):
+    """Keeps one checkpoint of a run under a fixed name, also when the run's folder has been moved.
+
+    Two of these, because Lightning's own ``save_last`` skips epochs that are not the best.
+    """
+
+    def __init__(self, run: Path, name: str, **arguments: Any) -> None:
+        super().__init__(run / "checkpoints", filename=name, enable_version_counter=False, **arguments)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the earlier part's record of the best, which Lightning would drop with the old folder's name."""
+        super().load_state_dict(_relocate(state_dict, str(state_dict["dirpath"]), str(self.dirpath)))
+
+
+def _relocate(value: Any, old: str, new: str) -> Any:
+    """The same record with every path in the folder ``old`` in the folder ``new`` instead."""
+    if isinstance(value, str):
+        return new + value[len(old) :] if value.startswith(old) else value
+    if isinstance(value, dict):
+        return {_relocate(key, old, new): _relocate(item, old, new) for key, item in value.items()}
+    return value
 
 
 def _compile(model: nn.Module) -> None:
@@ -92,12 +118,18 @@ def _callbacks(settings: Mapping[str, Any], run: Path) -> list[Callback]:
     if settings["pictures_every"]:
         callbacks.append(Pictures(run / "pictures", every=settings["pictures_every"]))
     if settings["weight_averaging"]:
+        _check_decay(settings["weight_averaging"])
         callbacks.append(EMAWeightAveraging(decay=settings["weight_averaging"]))
     if settings["early_stopping"]:
         callbacks.append(EarlyStopping(_MONITORED, patience=settings["early_stopping"], mode="max"))
     if _shows_progress(settings["progress_bar"]):
         callbacks.append(TQDMProgressBar())  # Lightning's other bar cuts its metrics off on a narrow terminal
     return callbacks
+
+
+def _check_decay(decay: Any) -> None:
+    if not isinstance(decay, float) or not 0 < decay < 1:
+        raise ConfigError(f"training.weight_averaging={decay!r} is no decay between 0 and 1, such as 0.999.")
 
 
 def _shows_progress(setting: bool | str) -> bool:
@@ -125,8 +157,8 @@ def _write_environment(run: Path, trainer: Trainer) -> None:
 
 
 def _best(keeper: ModelCheckpoint, run: Path) -> Path:
-    best = Path(keeper.best_model_path or run / "checkpoints" / "best.ckpt")
-    if not best.is_file():
+    best = Path(keeper.best_model_path)
+    if not keeper.best_model_path or not best.is_file():
         raise CheckpointError(
             f"{run}: no checkpoint was chosen as the best, because no validation ran; "
             "set trainer.check_val_every_n_epoch no larger than epochs."

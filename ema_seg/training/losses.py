@@ -37,7 +37,9 @@ class CrossEntropy(nn.Module):
                 f"loss.cross_entropy.class_weights: {len(class_weights)} weights for {classes} classes; give one each."
             )
         self.class_weights: Tensor | None
-        self.register_buffer("class_weights", None if class_weights is None else torch.tensor(class_weights))
+        self.register_buffer(
+            "class_weights", None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        )
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ class OHEM(nn.Module):
 
 
 def _dice(classes: int, smooth: float = 1.0) -> nn.Module:
-    # Smoothing keeps a class without pixels in the batch from counting as a complete miss.
+    # The mean is over all classes; one without a pixel in the batch counts as 0.
     return DiceLoss("multiclass", ignore_index=IGNORE_INDEX, smooth=smooth)
 
 
@@ -147,8 +149,12 @@ def build_loss(terms: Mapping[str, Mapping[str, Any] | None], classes: int) -> W
             close = get_close_matches(name, _LOSSES, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"loss.{name}: there is no such loss, only {', '.join(_LOSSES)}.{hint}")
+        if not isinstance(options, Mapping):
+            raise ConfigError(f"loss.{name}={options!r}: give its weight as loss.{name}.weight={options!r}.")
         settings = dict(options)
         weight = settings.pop("weight", 1.0)
+        if not isinstance(weight, int | float):
+            raise ConfigError(f"loss.{name}.weight={weight!r} is no number.")
         known = [key for key in inspect.signature(_LOSSES[name]).parameters if key != "classes"]
         for key in settings:
             if key not in known:

@@ -62,6 +62,7 @@ class SegmentationModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Loss of one batch of crops."""
+        self._check_crops(batch["image"])
         loss = self.loss(self(batch["image"]), batch["mask"])
         if not torch.isfinite(loss):
             raise TrainingError(
@@ -73,6 +74,14 @@ class SegmentationModule(LightningModule):
         self.log("loss", loss, prog_bar=True, logger=False, batch_size=size)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return loss
+
+    def _check_crops(self, images: Tensor) -> None:
+        height, width = images.shape[-2:]
+        if height % self.stride or width % self.stride:
+            raise ConfigError(
+                f"data.augmentation makes crops of {height} x {width} pixels, but the model takes multiples of "
+                f"{self.stride}; change data.augmentation.crop.height and width."
+            )
 
     def on_validation_epoch_start(self) -> None:
         """Start the scores of this validation from zero."""

@@ -35,6 +35,9 @@ def build_optimizer(
     """
     if name not in _OPTIMIZERS:
         raise ConfigError(f"optimizer.name: unknown optimiser {name!r}; choose among {', '.join(_OPTIMIZERS)}.")
+    for option, value in {"lr": lr, "encoder_lr_factor": encoder_lr_factor, "weight_decay": weight_decay}.items():
+        if not isinstance(value, int | float):
+            raise ConfigError(f"optimizer.{option}={value!r} is no number.")
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -96,6 +99,8 @@ def build_schedule(
     for key in options:
         if key not in known:
             raise ConfigError(f"schedule.{key}: {name} has no such option; it has {', '.join(known) or 'none'}.")
+    if not isinstance(warmup_steps, int | float):
+        raise ConfigError(f"schedule.warmup_steps={warmup_steps!r} is no number.")
     warmup = round(warmup_steps * total_steps) if 0 < warmup_steps < 1 else int(warmup_steps)
     if not 0 <= warmup <= total_steps:
         raise ConfigError(

@@ -153,6 +153,8 @@ def test_options_reach_the_decoder():
         ({"encoder": "tu-tf_efficientnet_lit0"}, r"'tu-tf_efficientnet_lit0'.*tu-tf_efficientnet_lite0"),
         ({"decoder_chanels": [1]}, r"model\.decoder_chanels: .*did you mean 'decoder_channels'"),
         ({"attention": "emu"}, r"no block is called 'emu'"),
+        ({"attention": "ema", "placements": []}, r"attention=ema is placed nowhere"),
+        ({"attention": "ema", "encoder_stages": [2]}, r"encoder_stages=\[2\] has no effect"),
         ({"attention_options": {"factor": 3}}, r"attention\.factor: .*'none' has no such option"),
     ],
 )

@@ -80,6 +80,31 @@ def test_a_local_file_is_loaded_by_name(tmp_path, weights, suffix, prefix):
         assert torch.equal(value.float(), weights[name].to(value.dtype).float()), name
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "convnext_atto",
+        "mobilevit_xxs",
+        "densenet121",
+        "edgenext_xx_small",
+        "resnet18",
+        "regnetx_002",
+        "hrnet_w18_small",
+    ],
+)
+def test_a_file_of_a_whole_timm_model_fits_its_encoder(tmp_path, name):
+    """timm's feature extractors rename some modules of the model that they are cut from."""
+    whole = timm.create_model(name)
+    save_file(whole.state_dict(), tmp_path / "weights.safetensors")
+
+    encoder = build_segmenter(
+        "fpn", classes=2, encoder=f"tu-{name}", encoder_weights=str(tmp_path / "weights.safetensors")
+    ).encoder
+
+    expected = {value.sum().item() for value in whole.state_dict().values()}
+    assert {value.sum().item() for value in encoder.state_dict().values()} <= expected
+
+
 def test_a_mismatch_is_reported_by_name(tmp_path, weights):
     path = tmp_path / "weights.pth"
     del weights["layer1.0.conv1.weight"]
@@ -90,7 +115,7 @@ def test_a_mismatch_is_reported_by_name(tmp_path, weights):
         resnet18(encoder_weights=str(path))
 
     assert "weights.pth" in str(error.value)
-    assert "tensors are missing, first layer1.0.conv1.weight" in str(error.value)
+    assert "tensors are missing: layer1.0.conv1.weight" in str(error.value)
     assert "conv1.weight is (64, 1, 7, 7) instead of (64, 3, 7, 7)" in str(error.value)
 
 
@@ -152,6 +177,28 @@ def test_imagenet_weights_and_normalisation_come_from_the_hub(monkeypatch, tmp_p
 
     assert torch.equal(encoder.state_dict()["conv1.weight"], weights["conv1.weight"])
     assert encoder_normalisation("resnet18", "imagenet") == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_timm_loads_its_own_weights_from_the_hub(monkeypatch):
+    """timm itself is asked for the weights, because it knows how its encoders rename them."""
+    create, asked = timm.create_model, []
+
+    def create_model(name, pretrained=False, **arguments):
+        asked.append(pretrained)
+        model = create(name, pretrained=False, **arguments)
+        if pretrained:
+            torch.nn.init.constant_(model.conv_stem.weight, 0.25)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    torch.manual_seed(0)
+    model = build_segmenter("fpn", classes=2, encoder="tu-mobilenetv3_small_100", encoder_weights="imagenet")
+    torch.manual_seed(0)
+    plain = build_segmenter("fpn", classes=2, encoder="tu-mobilenetv3_small_100")
+
+    assert any(asked)
+    assert (model.encoder.model.conv_stem.weight == 0.25).all()
+    assert torch.equal(model.decoder.p5.weight, plain.decoder.p5.weight)
 
 
 def test_weights_that_the_hub_does_not_have_are_an_error():

@@ -67,6 +67,17 @@ def test_the_attention_map_is_the_last_blocks_at_the_images_size():
     assert torch.allclose(weights, torch.tensor(1.0).sigmoid())
 
 
+def test_a_compiled_model_has_the_same_attention_map():
+    model = segmenter(attention="ema", attention_options={"factor": 2}, placements=["head"]).eval()
+    image = torch.randn(3, 64, 64)
+    expected = attention_map(model, image, stride=32)
+    model.compile(backend="eager", dynamic=False)
+    with torch.inference_mode():
+        model(image[None])  # compiled for this size, before any hook
+
+    assert torch.allclose(attention_map(model, image, stride=32), expected)
+
+
 def test_a_model_without_weight_maps_has_no_attention_map():
     assert attention_map(segmenter(attention="se").eval(), torch.randn(3, 32, 32), stride=32) is None
 
