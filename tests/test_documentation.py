@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 from configs.command_line import expand_home
+from ema_seg.data import check
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -34,6 +35,19 @@ def test_every_command_is_one_that_the_program_takes(script, arguments):
         compose(script, overrides)
 
     assert others <= {"--help", "--hydra-help", "--cfg", "job", "[overrides]", "-m"}
+
+
+CHECK = re.compile(r"^python -m ema_seg\.data\.check (.*)$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("arguments", [text for page in PAGES for text in CHECK.findall(page.read_text())])
+def test_every_check_is_one_that_the_program_takes(arguments, capsys):
+    name, _, *others = shlex.split(arguments)
+
+    status = check.main([name, str(ROOT / "missing"), *others])
+
+    assert status == 1
+    assert str(ROOT / "missing") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -57,7 +57,9 @@ def encoder_normalisation(encoder: str, weights: str | None) -> Normalisation:
 
     Raises:
         CheckpointError: it is on the hub, and the hub cannot be reached.
+        ConfigError: there is no such encoder.
     """
+    check_encoder_name(encoder)
     if encoder.startswith("tu-"):
         settings = timm.get_pretrained_cfg(encoder[3:])
         if settings is None or not settings.mean:
