@@ -78,7 +78,7 @@ class StreetDataset(CityscapesDataset):
         *,
         height: int = 160,
         width: int = 320,
-        train_images: int = 480,
+        train_images: int = 400,
         val_images: int = 40,
         test_images: int = 40,
         seed: int = 0,
