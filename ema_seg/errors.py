@@ -5,7 +5,16 @@ Each is raised where the fact is known, with a message that is one sentence: wha
 a traceback; a notebook sees an ordinary exception.
 """
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "EmaSegError", "ModelError", "TrainingError"]
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = ["CheckpointError", "ConfigError", "DataError", "EmaSegError", "ModelError", "TrainingError", "did_you_mean"]
+
+
+def did_you_mean(name: object, known: Iterable[str], most: int = 1) -> str:
+    """The end of a sentence about an unknown name: `` Did you mean 'unet'?``, or nothing if no name is near."""
+    close = get_close_matches(str(name), list(known), n=most)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 class EmaSegError(Exception):

@@ -6,7 +6,6 @@ and models make one by its name.
 
 import inspect
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
@@ -14,7 +13,7 @@ from torch import nn
 from ema_seg.attention.ema import EMA
 from ema_seg.attention.scse import SCSE
 from ema_seg.attention.se import SE
-from ema_seg.errors import ConfigError
+from ema_seg.errors import ConfigError, did_you_mean
 
 __all__ = ["EMA", "SCSE", "SE", "attention_names", "build_attention"]
 
@@ -49,9 +48,9 @@ def build_attention(name: str, channels: int, **options: Any) -> nn.Module:
         ModelError: the block cannot be built for this number of channels.
     """
     if name not in _BLOCKS:
-        close = get_close_matches(str(name), _BLOCKS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"attention.name: no block is called {name!r}; there are {', '.join(_BLOCKS)}.{hint}")
+        raise ConfigError(
+            f"attention.name: no block is called {name!r}; there are {', '.join(_BLOCKS)}.{did_you_mean(name, _BLOCKS)}"
+        )
     block = _BLOCKS[name]
     known = [option for option in inspect.signature(block).parameters if option not in ("channels", "c2")]
     for option in options:

@@ -5,7 +5,6 @@ is always resampled to the nearest pixel, and what a geometric step brings into 
 the mean colour in the image (0 after normalisation) and 255 (ignored) in the mask.
 """
 
-import difflib
 import inspect
 import os
 import random
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ema_seg.data.base import IGNORE_INDEX, Sample
-from ema_seg.errors import ConfigError
+from ema_seg.errors import ConfigError, did_you_mean
 
 # On import, albumentations asks the network for a newer version of itself unless told not to.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -204,21 +203,21 @@ class _Augmentation:
 
 def _build_step(name: str, step: Mapping[str, Any], mean: Sequence[float]) -> A.BasicTransform:
     if not isinstance(step, Mapping) or not isinstance(step.get("transform"), str):
-        raise ConfigError(f"augmentation.{name}={step!r} must be a mapping with the key transform, a class.")
+        raise ConfigError(f"data.augmentation.{name}={step!r} must be a mapping with the key transform, a class.")
     arguments = {key: value for key, value in step.items() if key != "transform"}
     transform_class = _find_transform(name, step["transform"])
     parameters = inspect.signature(transform_class).parameters
     for key, value in arguments.items():
         if key not in parameters:
             raise ConfigError(
-                f"augmentation.{name}.{key}={value!r} is not an argument of {step['transform']}"
-                f"{_nearest(key, parameters)}; its arguments: {', '.join(parameters)}."
+                f"data.augmentation.{name}.{key}={value!r} is not an argument of {step['transform']}; "
+                f"its arguments: {', '.join(parameters)}.{did_you_mean(key, parameters)}"
             )
     defaults = {key: parameter.default for key, parameter in parameters.items()}
     try:
         return transform_class(**_outside_fill(defaults, mean) | arguments)
     except (TypeError, ValueError) as error:  # pydantic's ValidationError is a ValueError
-        raise ConfigError(f"augmentation.{name} ({step['transform']}): {_explain(error)}.") from error
+        raise ConfigError(f"data.augmentation.{name} ({step['transform']}): {_explain(error)}.") from error
 
 
 def _find_transform(name: str, class_name: str) -> type[A.BasicTransform]:
@@ -229,8 +228,8 @@ def _find_transform(name: str, class_name: str) -> type[A.BasicTransform]:
         return found
     known = [key for key, value in vars(A).items() if _is_transform(value)]
     raise ConfigError(
-        f"augmentation.{name}.transform={class_name!r} is neither CategoryLimitedCrop nor a transform of"
-        f" albumentations{_nearest(class_name, [*known, CategoryLimitedCrop.__name__])}."
+        f"data.augmentation.{name}.transform={class_name!r} is neither CategoryLimitedCrop nor a transform of"
+        f" albumentations.{did_you_mean(class_name, [*known, CategoryLimitedCrop.__name__])}"
     )
 
 
@@ -247,11 +246,6 @@ def _outside_fill(defaults: Mapping[str, Any], mean: Sequence[float]) -> dict[st
     if defaults.get("fill_mask") not in (0, IGNORE_INDEX):
         return {}
     return {"fill_mask": IGNORE_INDEX, "fill": tuple(round(255 * channel) for channel in mean)}
-
-
-def _nearest(name: str, known: Any) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {matches[0]}?)" if matches else ""
 
 
 def _explain(error: Exception) -> str:

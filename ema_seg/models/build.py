@@ -3,7 +3,6 @@
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import segmentation_models_pytorch as smp
@@ -11,7 +10,7 @@ from segmentation_models_pytorch.base import SegmentationModel
 from torch import nn
 
 from ema_seg.attention import build_attention
-from ema_seg.errors import ConfigError, ModelError
+from ema_seg.errors import ConfigError, ModelError, did_you_mean
 from ema_seg.models.placement import PLACEMENTS, place_attention
 from ema_seg.models.weights import check_encoder_name, load_encoder_weights
 
@@ -66,9 +65,10 @@ def build_segmenter(
         CheckpointError: the encoder's weights cannot be had or do not fit.
     """
     if decoder not in _DECODERS:
-        close = get_close_matches(str(decoder), _DECODERS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"model.decoder: unknown decoder {decoder!r}; smp has {', '.join(_DECODERS)}.{hint}")
+        raise ConfigError(
+            f"model.decoder: unknown decoder {decoder!r}; smp has {', '.join(_DECODERS)}."
+            f"{did_you_mean(decoder, _DECODERS)}"
+        )
     check_encoder_name(encoder)
     _check_options(decoder, encoder, options)
     if attention != "none" and not placements:
@@ -139,10 +139,11 @@ def _check_options(decoder: str, encoder: str, options: Mapping[str, Any]) -> No
     for option in options:
         if option in known:
             continue
-        close = get_close_matches(option, known, n=1)
-        if close or not encoder.startswith("tu-"):
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(sorted(known))}."
-            raise ConfigError(f"model.{option}: the {decoder} decoder has no such option; {hint}")
+        hint = did_you_mean(option, known)
+        if hint or not encoder.startswith("tu-"):
+            raise ConfigError(
+                f"model.{option}: the {decoder} decoder has no such option; it has {', '.join(sorted(known))}.{hint}"
+            )
 
 
 def _build_plain(decoder: str, encoder: str, classes: int, options: Mapping[str, Any]) -> SegmentationModel:

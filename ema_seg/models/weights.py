@@ -1,7 +1,6 @@
 """Pretrained weights of encoders, and the image normalisation that goes with them."""
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ema_seg.errors import CheckpointError, ConfigError
+from ema_seg.errors import CheckpointError, ConfigError, did_you_mean
 
 __all__ = ["Normalisation", "check_encoder_name", "encoder_normalisation", "load_encoder_weights"]
 
@@ -34,16 +33,9 @@ def check_encoder_name(encoder: str) -> None:
     """Raise a ConfigError unless smp or timm has an encoder of this name."""
     if not isinstance(encoder, str):
         raise ConfigError(f"model.encoder={encoder!r} is no name; give that of an encoder of smp, or 'tu-' and timm's.")
-    if encoder.startswith("tu-"):
-        known = timm.list_models()
-        found = timm.is_model(encoder[3:])
-        candidates = [f"tu-{name}" for name in known]
-    else:
-        candidates = smp.encoders.get_encoder_names()
-        found = encoder in candidates
-    if not found:
-        close = get_close_matches(encoder, [*candidates, *(f"tu-{name}" for name in timm.list_models())], n=3)
-        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    ours = smp.encoders.get_encoder_names()
+    if not (timm.is_model(encoder[3:]) if encoder.startswith("tu-") else encoder in ours):
+        hint = did_you_mean(encoder, [*ours, *(f"tu-{name}" for name in timm.list_models())], most=3)
         raise ConfigError(
             f"model.encoder: neither smp nor timm has an encoder {encoder!r}; timm's are named 'tu-<name>'.{hint}"
         )

@@ -74,6 +74,7 @@ def fit(config: Mapping[str, Any], run: Path, *, resume: bool = False) -> Path:
     trainer = _build_trainer(
         config, run, [best, RunCheckpoint(run, "last", save_on_train_epoch_end=True), *_callbacks(settings, run)]
     )
+    _log_configuration(trainer, config)
     _write_environment(run, trainer)
     try:
         trainer.fit(module, data, ckpt_path=str(last) if resume else None, weights_only=True)
@@ -148,6 +149,17 @@ def _build_trainer(config: Mapping[str, Any], run: Path, callbacks: list[Callbac
         )
     except (MisconfigurationException, TypeError, ValueError) as error:
         raise ConfigError(f"trainer: Lightning refuses these settings: {' '.join(str(error).split())}") from error
+
+
+def _log_configuration(trainer: Trainer, config: Mapping[str, Any]) -> None:
+    for logger in trainer.loggers:
+        try:
+            logger.log_hyperparams(dict(config))
+        except Exception as error:  # no account, no server, no disk: each logger has its own for it
+            raise ConfigError(
+                f"logger={config['logger']['name']} cannot be started: {' '.join(str(error).split())[:300]}; correct "
+                "that, or choose another logger."
+            ) from error
 
 
 def _write_environment(run: Path, trainer: Trainer) -> None:

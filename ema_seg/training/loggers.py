@@ -34,6 +34,9 @@ def build_logger(run: Path, *, name: str | None, **options: Any) -> Logger | boo
     if name not in _LOGGERS:
         raise ConfigError(f"logger.name: unknown logger {name!r}; choose among {', '.join(_LOGGERS)}, none.")
     class_name, folder, fixed = _LOGGERS[name]
+    if name == "mlflow" and options.get("tracking_uri") is None:
+        # Lightning's default, a folder of files, is one that MLflow itself refuses by now.
+        options["tracking_uri"] = f"sqlite:///{run / 'mlflow.db'}"
     logger_class = getattr(importlib.import_module("lightning.pytorch.loggers"), class_name)
     try:
         return logger_class(**{folder: str(run)}, **fixed, **options)

@@ -5,7 +5,6 @@ Every loss takes logits (B, K, H, W) and int64 train ids (B, H, W), and leaves p
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ema_seg.data.base import IGNORE_INDEX
-from ema_seg.errors import ConfigError
+from ema_seg.errors import ConfigError, did_you_mean
 
 __all__ = ["WeightedSum", "build_loss", "loss_names"]
 
@@ -146,9 +145,9 @@ def build_loss(terms: Mapping[str, Mapping[str, Any] | None], classes: int) -> W
         if options is None:
             continue
         if name not in _LOSSES:
-            close = get_close_matches(name, _LOSSES, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"loss.{name}: there is no such loss, only {', '.join(_LOSSES)}.{hint}")
+            raise ConfigError(
+                f"loss.{name}: there is no such loss, only {', '.join(_LOSSES)}.{did_you_mean(name, _LOSSES)}"
+            )
         if not isinstance(options, Mapping):
             raise ConfigError(f"loss.{name}={options!r}: give its weight as loss.{name}.weight={options!r}.")
         settings = dict(options)

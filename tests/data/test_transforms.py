@@ -168,7 +168,7 @@ def test_steps_are_drawn_independently() -> None:
     [
         (
             {"transform": "HorizontalFlipp"},
-            r"augmentation\.s\.transform='HorizontalFlipp'.*did you mean HorizontalFlip\?",
+            r"augmentation\.s\.transform='HorizontalFlipp'.*Did you mean 'HorizontalFlip'\?",
         ),
         ({"transform": "Compose"}, r"augmentation\.s\.transform='Compose' is neither"),
         ({"p": 1}, r"augmentation\.s=\{'p': 1\} must be a mapping with the key transform"),
@@ -178,7 +178,7 @@ def test_steps_are_drawn_independently() -> None:
         ),
         (
             {"transform": "CategoryLimitedCrop", "height": 8, "width": 8, "max_shar": 1},
-            r"augmentation\.s\.max_shar=1 .*did you mean max_share\?",
+            r"augmentation\.s\.max_shar=1 .*Did you mean 'max_share'\?",
         ),
         (
             {"transform": "CategoryLimitedCrop", "height": 0, "width": 8},

@@ -151,7 +151,7 @@ def test_options_reach_the_decoder():
         ({"decoder": "unnet"}, r"unknown decoder 'unnet'.*Did you mean 'unet'"),
         ({"encoder": "resnet81"}, r"encoder 'resnet81'.*Did you mean.*resnet18"),
         ({"encoder": "tu-tf_efficientnet_lit0"}, r"'tu-tf_efficientnet_lit0'.*tu-tf_efficientnet_lite0"),
-        ({"decoder_chanels": [1]}, r"model\.decoder_chanels: .*did you mean 'decoder_channels'"),
+        ({"decoder_chanels": [1]}, r"model\.decoder_chanels: .*Did you mean 'decoder_channels'"),
         ({"attention": "emu"}, r"no block is called 'emu'"),
         ({"attention": "ema", "placements": []}, r"attention=ema is placed nowhere"),
         ({"attention": "ema", "encoder_stages": [2]}, r"encoder_stages=\[2\] has no effect"),
