@@ -428,6 +428,22 @@ def test_a_damaged_checkpoint_is_named(damage, finished_run, run_script, tmp_pat
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_run_without_a_sound_last_checkpoint_is_not_resumed(damage, finished_run, run_script, tmp_path):
+    run = shutil.copytree(finished_run[0], tmp_path / "run")
+    last = run / "checkpoints" / "last.ckpt"
+    if damage == "truncated":
+        last.write_bytes(last.read_bytes()[:1000])
+    else:
+        last.unlink()
+
+    status, _, err = run_script("train", f"resume={run}")
+
+    assert status == 1
+    assert f"error: ckpt={last}: " in err
+    assert "Traceback" not in err
+
+
 def test_a_home_directory_is_found_as_the_shell_would(finished_run, run_script, monkeypatch, tmp_path):
     run, _ = finished_run
     monkeypatch.setenv("HOME", str(run.parent))

@@ -16,7 +16,7 @@ from torch import nn
 from ema_seg.data import SegmentationDataModule
 from ema_seg.errors import CheckpointError, ConfigError, TrainingError
 from ema_seg.evaluation import describe_environment
-from ema_seg.models import segmenter_from_config
+from ema_seg.models import load_checkpoint, segmenter_from_config
 from ema_seg.training.callbacks import EpochLog, Pictures
 from ema_seg.training.loggers import build_logger
 from ema_seg.training.losses import build_loss
@@ -69,8 +69,8 @@ def fit(config: Mapping[str, Any], run: Path, *, resume: bool = False) -> Path:
     )
     best = RunCheckpoint(run, "best", monitor=_MONITORED, mode="max")
     last = run / "checkpoints" / "last.ckpt"
-    if resume and not last.is_file():
-        raise CheckpointError(f"resume={run}: there is no {last}; the run ended before its first checkpoint.")
+    if resume:
+        load_checkpoint(last)  # for its complaint: Lightning's is a traceback
     trainer = _build_trainer(
         config, run, [best, RunCheckpoint(run, "last", save_on_train_epoch_end=True), *_callbacks(settings, run)]
     )
