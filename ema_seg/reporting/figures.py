@@ -112,7 +112,7 @@ def draw_samples(
     heights = [width * row["truth"].shape[0] / row["truth"].shape[1] for row in rows]
     legend = _legend_patches(rows, classes, palette)
     legend_height = 0.2 * math.ceil(len(legend) / (2 * len(columns))) + 0.1
-    size = width * len(columns), sum(heights) + 0.3 * len(rows) + legend_height + 0.6
+    size = width * len(columns), sum(heights) + 0.3 * len(rows) + legend_height + (0.6 if title else 0.3)
     figure = _new_figure(*size, layout="compressed")
     grid = figure.subplots(len(rows), len(columns), squeeze=False, height_ratios=heights)
     for axes, name in zip(grid[0], columns, strict=True):
@@ -170,7 +170,8 @@ def _draw_sample(axes_row: Sequence[Axes], row: Example, palette: Sequence[Seque
         axes.imshow(panel, interpolation="nearest")
     axes_row[0].set_title(row["title"], loc="left", fontsize=8, pad=3)
     if "weight_map" in row:
-        image = axes_row[-1].imshow(row["weight_map"], cmap="viridis", vmin=0, vmax=1)
+        # Each map over its own range, which the bar beside it tells: on the scale from 0 to 1 most would look flat.
+        image = axes_row[-1].imshow(row["weight_map"], cmap="viridis")
         bar = axes_row[-1].figure.colorbar(image, ax=axes_row[-1], ticks=(0, 0.5, 1), fraction=0.04, pad=0.02)
         bar.ax.tick_params(labelsize=8)
 
