@@ -364,6 +364,7 @@ def test_the_default_data_are_generated_and_read(run_script, tmp_path):
         (("optimizer.lr=fast",), "optimizer.lr='fast' is no number"),
         (("schedule.warmup_steps=long",), "schedule.warmup_steps='long' is no number"),
         (("training.weight_averaging=2",), "training.weight_averaging=2 is no decay between 0 and 1"),
+        (("model=deeplabv3plus", "model.encoder=tu-mobilenetv3_small_050", "data.batch_size=1"), "batch_size to 2"),
         (("attention=se", "attention.reduction=0"), "SE cannot reduce .* channels by reduction=0"),
         (("seed=-1",), "seed=-1 is no whole number"),
         (("model.encoder=null",), "model.encoder=None is no name"),

@@ -172,7 +172,8 @@ def _draw_sample(axes_row: Sequence[Axes], row: Example, palette: Sequence[Seque
     if "weight_map" in row:
         # Each map over its own range, which the bar beside it tells: on the scale from 0 to 1 most would look flat.
         image = axes_row[-1].imshow(row["weight_map"], cmap="viridis")
-        bar = axes_row[-1].figure.colorbar(image, ax=axes_row[-1], ticks=(0, 0.5, 1), fraction=0.04, pad=0.02)
+        bar = axes_row[-1].figure.colorbar(image, ax=axes_row[-1], ticks=image.get_clim(), fraction=0.04, pad=0.02)
+        bar.ax.yaxis.set_major_formatter("{x:.2f}")
         bar.ax.tick_params(labelsize=8)
 
 

@@ -63,7 +63,16 @@ class SegmentationModule(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Loss of one batch of crops."""
         self._check_crops(batch["image"])
-        loss = self.loss(self(batch["image"]), batch["mask"])
+        try:
+            logits = self(batch["image"])
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ConfigError(
+                f"data.batch_size={len(batch['name'])}: this decoder normalises the mean of a whole image over the "
+                "batch, which takes more than one image; set data.batch_size to 2 or more."
+            ) from error
+        loss = self.loss(logits, batch["mask"])
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}), in the batch of "
