@@ -10,7 +10,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from ema_seg.errors import ConfigError, EmaSegError
+from ema_seg.errors import ConfigError, EmaSegError, one_line
 
 __all__ = ["argument", "expand_home", "plain_config", "reports_errors", "saved_config"]
 
@@ -54,7 +54,7 @@ def saved_config(run: Path, key: str) -> dict[str, Any]:
         config = cast(DictConfig, OmegaConf.load(path))
         return cast(dict[str, Any], OmegaConf.to_container(_linked(config)))
     except Exception as error:  # whatever the YAML reader finds
-        raise ConfigError(f"{key}={run}: {path} is not readable as YAML ({' '.join(str(error).split())}).") from error
+        raise ConfigError(f"{key}={run}: {path} is not readable as YAML ({one_line(error)}).") from error
 
 
 def _linked(config: DictConfig) -> DictConfig:
@@ -77,4 +77,4 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
         key = getattr(error, "full_key", None) or str(error).rpartition(" ")[2]
         raise ConfigError(f"{key} is not set; give {key}=<value> on the command line.") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"the configuration does not resolve: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"the configuration does not resolve: {one_line(error)}") from error

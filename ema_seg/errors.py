@@ -8,13 +8,27 @@ a traceback; a notebook sees an ordinary exception.
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "EmaSegError", "ModelError", "TrainingError", "did_you_mean"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "EmaSegError",
+    "ModelError",
+    "TrainingError",
+    "did_you_mean",
+    "one_line",
+]
 
 
 def did_you_mean(name: object, known: Iterable[str], most: int = 1) -> str:
     """The end of a sentence about an unknown name: `` Did you mean 'unet'?``, or nothing if no name is near."""
     close = get_close_matches(str(name), list(known), n=most)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's error says, as part of a sentence: without line breaks; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class EmaSegError(Exception):

@@ -109,8 +109,7 @@ class SegmentationDataset(Dataset[Any]):
         *,
         allow_unpaired: bool = False,
     ) -> None:
-        if split not in self.splits:
-            raise ConfigError(f"split={split!r} is not a split of this data set; choose from {', '.join(self.splits)}.")
+        self.check_split(split)
         self.root = Path(root).expanduser()
         self.split = split
         self.transform = transform
@@ -119,6 +118,12 @@ class SegmentationDataset(Dataset[Any]):
         self.pairs, self.unpaired = self.find_pairs()
         if self.unpaired and not allow_unpaired:
             raise DataError(_summarise(self.unpaired))
+
+    @classmethod
+    def check_split(cls, split: str) -> None:
+        """Raise ConfigError unless ``split`` is one of ``splits``."""
+        if split not in cls.splits:
+            raise ConfigError(f"split={split!r} is not a split of this data set; choose from {', '.join(cls.splits)}.")
 
     @abstractmethod
     def find_pairs(self) -> Pairing:

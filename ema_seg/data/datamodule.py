@@ -72,6 +72,8 @@ class SegmentationDataModule(LightningDataModule):
         self.workers = workers
         self.evaluation_split = evaluation_split
         self.options = options
+        self.mean = mean
+        self.std = std
         self.train_transform = build_train_transform(augmentation, mean, std)
         self.eval_transform = build_eval_transform(mean, std)
 

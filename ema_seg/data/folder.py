@@ -56,7 +56,7 @@ from ema_seg.data.base import (
     train_id_table,
 )
 from ema_seg.data.source import File, FolderSource
-from ema_seg.errors import DataError
+from ema_seg.errors import DataError, one_line
 
 __all__ = ["ClassList", "FolderDataset", "pair_split_folder"]
 
@@ -87,7 +87,7 @@ class ClassList:
         except OSError as error:
             raise DataError(f"{path}: the classes file cannot be read ({error.strerror}).") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: is not valid YAML ({' '.join(str(error).split())}).") from error
+            raise DataError(f"{path}: is not valid YAML ({one_line(error)}).") from error
         try:
             return cls._parse(content)
         except ValueError as error:

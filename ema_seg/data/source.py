@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ema_seg.errors import DataError
 
@@ -105,11 +105,8 @@ class ZipSource(Source):
             self._opened_by = os.getpid()
         return self._archive
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type["ZipSource"], tuple[Path]]:
+        return ZipSource, (self.path,)  # without the open archive
 
 
 class File(NamedTuple):

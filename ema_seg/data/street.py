@@ -84,8 +84,7 @@ class StreetDataset(CityscapesDataset):
         seed: int = 0,
         allow_unpaired: bool = False,
     ) -> None:
-        if split not in self.splits:
-            raise ConfigError(f"split={split!r} is not a split of this data set; choose from {', '.join(self.splits)}.")
+        self.check_split(split)  # before anything is generated
         for name, value in {"height": height, "width": width}.items():
             _check_whole_number(name, value, SIZE_LIMITS)
         counts = {"train": train_images, "val": val_images, "test": test_images}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ema_seg.data.base import IGNORE_INDEX, Sample
-from ema_seg.errors import ConfigError, did_you_mean
+from ema_seg.errors import ConfigError, did_you_mean, one_line
 
 # On import, albumentations asks the network for a newer version of itself unless told not to.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -255,4 +255,4 @@ def _explain(error: Exception) -> str:
             f"{'.'.join(map(str, fault['loc'][:1]))}={fault['input']!r}: {fault['msg']}"
             for fault in error.__cause__.errors()
         )
-    return " ".join(str(error).split()).removesuffix(".")
+    return one_line(error).removesuffix(".")

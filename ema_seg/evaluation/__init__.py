@@ -4,7 +4,7 @@ from ema_seg.evaluation.confusion import ConfusionMatrix, Scores
 from ema_seg.evaluation.cost import Cost, measure_cost
 from ema_seg.evaluation.environment import describe_environment
 from ema_seg.evaluation.evaluator import Evaluation, ImageRecord, evaluate
-from ema_seg.evaluation.examples import Example, choose_examples, denormalise, predict_examples
+from ema_seg.evaluation.examples import Example, choose_examples, denormalise, predict_example, predict_examples
 from ema_seg.evaluation.inference import autocast, pad_to_stride, predict, segment
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "measure_cost",
     "pad_to_stride",
     "predict",
+    "predict_example",
     "predict_examples",
     "segment",
 ]

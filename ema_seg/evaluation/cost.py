@@ -69,8 +69,8 @@ def measure_cost(
     Returns:
         A dict of plain values: ``parameters`` (``total``, ``trainable``), ``gmacs`` of one image (see
         ``count_macs``), and ``throughput``, which holds the settings (``device``, ``precision``,
-        ``memory_format``, ``size``, ``padded_size``, ``memory_method``), ``forward``, a list with an entry
-        for each batch size (``images_per_second``, ``latency`` in seconds per batch as ``median`` and
+        ``compiled``, ``memory_format``, ``size``, ``padded_size``, ``memory_method``), ``forward``, a list with an
+        entry for each batch size (``images_per_second``, ``latency`` in seconds per batch as ``median`` and
         ``p95``, ``peak_memory`` in bytes), and ``end_to_end`` (``images_per_second`` and how it was loaded;
         None without a loader).
 

@@ -12,7 +12,7 @@ from ema_seg.evaluation.evaluator import ImageRecord
 from ema_seg.evaluation.inference import autocast, segment
 from ema_seg.models.mode import evaluation_mode
 
-__all__ = ["Example", "choose_examples", "denormalise", "predict_examples"]
+__all__ = ["Example", "choose_examples", "denormalise", "predict_example", "predict_examples"]
 
 
 class Example(TypedDict):
@@ -81,15 +81,22 @@ def predict_examples(
     with evaluation_mode(model), autocast(device, precision):
         for label, index in choose_examples(records).items():
             sample, score = dataset[index], records[index]["miou"]
-            (prediction,) = segment(model, [sample["image"]], stride)
-            example = Example(
-                title=f"{label}: {sample['name']}, mIoU {100 * score:.1f}%",
-                image=denormalise(sample["image"], mean, std),
-                truth=sample["mask"].cpu().numpy(),
-                prediction=prediction.cpu().numpy(),
-            )
-            examples.append(example)
+            title = f"{label}: {sample['name']}, mIoU {100 * score:.1f}%"
+            examples.append(predict_example(model, sample, title, mean=mean, std=std, stride=stride))
     return examples
+
+
+def predict_example(
+    model: nn.Module, sample: Mapping[str, Any], title: str, *, mean: Sequence[float], std: Sequence[float], stride: int
+) -> Example:
+    """Predict one image and make it ready to be drawn; see ``predict_examples``. The model is used as it is found."""
+    (prediction,) = segment(model, [sample["image"]], stride)
+    return Example(
+        title=title,
+        image=denormalise(sample["image"], mean, std),
+        truth=sample["mask"].cpu().numpy(),
+        prediction=prediction.cpu().numpy(),
+    )
 
 
 def denormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

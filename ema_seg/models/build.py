@@ -10,7 +10,7 @@ from segmentation_models_pytorch.base import SegmentationModel
 from torch import nn
 
 from ema_seg.attention import build_attention
-from ema_seg.errors import ConfigError, ModelError, did_you_mean
+from ema_seg.errors import ConfigError, ModelError, did_you_mean, one_line
 from ema_seg.models.placement import PLACEMENTS, place_attention
 from ema_seg.models.weights import check_encoder_name, load_encoder_weights
 
@@ -153,7 +153,7 @@ def _build_plain(decoder: str, encoder: str, classes: int, options: Mapping[str,
     except (AssertionError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         shown = "".join(f", {name}={value!r}" for name, value in options.items())
         raise ModelError(
-            f"the {decoder} decoder cannot be built with encoder={encoder!r}{shown}: {_one_line(error)}"
+            f"the {decoder} decoder cannot be built with encoder={encoder!r}{shown}: {one_line(error)}"
         ) from error
 
 
@@ -168,7 +168,3 @@ def _construct(
         return _DECODERS[decoder](
             encoder_name=encoder, encoder_weights=weights, classes=classes, **(defaults | dict(options))
         )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

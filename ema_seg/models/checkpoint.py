@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ema_seg.errors import CheckpointError
+from ema_seg.errors import CheckpointError, one_line
 from ema_seg.models.build import segmenter_from_config
 
 __all__ = ["load_checkpoint", "load_segmenter"]
@@ -63,7 +63,6 @@ def load_segmenter(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(
-            f"ckpt={path}: its weights do not fit the model that its configuration describes: "
-            f"{' '.join(str(error).split())[:300]}"
+            f"ckpt={path}: its weights do not fit the model that its configuration describes: {one_line(error)[:300]}"
         ) from error
     return model.eval(), checkpoint

@@ -1,5 +1,6 @@
 """Pretrained weights of encoders, and the image normalisation that goes with them."""
 
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ema_seg.errors import CheckpointError, ConfigError, did_you_mean
+from ema_seg.errors import CheckpointError, ConfigError, did_you_mean, one_line
 
 __all__ = ["Normalisation", "check_encoder_name", "encoder_normalisation", "load_encoder_weights"]
 
@@ -19,7 +20,7 @@ _PACKAGED_ENCODER = "tf_efficientnet_lite0"
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 # Wrappers that training frameworks put around the names of a network's tensors.
-_PREFIXES = ("module.", "state_dict.", "model.", "encoder.", "backbone.")
+_PREFIXES = re.compile(r"(?:(?:module|state_dict|model|encoder|backbone)\.)+")
 
 
 class Normalisation(NamedTuple):
@@ -105,7 +106,7 @@ def _ways(name: str) -> str:
 
 
 def _hub_error(name: str, error: Exception) -> CheckpointError:
-    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    reason = one_line(error)[:160]
     return CheckpointError(
         f"model.encoder_weights=imagenet: the weights of {name} cannot be fetched from the model hub ({reason}); "
         f"connect to the network, or use {_ways(name)}."
@@ -123,9 +124,7 @@ def _from_hub(name: str, fetch: Callable[[], nn.Module]) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             return fetch()
     except KeyError as error:
-        raise CheckpointError(
-            f"model.encoder_weights=imagenet: {' '.join(str(error).split())}; use {_ways(name)}."
-        ) from error
+        raise CheckpointError(f"model.encoder_weights=imagenet: {one_line(error)}; use {_ways(name)}.") from error
     except Exception as error:
         # The hub client has no common base for "no network": OSError, httpx, requests and its own errors occur.
         raise _hub_error(name, error) from error
@@ -167,7 +166,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         raise CheckpointError(
             f"model.encoder_weights={path}: the file cannot be read as weights only "
-            f"({' '.join(str(error).split())[:200]}); save it as a state dict of tensors."
+            f"({one_line(error)[:200]}); save it as a state dict of tensors."
         ) from error
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -209,10 +208,6 @@ def _some(names: list[str]) -> str:
 
 def _core(name: str) -> str:
     """The name of a tensor inside the network itself, as the whole network and timm's feature extractor share it."""
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in _PREFIXES:
-            if name.startswith(prefix):
-                name, stripped = name.removeprefix(prefix), True
-    return name.replace(".", "_")  # a feature extractor turns stages.0 into stages_0
+    match = _PREFIXES.match(name)
+    core = name[match.end() :] if match else name
+    return core.replace(".", "_")  # a feature extractor turns stages.0 into stages_0

@@ -10,6 +10,7 @@ from ema_seg.data import SegmentationDataModule
 from ema_seg.errors import ConfigError, DataError
 from ema_seg.evaluation import autocast, describe_environment, evaluate, measure_cost, predict_examples
 from ema_seg.models import load_segmenter, model_stride
+from ema_seg.models.mode import set_execution
 from ema_seg.reporting.report import build_report, write_report
 
 __all__ = ["assess_checkpoint", "check_settings"]
@@ -50,10 +51,7 @@ def assess_checkpoint(
     _check_classes(saved["classes"], module, checkpoint)
     stride = model_stride(model)
     model.to(device)
-    if settings["channels_last"]:
-        model.to(memory_format=torch.channels_last)
-    if settings["compile"]:
-        model.compile(dynamic=False)
+    set_execution(model, channels_last=settings["channels_last"], compile=settings["compile"])
 
     loader, dataset = module.test_dataloader(), module.test_dataset
     precision = settings["precision"]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ema_seg.data import SegmentationDataModule
-from ema_seg.data.base import SegmentationDataset
-from ema_seg.evaluation import Example, segment
+from ema_seg.data.transforms import TensorSample
+from ema_seg.evaluation import Example, predict_example, segment
 from ema_seg.reporting import draw_samples
 
 __all__ = ["EpochLog", "Pictures", "attention_map"]
@@ -46,7 +46,7 @@ class EpochLog(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._rows: list[dict[str, Any]] = []
-        self._epoch_start = self._train_start = self._train_seconds = 0.0
+        self._start = self._train_seconds = 0.0
         self._images = 0
         self._validated = False
 
@@ -58,7 +58,7 @@ class EpochLog(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self._epoch_start = self._train_start = time.perf_counter()
+        self._start = time.perf_counter()
         self._images = 0
         self._validated = False
 
@@ -67,7 +67,7 @@ class EpochLog(Callback):
     ) -> None:
         """Show the mean speed of this epoch so far."""
         self._images += len(batch["name"]) * trainer.world_size
-        self._train_seconds = time.perf_counter() - self._train_start
+        self._train_seconds = time.perf_counter() - self._start
         pl_module.log("images/s", self._images / self._train_seconds, prog_bar=True, logger=False, batch_size=1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -84,7 +84,7 @@ class EpochLog(Callback):
             "step": trainer.global_step,
             "learning_rate": max(group["lr"] for group in trainer.optimizers[0].param_groups),
             "images_per_second": self._images / self._train_seconds,
-            "seconds": time.perf_counter() - self._epoch_start,
+            "seconds": time.perf_counter() - self._start,
         }
         current = [name for name in _COLUMNS if name in logged and (self._validated or not name.startswith("val/"))]
         row |= {name: float(logged[name]) for name in current}
@@ -143,7 +143,7 @@ class Pictures(Callback):
         data: SegmentationDataModule = trainer.datamodule  # type: ignore[attr-defined]
         dataset = data.val_dataset
         indices = torch.linspace(0, len(dataset) - 1, min(self.count, len(dataset))).round().int().tolist()
-        rows = [_row(pl_module, dataset, index) for index in indices]
+        rows = [_row(pl_module, data, dataset[index]) for index in indices]
         figure = draw_samples(rows, data.classes, data.palette)
         self.directory.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.directory / f"epoch_{epoch:03d}.png")
@@ -152,16 +152,11 @@ class Pictures(Callback):
                 logger.experiment.add_figure("validation", figure, global_step=trainer.global_step, close=False)
 
 
-def _row(module: LightningModule, dataset: SegmentationDataset, index: int) -> Example:
-    sample = dataset[index]
-    image = sample["image"].to(module.device)
-    row = Example(
-        title=sample["name"],
-        image=dataset.read_image(index),
-        truth=dataset.read_mask(index),
-        prediction=segment(module.model, [image], module.stride)[0].cpu().numpy(),  # type: ignore[arg-type]
-    )
-    weights = attention_map(module.model, image, module.stride)  # type: ignore[arg-type]
+def _row(module: LightningModule, data: SegmentationDataModule, sample: TensorSample) -> Example:
+    model: nn.Module = module.model  # type: ignore[assignment]
+    stride: int = module.stride  # type: ignore[assignment]
+    row = predict_example(model, sample, sample["name"], mean=data.mean, std=data.std, stride=stride)
+    weights = attention_map(model, sample["image"].to(module.device), stride)
     if weights is not None:
         row["weight_map"] = weights.cpu().numpy()
     return row

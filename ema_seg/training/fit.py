@@ -11,12 +11,12 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
 
 from ema_seg.data import SegmentationDataModule
-from ema_seg.errors import CheckpointError, ConfigError, TrainingError
+from ema_seg.errors import CheckpointError, ConfigError, TrainingError, one_line
 from ema_seg.evaluation import describe_environment
 from ema_seg.models import load_checkpoint, segmenter_from_config
+from ema_seg.models.mode import set_execution
 from ema_seg.training.callbacks import EpochLog, Pictures
 from ema_seg.training.loggers import build_logger
 from ema_seg.training.losses import build_loss
@@ -55,10 +55,7 @@ def fit(config: Mapping[str, Any], run: Path, *, resume: bool = False) -> Path:
     data.setup("fit")
     model = segmenter_from_config(config, data.num_classes, pretrained=not resume)
     settings = config["training"]
-    if settings["channels_last"]:
-        model = model.to(memory_format=torch.channels_last)
-    if settings["compile"]:
-        _compile(model)
+    set_execution(model, channels_last=settings["channels_last"], compile=settings["compile"])
     module = SegmentationModule(
         model,
         build_loss(config["loss"], data.num_classes),
@@ -109,11 +106,6 @@ def _relocate(value: Any, old: str, new: str) -> Any:
     return value
 
 
-def _compile(model: nn.Module) -> None:
-    # Crops all have one size; evaluation images may not, and each new size is compiled anew.
-    model.compile(dynamic=False)
-
-
 def _callbacks(settings: Mapping[str, Any], run: Path) -> list[Callback]:
     callbacks: list[Callback] = [EpochLog(run / "metrics.csv")]
     if settings["pictures_every"]:
@@ -148,7 +140,7 @@ def _build_trainer(config: Mapping[str, Any], run: Path, callbacks: list[Callbac
             enable_model_summary=False,
         )
     except (MisconfigurationException, TypeError, ValueError) as error:
-        raise ConfigError(f"trainer: Lightning refuses these settings: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"trainer: Lightning refuses these settings: {one_line(error)}") from error
 
 
 def _log_configuration(trainer: Trainer, config: Mapping[str, Any]) -> None:
@@ -157,7 +149,7 @@ def _log_configuration(trainer: Trainer, config: Mapping[str, Any]) -> None:
             logger.log_hyperparams(dict(config))
         except Exception as error:  # no account, no server, no disk: each logger has its own for it
             raise ConfigError(
-                f"logger={config['logger']['name']} cannot be started: {' '.join(str(error).split())[:300]}; correct "
+                f"logger={config['logger']['name']} cannot be started: {one_line(error)[:300]}; correct "
                 "that, or choose another logger."
             ) from error
 

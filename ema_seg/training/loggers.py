@@ -10,11 +10,11 @@ from ema_seg.errors import ConfigError
 
 __all__ = ["build_logger"]
 
-# Name: the class, what it calls the folder that it writes to, and its fixed arguments. Loaded only when named.
-_LOGGERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "tensorboard": ("TensorBoardLogger", "save_dir", {"name": "", "version": "tensorboard"}),
-    "wandb": ("WandbLogger", "save_dir", {}),
-    "mlflow": ("MLFlowLogger", "save_dir", {}),
+# Name: the class, and its fixed arguments. Loaded only when named.
+_LOGGERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tensorboard": ("TensorBoardLogger", {"name": "", "version": "tensorboard"}),
+    "wandb": ("WandbLogger", {}),
+    "mlflow": ("MLFlowLogger", {}),
 }
 
 
@@ -33,13 +33,13 @@ def build_logger(run: Path, *, name: str | None, **options: Any) -> Logger | boo
         return False
     if name not in _LOGGERS:
         raise ConfigError(f"logger.name: unknown logger {name!r}; choose among {', '.join(_LOGGERS)}, none.")
-    class_name, folder, fixed = _LOGGERS[name]
+    class_name, fixed = _LOGGERS[name]
     if name == "mlflow" and options.get("tracking_uri") is None:
         # Lightning's default, a folder of files, is one that MLflow itself refuses by now.
         options["tracking_uri"] = f"sqlite:///{run / 'mlflow.db'}"
     logger_class = getattr(importlib.import_module("lightning.pytorch.loggers"), class_name)
     try:
-        return logger_class(**{folder: str(run)}, **fixed, **options)
+        return logger_class(save_dir=str(run), **fixed, **options)
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"logger={name} needs a package that is not installed; run pip install 'ema-seg[{name}]'."
