@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from ema_seg.attention.ema import EMA
+from ema_seg.attention.ema import EMA, DynamicEMA
 from ema_seg.attention.scse import SCSE
 from ema_seg.attention.se import SE
 from ema_seg.errors import ConfigError, did_you_mean
 
-__all__ = ["EMA", "SCSE", "SE", "attention_names", "build_attention"]
+__all__ = ["EMA", "SCSE", "SE", "DynamicEMA", "attention_names", "build_attention"]
 
 
 def _no_attention(channels: int) -> nn.Identity:
@@ -25,6 +25,7 @@ def _no_attention(channels: int) -> nn.Identity:
 _BLOCKS: dict[str, Callable[..., nn.Module]] = {
     "none": _no_attention,
     "ema": EMA,
+    "ema_dynamic": DynamicEMA,
     "se": SE,
     "scse": SCSE,
 }

@@ -1,5 +1,6 @@
 """Predictions to scores, and a model to its cost."""
 
+from ema_seg.evaluation.attention import attention_weights
 from ema_seg.evaluation.confusion import ConfusionMatrix, Scores
 from ema_seg.evaluation.cost import Cost, measure_cost
 from ema_seg.evaluation.environment import describe_environment
@@ -14,6 +15,7 @@ __all__ = [
     "Example",
     "ImageRecord",
     "Scores",
+    "attention_weights",
     "autocast",
     "choose_examples",
     "denormalise",

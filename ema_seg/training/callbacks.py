@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ema_seg.data import SegmentationDataModule
 from ema_seg.data.transforms import TensorSample
-from ema_seg.evaluation import Example, predict_example, segment
+from ema_seg.evaluation import Example, attention_weights, predict_example
 from ema_seg.reporting import draw_samples
 
 __all__ = ["EpochLog", "Pictures", "attention_map"]
@@ -173,19 +173,10 @@ def attention_map(model: nn.Module, image: Tensor, stride: int) -> Tensor | None
     Returns:
         Weights in (0, 1), float32 (H, W); None if no block of the model has a method ``weight_map``.
     """
-    blocks = [module for module in model.modules() if hasattr(module, "weight_map")]
-    if not blocks:
+    maps = attention_weights(model, image, stride)
+    if not maps:
         return None
-    inputs: list[Tensor] = []
-    handle = blocks[-1].register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-    try:
-        # A compiled model would not see a hook that came after its compilation.
-        with torch.compiler.set_stance("force_eager"):
-            segment(model, [image], stride)
-    finally:
-        handle.remove()
-    with torch.inference_mode():
-        weights = blocks[-1].weight_map(inputs[0]).float().mean(dim=1, keepdim=True)  # type: ignore[operator]
-        height, width = image.shape[1:]
-        padded = (height + -height % stride, width + -width % stride)
-        return F.interpolate(weights, size=padded, mode="bilinear")[0, 0, :height, :width]
+    last = list(maps.values())[-1].mean(dim=0)
+    height, width = image.shape[1:]
+    padded = (height + -height % stride, width + -width % stride)
+    return F.interpolate(last[None, None], size=padded, mode="bilinear")[0, 0, :height, :width]

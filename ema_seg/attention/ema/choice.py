@@ -1,0 +1,67 @@
+"""Which implementation of EMA computes an input."""
+
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ema_seg.attention.ema.operator import KERNELS, kernels_module
+from ema_seg.errors import ConfigError, ModelError, did_you_mean
+
+__all__ = ["ENVIRONMENT_VARIABLE", "IMPLEMENTATIONS", "check_name", "choose"]
+
+IMPLEMENTATIONS = ("auto", "reference", "factorised", *KERNELS)
+ENVIRONMENT_VARIABLE = "EMA_SEG_IMPLEMENTATION"
+
+
+def check_name(name: str, where: str) -> None:
+    """Make sure that an implementation has this name.
+
+    Args:
+        name: what the user wrote.
+        where: the option or variable in which it was written.
+
+    Raises:
+        ConfigError: no implementation is called so.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise ConfigError(
+            f"{where}: EMA has no implementation {name!r}; there are {', '.join(IMPLEMENTATIONS)}."
+            f"{did_you_mean(str(name), IMPLEMENTATIONS)}"
+        )
+
+
+def choose(requested: str, x: Tensor) -> str:
+    """The implementation that computes ``x``.
+
+    Args:
+        requested: one of ``IMPLEMENTATIONS``; the environment variable, where it is set, takes its place.
+        x: the input; only its device and dtype matter.
+
+    Returns:
+        One of ``IMPLEMENTATIONS`` other than ``"auto"``.
+
+    Raises:
+        ConfigError: the environment variable names no implementation.
+        ModelError: the kernels asked for cannot compute ``x``; the message says why.
+    """
+    return _choose(os.environ.get(ENVIRONMENT_VARIABLE) or requested, x.device, x.dtype)
+
+
+@torch.compiler.assume_constant_result  # to look for a C++ compiler is nothing that can be traced
+def _choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    check_name(name, ENVIRONMENT_VARIABLE)  # an argument was checked by the constructor
+    if name in ("reference", "factorised"):
+        return name
+    if name == "auto":
+        valid = (kernels for kernels in KERNELS if _unavailable(kernels, device, dtype) is None)
+        return next(valid, "factorised")
+    if reason := _unavailable(name, device, dtype):
+        raise ModelError(f"EMA's implementation {name!r} cannot be used: {reason}; 'auto' takes what can.")
+    return name
+
+
+@cache
+def _unavailable(kernels: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    return kernels_module(kernels).unavailable(torch.empty(0, dtype=dtype, device=device))

@@ -1,0 +1,214 @@
+"""Fused CPU kernels of EMA's short form, compiled at their first use.
+
+``kernels.cpp`` holds the kernels. The system's C++ compiler translates them for exactly this processor; the result is
+kept in a cache folder of the user, under a name that says what it was made from. Threads come from the OpenMP runtime
+that PyTorch has loaded, as many as PyTorch uses.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import struct
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ema_seg.errors import ModelError, one_line
+
+__all__ = ["CACHE_VARIABLE", "backward", "forward", "unavailable"]
+
+CACHE_VARIABLE = "EMA_SEG_CACHE"
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+_COMPILERS = ("c++", "g++", "clang++")
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    # What clang calls the processor at hand depends on the processor.
+    "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native",
+    "-fopenmp",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # the numbers in kernels.cpp
+_CALL = struct.Struct("=9qd17Q")  # Call in kernels.cpp
+
+
+def unavailable(x: Tensor) -> str | None:
+    """Why these kernels cannot compute ``x``, as a clause; None if they can. Compiles them at the first question."""
+    if x.device.type != "cpu":
+        return f"the tensor is on {x.device}, and these kernels are for CPUs"
+    if x.dtype not in _DTYPES:
+        return f"the kernels do not compute {x.dtype}"
+    return _library().problem
+
+
+def forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float,
+    dynamic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Re-weight ``x``.
+
+    The dtype of the arithmetic is float64 for float64 inputs, else float32.
+
+    Args:
+        x: (B, C, H, W), contiguous or channels-last.
+        w1: weight of the 1×1 convolution (Cg, Cg); all parameters contiguous, in the dtype of the arithmetic.
+        b1: its bias (Cg,).
+        w3: weight of the 3×3 convolution (Cg, Cg, 3, 3).
+        b3: its bias (Cg,).
+        gamma: weight of the normalisation (Cg,).
+        beta: bias of the normalisation (Cg,).
+        groups: number of channel groups.
+        eps: what the normalisation adds to the variance.
+        dynamic: pool the descriptor of the 1×1 branch before the normalisation instead of after it.
+
+    Returns:
+        y like ``x``; the row and column means (N, Cg, H + W) of the N = B · groups groups; and mean and 1 / standard
+        deviation of their gated channels (2, N, Cg), both in the dtype of the arithmetic.
+
+    Raises:
+        ModelError: the kernels cannot compute ``x``, or the memory does not suffice.
+    """
+    batch, channels, height, width = x.shape
+    count, y = batch * groups, torch.empty_like(x)
+    means = w1.new_empty((count, channels // groups, height + width))
+    moments = w1.new_empty((2, count, channels // groups))
+    _run("ema_forward", (x, None, y, means, moments, w1, b1, w3, b3, gamma, beta), groups, eps, dynamic)
+    return y, means, moments
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    means: Tensor,
+    moments: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float,
+    dynamic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``forward``.
+
+    Args:
+        dy: gradient of y, laid out like ``x``.
+        x: as in ``forward``, like everything after ``moments``.
+        means: from ``forward``.
+        moments: from ``forward``.
+        w1: (Cg, Cg).
+        b1: (Cg,).
+        w3: (Cg, Cg, 3, 3).
+        b3: (Cg,).
+        gamma: (Cg,).
+        beta: (Cg,).
+        groups: number of channel groups.
+        eps: what the normalisation adds to the variance.
+        dynamic: whether the first descriptor was pooled before the normalisation.
+
+    Returns:
+        The gradient of x, like ``x``, and those of w1, b1, w3, b3, gamma and beta, like these.
+
+    Raises:
+        ModelError: the kernels cannot compute ``x``, or the memory does not suffice.
+    """
+    parameters = (w1, b1, w3, b3, gamma, beta)
+    dx, (dw1, db1, dw3, db3, dgamma, dbeta) = torch.empty_like(x), map(torch.empty_like, parameters)
+    tensors = (x, dy, dx, means, moments, *parameters, dw1, db1, dw3, db3, dgamma, dbeta)
+    _run("ema_backward", tensors, groups, eps, dynamic)
+    return dx, dw1, db1, dw3, db3, dgamma, dbeta
+
+
+def _run(function: str, tensors: tuple[Tensor | None, ...], groups: int, eps: float, dynamic: bool) -> None:
+    x = tensors[0]
+    assert x is not None
+    library = _library()
+    if library.loaded is None or x.dtype not in _DTYPES:
+        raise ModelError(f"EMA's C++ kernels cannot be used: {unavailable(x)}.")
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    addresses += [0] * (17 - len(addresses))
+    numbers = (groups, _DTYPES[x.dtype], not x.is_contiguous(), dynamic, torch.get_num_threads())
+    if getattr(library.loaded, function)(_CALL.pack(*x.shape, *numbers, eps, *addresses)):
+        raise ModelError(f"EMA's C++ kernels found too little memory for an input of shape {tuple(x.shape)}.")
+
+
+class _Library(NamedTuple):
+    loaded: ctypes.CDLL | None
+    problem: str | None = None  # why it could not be loaded
+
+
+@cache
+def _library() -> _Library:
+    """Load the kernels, after compiling them if need be; a failure is remembered, too."""
+    command = shlex.split(os.environ.get("CXX", "")) or next(([name] for name in _COMPILERS if shutil.which(name)), [])
+    if not command:
+        return _Library(None, f"there is no C++ compiler (none of {', '.join(_COMPILERS)} is installed)")
+    command += _FLAGS
+    try:
+        source = _SOURCE.read_bytes()
+        # The macros tell the compiler, its version, and all that it makes of the processor's name.
+        macros = _output_of([*command, "-dM", "-E", "-x", "c++", os.devnull])
+        made_from = hashlib.sha256(b"\0".join([source, shlex.join(command).encode(), macros])).hexdigest()
+        path = _cache_folder() / f"ema-{made_from[:32]}.so"
+        if path.exists():
+            try:
+                return _Library(_load(path))
+            except OSError:  # half a file, say, after a crash
+                pass
+        _compile([*command, "-shared", "-fPIC", str(_SOURCE)], path)
+        return _Library(_load(path))
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {error.returncode}"]
+        said = next((line for line in lines if "error" in line), lines[0])
+        return _Library(None, f"the C++ compiler failed ({command[0]}: {said.strip()})")
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: there is no home folder
+        return _Library(None, f"the kernels could not be compiled ({one_line(error)})")
+
+
+def _cache_folder() -> Path:
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "ema_seg"
+
+
+def _compile(command: list[str], path: Path) -> None:
+    """Write the library to ``path``; processes that do so at the same time do not disturb each other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="compiling-") as folder:
+        made = Path(folder) / path.name
+        _output_of([*command, "-o", str(made)])
+        made.replace(path)
+
+
+def _output_of(command: list[str]) -> bytes:
+    environment = {**os.environ, "LC_ALL": "C"}
+    return subprocess.run(command, check=True, capture_output=True, timeout=600, env=environment).stdout
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for function in (library.ema_forward, library.ema_backward):
+        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
+    return library

@@ -1,0 +1,144 @@
+"""Efficient Multi-scale Attention (EMA).
+
+Paper: Ouyang et al., "Efficient Multi-Scale Attention Module with Cross-Spatial Learning",
+ICASSP 2023, https://arxiv.org/abs/2305.13563
+"""
+
+from typing import ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from ema_seg.attention.ema import choice, factorised, operator, reference
+from ema_seg.attention.ema.reference import Parameters
+from ema_seg.errors import ModelError
+
+__all__ = ["EMA", "DynamicEMA"]
+
+_LARGEST_AUTO_FACTOR = 32
+
+
+class EMA(nn.Module):
+    """One weight map per channel group, learned from a 1×1 and a 3×3 branch that look at each other.
+
+    The channels are split into ``factor`` groups that are folded into the batch, so all groups share the
+    same small weights. In a group ``x`` of Cg = channels / factor channels:
+
+    1. *1×1 branch*: row means and column means of ``x`` pass one shared 1×1 convolution; their sigmoids
+       gate ``x`` along both axes, and a GroupNorm with one channel per group normalises the result: ``x1``.
+    2. *3×3 branch*: ``x2`` is a 3×3 convolution of ``x``.
+    3. *Cross-spatial learning*: each branch, averaged over the map and passed through a softmax over its
+       channels, weighs the channels of the other; the two H×W sums are added, and their sigmoid is the
+       weight map that multiplies every channel of the group.
+
+    Parameter names and semantics are those of the published module, so published state dicts load. All
+    implementations compute the same function of the same parameters, up to rounding; docs/ema.md explains how.
+
+    Args:
+        channels: number C of input (and output) channels.
+        c2: ignored; the published signature has it for model parsers that pass an output width.
+        factor: number of channel groups, a divisor of ``channels``, or ``"auto"`` for the largest divisor
+            that is at most 32.
+        implementation: ``"reference"`` is the published form, ``"factorised"`` the exact short form in PyTorch
+            operations, ``"cpp"`` and ``"triton"`` its fused kernels for CPU and CUDA; ``"auto"`` takes the fastest
+            that can compute an input. The environment variable ``EMA_SEG_IMPLEMENTATION``, where it is set, takes
+            the place of this argument in every block.
+
+    Shape:
+        Input and output: (B, C, H, W), floating point, any H and W ≥ 1, any memory layout (which the output
+        keeps, except in the reference).
+
+    Raises:
+        ConfigError: no implementation has that name.
+        ModelError: ``channels`` cannot be split into ``factor`` groups, or an input does not fit the block or
+            the implementation.
+    """
+
+    dynamic: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        channels: int,
+        c2: int | None = None,
+        factor: int | Literal["auto"] = 32,
+        implementation: str = "auto",
+    ) -> None:
+        super().__init__()
+        choice.check_name(implementation, "implementation")
+        self.groups = _number_of_groups(channels, factor)
+        self.implementation = implementation
+        width = channels // self.groups
+        self.gn = nn.GroupNorm(num_groups=width, num_channels=width)
+        self.conv1x1 = nn.Conv2d(width, width, kernel_size=1)
+        self.conv3x3 = nn.Conv2d(width, width, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Re-weight ``x`` (B, C, H, W) by its weight maps; same shape, dtype and layout."""
+        implementation = self.implementation_for(x)
+        options = self.groups, self.gn.eps, self.dynamic
+        if implementation == "reference":
+            return reference.forward(x, self._parameters_of_block(), *options)
+        if implementation == "factorised" or torch.compiler.is_exporting():
+            return factorised.apply(x, self._parameters_of_block(), *options)
+        return operator.apply(x, self._parameters_of_block(), *options, implementation)
+
+    def implementation_for(self, x: Tensor) -> str:
+        """Which implementation computes ``x``, as ``forward`` would take it.
+
+        Raises:
+            ConfigError: the environment variable names no implementation.
+            ModelError: ``x`` does not fit the block or the implementation that was asked for.
+        """
+        self._check(x)
+        return choice.choose(self.implementation, x)
+
+    def weight_map(self, x: Tensor) -> Tensor:
+        """The weights in (0, 1) by which ``forward`` multiplies ``x``: (B, factor, H, W)."""
+        self._check(x)
+        return factorised.weight_map(x, self._parameters_of_block(), self.groups, self.gn.eps, self.dynamic)
+
+    def _parameters_of_block(self) -> Parameters:
+        return Parameters(
+            self.conv1x1.weight,
+            cast(Tensor, self.conv1x1.bias),
+            self.conv3x3.weight,
+            cast(Tensor, self.conv3x3.bias),
+            self.gn.weight,
+            self.gn.bias,
+        )
+
+    def _check(self, x: Tensor) -> None:
+        channels = self.groups * self.conv1x1.in_channels
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ModelError(f"EMA expects an input of shape (B, {channels}, H, W), got {tuple(x.shape)}.")
+        if not x.is_floating_point():
+            raise ModelError(f"EMA expects floating-point numbers, got {x.dtype}; convert the input to float32, say.")
+        if x.shape[2] == 0 or x.shape[3] == 0:
+            raise ModelError(f"EMA expects at least one row and one column, got the shape {tuple(x.shape)}.")
+
+    def extra_repr(self) -> str:
+        """Show the number of groups and the implementation in ``print(model)``."""
+        return f"factor={self.groups}, implementation={self.implementation!r}"
+
+
+class DynamicEMA(EMA):
+    """EMA whose 1×1 branch is pooled before its normalisation, so that both channel weightings depend on the input.
+
+    In the published block a channel that was just normalised over the map is averaged over that map, which always
+    gives the bias of the normalisation: the softmax of one branch is the same for every image. Here the average is
+    taken of the gated channels before they are normalised. The parameters and their number stay the same.
+    """
+
+    dynamic = True
+
+
+def _number_of_groups(channels: int, factor: int | Literal["auto"]) -> int:
+    divisors = [divisor for divisor in range(1, channels + 1) if channels % divisor == 0]
+    if factor == "auto":
+        return max(divisor for divisor in divisors if divisor <= _LARGEST_AUTO_FACTOR)
+    if not isinstance(factor, int) or factor not in divisors:
+        raise ModelError(
+            f"EMA cannot split {channels} channels into factor={factor!r} groups; "
+            f"valid factors are {', '.join(map(str, divisors))}, or 'auto'."
+        )
+    return factor

@@ -1,0 +1,209 @@
+"""EMA as one operator for PyTorch: what compile, export and the FLOP counter see of the fused kernels."""
+
+from importlib import import_module
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ema_seg.attention.ema.factorised import differentiable_backward
+from ema_seg.attention.ema.reference import Parameters
+
+__all__ = ["KERNELS", "apply", "kernels_module"]
+
+# The modules with the kernels; imported when they are needed.
+KERNELS = {"cpp": "cpp", "triton": "triton_kernels"}
+
+
+class Kernels(Protocol):
+    """What a module with kernels offers.
+
+    ``x`` is contiguous or channels-last, ``dy`` laid out like it; the parameters are contiguous, in the dtype of the
+    arithmetic (float64 for float64 inputs, else float32), ``w1`` as (Cg, Cg).
+    """
+
+    def unavailable(self, x: Tensor) -> str | None:
+        """Why these kernels cannot compute an input of x's device and dtype, as a clause; None if they can."""
+
+    def forward(self, x: Tensor, *parameters_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """What ``ema`` returns."""
+
+    def backward(self, dy: Tensor, x: Tensor, means: Tensor, moments: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        """Gradient of x, like x, and of the six parameters, like them."""
+
+
+def kernels_module(name: str) -> Kernels:
+    """The module of one of ``KERNELS``."""
+    return import_module(f"ema_seg.attention.ema.{KERNELS[name]}")
+
+
+def apply(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool, kernels: str) -> Tensor:
+    """Re-weight ``x`` with the fused kernels called ``kernels``; otherwise as ``reference.forward``."""
+    return ema(x, *parameters, groups, eps, dynamic, kernels)[0]
+
+
+@torch.library.custom_op("ema_seg::ema", mutates_args=())
+def ema(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float,
+    dynamic: bool,
+    kernels: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward of EMA.
+
+    Returns:
+        y like x; the row and column means (N, Cg, H + W) of the N = B · groups groups; and mean and 1 / standard
+        deviation of their gated channels (2, N, Cg), both in the dtype of the arithmetic.
+    """
+    parameters = _small(Parameters(w1, b1, w3, b3, gamma, beta), x)
+    y, means, moments = kernels_module(kernels).forward(_dense(x), *parameters, groups, eps, dynamic)
+    return _strided_like(y, x), means, moments
+
+
+@ema.register_fake
+def _(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float,
+    dynamic: bool,
+    kernels: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, height, width = x.shape
+    count, channels = batch * groups, w1.shape[0]
+    means = x.new_empty((count, channels, height + width), dtype=_arithmetic_dtype(x))
+    moments = x.new_empty((2, count, channels), dtype=_arithmetic_dtype(x))
+    return torch.empty_like(x), means, moments
+
+
+@torch.library.custom_op("ema_seg::ema_backward", mutates_args=())
+def ema_backward(
+    dy: Tensor,
+    x: Tensor,
+    means: Tensor,
+    moments: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float,
+    dynamic: bool,
+    kernels: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and of the six parameters, each like what it is the gradient of."""
+    parameters = Parameters(w1, b1, w3, b3, gamma, beta)
+    dense = _dense(x)
+    dx, *grads = kernels_module(kernels).backward(
+        _laid_out_like(dy, dense), dense, means, moments, *_small(parameters, x), groups, eps, dynamic
+    )
+    dw1, db1, dw3, db3, dgamma, dbeta = (
+        grad.reshape(parameter.shape).to(parameter.dtype) for grad, parameter in zip(grads, parameters, strict=True)
+    )
+    return _strided_like(dx, x), dw1, db1, dw3, db3, dgamma, dbeta
+
+
+@ema_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    means: Tensor,
+    moments: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float,
+    dynamic: bool,
+    kernels: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dw1, db1, dw3, db3, dgamma, dbeta = (
+        torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        for parameter in (w1, b1, w3, b3, gamma, beta)
+    )
+    return torch.empty_like(x), dw1, db1, dw3, db3, dgamma, dbeta
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, *parameters = inputs[:7]
+    _, means, moments = output
+    ctx.mark_non_differentiable(means, moments)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, means, moments, *parameters)
+    ctx.options = inputs[7:]
+
+
+def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    unused = (None,) * len(ctx.options)
+    if dy is None:
+        return (None,) * 7 + unused
+    x, means, moments, *parameters = ctx.saved_tensors
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        grads = differentiable_backward(dy, x, Parameters(*parameters), *ctx.options[:-1])
+    else:
+        grads = ema_backward(dy, x, means, moments, *parameters, *ctx.options)
+    return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), *unused
+
+
+torch.library.register_autograd("ema_seg::ema", _backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.ema_seg.ema)
+def _flops(x_shape: tuple[int, ...], w1_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Two operations for each multiply–add of the gates' 1×1 convolution and of the two weighted channel sums."""
+    batch, channels, height, width = x_shape
+    return 2 * batch * channels * (w1_shape[0] * (height + width) + (9 + 1) * height * width)
+
+
+@register_flop_formula(torch.ops.ema_seg.ema_backward)
+def _flops_of_backward(dy_shape: tuple[int, ...], *shapes: Any, **_: Any) -> int:
+    """Each product of the forward is differentiated by both its factors."""
+    return 2 * _flops(dy_shape, shapes[3])
+
+
+def _arithmetic_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _small(parameters: Parameters, x: Tensor) -> Parameters:
+    """The parameters as the kernels take them: contiguous, in the dtype of the arithmetic, ``w1`` square."""
+    dtype = _arithmetic_dtype(x)
+    contiguous = Parameters(*(parameter.detach().to(dtype).contiguous() for parameter in parameters))
+    return contiguous._replace(w1=contiguous.w1.flatten(1))
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``x`` itself if it is contiguous or channels-last; any other layout is copied."""
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous()
+
+
+def _laid_out_like(tensor: Tensor, dense: Tensor) -> Tensor:
+    if dense.is_contiguous():
+        return tensor.contiguous()
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _strided_like(result: Tensor, x: Tensor) -> Tensor:
+    """The strides that ``torch.empty_like`` promises, which matter for an input that is not dense."""
+    promised = torch.empty_like(x, device="meta").stride()
+    return result if result.stride() == promised else torch.empty_like(x).copy_(result)

@@ -1,0 +1,1487 @@
+"""EMA in its short form as Triton kernels for CUDA devices; what ``operator`` registers as ``triton``.
+
+The arithmetic is that of ``factorised``, whose names are used here too. It falls into phases, each of which needs sums
+over whole groups of channels that the one before it has taken:
+
+- forward: means of rows and columns; gates; moments of the gated channels; mixing coefficients; weights and output;
+- backward: gates and mixing coefficients again; gradient of the weights' logit; sums of its products with the channels;
+  gradients of all that is small; gradient of the input. A second kernel sums the parameters' gradients over the groups.
+
+Each phase is a function for some channels and a strip of rows of a block of groups. Where there are groups enough to
+occupy the device, one program takes a block of groups through all phases, with barriers between them: a single launch,
+in which a group that stays in a cache is read from memory once. Otherwise every phase is a launch of its own over
+smaller pieces, whose partial sums go through scratch tensors. All sums have a fixed order, so results repeat exactly.
+
+Half-precision inputs are computed in float32, float64 ones in float64. The products of small matrices are sums of
+products, never ``tl.dot``, which may round float32 to tf32.
+
+In the kernels n counts the B · G groups of a batch and ``channel`` its B · C channels; c and o are channels of one
+group. A tile holds K = groups · channels channels (of the plan) of ROWS by COLUMNS pixels: [K, ROWS, COLUMNS]. For a
+channels-last input these K are consecutive in memory; for a contiguous one the columns are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not every platform has it
+    triton = None
+
+__all__ = ["backward", "forward", "unavailable"]
+
+_INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+
+
+def _kernel(function: Any) -> Any:
+    """``triton.jit`` for a kernel; not compiled anew for sizes that happen to be 1 or multiples of 16."""
+    if triton is None:
+        return function
+    return triton.jit(function, do_not_specialize=["height", "width_in_units", "family", "number"])
+
+
+def _jit(function: Any) -> Any:
+    """``triton.jit`` for what kernels call; the interpreter needs it for kernels only, and is faster without."""
+    return function if triton is None or _INTERPRETED else triton.jit(function)
+
+
+def _constant(value: int) -> Any:
+    return value if triton is None else tl.constexpr(value)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is known of a call when its kernels are compiled: sizes, options, and how the work is divided."""
+
+    groups: int  # of an image
+    width: int  # channels in each of them
+    last: bool  # channels-last
+    dynamic: bool
+    eps: float
+
+    tile_groups: int
+    tile_channels: int  # of each group
+    tile_columns: int
+    tile_rows: int  # at most
+    tiled: bool  # an image has more columns than a tile
+    fold: int  # columns that are consecutive in a thread's registers
+    unit: int  # power of two that divides the number of columns
+
+    fused: bool  # all phases in one launch
+    strips: int  # strips of rows, in the phases that make maps
+    parts: int  # strips of rows, in the phases that sum along columns
+
+    outputs: int  # width, as the power of two that blocks of channels o need
+    inputs: int  # block of channels c, in products with outputs and positions
+    square: int  # block of channels c, in products with outputs and taps
+    positions: int  # block of rows and columns
+
+
+# Planes of the mixing coefficients: tensors with one number for each channel of the batch.
+_KERNEL = _constant(0)  # 3×3 kernel to a single channel: a plane for each of 9 taps
+_KAPPA = _constant(9)  # weight of the centred gated channel
+_LOGIT = _constant(10)  # constant of the logit, at the first channel of each group
+_PLANES_OF_FORWARD = 11
+_SHIFTED = _constant(11)  # sum of x over the window of each tap: 9 planes
+_DSHIFTED = _constant(20)
+_DKERNEL = _constant(29)
+_A1 = _constant(38)
+_A2 = _constant(39)
+_DM2 = _constant(40)  # gradient of the means of the 3×3 branch
+_ALPHA = _constant(41)  # the gated map's gradient is kappa · dlogit + alpha · centred + offset
+_OFFSET = _constant(42)
+_PLANES_OF_BACKWARD = 43
+
+
+# ------------------------------------------------------------------------------------------------- where things are
+# ``block`` is an image and its first group for this program, ``strip`` the first row and the row after the last,
+# ``shape`` height and width of the image and the number of channels of the batch.
+
+
+@_jit
+def _block(plan: tl.constexpr):
+    blocks = (plan.groups + plan.tile_groups - 1) // plan.tile_groups
+    program = tl.program_id(0)
+    return (program // blocks).to(tl.int64), program % blocks * plan.tile_groups
+
+
+@_jit
+def _strip(height):
+    rows = (height + tl.num_programs(1) - 1) // tl.num_programs(1)
+    first = tl.program_id(1) * rows
+    return first, tl.minimum(first + rows, height)
+
+
+@_jit
+def _chunk(plan: tl.constexpr):
+    """First channel c of this program and the one after its last: all, or one tile's if the grid has a third axis."""
+    tiles = (plan.width + plan.tile_channels - 1) // plan.tile_channels
+    channels = (tiles + tl.num_programs(2) - 1) // tl.num_programs(2) * plan.tile_channels
+    first = tl.program_id(2) * channels
+    return first, tl.minimum(first + channels, plan.width)
+
+
+@_jit
+def _channels(block, c0, shape, plan: tl.constexpr):
+    """The K channels of a tile that starts at channel c0: numbers, first pixels in x, and which of them exist."""
+    image, group = block
+    height, width, count = shape
+    k = tl.arange(0, plan.tile_groups * plan.tile_channels)
+    g = group + k // plan.tile_channels
+    c = c0 + k % plan.tile_channels
+    valid = (g < plan.groups) & (c < plan.width)
+    if plan.tile_channels == plan.width:  # all K are consecutive, which the general form hides from the compiler
+        in_image = group * plan.width + k
+    else:
+        in_image = g * plan.width + c
+    first_of_image = image * (plan.groups * plan.width)
+    area = tl.cast(height, tl.int64) * width
+    if plan.last:
+        return first_of_image + in_image, first_of_image * area + in_image, valid
+    return first_of_image + in_image, (first_of_image + in_image) * area, valid
+
+
+@_jit
+def _pixels(rows, columns, shape, plan: tl.constexpr):
+    """Offsets of pixels [ROWS, COLUMNS] from their channel's first."""
+    height, width, count = shape
+    pixels = rows.to(tl.int64)[:, None] * width + columns[None, :]
+    if plan.last:
+        pixels = pixels * (plan.groups * plan.width)
+    return pixels
+
+
+@_jit
+def _load_tile(x, base, valid, rows, columns, last_row, shape, plan: tl.constexpr, acc: tl.constexpr):
+    """x at [K, ROWS, COLUMNS]; 0 outside the image and from ``last_row`` on."""
+    height, width, count = shape
+    inside = ((rows >= 0) & (rows < last_row))[:, None] & (columns < width)[None, :]
+    pointers = x + (base[:, None, None] + _pixels(rows, columns, shape, plan)[None, :, :])
+    return tl.load(pointers, mask=valid[:, None, None] & inside[None, :, :], other=0.0).to(acc)
+
+
+@_jit
+def _load_column(x, base, valid, rows, column, shape, plan: tl.constexpr, acc: tl.constexpr):
+    """One column of x at [K, ROWS, 1]; 0 outside the image."""
+    height, width, count = shape
+    inside = (rows >= 0) & (rows < height) & (column >= 0) & (column < width)
+    pixels = rows.to(tl.int64) * width + column
+    if plan.last:
+        pixels = pixels * (plan.groups * plan.width)
+    mask = valid[:, None] & inside[None, :]
+    return tl.load(x + (base[:, None] + pixels[None, :]), mask=mask, other=0.0).to(acc)[:, :, None]
+
+
+@_jit
+def _load_axes(axes, channel, valid, rows, columns, shape):
+    """Numbers of rows [K, ROWS, 1] and columns [K, 1, COLUMNS] of a tensor (B · C, H + W)."""
+    height, width, count = shape
+    start = axes + channel[:, None] * (height + width)
+    of_rows = tl.load(start + rows[None, :], mask=valid[:, None] & (rows < height)[None, :], other=0.0)
+    column_mask = valid[:, None] & (columns < width)[None, :]
+    of_columns = tl.load(start + height + columns[None, :], mask=column_mask, other=0.0)
+    return of_rows[:, :, None], of_columns[:, None, :]
+
+
+@_jit
+def _load_plane(planes, plane, channel, valid, shape):
+    """A coefficient of each channel [K], as [K, 1, 1]."""
+    _, _, count = shape
+    return tl.load(planes + plane * count + channel, mask=valid, other=0.0)[:, None, None]
+
+
+@_jit
+def _map_pointers(maps, block, rows, columns, shape, plan: tl.constexpr):
+    """Pointers to [groups, ROWS, COLUMNS] of a tensor (N, H, W), and which of its groups exist."""
+    image, group = block
+    height, width, count = shape
+    g = group + tl.arange(0, plan.tile_groups)
+    base = (image * plan.groups + g) * (tl.cast(height, tl.int64) * width)
+    pixels = rows.to(tl.int64)[:, None] * width + columns[None, :]
+    return maps + (base[:, None, None] + pixels[None, :, :]), (g < plan.groups)[:, None, None]
+
+
+@_jit
+def _load_map(maps, block, rows, columns, first_row, last_row, shape, plan: tl.constexpr):
+    """A map of each group at [groups, ROWS, COLUMNS]; 0 outside the image and the rows given."""
+    height, width, count = shape
+    pointers, valid = _map_pointers(maps, block, rows, columns, shape, plan)
+    inside = ((rows >= first_row) & (rows < last_row))[:, None] & ((columns >= 0) & (columns < width))[None, :]
+    return tl.load(pointers, mask=valid & inside[None, :, :], other=0.0)
+
+
+@_jit
+def _store_map(maps, values, block, rows, columns, last_row, shape, plan: tl.constexpr):
+    height, width, count = shape
+    pointers, valid = _map_pointers(maps, block, rows, columns, shape, plan)
+    inside = (rows < last_row)[:, None] & (columns < width)[None, :]
+    tl.store(pointers, values, mask=valid & inside[None, :, :])
+
+
+@_jit
+def _sum_channels(tile, rows: tl.constexpr, columns: tl.constexpr, plan: tl.constexpr):
+    """Sum the channels of each group: [K, ROWS, COLUMNS] to [groups, ROWS, COLUMNS]."""
+    GROUPS: tl.constexpr = plan.tile_groups
+    CHANNELS: tl.constexpr = plan.tile_channels
+    return tl.sum(tl.reshape(tile, (GROUPS, CHANNELS, rows, columns)), axis=1)
+
+
+@_jit
+def _spread(maps, rows: tl.constexpr, columns: tl.constexpr, plan: tl.constexpr):
+    """Each group's map for each of its channels: [groups, ROWS, COLUMNS] to [K, ROWS, COLUMNS]."""
+    GROUPS: tl.constexpr = plan.tile_groups
+    CHANNELS: tl.constexpr = plan.tile_channels
+    spread = tl.broadcast_to(maps[:, None, :, :], (GROUPS, CHANNELS, rows, columns))
+    return tl.reshape(spread, (GROUPS * CHANNELS, rows, columns))
+
+
+@_jit
+def _fold(tile, rows: tl.constexpr, columns: tl.constexpr, plan: tl.constexpr):
+    """Sum columns that are in the same thread, so that an accumulator takes fewer registers."""
+    if plan.fold == 1:
+        return tile
+    K: tl.constexpr = plan.tile_groups * plan.tile_channels
+    FOLD: tl.constexpr = plan.fold
+    return tl.sum(tl.reshape(tile, (K, rows, columns // FOLD, FOLD)), axis=3)
+
+
+@_jit
+def _sum_pixels(tile):
+    """[K, ROWS, COLUMNS] to [K]."""
+    return tl.sum(tl.sum(tile, axis=2), axis=1)
+
+
+@_jit
+def _sigmoid(z):
+    return 1.0 / (1.0 + tl.exp(-z))
+
+
+@_jit
+def _softmax(logits, valid):
+    logits = tl.where(valid, logits, float("-inf"))
+    exponentials = tl.exp(logits - tl.max(logits, axis=0))
+    return exponentials / tl.sum(exponentials, axis=0)
+
+
+@_jit
+def _softmax_backward(softmax, gradient):
+    return softmax * (gradient - tl.sum(softmax * gradient, axis=0))
+
+
+@_jit
+def _load_taps(w3, c, plan: tl.constexpr):
+    """Weight of the 3×3 convolution at [outputs, block of channels c, 16]; 0 at taps beyond the ninth."""
+    o = tl.arange(0, plan.outputs)[:, None, None]
+    tap = tl.arange(0, 16)[None, None, :]
+    mask = (o < plan.width) & (c < plan.width)[None, :, None] & (tap < 9)
+    return tl.load(w3 + (o * plan.width + c[None, :, None]) * 9 + tap, mask=mask, other=0.0)
+
+
+@_jit
+def _load_square(w1, c, plan: tl.constexpr):
+    """Weight of the 1×1 convolution at [outputs, block of channels c, 1]."""
+    o = tl.arange(0, plan.outputs)[:, None, None]
+    mask = (o < plan.width) & (c < plan.width)[None, :, None]
+    return tl.load(w1 + o * plan.width + c[None, :, None], mask=mask, other=0.0)
+
+
+# ------------------------------------------------------------------------------------------- phases of the forward
+
+
+@_jit
+def _means(x, means, column_parts, block, strip, shape, plan: tl.constexpr, ROWS: tl.constexpr):
+    """Means of the rows of a strip, and what the strip adds to the means of the columns."""
+    COLUMNS: tl.constexpr = plan.tile_columns
+    K: tl.constexpr = plan.tile_groups * plan.tile_channels
+    height, width, count = shape
+    first_row, last_row = strip
+    first_channel, last_channel = _chunk(plan)
+    acc: tl.constexpr = means.dtype.element_ty
+    row_weight = 1.0 / tl.cast(width, acc)
+    column_weight = 1.0 / tl.cast(height, acc)
+    for c0 in range(first_channel, last_channel, plan.tile_channels):
+        channel, base, valid = _channels(block, c0, shape, plan)
+        of_rows = means + channel[:, None] * (height + width)
+        of_columns = of_rows + height
+        if plan.parts > 1:
+            of_columns = column_parts + (tl.program_id(1) * count + channel)[:, None] * width
+        for w0 in range(0, width, plan.tile_columns):
+            columns = w0 + tl.arange(0, plan.tile_columns)
+            total = tl.zeros((K, ROWS, COLUMNS), acc)
+            for h0 in range(first_row, last_row, ROWS):
+                rows = h0 + tl.arange(0, ROWS)
+                tile = _load_tile(x, base, valid, rows, columns, last_row, shape, plan, acc)
+                total += tile
+                mask = valid[:, None] & (rows < last_row)[None, :]
+                mean = tl.sum(tile, axis=2) * row_weight
+                if plan.tiled:
+                    mean += tl.load(of_rows + rows[None, :], mask=mask & (w0 > 0), other=0.0)
+                tl.store(of_rows + rows[None, :], mean, mask=mask)
+            column_mask = valid[:, None] & (columns < width)[None, :]
+            tl.store(of_columns + columns[None, :], tl.sum(total, axis=1) * column_weight, mask=column_mask)
+            if plan.tiled:
+                tl.debug_barrier()  # for the next tile's threads to see the means of this one's rows
+
+
+@_jit
+def _gates(means, column_parts, w1, b1, gates, n, p0, parts: tl.constexpr, shape, plan: tl.constexpr):
+    """Gates at a block of positions (rows, then columns) of a group; from parts, the columns' means are made first."""
+    OUTPUTS: tl.constexpr = plan.outputs
+    POSITIONS: tl.constexpr = plan.positions
+    height, width, count = shape
+    acc: tl.constexpr = means.dtype.element_ty
+    o = tl.arange(0, plan.outputs)
+    position = p0 + tl.arange(0, plan.positions)
+    inside = (position < height + width)[None, :]
+    z = tl.zeros((OUTPUTS, POSITIONS), acc)
+    z += tl.load(b1 + o, mask=o < plan.width, other=0.0)[:, None]
+    for c0 in range(0, plan.width, plan.inputs):
+        c = c0 + tl.arange(0, plan.inputs)
+        channel = (n * plan.width + c)[:, None]
+        mask = (c < plan.width)[:, None] & inside
+        pointers = means + channel * (height + width) + position[None, :]
+        if parts == 1:
+            mean = tl.load(pointers, mask=mask, other=0.0)
+        else:
+            of_columns = mask & (position >= height)[None, :]
+            mean = tl.load(pointers, mask=mask & (position < height)[None, :], other=0.0)
+            for part in range(parts):
+                column = column_parts + (part * count + channel) * width + (position - height)[None, :]
+                mean += tl.load(column, mask=of_columns, other=0.0)
+            tl.store(pointers, mean, mask=of_columns)
+        z += tl.sum(_load_square(w1, c, plan) * mean[None, :, :], axis=1)
+    pointers = gates + (n * plan.width + o)[:, None] * (height + width) + position[None, :]
+    tl.store(pointers, _sigmoid(z), mask=(o < plan.width)[:, None] & inside)
+
+
+@_jit
+def _moments(x, gates, moment_parts, block, strip, shape, plan: tl.constexpr, ROWS: tl.constexpr):
+    """Means of the gated channels over a strip, and their summed squared distances from them.
+
+    Each tile is centred on its own mean, and tiles are combined by the formula of Chan et al., so nothing cancels.
+    """
+    COLUMNS: tl.constexpr = plan.tile_columns
+    height, width, count = shape
+    first_row, last_row = strip
+    first_channel, last_channel = _chunk(plan)
+    acc: tl.constexpr = gates.dtype.element_ty
+    K: tl.constexpr = plan.tile_groups * plan.tile_channels
+    for c0 in range(first_channel, last_channel, plan.tile_channels):
+        channel, base, valid = _channels(block, c0, shape, plan)
+        number = tl.cast(0, acc)
+        mean = tl.zeros((K,), acc)
+        between = tl.zeros((K,), acc)
+        within = tl.zeros((K, ROWS, COLUMNS), acc)
+        for w0 in range(0, width, plan.tile_columns):
+            columns = w0 + tl.arange(0, plan.tile_columns)
+            for h0 in range(first_row, last_row, ROWS):
+                rows = h0 + tl.arange(0, ROWS)
+                row_gate, column_gate = _load_axes(gates, channel, valid, rows, columns, shape)
+                gated = _load_tile(x, base, valid, rows, columns, last_row, shape, plan, acc) * row_gate * column_gate
+                pixels = tl.minimum(last_row - h0, ROWS) * tl.minimum(width - w0, plan.tile_columns)
+                number_of_tile = tl.cast(pixels, acc)
+                mean_of_tile = _sum_pixels(gated) / number_of_tile
+                inside = (rows < last_row)[:, None] & (columns < width)[None, :]
+                distance = tl.where(inside[None, :, :], gated - mean_of_tile[:, None, None], 0.0)
+                within += distance * distance
+                share = number_of_tile / (number + number_of_tile)
+                delta = mean_of_tile - mean
+                between += delta * delta * (number * share)
+                mean += delta * share
+                number += number_of_tile
+        pointers = moment_parts + 2 * tl.program_id(1) * count + channel
+        tl.store(pointers, mean, mask=valid)
+        tl.store(pointers + count, between + _sum_pixels(within), mask=valid)
+
+
+@_jit
+def _combine_moments(moments, moment_parts, n, shape, plan: tl.constexpr):
+    """Store mean and 1 / standard deviation of the gated channels of a group, and return them: [outputs] each."""
+    height, width, count = shape
+    acc: tl.constexpr = moments.dtype.element_ty
+    o = tl.arange(0, plan.outputs)
+    valid = o < plan.width
+    part = tl.arange(0, plan.parts)
+    rows = (height + plan.parts - 1) // plan.parts
+    rows_of_part = tl.maximum(tl.minimum(height - part * rows, rows), 0)
+    number = (tl.cast(rows_of_part, acc) * tl.cast(width, acc))[:, None]
+    area = tl.cast(height, acc) * tl.cast(width, acc)
+    pointers = moment_parts + (2 * part * count)[:, None] + (n * plan.width + o)[None, :]
+    mean_of_part = tl.load(pointers, mask=valid[None, :], other=0.0)
+    mean = tl.sum(mean_of_part * (number / area), axis=0)
+    distance = mean_of_part - mean[None, :]
+    squares = tl.load(pointers + count, mask=valid[None, :], other=0.0) + number * distance * distance
+    rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / area + plan.eps)
+    pointers = moments + n * plan.width + o
+    tl.store(pointers, mean, mask=valid)
+    tl.store(pointers + count, rstd, mask=valid)
+    return mean, rstd
+
+
+@_jit
+def _mixing(x, means, mean, rstd, w3, b3, gamma, beta, mixing, n, backward: tl.constexpr, shape, plan: tl.constexpr):
+    """How the weights of a group are mixed from its channels: the planes of ``mixing``."""
+    OUTPUTS: tl.constexpr = plan.outputs
+    SQUARE: tl.constexpr = plan.square
+    POSITIONS: tl.constexpr = plan.positions
+    height, width, count = shape
+    acc: tl.constexpr = means.dtype.element_ty
+    area = tl.cast(height, acc) * tl.cast(width, acc)
+    o = tl.arange(0, plan.outputs)
+    valid = o < plan.width
+    beta_of = tl.load(beta + o, mask=valid, other=0.0)
+    bias = tl.load(b3 + o, mask=valid, other=0.0)
+    a1 = _softmax(mean if plan.dynamic else beta_of, valid)
+
+    tap = tl.arange(0, 16)[None, :]
+    sums = tl.zeros((OUTPUTS,), acc)
+    for c0 in range(0, plan.width, plan.square):
+        c = c0 + tl.arange(0, plan.square)
+        inside = (c < plan.width)[:, None]
+        channel = (n * plan.width + c)[:, None]
+        start = means + channel * (height + width)
+        of_rows = tl.zeros((SQUARE, POSITIONS), acc)
+        for h0 in range(0, height, plan.positions):
+            row = h0 + tl.arange(0, plan.positions)[None, :]
+            of_rows += tl.load(start + row, mask=inside & (row < height), other=0.0)
+        # The taps in row 0 of the kernel never see the last row, those in row 2 never the first; columns likewise.
+        row_left_out = tl.where(tap < 3, height - 1, 0)
+        column_left_out = tl.where(tap % 3 == 0, width - 1, 0)
+        in_row = inside & (tap // 3 != 1) & (tap < 9)
+        in_column = inside & (tap % 3 != 1) & (tap < 9)
+        shifted = tl.zeros((SQUARE, 16), acc) + (tl.sum(of_rows, axis=1) * width)[:, None]
+        shifted -= tl.load(start + row_left_out, mask=in_row, other=0.0) * width
+        shifted -= tl.load(start + height + column_left_out, mask=in_column, other=0.0) * height
+        pixel = row_left_out.to(tl.int64) * width + column_left_out
+        if plan.last:
+            image = n // plan.groups
+            in_image = channel - image * (plan.groups * plan.width)
+            corner = x + (image * height * width + pixel) * (plan.groups * plan.width) + in_image
+        else:
+            corner = x + channel * (tl.cast(height, tl.int64) * width) + pixel
+        shifted += tl.load(corner, mask=in_row & in_column, other=0.0).to(acc)
+
+        weight = _load_taps(w3, c, plan)
+        sums += tl.sum(tl.sum(weight * shifted[None, :, :], axis=2), axis=1)
+        pointers = mixing + tap * count + channel
+        tl.store(pointers + _KERNEL * count, tl.sum(weight * a1[:, None, None], axis=0), mask=inside & (tap < 9))
+        if backward:
+            tl.store(pointers + _SHIFTED * count, shifted, mask=inside & (tap < 9))
+
+    a2 = _softmax(bias + sums / area, valid)
+    kappa = a2 * tl.load(gamma + o, mask=valid, other=0.0) * rstd
+    constant = tl.sum(a1 * bias + a2 * beta_of, axis=0)
+    pointers = mixing + n * plan.width + o
+    tl.store(pointers + _KAPPA * count, kappa, mask=valid)
+    tl.store(pointers + _LOGIT * count, tl.zeros_like(kappa) + constant, mask=o == 0)
+    if backward:
+        tl.store(pointers + _A1 * count, a1, mask=valid)
+        tl.store(pointers + _A2 * count, a2, mask=valid)
+
+
+@_jit
+def _weights(x, gates, moments, mixing, block, rows, w0, shape, plan: tl.constexpr, ROWS: tl.constexpr):
+    """The weight map at [groups, ROWS, COLUMNS].
+
+    The taps in each column of the kernel are summed over the channels before they are shifted to the pixel that sees
+    them: so x is read at its own columns only, and one more at each end of the tile.
+    """
+    GROUPS: tl.constexpr = plan.tile_groups
+    image, group = block
+    height, width, count = shape
+    acc: tl.constexpr = gates.dtype.element_ty
+    COLUMNS: tl.constexpr = plan.tile_columns
+    K: tl.constexpr = plan.tile_groups * plan.tile_channels
+    column = tl.arange(0, COLUMNS)
+    left = tl.zeros((GROUPS, ROWS, COLUMNS), acc)
+    middle = tl.zeros((GROUPS, ROWS, COLUMNS), acc)
+    right = tl.zeros((GROUPS, ROWS, COLUMNS), acc)
+    before = tl.zeros((GROUPS, ROWS, 1), acc)
+    after = tl.zeros((GROUPS, ROWS, 1), acc)
+    for c0 in range(0, plan.width, plan.tile_channels):
+        channel, base, valid = _channels(block, c0, shape, plan)
+        row_gate, column_gate = _load_axes(gates, channel, valid, rows, w0 + column, shape)
+        mean = _load_plane(moments, 0, channel, valid, shape)
+        kappa = _load_plane(mixing, _KAPPA, channel, valid, shape)
+        taps_left = tl.zeros((K, ROWS, COLUMNS), acc)
+        taps_middle = tl.zeros((K, ROWS, COLUMNS), acc)
+        taps_right = tl.zeros((K, ROWS, COLUMNS), acc)
+        taps_before = tl.zeros((K, ROWS, 1), acc)
+        taps_after = tl.zeros((K, ROWS, 1), acc)
+        for i in tl.static_range(3):
+            kernel_left = _load_plane(mixing, _KERNEL + 3 * i, channel, valid, shape)
+            kernel_right = _load_plane(mixing, _KERNEL + 3 * i + 2, channel, valid, shape)
+            tile = _load_tile(x, base, valid, rows + (i - 1), w0 + column, height, shape, plan, acc)
+            taps_left += kernel_left * tile
+            taps_middle += _load_plane(mixing, _KERNEL + 3 * i + 1, channel, valid, shape) * tile
+            taps_right += kernel_right * tile
+            if i == 1:
+                taps_middle += kappa * (tile * row_gate * column_gate - mean)
+            if plan.tiled:
+                end = _load_column(x, base, valid, rows + (i - 1), w0 - 1, shape, plan, acc)
+                taps_before += kernel_left * end
+                end = _load_column(x, base, valid, rows + (i - 1), w0 + COLUMNS, shape, plan, acc)
+                taps_after += kernel_right * end
+        left += _sum_channels(taps_left, ROWS, COLUMNS, plan)
+        middle += _sum_channels(taps_middle, ROWS, COLUMNS, plan)
+        right += _sum_channels(taps_right, ROWS, COLUMNS, plan)
+        if plan.tiled:
+            before += _sum_channels(taps_before, ROWS, 1, plan)
+            after += _sum_channels(taps_after, ROWS, 1, plan)
+
+    column = tl.broadcast_to(column[None, None, :], (GROUPS, ROWS, COLUMNS))
+    logit = middle
+    logit += tl.where(column == 0, before, tl.gather(left, tl.maximum(column - 1, 0), 2))
+    logit += tl.where(column == COLUMNS - 1, after, tl.gather(right, tl.minimum(column + 1, COLUMNS - 1), 2))
+    g = group + tl.arange(0, plan.tile_groups)
+    first_channel = (image * plan.groups + g) * plan.width
+    logit += _load_plane(mixing, _LOGIT, first_channel, g < plan.groups, shape)
+    return _sigmoid(logit)
+
+
+@_jit
+def _output(x, y, gates, moments, mixing, block, strip, shape, plan: tl.constexpr, ROWS: tl.constexpr):
+    """x times the weight map, in a strip."""
+    height, width, count = shape
+    first_row, last_row = strip
+    acc: tl.constexpr = gates.dtype.element_ty
+    for h0 in range(first_row, last_row, ROWS):
+        rows = h0 + tl.arange(0, ROWS)
+        for w0 in range(0, width, plan.tile_columns):
+            columns = w0 + tl.arange(0, plan.tile_columns)
+            weights = _weights(x, gates, moments, mixing, block, rows, w0, shape, plan, ROWS)
+            weights = _spread(weights, ROWS, plan.tile_columns, plan)
+            inside = ((rows < last_row)[:, None] & (columns < width)[None, :])[None, :, :]
+            for c0 in range(0, plan.width, plan.tile_channels):
+                channel, base, valid = _channels(block, c0, shape, plan)
+                offsets = base[:, None, None] + _pixels(rows, columns, shape, plan)[None, :, :]
+                mask = valid[:, None, None] & inside
+                tl.store(y + offsets, tl.load(x + offsets, mask=mask, other=0.0).to(acc) * weights, mask=mask)
+
+
+@_kernel
+def _forward_kernel(
+    x,
+    y,
+    means,
+    moments,
+    w1,
+    b1,
+    w3,
+    b3,
+    gamma,
+    beta,
+    gates,
+    mixing,
+    column_parts,
+    moment_parts,
+    height,
+    width_in_units,
+    count,
+    family,
+    plan: tl.constexpr,
+    PHASE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One phase of the forward; or all of them for a block of groups, if that is what PHASE says."""
+    FIT: tl.constexpr = TILE // (plan.tile_groups * plan.tile_channels * plan.tile_columns)
+    ROWS: tl.constexpr = FIT if FIT < plan.tile_rows else plan.tile_rows
+    shape = (height, width_in_units * plan.unit, tl.cast(count, tl.int64))  # the unit decides how wide loads can be
+    block = _block(plan)
+    strip = _strip(height)
+    image, group = block
+    n = image * plan.groups + group
+    number = tl.minimum(plan.groups - group, plan.tile_groups)
+
+    if PHASE == "all" or PHASE == "means":
+        _means(x, means, column_parts, block, strip, shape, plan, ROWS)
+    if PHASE == "gates":
+        _gates(means, column_parts, w1, b1, gates, n, tl.program_id(1) * plan.positions, plan.parts, shape, plan)
+    if PHASE == "all":
+        tl.debug_barrier()
+        for k in range(number):
+            for p0 in range(0, height + width_in_units * plan.unit, plan.positions):
+                _gates(means, column_parts, w1, b1, gates, n + k, p0, 1, shape, plan)
+        tl.debug_barrier()
+    if PHASE == "all" or PHASE == "moments":
+        _moments(x, gates, moment_parts, block, strip, shape, plan, ROWS)
+    if PHASE == "all":
+        tl.debug_barrier()
+    if PHASE == "all" or PHASE == "mixing":
+        for k in range(number):
+            mean, rstd = _combine_moments(moments, moment_parts, n + k, shape, plan)
+            _mixing(x, means, mean, rstd, w3, b3, gamma, beta, mixing, n + k, False, shape, plan)
+    if PHASE == "all":
+        tl.debug_barrier()
+    if PHASE == "all" or PHASE == "output":
+        _output(x, y, gates, moments, mixing, block, strip, shape, plan, ROWS)
+
+
+# ------------------------------------------------------------------------------------------ phases of the backward
+
+
+@_jit
+def _logit_gradient(
+    x,
+    dy,
+    gates,
+    moments,
+    mixing,
+    weights,
+    dlogits,
+    dlogit_parts,
+    block,
+    strip,
+    shape,
+    plan: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The weights of a strip again, the gradient of their logit, and the strip's part of the sum of that gradient."""
+    GROUPS: tl.constexpr = plan.tile_groups
+    COLUMNS: tl.constexpr = plan.tile_columns
+    image, group = block
+    height, width, count = shape
+    first_row, last_row = strip
+    acc: tl.constexpr = gates.dtype.element_ty
+    total = tl.zeros((GROUPS, ROWS, COLUMNS), acc)
+    for h0 in range(first_row, last_row, ROWS):
+        rows = h0 + tl.arange(0, ROWS)
+        for w0 in range(0, width, plan.tile_columns):
+            columns = w0 + tl.arange(0, plan.tile_columns)
+            weight = _weights(x, gates, moments, mixing, block, rows, w0, shape, plan, ROWS)
+            dweight = tl.zeros((GROUPS, ROWS, COLUMNS), acc)
+            for c0 in range(0, plan.width, plan.tile_channels):
+                channel, base, valid = _channels(block, c0, shape, plan)
+                tile = _load_tile(x, base, valid, rows, columns, last_row, shape, plan, acc)
+                tile *= _load_tile(dy, base, valid, rows, columns, last_row, shape, plan, acc)
+                dweight += _sum_channels(tile, ROWS, plan.tile_columns, plan)
+            dlogit = dweight * weight * (1.0 - weight)
+            _store_map(weights, weight, block, rows, columns, last_row, shape, plan)
+            _store_map(dlogits, dlogit, block, rows, columns, last_row, shape, plan)
+            inside = (rows < last_row)[:, None] & (columns < width)[None, :]
+            total += tl.where(inside[None, :, :], dlogit, 0.0)
+    g = group + tl.arange(0, plan.tile_groups)
+    pointers = dlogit_parts + tl.program_id(1) * (count // plan.width) + image * plan.groups + g
+    tl.store(pointers, _sum_pixels(total), mask=g < plan.groups)
+
+
+@_jit
+def _products(
+    x,
+    gates,
+    moments,
+    dlogits,
+    row_sums,
+    column_parts,
+    product_parts,
+    block,
+    strip,
+    shape,
+    plan: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Sums of products over a strip, from which the gradients of all that is small follow.
+
+    With u the gated channel: of u · dlogit, u · (u - mean) and u the sums along rows and along columns; of the shifted
+    x · dlogit, a shift for each tap, and of (u - mean) · dlogit the sum over all pixels.
+    """
+    height, width, count = shape
+    first_row, last_row = strip
+    first_channel, last_channel = _chunk(plan)
+    acc: tl.constexpr = gates.dtype.element_ty
+    COLUMNS: tl.constexpr = plan.tile_columns
+    K: tl.constexpr = plan.tile_groups * plan.tile_channels
+    FOLDED: tl.constexpr = COLUMNS // plan.fold
+    for c0 in range(first_channel, last_channel, plan.tile_channels):
+        channel, base, valid = _channels(block, c0, shape, plan)
+        mean = _load_plane(moments, 0, channel, valid, shape)
+        tap00 = tl.zeros((K, ROWS, FOLDED), acc)
+        tap01 = tl.zeros((K, ROWS, FOLDED), acc)
+        tap02 = tl.zeros((K, ROWS, FOLDED), acc)
+        tap10 = tl.zeros((K, ROWS, FOLDED), acc)
+        tap11 = tl.zeros((K, ROWS, FOLDED), acc)
+        tap12 = tl.zeros((K, ROWS, FOLDED), acc)
+        tap20 = tl.zeros((K, ROWS, FOLDED), acc)
+        tap21 = tl.zeros((K, ROWS, FOLDED), acc)
+        tap22 = tl.zeros((K, ROWS, FOLDED), acc)
+        correlation = tl.zeros((K, ROWS, FOLDED), acc)
+        for w0 in range(0, width, COLUMNS):
+            columns = w0 + tl.arange(0, COLUMNS)
+            with_dlogit = tl.zeros((K, ROWS, COLUMNS), acc)
+            with_centred = tl.zeros((K, ROWS, COLUMNS), acc)
+            alone = tl.zeros((K, ROWS, COLUMNS), acc)
+            for h0 in range(first_row, last_row, ROWS):
+                rows = h0 + tl.arange(0, ROWS)
+                above = _load_tile(x, base, valid, rows - 1, columns, height, shape, plan, acc)
+                tile = _load_tile(x, base, valid, rows, columns, last_row, shape, plan, acc)
+                below = _load_tile(x, base, valid, rows + 1, columns, height, shape, plan, acc)
+                # The pixel at column w sees x at w + j - 1 through a tap in column j of the kernel.
+                dlogit = _load_map(dlogits, block, rows, columns + 1, first_row, last_row, shape, plan)
+                dlogit = _spread(dlogit, ROWS, COLUMNS, plan)
+                tap00 += _fold(dlogit * above, ROWS, COLUMNS, plan)
+                tap10 += _fold(dlogit * tile, ROWS, COLUMNS, plan)
+                tap20 += _fold(dlogit * below, ROWS, COLUMNS, plan)
+                dlogit = _load_map(dlogits, block, rows, columns - 1, first_row, last_row, shape, plan)
+                dlogit = _spread(dlogit, ROWS, COLUMNS, plan)
+                tap02 += _fold(dlogit * above, ROWS, COLUMNS, plan)
+                tap12 += _fold(dlogit * tile, ROWS, COLUMNS, plan)
+                tap22 += _fold(dlogit * below, ROWS, COLUMNS, plan)
+                dlogit = _load_map(dlogits, block, rows, columns, first_row, last_row, shape, plan)
+                dlogit = _spread(dlogit, ROWS, COLUMNS, plan)
+                tap01 += _fold(dlogit * above, ROWS, COLUMNS, plan)
+                tap11 += _fold(dlogit * tile, ROWS, COLUMNS, plan)
+                tap21 += _fold(dlogit * below, ROWS, COLUMNS, plan)
+
+                row_gate, column_gate = _load_axes(gates, channel, valid, rows, columns, shape)
+                gated = tile * row_gate * column_gate
+                centred = gated - mean
+                correlation += _fold(dlogit * centred, ROWS, COLUMNS, plan)
+                dlogit *= gated
+                centred *= gated
+                with_dlogit += dlogit
+                with_centred += centred
+                alone += gated
+                if not plan.tiled:
+                    pointers = row_sums + channel[:, None] * height + rows[None, :]
+                    mask = valid[:, None] & (rows < last_row)[None, :]
+                    tl.store(pointers, tl.sum(dlogit, axis=2), mask=mask)
+                    tl.store(pointers + count * height, tl.sum(centred, axis=2), mask=mask)
+                    tl.store(pointers + 2 * count * height, tl.sum(gated, axis=2), mask=mask)
+            column_mask = valid[:, None] & (columns < width)[None, :]
+            of_columns = column_parts + (tl.program_id(1) * 3 * count + channel)[:, None] * width + columns[None, :]
+            tl.store(of_columns, tl.sum(with_dlogit, axis=1), mask=column_mask)
+            tl.store(of_columns + count * width, tl.sum(with_centred, axis=1), mask=column_mask)
+            tl.store(of_columns + 2 * count * width, tl.sum(alone, axis=1), mask=column_mask)
+        of_pixels = product_parts + tl.program_id(1) * 10 * count + channel
+        tl.store(of_pixels, _sum_pixels(tap00), mask=valid)
+        tl.store(of_pixels + 1 * count, _sum_pixels(tap01), mask=valid)
+        tl.store(of_pixels + 2 * count, _sum_pixels(tap02), mask=valid)
+        tl.store(of_pixels + 3 * count, _sum_pixels(tap10), mask=valid)
+        tl.store(of_pixels + 4 * count, _sum_pixels(tap11), mask=valid)
+        tl.store(of_pixels + 5 * count, _sum_pixels(tap12), mask=valid)
+        tl.store(of_pixels + 6 * count, _sum_pixels(tap20), mask=valid)
+        tl.store(of_pixels + 7 * count, _sum_pixels(tap21), mask=valid)
+        tl.store(of_pixels + 8 * count, _sum_pixels(tap22), mask=valid)
+        tl.store(of_pixels + 9 * count, _sum_pixels(correlation), mask=valid)
+
+        # Where a row has several tiles its sums are taken in a second pass along it, not tile by tile.
+        if plan.tiled:
+            for h0 in range(first_row, last_row, ROWS):
+                rows = h0 + tl.arange(0, ROWS)
+                with_dlogit = tl.zeros((K, ROWS, COLUMNS), acc)
+                with_centred = tl.zeros((K, ROWS, COLUMNS), acc)
+                alone = tl.zeros((K, ROWS, COLUMNS), acc)
+                for w0 in range(0, width, COLUMNS):
+                    columns = w0 + tl.arange(0, COLUMNS)
+                    row_gate, column_gate = _load_axes(gates, channel, valid, rows, columns, shape)
+                    gated = _load_tile(x, base, valid, rows, columns, last_row, shape, plan, acc)
+                    gated = gated * row_gate * column_gate
+                    dlogit = _load_map(dlogits, block, rows, columns, first_row, last_row, shape, plan)
+                    with_dlogit += _spread(dlogit, ROWS, COLUMNS, plan) * gated
+                    with_centred += (gated - mean) * gated
+                    alone += gated
+                pointers = row_sums + channel[:, None] * height + rows[None, :]
+                mask = valid[:, None] & (rows < last_row)[None, :]
+                tl.store(pointers, tl.sum(with_dlogit, axis=2), mask=mask)
+                tl.store(pointers + count * height, tl.sum(with_centred, axis=2), mask=mask)
+                tl.store(pointers + 2 * count * height, tl.sum(alone, axis=2), mask=mask)
+
+
+@_jit
+def _small_gradients(
+    moments,
+    w3,
+    b3,
+    gamma,
+    beta,
+    mixing,
+    dlogit_parts,
+    product_parts,
+    shares,
+    n,
+    shape,
+    plan: tl.constexpr,
+):
+    """Gradients of a group's mixing coefficients, and its shares of those of ``b3``, ``gamma`` and ``beta``."""
+    SQUARE: tl.constexpr = plan.square
+    height, width, count = shape
+    acc: tl.constexpr = moments.dtype.element_ty
+    area = tl.cast(height, acc) * tl.cast(width, acc)
+    o = tl.arange(0, plan.outputs)
+    valid = o < plan.width
+    pointers = mixing + n * plan.width + o
+    rstd = tl.load(moments + count + n * plan.width + o, mask=valid, other=0.0)
+    a1 = tl.load(pointers + _A1 * count, mask=valid, other=0.0)
+    a2 = tl.load(pointers + _A2 * count, mask=valid, other=0.0)
+    kappa = tl.load(pointers + _KAPPA * count, mask=valid, other=0.0)
+
+    dconstant = tl.sum(tl.load(dlogit_parts + tl.arange(0, plan.strips) * (count // plan.width) + n), axis=0)
+    part = tl.arange(0, plan.parts)[:, None]
+    of_parts = product_parts + (10 * part + 9) * count + (n * plan.width + o)[None, :]
+    correlation = tl.sum(tl.load(of_parts, mask=valid[None, :], other=0.0), axis=0)
+    da2 = tl.load(gamma + o, mask=valid, other=0.0) * rstd * correlation
+    da2 += tl.load(beta + o, mask=valid, other=0.0) * dconstant
+    dm2 = _softmax_backward(a2, da2)
+    da1 = tl.load(b3 + o, mask=valid, other=0.0) * dconstant
+    tap = tl.arange(0, 16)[None, :]
+    for c0 in range(0, plan.width, plan.square):
+        c = c0 + tl.arange(0, plan.square)
+        mask = (c < plan.width)[:, None] & (tap < 9)
+        of_taps = tap * count + (n * plan.width + c)[:, None]
+        dkernel = tl.zeros((SQUARE, 16), acc)
+        for k in range(plan.parts):
+            dkernel += tl.load(product_parts + 10 * k * count + of_taps, mask=mask, other=0.0)
+        weight = _load_taps(w3, c, plan)
+        da1 += tl.sum(tl.sum(weight * dkernel[None, :, :], axis=2), axis=1)
+        dshifted = tl.sum(weight * dm2[:, None, None], axis=0) / area
+        tl.store(mixing + _DKERNEL * count + of_taps, dkernel, mask=mask)
+        tl.store(mixing + _DSHIFTED * count + of_taps, dshifted, mask=mask)
+
+    offset = -kappa * dconstant
+    if plan.dynamic:
+        offset += _softmax_backward(a1, da1)
+    tl.store(pointers + _ALPHA * count, -kappa * rstd * rstd * correlation / area, mask=valid)
+    tl.store(pointers + _OFFSET * count, offset / area, mask=valid)
+    tl.store(pointers + _DM2 * count, dm2, mask=valid)
+    share = shares + (n * (plan.width + 5) + plan.width + 1) * plan.width + o
+    tl.store(share, a1 * dconstant + dm2, mask=valid)
+    tl.store(share + plan.width, a2 * rstd * correlation, mask=valid)
+    tl.store(share + 2 * plan.width, a2 * dconstant, mask=valid)
+    tl.store(share + 3 * plan.width, da1, mask=valid)
+
+
+@_jit
+def _means_gradient(
+    means,
+    gates,
+    w1,
+    mixing,
+    row_sums,
+    column_parts,
+    dmeans,
+    shares,
+    n,
+    shape,
+    plan: tl.constexpr,
+):
+    """Gradient of a group's row and column means, by way of gates and shifted sums; its shares of ``w1`` and ``b1``."""
+    OUTPUTS: tl.constexpr = plan.outputs
+    INPUTS: tl.constexpr = plan.inputs
+    POSITIONS: tl.constexpr = plan.positions
+    height, width, count = shape
+    acc: tl.constexpr = means.dtype.element_ty
+    o = tl.arange(0, plan.outputs)
+    valid = o < plan.width
+    channel_o = (n * plan.width + o)[:, None]
+    tap = tl.arange(0, 16)[None, :]
+    kappa = _load_plane(mixing, _KAPPA, n * plan.width + o, valid, shape)
+    alpha = _load_plane(mixing, _ALPHA, n * plan.width + o, valid, shape)
+    offset = _load_plane(mixing, _OFFSET, n * plan.width + o, valid, shape)
+    share = shares + n * ((plan.width + 5) * plan.width)
+    for c0 in range(0, plan.width, plan.inputs):
+        c = c0 + tl.arange(0, plan.inputs)
+        channel_c = (n * plan.width + c)[:, None]
+        weight = _load_square(w1, c, plan)
+        tap_mask = (c < plan.width)[:, None] & (tap < 9)
+        dshifted = tl.load(mixing + (_DSHIFTED + tap) * count + channel_c, mask=tap_mask, other=0.0)
+        # A tap's sum has all pixels but those of the row and the column that it never sees.
+        of_all = tl.sum(dshifted, axis=1)[:, None]
+        of_last_row = tl.sum(tl.where(tap // 3 == 0, dshifted, 0.0), axis=1)[:, None]
+        of_first_row = tl.sum(tl.where(tap // 3 == 2, dshifted, 0.0), axis=1)[:, None]
+        of_last_column = tl.sum(tl.where(tap % 3 == 0, dshifted, 0.0), axis=1)[:, None]
+        of_first_column = tl.sum(tl.where(tap % 3 == 2, dshifted, 0.0), axis=1)[:, None]
+        dweight = tl.zeros((OUTPUTS, INPUTS), acc)
+        dbias = tl.zeros((OUTPUTS, POSITIONS), acc)
+        for p0 in range(0, height + width, plan.positions):
+            position = p0 + tl.arange(0, plan.positions)[None, :]
+            in_rows = position < height
+            mask = valid[:, None] & in_rows
+            of_rows = row_sums + channel_o * height + position
+            with_dlogit = tl.load(of_rows, mask=mask, other=0.0)
+            with_centred = tl.load(of_rows + count * height, mask=mask, other=0.0)
+            alone = tl.load(of_rows + 2 * count * height, mask=mask, other=0.0)
+            mask = valid[:, None] & (position >= height) & (position < height + width)
+            for part in range(plan.parts):
+                of_columns = column_parts + (3 * part * count + channel_o) * width + (position - height)
+                with_dlogit += tl.load(of_columns, mask=mask, other=0.0)
+                with_centred += tl.load(of_columns + count * width, mask=mask, other=0.0)
+                alone += tl.load(of_columns + 2 * count * width, mask=mask, other=0.0)
+            mask = valid[:, None] & (position < height + width)
+            gate = tl.load(gates + channel_o * (height + width) + position, mask=mask, other=0.0)
+            # Of the slope gate · (1 - gate) the first factor is in the sums, whose u has it as a factor.
+            dz = (kappa * with_dlogit[:, None, :] + alpha * with_centred[:, None, :] + offset * alone[:, None, :]) * (
+                1.0 - gate[:, None, :]
+            )
+            mask = (c < plan.width)[:, None] & (position < height + width)
+            of_positions = channel_c * (height + width) + position
+            mean = tl.load(means + of_positions, mask=mask, other=0.0)
+            dbias += tl.sum(dz, axis=1)
+            dweight += tl.sum(dz * mean[None, :, :], axis=2)
+            dmean = tl.sum(dz * weight, axis=0) / tl.where(in_rows, width, height).to(acc)
+            dmean += tl.where(in_rows, of_all, 0.0)
+            dmean -= tl.where(position == 0, of_first_row, 0.0)
+            dmean -= tl.where(position == height - 1, of_last_row, 0.0)
+            dmean -= tl.where(position == height, of_first_column, 0.0)
+            dmean -= tl.where(position == height + width - 1, of_last_column, 0.0)
+            tl.store(dmeans + of_positions, dmean, mask=mask)
+        square_mask = valid[:, None] & (c < plan.width)[None, :]
+        tl.store(share + o[:, None] * plan.width + c[None, :], dweight, mask=square_mask)
+        tl.store(share + plan.width * plan.width + o, tl.sum(dbias, axis=1), mask=valid)
+
+
+@_jit
+def _input_gradient(
+    x,
+    dy,
+    dx,
+    gates,
+    moments,
+    mixing,
+    weights,
+    dlogits,
+    dmeans,
+    block,
+    strip,
+    shape,
+    plan: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The gradient of x in a strip."""
+    height, width, count = shape
+    first_row, last_row = strip
+    acc: tl.constexpr = gates.dtype.element_ty
+    COLUMNS: tl.constexpr = plan.tile_columns
+    for h0 in range(first_row, last_row, ROWS):
+        rows = h0 + tl.arange(0, ROWS)
+        at_border = (h0 == 0) | (h0 + ROWS >= height)
+        for w0 in range(0, width, COLUMNS):
+            columns = w0 + tl.arange(0, COLUMNS)
+            inside = ((rows < last_row)[:, None] & (columns < width)[None, :])[None, :, :]
+            weight = _spread(_load_map(weights, block, rows, columns, 0, height, shape, plan), ROWS, COLUMNS, plan)
+            # A pixel was seen through tap (i, j) of the kernel by the one at (h + 1 - i, w + 1 - j).
+            tap00 = _load_map(dlogits, block, rows + 1, columns + 1, 0, height, shape, plan)
+            tap01 = _load_map(dlogits, block, rows + 1, columns, 0, height, shape, plan)
+            tap02 = _load_map(dlogits, block, rows + 1, columns - 1, 0, height, shape, plan)
+            tap10 = _load_map(dlogits, block, rows, columns + 1, 0, height, shape, plan)
+            tap11 = _load_map(dlogits, block, rows, columns, 0, height, shape, plan)
+            tap12 = _load_map(dlogits, block, rows, columns - 1, 0, height, shape, plan)
+            tap20 = _load_map(dlogits, block, rows - 1, columns + 1, 0, height, shape, plan)
+            tap21 = _load_map(dlogits, block, rows - 1, columns, 0, height, shape, plan)
+            tap22 = _load_map(dlogits, block, rows - 1, columns - 1, 0, height, shape, plan)
+            for c0 in range(0, plan.width, plan.tile_channels):
+                channel, base, valid = _channels(block, c0, shape, plan)
+                offsets = base[:, None, None] + _pixels(rows, columns, shape, plan)[None, :, :]
+                mask = valid[:, None, None] & inside
+                tile = tl.load(x + offsets, mask=mask, other=0.0).to(acc)
+                total = tl.load(dy + offsets, mask=mask, other=0.0).to(acc) * weight
+                drow, dcolumn = _load_axes(dmeans, channel, valid, rows, columns, shape)
+                total += drow + dcolumn
+                row_gate, column_gate = _load_axes(gates, channel, valid, rows, columns, shape)
+                mean = _load_plane(moments, 0, channel, valid, shape)
+                dgated = _load_plane(mixing, _ALPHA, channel, valid, shape) * (tile * row_gate * column_gate - mean)
+                dgated += _load_plane(mixing, _OFFSET, channel, valid, shape)
+                dlogit = _spread(tap11, ROWS, COLUMNS, plan)
+                dgated += _load_plane(mixing, _KAPPA, channel, valid, shape) * dlogit
+                total += dgated * row_gate * column_gate
+                total += _load_plane(mixing, _KERNEL + 4, channel, valid, shape) * dlogit
+                dlogit = _spread(tap00, ROWS, COLUMNS, plan)
+                total += _load_plane(mixing, _KERNEL + 0, channel, valid, shape) * dlogit
+                dlogit = _spread(tap01, ROWS, COLUMNS, plan)
+                total += _load_plane(mixing, _KERNEL + 1, channel, valid, shape) * dlogit
+                dlogit = _spread(tap02, ROWS, COLUMNS, plan)
+                total += _load_plane(mixing, _KERNEL + 2, channel, valid, shape) * dlogit
+                dlogit = _spread(tap10, ROWS, COLUMNS, plan)
+                total += _load_plane(mixing, _KERNEL + 3, channel, valid, shape) * dlogit
+                dlogit = _spread(tap12, ROWS, COLUMNS, plan)
+                total += _load_plane(mixing, _KERNEL + 5, channel, valid, shape) * dlogit
+                dlogit = _spread(tap20, ROWS, COLUMNS, plan)
+                total += _load_plane(mixing, _KERNEL + 6, channel, valid, shape) * dlogit
+                dlogit = _spread(tap21, ROWS, COLUMNS, plan)
+                total += _load_plane(mixing, _KERNEL + 7, channel, valid, shape) * dlogit
+                dlogit = _spread(tap22, ROWS, COLUMNS, plan)
+                total += _load_plane(mixing, _KERNEL + 8, channel, valid, shape) * dlogit
+                if at_border:
+                    # The corners, which the first and last row and column took from the shifted sums twice.
+                    first = (columns == 0)[None, None, :]
+                    last = (columns == width - 1)[None, None, :]
+                    corners = tl.where(first, _load_plane(mixing, _DSHIFTED + 8, channel, valid, shape), 0.0)
+                    corners += tl.where(last, _load_plane(mixing, _DSHIFTED + 6, channel, valid, shape), 0.0)
+                    total += tl.where((rows == 0)[None, :, None], corners, 0.0)
+                    corners = tl.where(first, _load_plane(mixing, _DSHIFTED + 2, channel, valid, shape), 0.0)
+                    corners += tl.where(last, _load_plane(mixing, _DSHIFTED + 0, channel, valid, shape), 0.0)
+                    total += tl.where((rows == height - 1)[None, :, None], corners, 0.0)
+                tl.store(dx + offsets, total, mask=mask)
+
+
+@_kernel
+def _backward_kernel(
+    dy,
+    x,
+    dx,
+    means,
+    moments,
+    w1,
+    b1,
+    w3,
+    b3,
+    gamma,
+    beta,
+    gates,
+    mixing,
+    weights,
+    dlogits,
+    dlogit_parts,
+    row_sums,
+    column_parts,
+    product_parts,
+    dmeans,
+    shares,
+    height,
+    width_in_units,
+    count,
+    family,
+    plan: tl.constexpr,
+    PHASE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One phase of the backward; or all of them for a block of groups, if that is what PHASE says."""
+    FIT: tl.constexpr = TILE // (plan.tile_groups * plan.tile_channels * plan.tile_columns)
+    ROWS: tl.constexpr = FIT if FIT < plan.tile_rows else plan.tile_rows
+    shape = (height, width_in_units * plan.unit, tl.cast(count, tl.int64))  # the unit decides how wide loads can be
+    block = _block(plan)
+    strip = _strip(height)
+    image, group = block
+    n = image * plan.groups + group
+    number = tl.minimum(plan.groups - group, plan.tile_groups)
+
+    if PHASE == "all":
+        for k in range(number):
+            for p0 in range(0, height + width_in_units * plan.unit, plan.positions):
+                _gates(means, means, w1, b1, gates, n + k, p0, 1, shape, plan)
+    if PHASE == "mixing" and tl.program_id(1) > 0:  # the first of a group's programs does the mixing, the others gates
+        _gates(means, means, w1, b1, gates, n, (tl.program_id(1) - 1) * plan.positions, 1, shape, plan)
+    if PHASE == "all" or (PHASE == "mixing" and tl.program_id(1) == 0):
+        for k in range(number):
+            channel = (n + k) * plan.width + tl.arange(0, plan.outputs)
+            valid = tl.arange(0, plan.outputs) < plan.width
+            mean = tl.load(moments + channel, mask=valid, other=0.0)
+            rstd = tl.load(moments + count + channel, mask=valid, other=0.0)
+            _mixing(x, means, mean, rstd, w3, b3, gamma, beta, mixing, n + k, True, shape, plan)
+    if PHASE == "all":
+        tl.debug_barrier()
+    if PHASE == "all" or PHASE == "logit":
+        _logit_gradient(
+            x, dy, gates, moments, mixing, weights, dlogits, dlogit_parts, block, strip, shape, plan, ROWS
+        )
+    if PHASE == "all":
+        tl.debug_barrier()
+    if PHASE == "all" or PHASE == "products":
+        _products(x, gates, moments, dlogits, row_sums, column_parts, product_parts, block, strip, shape, plan, ROWS)
+    if PHASE == "all":
+        tl.debug_barrier()
+    if PHASE == "all" or PHASE == "small":
+        for k in range(number):
+            _small_gradients(
+                moments, w3, b3, gamma, beta, mixing, dlogit_parts, product_parts, shares, n + k, shape, plan
+            )
+        tl.debug_barrier()
+        for k in range(number):
+            _means_gradient(means, gates, w1, mixing, row_sums, column_parts, dmeans, shares, n + k, shape, plan)
+    if PHASE == "all":
+        tl.debug_barrier()
+    if PHASE == "all" or PHASE == "input":
+        _input_gradient(
+            x, dy, dx, gates, moments, mixing, weights, dlogits, dmeans, block, strip, shape, plan, ROWS
+        )
+
+
+# -------------------------------------------------------------------------------------------- sums over the groups
+
+
+@_jit
+def _sum_w3(mixing, dw3, c0, tap, number, area, plan: tl.constexpr):
+    """Gradient of a tap of ``w3`` for a block of its input channels."""
+    OUTPUTS: tl.constexpr = plan.outputs
+    INPUTS: tl.constexpr = plan.inputs
+    acc: tl.constexpr = dw3.dtype.element_ty
+    planes = tl.cast(number, tl.int64) * plan.width
+    o = tl.arange(0, plan.outputs)[:, None]
+    c = c0 + tl.arange(0, plan.inputs)[:, None]
+    dweight = tl.zeros((OUTPUTS, INPUTS), acc)
+    for n0 in range(0, number, plan.positions):
+        n = (n0 + tl.arange(0, plan.positions)).to(tl.int64)[None, :]
+        mask = (o < plan.width) & (n < number)
+        of_outputs = mixing + n * plan.width + o
+        a1 = tl.load(of_outputs + _A1 * planes, mask=mask, other=0.0)
+        dm2 = tl.load(of_outputs + _DM2 * planes, mask=mask, other=0.0) / tl.cast(area, acc)
+        mask_c = (c < plan.width) & (n < number)
+        of_inputs = mixing + tap * planes + n * plan.width + c
+        dkernel = tl.load(of_inputs + _DKERNEL * planes, mask=mask_c, other=0.0)
+        shifted = tl.load(of_inputs + _SHIFTED * planes, mask=mask_c, other=0.0)
+        dweight += tl.sum(a1[:, None, :] * dkernel[None, :, :] + dm2[:, None, :] * shifted[None, :, :], axis=2)
+    c = c0 + tl.arange(0, plan.inputs)[None, :]
+    tl.store(dw3 + (o * plan.width + c) * 9 + tap, dweight, mask=(o < plan.width) & (c < plan.width))
+
+
+@_jit
+def _sum_shares(shares, dw1, db1, db3, dgamma, first, number, plan: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of the gradients of ``w1``, ``b1``, ``b3`` and ``gamma``, whose shares follow each other."""
+    entry = first + tl.arange(0, BLOCK)
+    total = tl.zeros((16, BLOCK), dw1.dtype.element_ty)
+    for n0 in range(0, number, 16):
+        n = (n0 + tl.arange(0, 16)).to(tl.int64)[:, None]
+        mask = (n < number) & (entry < (plan.width + 3) * plan.width)[None, :]
+        total += tl.load(shares + n * ((plan.width + 5) * plan.width) + entry[None, :], mask=mask, other=0.0)
+    gradient = tl.sum(total, axis=0)
+    row = entry // plan.width
+    o = entry % plan.width
+    tl.store(dw1 + entry, gradient, mask=row < plan.width)
+    tl.store(db1 + o, gradient, mask=row == plan.width)
+    tl.store(db3 + o, gradient, mask=row == plan.width + 1)
+    tl.store(dgamma + o, gradient, mask=row == plan.width + 2)
+
+
+@_jit
+def _sum_beta(shares, beta, dbeta, number, plan: tl.constexpr):
+    """The gradient of ``beta``, which is the logit of a1 too in the static variant."""
+    OUTPUTS: tl.constexpr = plan.outputs
+    acc: tl.constexpr = dbeta.dtype.element_ty
+    o = tl.arange(0, plan.outputs)
+    direct = tl.zeros((16, OUTPUTS), acc)
+    da1 = tl.zeros((16, OUTPUTS), acc)
+    for n0 in range(0, number, 16):
+        n = (n0 + tl.arange(0, 16)).to(tl.int64)[:, None]
+        mask = (n < number) & (o < plan.width)[None, :]
+        pointers = shares + (n * (plan.width + 5) + plan.width + 3) * plan.width + o[None, :]
+        direct += tl.load(pointers, mask=mask, other=0.0)
+        da1 += tl.load(pointers + plan.width, mask=mask, other=0.0)
+    gradient = tl.sum(direct, axis=0)
+    if not plan.dynamic:
+        a1 = _softmax(tl.load(beta + o, mask=o < plan.width, other=0.0), o < plan.width)
+        gradient += _softmax_backward(a1, tl.sum(da1, axis=0))
+    tl.store(dbeta + o, gradient, mask=o < plan.width)
+
+
+@_kernel
+def _parameters_kernel(
+    mixing,
+    shares,
+    beta,
+    dw1,
+    db1,
+    dw3,
+    db3,
+    dgamma,
+    dbeta,
+    number,
+    area,
+    plan: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sum the parameters' gradients over the groups.
+
+    The first programs take a tap and a block of input channels of ``w3`` each, the next ones blocks of ``w1``, ``b1``,
+    ``b3`` and ``gamma``, the last one ``beta``.
+    """
+    programs_of_w3 = 9 * ((plan.width + plan.inputs - 1) // plan.inputs)
+    program = tl.program_id(0)
+    if program < programs_of_w3:
+        _sum_w3(mixing, dw3, program // 9 * plan.inputs, program % 9, number, area, plan)
+    elif program < tl.num_programs(0) - 1:
+        _sum_shares(shares, dw1, db1, db3, dgamma, (program - programs_of_w3) * BLOCK, number, plan, BLOCK)
+    else:
+        _sum_beta(shares, beta, dbeta, number, plan)
+
+
+# ------------------------------------------------------------------------------------------------------------- host
+
+_SMALLEST_TILE = 1024
+_DEFAULT_TILE = 65536 if _INTERPRETED else 2048
+_DEFAULT_WARPS = 8
+
+
+def _tuned(kernel: Any) -> Any:
+    """The kernel with tile and number of warps chosen by trial, once for each family of inputs."""
+    if triton is None or _INTERPRETED:
+        return None
+    sizes = ((1024, 4), (1024, 8), (2048, 8), (4096, 8), (4096, 16))
+    return triton.autotune(
+        configs=[triton.Config({"TILE": tile}, num_warps=warps) for tile, warps in sizes],
+        key=["PHASE", "family"],
+        prune_configs_by={"early_config_prune": _useful_configs},
+        cache_results=True,
+    )(kernel)
+
+
+def _useful_configs(configs: list[Any], _: dict[str, Any], *, plan: _Plan, **__: Any) -> list[Any]:
+    """Leave out tiles larger than an image."""
+    most = max(_SMALLEST_TILE, plan.tile_groups * plan.tile_channels * plan.tile_columns * plan.tile_rows)
+    return [config for config in configs if config.kwargs["TILE"] <= most]
+
+
+_tuned_forward_kernel = _tuned(_forward_kernel)
+_tuned_backward_kernel = _tuned(_backward_kernel)
+
+
+def _power_of_two(value: int) -> int:
+    """The next power of two that is not less than a positive number."""
+    return 1 << (value - 1).bit_length()
+
+
+def _cdiv(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """Number of multiprocessors."""
+    return 0 if _INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _plan(x: Tensor, groups: int, dynamic: bool, eps: float) -> _Plan:
+    """Divide the work on ``x``."""
+    batch, channels, height, width = x.shape
+    per_group = channels // groups
+    last = not x.is_contiguous()
+    processors = _processors(x.device)
+    itemsize = x.element_size()
+
+    # A tile reads along what is contiguous: whole rows of up to 256 columns, or channels of 64 bytes (32 where
+    # programs are few), the sizes that memory is read in. Small images leave room for more channels and groups in a tile.
+    smallest = _DEFAULT_TILE if _INTERPRETED else _SMALLEST_TILE
+    if last:
+        tile_channels = min(_power_of_two(per_group), 64)
+        tile_groups = max(1, 64 // itemsize // tile_channels)
+        if 2 * batch * _cdiv(groups, tile_groups) < processors:
+            tile_groups = max(1, tile_groups // 2)
+        tile_columns = min(_power_of_two(width), max(1, smallest // (tile_channels * tile_groups)), 32)
+    else:
+        tile_columns = min(_power_of_two(width), 256)
+        tile_channels = min(_power_of_two(per_group), max(1, smallest // (tile_columns * _power_of_two(height))))
+        tile_groups = 1
+    filled = tile_channels * tile_columns * _power_of_two(height)
+    if filled < smallest and tile_channels >= per_group:
+        occupying = batch * groups // max(1, 4 * processors)  # more groups in a program would leave processors idle
+        tile_groups = max(tile_groups, min(smallest // filled, 1 << max(0, occupying.bit_length() - 1)))
+    tile_groups = min(tile_groups, _power_of_two(groups))
+    tile = tile_groups * tile_channels * tile_columns
+
+    blocks = batch * _cdiv(groups, tile_groups)
+    fused = 2 * blocks >= processors or tile_groups * per_group * height * width <= 32768
+    strips = parts = 1
+    if not fused:
+        most = _power_of_two(_cdiv(height, max(1, smallest // tile)))
+        strips = min(most, _power_of_two(_cdiv(4 * processors, blocks)))
+        chunks = _cdiv(per_group, tile_channels)
+        parts = min(most, 64, _power_of_two(_cdiv(2 * processors, blocks * chunks)))
+
+    outputs = _power_of_two(per_group)
+    positions = min(64, max(16, 4096 // outputs**2))
+    return _Plan(
+        groups=groups,
+        width=per_group,
+        last=last,
+        dynamic=dynamic,
+        eps=eps,
+        tile_groups=tile_groups,
+        tile_channels=tile_channels,
+        tile_columns=tile_columns,
+        tile_rows=_power_of_two(height),
+        tiled=width > tile_columns,
+        fold=1 if last else min(tile_columns, 16 // itemsize),
+        unit=min(width & -width, 16),
+        fused=fused,
+        strips=strips,
+        parts=parts,
+        outputs=outputs,
+        inputs=min(outputs, max(1, 4096 // (outputs * positions))),
+        square=min(outputs, max(1, 4096 // (outputs * 16))),
+        positions=positions,
+    )
+
+
+def _family(x: Tensor, plan: _Plan) -> int:
+    """A number that inputs share for which one choice of tile and warps is good."""
+    sizes = (plan.width, plan.groups, plan.tile_groups, plan.tile_channels, plan.tile_columns)
+    family = 2 * plan.last + plan.dynamic
+    for size in (*x.shape[2:], *sizes, plan.strips, plan.parts):
+        family = 32 * family + size.bit_length()
+    return family % (1 << 31)
+
+
+def _launch(kernel: Any, tuned: Any, grids: dict[str, tuple[int, ...]], x: Tensor, tensors: Any, plan: _Plan) -> None:
+    """Run the phases of a kernel in order.
+
+    Trials are no part of a result that has to be deterministic, and cannot be captured into a graph.
+    """
+    arguments = (*tensors, x.shape[2], x.shape[3] // plan.unit, x.shape[0] * x.shape[1], _family(x, plan))
+    fixed = _INTERPRETED or torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing()
+    for phase, grid in grids.items():
+        of_group = phase in ("gates", "mixing", "small")  # a program for each group, whatever a tile is
+        options = {"plan": replace(plan, tile_groups=1) if of_group else plan, "PHASE": phase}
+        if fixed or of_group:
+            kernel[grid](*arguments, **options, TILE=_DEFAULT_TILE, num_warps=_DEFAULT_WARPS)
+        else:
+            tuned[grid](*arguments, **options)
+
+
+def forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float,
+    dynamic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute EMA of x.
+
+    Args:
+        x: (B, C, H, W), contiguous or channels-last.
+        w1: weight of the 1×1 convolution (Cg, Cg), contiguous like all parameters, and in the dtype of the arithmetic:
+            float64 for an ``x`` of float64, else float32.
+        b1: its bias (Cg,).
+        w3: weight of the 3×3 convolution (Cg, Cg, 3, 3).
+        b3: its bias (Cg,).
+        gamma: weight of the normalisation (Cg,).
+        beta: bias of the normalisation (Cg,).
+        groups: number G of channel groups; Cg = C / G.
+        eps: what the normalisation adds to the variance.
+        dynamic: pool the descriptor of the 1×1 branch before the normalisation instead of after it.
+
+    Returns:
+        The output like x, and for the backward the means of rows and columns (B · G, Cg, H + W), and mean and
+        1 / standard deviation of the gated channels (2, B · G, Cg), in the dtype of the arithmetic.
+    """
+    batch, channels, height, width = x.shape
+    plan = _plan(x, groups, dynamic, eps)
+    number, count = batch * groups, batch * channels
+    y = _empty_like(x)
+    means = w1.new_empty((number, plan.width, height + width))
+    moments = w1.new_empty((2, number, plan.width))
+    gates = torch.empty_like(means)
+    mixing = w1.new_empty((_PLANES_OF_FORWARD, count))
+    column_parts = means if plan.parts == 1 else w1.new_empty((plan.parts, count, width))
+    moment_parts = w1.new_empty((plan.parts, 2, count))
+
+    blocks = batch * _cdiv(groups, plan.tile_groups)
+    chunks = _cdiv(plan.width, plan.tile_channels)
+    grids = {
+        "means": (blocks, plan.parts, chunks),
+        "gates": (number, _cdiv(height + width, plan.positions)),
+        "moments": (blocks, plan.parts, chunks),
+        "mixing": (number,),
+        "output": (blocks, plan.strips),
+    }
+    if plan.fused:
+        grids = {"all": (blocks,)}
+    tensors = (x, y, means, moments, w1, b1, w3, b3, gamma, beta, gates, mixing, column_parts, moment_parts)
+    with torch.cuda.device_of(x):
+        _launch(_forward_kernel, _tuned_forward_kernel, grids, x, tensors, plan)
+    return y.to(x.dtype), means, moments
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    means: Tensor,
+    moments: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float,
+    dynamic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of EMA.
+
+    Args:
+        dy: gradient of the output, of the dtype and layout of x.
+        x: as in ``forward``, like all that follows.
+        means: what ``forward`` returned second.
+        moments: what it returned third.
+        w1: as in ``forward``.
+        b1: as in ``forward``.
+        w3: as in ``forward``.
+        b3: as in ``forward``.
+        gamma: as in ``forward``.
+        beta: as in ``forward``.
+        groups: as in ``forward``.
+        eps: as in ``forward``.
+        dynamic: as in ``forward``.
+
+    Returns:
+        The gradients of x, like it, and of the six parameters, in the dtype of the arithmetic.
+    """
+    batch, channels, height, width = x.shape
+    plan = _plan(x, groups, dynamic, eps)
+    number, count = batch * groups, batch * channels
+    dx = _empty_like(x)
+    gates, dmeans = torch.empty_like(means), torch.empty_like(means)
+    mixing = w1.new_empty((_PLANES_OF_BACKWARD, count))
+    weights, dlogits = w1.new_empty((number, height, width)), w1.new_empty((number, height, width))
+    dlogit_parts = w1.new_empty((plan.strips, number))
+    row_sums = w1.new_empty((3, count, height))
+    column_parts = w1.new_empty((plan.parts, 3, count, width))
+    product_parts = w1.new_empty((plan.parts, 10, count))
+    shares = w1.new_empty((number, plan.width + 5, plan.width))
+
+    blocks = batch * _cdiv(groups, plan.tile_groups)
+    grids = {
+        "mixing": (number, 1 + _cdiv(height + width, plan.positions)),
+        "logit": (blocks, plan.strips),
+        "products": (blocks, plan.parts, _cdiv(plan.width, plan.tile_channels)),
+        "small": (number,),
+        "input": (blocks, plan.strips),
+    }
+    if plan.fused:
+        grids = {"all": (blocks,)}
+    parameters = (w1, b1, w3, b3, gamma, beta)
+    maps = (gates, mixing, weights, dlogits)
+    tensors = (dlogit_parts, row_sums, column_parts, product_parts, dmeans, shares)
+    tensors = (dy, x, dx, means, moments, *parameters, *maps, *tensors)
+    grads = tuple(torch.empty_like(parameter) for parameter in parameters)
+    entries = (plan.width + 3) * plan.width
+    block = min(256, _power_of_two(entries))
+    programs = 9 * _cdiv(plan.width, plan.inputs) + _cdiv(entries, block) + 1
+    with torch.cuda.device_of(x):
+        _launch(_backward_kernel, _tuned_backward_kernel, grids, x, tensors, plan)
+        _parameters_kernel[(programs,)](
+            mixing, shares, beta, *grads, number, float(height * width), plan=plan, BLOCK=block
+        )
+    return dx.to(x.dtype), *grads
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Room for a result; where the interpreter stores bfloat16 it truncates, so it gets float32 to be rounded."""
+    return torch.empty_like(x, dtype=torch.float32 if _INTERPRETED and x.dtype == torch.bfloat16 else x.dtype)
+
+
+def unavailable(x: Tensor) -> str | None:
+    """Why these kernels cannot take ``x``, as a clause of a sentence; None if they can."""
+    dtype = str(x.dtype).removeprefix("torch.")
+    if triton is None:
+        return "triton is not installed"
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        return f"the dtype is {dtype}"
+    if _INTERPRETED:
+        return None
+    if x.device.type != "cuda":
+        return f"the tensor is on {x.device.type}"
+    capability = torch.cuda.get_device_capability(x.device)
+    if capability < ((8, 0) if x.dtype == torch.bfloat16 else (7, 0)):
+        return f"{torch.cuda.get_device_name(x.device)} is too old for kernels in {dtype}"
+    return None

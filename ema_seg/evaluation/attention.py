@@ -1,0 +1,41 @@
+"""What attention blocks weigh the pixels of an image with."""
+
+import torch
+from torch import Tensor, nn
+
+from ema_seg.evaluation.inference import segment
+
+__all__ = ["attention_weights"]
+
+
+def attention_weights(model: nn.Module, image: Tensor, stride: int) -> dict[str, Tensor]:
+    """The weight maps of a model's attention blocks for one image.
+
+    Args:
+        model: a segmenter.
+        image: normalised float image (3, H, W) on the model's device.
+        stride: the model's stride.
+
+    Returns:
+        By the name of the block within the model, in the order in which the blocks are run: weights in (0, 1),
+        float32 (groups, h, w), where (h, w) is the size of the block's features for the image padded to the
+        stride. Blocks without a method ``weight_map`` are left out.
+    """
+    maps: dict[str, Tensor] = {}
+
+    def keep(name: str, block: nn.Module, features: Tensor) -> None:
+        maps[name] = block.weight_map(features)[0].float()  # type: ignore[operator]
+
+    handles = [
+        block.register_forward_pre_hook(lambda block, inputs, name=name: keep(name, block, inputs[0]))
+        for name, block in model.named_modules()
+        if hasattr(block, "weight_map")
+    ]
+    try:
+        # A compiled model would not see a hook that came after its compilation.
+        with torch.compiler.set_stance("force_eager"):
+            segment(model, [image], stride)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return maps

@@ -1,0 +1,105 @@
+"""The weight maps of a trained model's attention blocks on an image.
+
+``python -m ema_seg.reporting.weight_maps weights.png runs/my_run/checkpoints/best.ckpt street.png``
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ema_seg.errors import DataError, EmaSegError, ModelError
+from ema_seg.evaluation.attention import attention_weights
+from ema_seg.models import load_segmenter, model_stride
+
+__all__ = ["draw_weight_maps", "main"]
+
+_GROUPS = 4
+
+
+def draw_weight_maps(image: np.ndarray, maps: Mapping[str, np.ndarray]) -> Figure:
+    """Draw an image and, a row for each block, the mean weight map and those of the most different groups.
+
+    Every map has a colour scale of its own, which its title gives: the weights of one map often lie close together.
+
+    Args:
+        image: uint8 RGB (H, W, 3).
+        maps: float (groups, h, w) by the name of the block.
+    """
+    columns = 1 + min(_GROUPS, max(len(groups) for groups in maps.values()))
+    figure = Figure(figsize=(2.6 * (columns + 1), 2.2 * len(maps)), layout="compressed")
+    for axes_row, (name, groups) in zip(
+        figure.subplots(len(maps), columns + 1, squeeze=False), maps.items(), strict=True
+    ):
+        for axes in axes_row:
+            axes.set_axis_off()
+        axes_row[0].imshow(image)
+        axes_row[0].set_title(f"{name}\n{len(groups)} groups, {groups.shape[1]} × {groups.shape[2]}", fontsize=8)
+        _draw_map(axes_row[1], groups.mean(axis=0), "mean of the groups")
+        # The groups whose weights differ most from pixel to pixel, in their own order.
+        chosen = sorted(np.argsort(-groups.std(axis=(1, 2)))[:_GROUPS])
+        for axes, group in zip(axes_row[2:], chosen, strict=False):
+            _draw_map(axes, groups[group], f"group {group}")
+    return figure
+
+
+def _without_padding(groups: Tensor, size: Sequence[int], stride: int) -> Tensor:
+    """The part of a map (groups, h, w) that shows the image of this height and width, not what it was padded with."""
+    height, width = (
+        math.ceil(cells * length / (length + -length % stride))
+        for cells, length in zip(groups.shape[-2:], size, strict=True)
+    )
+    return groups[:, :height, :width]
+
+
+def _draw_map(axes: Axes, weights: np.ndarray, title: str) -> None:
+    axes.imshow(weights, cmap="viridis")
+    axes.set_title(f"{title}\n{weights.min():.2f} to {weights.max():.2f}", fontsize=8)
+
+
+def _read_image(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError) as error:
+        raise DataError(f"{path}: cannot be read as an image; give a JPEG or PNG file.") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw the figure that the command line asks for; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ema_seg.reporting.weight_maps",
+        description="Draw the weight maps of a trained model's attention blocks on an image.",
+    )
+    parser.add_argument("figure", type=Path, help="where to write the figure: .png, .pdf or .svg")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint of train.py")
+    parser.add_argument("image", type=Path, help="an image, taken at its own size")
+    options = parser.parse_args(arguments)
+    try:
+        model, checkpoint = load_segmenter(options.checkpoint)
+        pixels = _read_image(options.image)
+        data = checkpoint["config"]["data"]
+        scale = [torch.tensor(data[key])[:, None, None] for key in ("mean", "std")]
+        image = (torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255 - scale[0]) / scale[1]
+        maps = attention_weights(model, image, model_stride(model))
+        if not maps:
+            raise ModelError(f"{options.checkpoint}: no attention block of this model has weight maps; EMA has.")
+        draw_weight_maps(pixels, {name: groups.numpy() for name, groups in maps.items()}).savefig(
+            options.figure, dpi=150
+        )
+    except EmaSegError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

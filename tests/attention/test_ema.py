@@ -1,0 +1,551 @@
+"""Every implementation of EMA against the published form, and the published form against the paper's equations."""
+
+import copy
+import inspect
+import itertools
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from ema_seg.attention import EMA, DynamicEMA, build_attention
+from ema_seg.attention.ema import choice
+from ema_seg.errors import ConfigError, ModelError
+
+SHAPES = [(2, 32, 6, 9), (1, 64, 1, 7), (3, 8, 5, 1), (1, 16, 1, 1)]
+FAST = ("factorised", "cpp", "triton")
+BLOCKS = (EMA, DynamicEMA)
+
+
+def device_for(implementation):
+    """CUDA where there is a CUDA device; elsewhere Triton's kernels run in its interpreter, on the CPU."""
+    return "cuda" if torch.cuda.is_available() and implementation != "cpp" else "cpu"
+
+
+def randomised(module, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.data = (torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale).to(parameter)
+    return module
+
+
+def random(shape, seed=1, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def laid_out(x, layout):
+    """The same values in another layout: ``channels_last``, or ``strided`` with gaps between the elements."""
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "strided":
+        batch, channels, height, width = x.shape
+        return torch.zeros(batch, 2 * channels, height, 2 * width, dtype=x.dtype)[:, ::2, :, ::2].copy_(x)
+    return x.contiguous()
+
+
+def run(block, implementation, x, dy, *, device="cpu", dtype=None):
+    """Forward and backward on a copy of the block: the output, then the gradients of x and of the parameters."""
+    block = copy.deepcopy(block).to(device=device, dtype=dtype or x.dtype)
+    block.implementation = implementation
+    # Detaching keeps the strides, unlike a copy to another dtype.
+    x = (x if dtype in (None, x.dtype) else x.to(dtype)).to(device).detach().requires_grad_()
+    y = block(x)
+    y.backward(dy.to(y))
+    tensors = {"y": y, "x": x.grad, **{name: parameter.grad for name, parameter in block.named_parameters()}}
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+
+def distance(tensor, truth):
+    return (tensor.double() - truth).norm().item()
+
+
+# The published form
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def ema_by_hand(x, state, factor, dynamic):
+    """The paper's equations for one image (C, H, W), group by group and pixel by pixel, in float64."""
+    channels, height, width = x.shape
+    cg = channels // factor
+    w1, b1 = state["conv1x1.weight"][:, :, 0, 0], state["conv1x1.bias"]
+    w3, b3 = state["conv3x3.weight"], state["conv3x3.bias"]
+    gamma, beta = state["gn.weight"], state["gn.bias"]
+    out = np.empty_like(x)
+    for g in range(factor):
+        part = x[g * cg : (g + 1) * cg]
+        row_gate = sigmoid(w1 @ part.mean(axis=2) + b1[:, None])
+        column_gate = sigmoid(w1 @ part.mean(axis=1) + b1[:, None])
+        gated = part * row_gate[:, :, None] * column_gate[:, None, :]
+        mean, var = gated.mean(axis=(1, 2), keepdims=True), gated.var(axis=(1, 2), keepdims=True)
+        x1 = (gated - mean) / np.sqrt(var + 1e-5) * gamma[:, None, None] + beta[:, None, None]
+        padded = np.pad(part, ((0, 0), (1, 1), (1, 1)))
+        x2 = np.empty_like(part)
+        for i in range(height):
+            for j in range(width):
+                x2[:, i, j] = np.einsum("ocij,cij->o", w3, padded[:, i : i + 3, j : j + 3]) + b3
+        a1 = softmax((gated if dynamic else x1).mean(axis=(1, 2)))
+        a2 = softmax(x2.mean(axis=(1, 2)))
+        weights = np.einsum("c,chw->hw", a1, x2) + np.einsum("c,chw->hw", a2, x1)
+        out[g * cg : (g + 1) * cg] = part * sigmoid(weights)
+    return out
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("factor", [1, 2, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_reference_follows_the_papers_equations(block, shape, factor):
+    ema = randomised(block(shape[1], factor=factor, implementation="reference").double())
+    x = random(shape)
+    state = {name: value.numpy() for name, value in ema.state_dict().items()}
+
+    expected = np.stack([ema_by_hand(image.numpy(), state, factor, block.dynamic) for image in x])
+
+    assert_close(ema(x), torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
+
+
+def test_the_descriptor_of_the_published_1x1_branch_is_a_constant():
+    """Averaged over the map, a channel that was normalised over the map is the bias of the normalisation."""
+    ema = randomised(EMA(12, factor=3, implementation="reference").double())
+    descriptors = []
+    softmax_of = torch.Tensor.softmax
+
+    def recording(tensor, *args, **kwargs):
+        descriptors.append(tensor)
+        return softmax_of(tensor, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "softmax", recording)
+        ema(random((2, 12, 5, 7)))
+        ema(100 * random((2, 12, 6, 4), seed=2))
+
+    first, other, second, _ = descriptors  # of the 1×1 and of the 3×3 branch, for either input
+    assert_close(first, ema.gn.bias.expand(6, 4))
+    assert_close(second, ema.gn.bias.expand(6, 4))
+    assert other.std(dim=0).min() > 1e-3
+
+
+def test_the_descriptor_of_the_dynamic_block_depends_on_the_input():
+    x = random((1, 8, 5, 6))
+    static, dynamic = (randomised(block(8, factor=1).double()) for block in BLOCKS)
+
+    assert (static(x) - dynamic(x)).abs().max() > 1e-3
+    assert static.state_dict().keys() == dynamic.state_dict().keys()
+
+
+def test_ema_has_the_published_state_dict():
+    shapes = {name: tuple(value.shape) for name, value in EMA(64, factor=8).state_dict().items()}
+
+    assert shapes == {
+        "gn.weight": (8,),
+        "gn.bias": (8,),
+        "conv1x1.weight": (8, 8, 1, 1),
+        "conv1x1.bias": (8,),
+        "conv3x3.weight": (8, 8, 3, 3),
+        "conv3x3.bias": (8,),
+    }
+
+
+def test_ema_has_the_published_signature():
+    assert list(inspect.signature(EMA).parameters) == ["channels", "c2", "factor", "implementation"]
+    assert EMA(64).groups == 32
+    assert EMA(64, 128, 4).groups == 4
+
+
+@pytest.mark.parametrize(("channels", "factor"), [(16, 16), (64, 32), (24, 24), (40, 20), (37, 1), (96, 32)])
+def test_ema_auto_factor_is_the_largest_divisor_up_to_32(channels, factor):
+    assert EMA(channels, factor="auto").groups == factor
+
+
+# Every implementation against the reference
+
+
+@st.composite
+def problems(draw):
+    """A block and an input, small enough for the reference in float64."""
+    batch = draw(st.integers(1, 4))
+    factor = draw(st.sampled_from([1, 2, 3, 4, 8, 16]))
+    width = draw(st.sampled_from([1, 2, 3, 4, 5, 8, 10, 16, 31, 64]))
+    height, breadth = draw(st.integers(1, 70)), draw(st.integers(1, 70))
+    while batch * factor * width * height * breadth > 10_000:  # shrink what is largest
+        if height * breadth > 256:
+            height, breadth = (height + 1) // 2, breadth - breadth // 3
+        elif batch * factor > 2:
+            batch, factor = (batch + 1) // 2, (factor + 1) // 2
+        else:
+            width = width // 2
+    block = draw(st.sampled_from(BLOCKS))(factor * width, factor=factor).double()
+    randomised(block, seed=draw(st.integers(0, 99)), scale=draw(st.sampled_from([0.1, 1.0])))
+    x = random((batch, factor * width, height, breadth), seed=draw(st.integers(0, 99)))
+    x = x + draw(st.sampled_from([0.0, 1.0, 1000.0]))
+    if draw(st.booleans()):
+        x[:, 0] = draw(st.sampled_from([0.0, 2.0]))  # a channel without variance
+    return block, laid_out(x, draw(st.sampled_from(["contiguous", "channels_last", "strided"])))
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(problem=problems())
+def test_every_implementation_computes_what_the_reference_does(implementation, problem):
+    block, x = problem
+    dy = random(x.shape, seed=100)
+
+    expected = run(block, "reference", x, dy)
+    actual = run(block, implementation, x, dy, device=device_for(implementation))
+
+    for name, truth in expected.items():
+        # Gradients that cancel to nothing are known up to the rounding of their summands.
+        scale = truth.norm().item() + x.abs().max().item() * dy.norm().item()
+        assert distance(actual[name], truth) <= 1e-9 * scale, name
+
+
+CASES = [
+    *itertools.product([(2, 32, 17, 23), (1, 24, 40, 33), (2, 64, 8, 8)], [8], ["contiguous", "channels_last"]),
+    ((1, 64, 9, 12), 1, "contiguous"),
+    ((2, 8, 30, 31), 8, "channels_last"),
+    ((2, 20, 13, 9), 2, "channels_last"),
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize(("shape", "factor", "layout"), CASES)
+def test_float32_is_within_1e_5_of_the_truth(block, implementation, shape, factor, layout):
+    block = randomised(block(shape[1], factor=factor), scale=0.5)
+    x, dy = random(shape, dtype=torch.float32), random(shape, seed=2, dtype=torch.float32)
+
+    truth = run(block, "reference", x.double(), dy.double())
+    actual = run(block, implementation, laid_out(x, layout), dy, device=device_for(implementation))
+
+    for name, value in truth.items():
+        assert distance(actual[name], value) <= 1e-5 * value.norm().item(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize(("shape", "factor", "layout"), CASES)
+def test_half_precision_is_no_further_from_the_truth_than_the_reference(
+    dtype, block, implementation, shape, factor, layout
+):
+    block = randomised(block(shape[1], factor=factor, implementation=implementation), scale=0.5).to(dtype)
+    x, dy = laid_out(random(shape, dtype=dtype), layout), random(shape, seed=2, dtype=dtype)
+    device = device_for(implementation)
+    try:
+        block.implementation_for(x.to(device))
+    except ModelError as error:  # the compiler at hand may lack this type; the message then says so
+        assert str(dtype).removeprefix("torch.") in str(error)
+        return
+
+    truth = run(block, "reference", x.double(), dy.double(), dtype=torch.float64)
+    published = run(block, "reference", x, dy)
+    actual = run(block, implementation, x, dy, device=device)
+
+    for name, value in truth.items():
+        assert distance(actual[name], value) <= distance(published[name], value) + 1e-6 * value.norm().item(), name
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_small_variance_beside_a_large_mean_survives_in_float32(implementation, layout):
+    block = randomised(EMA(16, factor=4), scale=0.5)
+    block.conv1x1.bias.data += 30  # open gates: the variance is that of the input
+    x = 1000 + random((2, 16, 20, 24), dtype=torch.float32)
+    block.conv3x3.weight.data -= block.conv3x3.weight.data.mean(dim=(1, 2, 3), keepdim=True)
+    dy = random(x.shape, seed=2, dtype=torch.float32)
+
+    truth = run(block, "reference", x.double(), dy.double())
+    published = run(block, "reference", x, dy)
+    actual = run(block, implementation, laid_out(x, layout), dy, device=device_for(implementation))
+
+    for name in ("y", "x", "gn.weight", "gn.bias"):
+        assert distance(actual[name], truth[name]) <= 4 * distance(published[name], truth[name]), name
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+def test_gradients_are_those_of_the_output_to_second_order(block, implementation):
+    ema = randomised(block(4, factor=2, implementation=implementation).double()).to(device_for(implementation))
+    x = random((1, 4, 3, 4)).to(device_for(implementation)).requires_grad_()
+    names, parameters = zip(*ema.named_parameters(), strict=True)
+
+    def output(x, *parameters):
+        return torch.func.functional_call(ema, dict(zip(names, parameters, strict=True)), x)
+
+    assert torch.autograd.gradcheck(output, (x, *parameters), fast_mode=True)
+    assert torch.autograd.gradgradcheck(output, (x, *parameters), fast_mode=True)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+def test_frozen_parameters_get_no_gradient(implementation):
+    block = randomised(EMA(8, factor=2, implementation=implementation)).to(device_for(implementation))
+    block.conv3x3.requires_grad_(False)
+    x = random((1, 8, 5, 6), dtype=torch.float32).to(device_for(implementation))
+
+    block(x).sum().backward()  # the input needs no gradient either
+
+    assert block.conv3x3.weight.grad is None
+    assert x.grad is None
+    assert block.conv1x1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_output_keeps_the_layout(implementation, layout):
+    block = EMA(8, factor=2, implementation=implementation).to(device_for(implementation))
+    x = laid_out(random((2, 8, 5, 6), dtype=torch.float32), layout).to(device_for(implementation)).requires_grad_()
+
+    y = block(x)
+    y.square().sum().backward()
+
+    assert y.stride() == x.stride()
+    assert x.grad.stride() == x.stride()
+
+
+@pytest.mark.parametrize("implementation", FAST)
+def test_an_empty_batch_and_one_that_is_not_a_number(implementation):
+    block = EMA(8, factor=2, implementation=implementation).to(device_for(implementation))
+    x = random((2, 8, 5, 6), dtype=torch.float32).to(device_for(implementation))
+    x[1] = torch.nan
+
+    y = block(x)
+
+    assert block(x[:0]).shape == (0, 8, 5, 6)
+    assert torch.isfinite(y[0]).all()
+    assert torch.isnan(y[1]).all()
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_results_repeat_bit_for_bit(implementation, layout, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    device = device_for(implementation)
+    block = randomised(EMA(32, factor=8), scale=0.5)
+    x, dy = laid_out(random((4, 32, 19, 21), dtype=torch.float32), layout), random((4, 32, 19, 21), seed=3)
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (run(block, implementation, x, dy.float(), device=device) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# What is kept for the backward
+
+
+@pytest.mark.parametrize("implementation", FAST)
+def test_only_the_input_and_its_statistics_are_kept(implementation):
+    device = device_for(implementation)
+    block = EMA(64, factor=8, implementation=implementation).to(device)
+    x = random((1, 64, 48, 64), dtype=torch.float32).to(device).requires_grad_()
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(x)
+
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    # Every row and column mean of a 48 × 64 map is 1/27 of it.
+    assert sum(size for pointer, size in kept.items() if pointer not in parameters) <= 1.05 * x.nbytes
+
+
+# Autocast, compilation, export
+
+
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+def test_autocast_passes_through(implementation):
+    device = device_for(implementation)
+    block = randomised(EMA(16, factor=4, implementation=implementation), scale=0.5).to(device)
+    x = random((2, 16, 12, 9), dtype=torch.float32).to(device).requires_grad_()
+
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = block(x)
+        z = block(x.bfloat16())
+    (y.float().square().sum() + z.float().square().sum()).backward()
+
+    assert y.dtype == torch.float32
+    assert z.dtype == torch.bfloat16
+    assert_close(z.float(), y, rtol=0.1, atol=0.1)
+    assert block.conv3x3.weight.grad.dtype == torch.float32
+
+
+# What PyTorch's compiler sees does not depend on its backend, so most cases leave out the slow generation of code.
+COMPILED = [
+    (EMA, "factorised", "contiguous", False, "inductor"),
+    (EMA, "factorised", "channels_last", True, "inductor"),
+    (DynamicEMA, "factorised", "channels_last", True, "aot_eager"),
+    (EMA, "cpp", "channels_last", True, "inductor"),
+    (EMA, "cpp", "contiguous", False, "aot_eager"),
+    (DynamicEMA, "triton", "channels_last", True, "aot_eager"),
+]
+
+
+@pytest.mark.parametrize(("block", "implementation", "layout", "dynamic_shapes", "backend"), COMPILED)
+def test_compiles_whole_with_static_and_dynamic_shapes(block, implementation, layout, dynamic_shapes, backend):
+    device = device_for(implementation)
+    block = randomised(block(16, factor=4, implementation=implementation), scale=0.5).to(device)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, dynamic=dynamic_shapes, backend=backend)
+
+    for shape in [(2, 16, 9, 12), (3, 16, 16, 7)] if dynamic_shapes else [(2, 16, 9, 12)]:
+        x = laid_out(random(shape, dtype=torch.float32), layout).to(device).requires_grad_()
+        dy = random(shape, seed=2, dtype=torch.float32).to(device)
+        inputs = (x, *block.parameters())
+        y, expected = compiled(x), block(x)
+        gradients, expected_gradients = (torch.autograd.grad(output, inputs, dy) for output in (y, expected))
+
+        assert_close(y, expected)
+        assert y.stride() == expected.stride()
+        assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", ["cpp", "triton"])
+def test_the_operator_is_registered_as_pytorch_demands(kernels):
+    device = device_for(kernels)
+    block = randomised(EMA(8, factor=2), scale=0.5).to(device)
+    x = random((2, 8, 5, 6), dtype=torch.float32).to(device).requires_grad_()
+
+    torch.library.opcheck(torch.ops.ema_seg.ema, (x, *block._parameters_of_block(), 2, 1e-5, False, kernels))
+
+
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+def test_the_flop_counter_counts_every_implementation(implementation):
+    device = device_for(implementation)
+    block = EMA(32, factor=4, implementation=implementation).to(device)
+    x = torch.zeros(2, 32, 10, 12, device=device)
+
+    with FlopCounterMode(display=False) as counter:
+        block(x)
+
+    groups, cg, height, width = 8, 8, 10, 12
+    gates = groups * cg * cg * (height + width)
+    if implementation == "reference":  # the whole 3×3 convolution, and both weighted sums of Cg channels
+        expected = gates + groups * cg * (9 * cg + 2) * height * width
+    else:  # one output channel of it, and the weighted sum of the normalised channels
+        expected = gates + groups * cg * (9 + 1) * height * width
+    small = groups * 9 * cg * cg + 9 * cg * cg  # the softmax over the 3×3 branch and its one kernel
+    assert expected <= counter.get_total_flops() / 2 <= expected + small
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("implementation", ["reference", "factorised", "cpp"])
+def test_exports_as_plain_operators_that_onnxruntime_runs(block, implementation, tmp_path):
+    block = randomised(block(16, factor=4, implementation=implementation), scale=0.5).eval()
+    x = random((2, 16, 9, 12), dtype=torch.float32)
+    free = torch.export.Dim.DYNAMIC
+    sizes = {"x": {0: free, 2: free, 3: free}}
+
+    program = torch.export.export(block, (x,), dynamic_shapes=sizes)
+    onnx = torch.onnx.export(program, dynamo=True, verbose=False)
+    onnx.save(tmp_path / "ema.onnx")
+
+    operators = {node.target.namespace for node in program.graph.nodes if hasattr(node.target, "namespace")}
+    assert operators == {"aten"}
+    session = onnxruntime.InferenceSession(tmp_path / "ema.onnx")
+    other = random((3, 16, 7, 5), seed=5, dtype=torch.float32)
+    for images in (x, other):
+        expected = block(images).detach()
+        assert_close(program.module()(images), expected)
+        assert_close(torch.from_numpy(session.run(None, {"x": images.numpy()})[0]), expected, rtol=1e-4, atol=1e-5)
+
+
+# Which implementation
+
+
+def test_auto_takes_kernels_and_says_which():
+    assert EMA(8, factor=2).implementation_for(torch.zeros(1, 8, 2, 2)) == "cpp"
+    assert EMA(8, factor=2, implementation="factorised").implementation_for(torch.zeros(1, 8, 2, 2)) == "factorised"
+
+
+def test_auto_falls_back_to_pytorch_where_no_kernels_compute_the_input():
+    meta = torch.zeros(1, 8, 2, 2, device="meta")
+
+    assert EMA(8, factor=2).implementation_for(meta) == "factorised"
+    assert EMA(8, factor=2).to("meta")(meta).shape == (1, 8, 2, 2)
+
+
+def test_the_environment_variable_takes_the_place_of_the_argument(monkeypatch):
+    block = EMA(8, factor=2, implementation="cpp")
+    x = torch.zeros(1, 8, 2, 2)
+
+    monkeypatch.setenv(choice.ENVIRONMENT_VARIABLE, "reference")
+    assert block.implementation_for(x) == "reference"
+    monkeypatch.setenv(choice.ENVIRONMENT_VARIABLE, "")
+    assert block.implementation_for(x) == "cpp"
+    monkeypatch.setenv(choice.ENVIRONMENT_VARIABLE, "tritn")
+    with pytest.raises(ConfigError, match=r"EMA_SEG_IMPLEMENTATION: .*'tritn'.*Did you mean 'triton'"):
+        block(x)
+
+
+def test_an_unknown_implementation_is_named_with_what_there_is():
+    with pytest.raises(ConfigError, match=r"'fast'; there are auto, reference, factorised, cpp, triton"):
+        build_attention("ema", 8, implementation="fast")
+
+
+def test_kernels_that_cannot_compute_the_input_say_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    choice._unavailable.cache_clear()
+
+    with pytest.raises(ModelError, match=r"'cpp' cannot be used: .*meta"):
+        EMA(8, factor=2, implementation="cpp").to("meta")(torch.zeros(1, 8, 2, 2, device="meta"))
+    with pytest.raises(ModelError, match=r"'triton' cannot be used: .*cpu"):
+        EMA(8, factor=2, implementation="triton")(torch.zeros(1, 8, 2, 2))
+
+    choice._unavailable.cache_clear()
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize("factor", [32, 5, 0, -1, 8.0, "many"])
+def test_ema_names_the_valid_factors(factor):
+    with pytest.raises(ModelError, match="valid factors are 1, 2, 4, 8, 16, or 'auto'"):
+        EMA(16, factor=factor)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(16, 8, 8), r"\(B, 16, H, W\), got \(16, 8, 8\)"),
+        (torch.zeros(1, 8, 8, 8), r"\(B, 16, H, W\), got \(1, 8, 8, 8\)"),
+        (torch.zeros(1, 16, 8, 8, dtype=torch.uint8), "floating-point numbers, got torch.uint8"),
+        (torch.zeros(1, 16, 0, 8), r"at least one row and one column, got .*\(1, 16, 0, 8\)"),
+    ],
+)
+def test_ema_says_which_input_it_expects(implementation, x, message):
+    with pytest.raises(ModelError, match=message):
+        EMA(16, factor=4, implementation=implementation)(x)
+
+
+# The weight map
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_weight_map_is_what_forward_multiplies_by(block):
+    ema = randomised(block(12, factor=3))
+    x = random((2, 12, 5, 7), dtype=torch.float32)
+
+    weights = ema.weight_map(x)
+
+    assert weights.shape == (2, 3, 5, 7)
+    assert ((weights > 0) & (weights < 1)).all()
+    assert_close(ema(x), x * weights.repeat_interleave(4, dim=1))
