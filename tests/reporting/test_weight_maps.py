@@ -38,7 +38,9 @@ def test_the_weights_are_those_that_each_block_multiplies_by(checkpoint):
     products = {}
     for name, block in model.named_modules():
         if hasattr(block, "weight_map"):
-            block.register_forward_hook(lambda _, inputs, output, name=name: products.update({name: (inputs[0], output)}))
+            block.register_forward_hook(
+                lambda _, inputs, output, name=name: products.update({name: (inputs[0], output)})
+            )
     image = torch.randn(3, 50, 70)
 
     maps = attention_weights(model, image, stride=32)

@@ -58,7 +58,10 @@ def _choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
         valid = (kernels for kernels in KERNELS if _unavailable(kernels, device, dtype) is None)
         return next(valid, "factorised")
     if reason := _unavailable(name, device, dtype):
-        raise ModelError(f"EMA's implementation {name!r} cannot be used: {reason}; 'auto' takes what can.")
+        raise ModelError(
+            f"EMA's implementation {name!r} cannot be used: {reason}; choose implementation=auto, or, for a model "
+            f"that was saved so, set the environment variable {ENVIRONMENT_VARIABLE}=auto."
+        )
     return name
 
 

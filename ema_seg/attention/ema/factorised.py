@@ -9,6 +9,7 @@ Half-precision inputs are computed in float32, float64 ones in float64. Feature 
 view of (B, C, H, W) in any memory layout; statistics of channels are (B, G, Cg).
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -26,13 +27,13 @@ def apply(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: b
     """Re-weight ``x``: arguments and result as in ``reference.forward``."""
     if torch.compiler.is_exporting():  # a graph for other runtimes holds plain operators only
         return _reweight(x, _Forward.of(x, parameters, groups, eps, dynamic).weights)
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x.device):
         return _Factorised.apply(x, *parameters, groups, eps, dynamic)
 
 
 def weight_map(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> Tensor:
     """The weights in (0, 1) that multiply each group: (B, groups, H, W) in x's dtype."""
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x.device):
         return _Forward.of(x, parameters, groups, eps, dynamic).weights.to(x.dtype)
 
 
@@ -64,7 +65,7 @@ class _Factorised(torch.autograd.Function):
         (dy,) = gradients
         x, *saved = ctx.saved_tensors
         parameters, statistics = Parameters(*saved[:6]), _Statistics(*saved[6:])
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(x.device):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 gradients = differentiable_backward(dy, x, parameters, *ctx.options)
             else:
@@ -102,7 +103,8 @@ class _Forward(NamedTuple):
     def of(cls, x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> "_Forward":
         features = _grouped(x, groups)
         parameters = parameters.to(features.dtype)
-        rows, columns = features.mean(dim=-1), features.mean(dim=-2)
+        height, width = features.shape[-2:]
+        rows, columns = _sum_along_rows(features) / width, _sum_along_columns(features) / height
         row_gate, column_gate = _gates(torch.cat([rows, columns], dim=-1), parameters, features)
         gated = _times(features * row_gate, column_gate)
         mean = gated.mean(dim=(-2, -1))
@@ -166,7 +168,9 @@ def _backward(
     height, width = features.shape[-2:]
     area = height * width
     row_gate, column_gate = _gates(means, small, features)
-    centred = _minus(_times(features * row_gate, column_gate), mean[..., None, None])
+    # The gates in the other order than in the forward: torch.compile would take equal expressions for one, and keep its
+    # value, a map of the input's size, from the forward to the backward.
+    centred = _minus(_times(features * column_gate, row_gate), mean[..., None, None])
     mixing = _Mixing.of(features, small, statistics, dynamic)
     a1, a2, shifted, kernel, kappa, _ = mixing
 
@@ -192,8 +196,8 @@ def _backward(
 
     # The gates, and through them the means.
     dgated = du * features
-    drow_gate = (dgated * column_gate).sum(dim=-1)
-    dcolumn_gate = _times(dgated, row_gate).sum(dim=-2)
+    drow_gate = _sum_along_rows(dgated * column_gate)
+    dcolumn_gate = _sum_along_columns(_times(dgated, row_gate))
     gates = torch.cat([row_gate.squeeze(-1), column_gate.squeeze(-2)], dim=-1)
     dgates = torch.cat([drow_gate, dcolumn_gate], dim=-1) * gates * (1 - gates)
     drows, dcolumns = (w1.flatten(1).T @ dgates).split([height, width], dim=-1)
@@ -218,6 +222,12 @@ def _backward(
     dbeta = (a2 * dconstant[..., None]).sum(dim=(0, 1)) + (0 if dynamic else dm1[0, 0])
     grads = (dw1.reshape(w1.shape), db1, dw3, db3, dgamma, dbeta)
     return dx.flatten(1, 2).to(x.dtype), *(grad.to(p.dtype) for grad, p in zip(grads, parameters, strict=True))
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast would round the convolution's operands, after care was taken to compute in float32."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
@@ -316,6 +326,29 @@ def _convolution_operands(features: Tensor, kernel: Tensor) -> tuple[Tensor, Ten
         return features.flatten(1, 2), kernel[0].expand(groups, -1, -1, -1)
     # A kernel for each group of each image: the images become groups of one convolution.
     return features.reshape(1, batch * groups * width, *features.shape[-2:]), kernel.flatten(0, 1)
+
+
+def _sum_along_rows(features: Tensor) -> Tensor:
+    """Sums over the width: (B, G, Cg, H)."""
+    if not _as_products_with_ones(features):
+        return features.sum(dim=-1)
+    channels_last = features.flatten(1, 2).permute(0, 2, 3, 1)
+    sums = features.new_ones(1, features.shape[-1]) @ channels_last  # (B, H, 1, C)
+    return sums.squeeze(2).transpose(1, 2).unflatten(1, features.shape[1:3])
+
+
+def _sum_along_columns(features: Tensor) -> Tensor:
+    """Sums over the height: (B, G, Cg, W)."""
+    if not _as_products_with_ones(features):
+        return features.sum(dim=-2)
+    channels_last = features.flatten(1, 2).permute(0, 2, 3, 1)
+    sums = features.new_ones(1, features.shape[-2]) @ channels_last.flatten(2)  # (B, 1, W · C)
+    return sums.unflatten(2, channels_last.shape[2:]).squeeze(1).transpose(1, 2).unflatten(1, features.shape[1:3])
+
+
+def _as_products_with_ones(features: Tensor) -> bool:
+    """Whether to sum by a matrix product: on CPUs PyTorch's sums of channels-last maps take many times as long."""
+    return features.device.type == "cpu" and features.stride(2) == 1 and not torch.compiler.is_compiling()
 
 
 def _sum_over_channels(features: Tensor, weights: Tensor) -> Tensor:

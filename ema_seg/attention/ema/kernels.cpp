@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include <omp.h>
@@ -44,7 +45,6 @@ constexpr int kRing = 2 * kRows;                // rows in a ring
 constexpr int64_t kMargin = 2;                  // vectors that neighbouring panels share, on each side
 constexpr int64_t kResidentBytes = 6144 << 10;  // of buffers that hold a whole item
 constexpr int64_t kPanelBytes = 512 << 10;      // of buffers that hold a few rows of a panel
-constexpr int64_t kAhead = 4096;                // bytes that are fetched ahead
 constexpr int64_t kMaxSlices = 32;              // of a channels-last item
 
 template <class A>
@@ -114,6 +114,18 @@ inline typename Simd<A>::V pick(typename Simd<A>::V a, typename Simd<A>::V b, st
 #endif
 }
 
+// Lane j takes lane index[j].
+template <class A>
+inline typename Simd<A>::V permute(typename Simd<A>::V v, typename Simd<A>::IV index) {
+#ifdef __clang__
+    typename Simd<A>::V permuted;
+    for (int j = 0; j < Simd<A>::L; ++j) permuted[j] = v[index[j]];
+    return permuted;
+#else
+    return __builtin_shuffle(v, index);
+#endif
+}
+
 // L lanes from lane N on of a and b, one after the other.
 template <class A, int N, int... J>
 inline typename Simd<A>::V slide(typename Simd<A>::V a, typename Simd<A>::V b, std::integer_sequence<int, J...>) {
@@ -139,6 +151,7 @@ inline typename Simd<A>::V sum_runs(const typename Simd<A>::V* v) {
     }
 }
 
+// Adds up the runs of D lanes.
 template <class A, int D>
 inline typename Simd<A>::V fold(typename Simd<A>::V v) {
     using Lane = std::make_integer_sequence<int, Simd<A>::L>;
@@ -153,13 +166,6 @@ inline typename Simd<A>::V fold(typename Simd<A>::V v) {
 template <class A, int N, int P, int... J>
 inline typename Simd<A>::V spread(typename Simd<A>::V v, std::integer_sequence<int, J...>) {
     return pick<A>(v, v, std::integer_sequence<int, ((J & ~(N - 1)) | P)...>());
-}
-
-template <class A>
-inline double total(typename Simd<A>::V v) {
-    double sum = 0;
-    for (int j = 0; j < Simd<A>::L; ++j) sum += v[j];
-    return sum;
 }
 
 // ------------------------------------------------------------------------------------------------------- sigmoid
@@ -193,12 +199,8 @@ inline typename Simd<A>::V sigmoid(typename Simd<A>::V x) {
 
 // ---------------------------------------------------------------------------------------------- numbers in memory
 
-struct BFloat16 {
-    uint16_t bits;
-};
-struct Half {
-    uint16_t bits;
-};
+enum class BFloat16 : uint16_t {};
+enum class Half : uint16_t {};
 
 template <class T>
 struct Stored {  // float and double
@@ -261,19 +263,22 @@ struct Stored<Half> : Narrow {
     }
 };
 
-// The first n of the numbers of a vector, the rest zero.
+// The first n of the numbers of a vector, the rest zero. By themselves, the loops become one masked instruction.
 template <class T>
-inline typename Stored<T>::V read_some(const T* from, int64_t n) {
-    T some[Simd<typename Stored<T>::A>::L] = {};
-    std::memcpy(some, from, n * sizeof(T));
+__attribute__((noinline)) typename Stored<T>::V read_some(const T* __restrict from, int n) {
+    constexpr int L = Simd<typename Stored<T>::A>::L;
+    T some[L];
+    for (int j = 0; j < L; ++j) some[j] = j < n ? from[j] : T{};
     return Stored<T>::read(some);
 }
 
 template <class T>
-inline void write_some(T* to, typename Stored<T>::V v, int64_t n) {
-    T some[Simd<typename Stored<T>::A>::L];
+__attribute__((noinline)) void write_some(T* __restrict to, typename Stored<T>::V v, int n) {
+    constexpr int L = Simd<typename Stored<T>::A>::L;
+    T some[L];
     Stored<T>::write(some, v);
-    std::memcpy(to, some, n * sizeof(T));
+    for (int j = 0; j < L; ++j)
+        if (j < n) to[j] = some[j];
 }
 
 // ---------------------------------------------------------------------------------------------- the call, the item
@@ -309,6 +314,8 @@ struct Geometry {
     int64_t groups_per_bundle;  // one, unless a vector holds several
     int64_t slices_per_bundle;
     int64_t bundles_per_item, items_per_image;
+    // If groups have gaps between them: which of the numbers in memory each lane takes, if any, and the opposite.
+    typename Simd<A>::IV spread, taken, dense;
 
     explicit Geometry(const Call& call)
         : B(call.batch), C(call.channels), H(call.height), W(call.width), G(call.groups), Cg(C / G) {
@@ -323,6 +330,14 @@ struct Geometry {
         items_per_image = ceil_div(bundles, most);
         bundles_per_item = ceil_div(bundles, items_per_image);
         items_per_image = ceil_div(bundles, bundles_per_item);
+        for (int j = 0; j < L; ++j) {
+            taken[j] = j % run < Cg ? -1 : 0;
+            spread[j] = taken[j] ? j / run * Cg + j % run : 0;
+            dense[j] = j < L / run * Cg ? j / Cg * run + j % Cg : 0;
+        }
+    }
+    int64_t offset(int64_t image, int64_t channel, int64_t row, int64_t column) const {
+        return Lanes ? ((image * H + row) * W + column) * C + channel : ((image * C + channel) * H + row) * W + column;
     }
     int64_t items() const { return B * items_per_image; }
     int64_t slices_per_item() const { return bundles_per_item * slices_per_bundle; }
@@ -356,6 +371,7 @@ struct Format {
     void (*write)(const Geometry<A, Lanes>&, const Item&, void*, int64_t row, int64_t begin, int64_t end, const A* from,
                   const A* weights, int64_t slice_stride);
     A (*at)(const Geometry<A, Lanes>&, const void*, int64_t image, int64_t channel, int64_t row, int64_t column);
+    size_t size;  // of a number in memory
 };
 
 // Where a slice's channels lie, from the item's first, and how many there are.
@@ -380,13 +396,8 @@ struct Rows {
     static constexpr int L = Simd<A>::L;
     using Geometry = ::Geometry<A, Lanes>;
 
-    static int64_t offset(const Geometry& g, int64_t image, int64_t channel, int64_t row, int64_t column) {
-        return Lanes ? ((image * g.H + row) * g.W + column) * g.C + channel
-                     : ((image * g.C + channel) * g.H + row) * g.W + column;
-    }
-
     static A at(const Geometry& g, const void* tensor, int64_t image, int64_t channel, int64_t row, int64_t column) {
-        return read_some(static_cast<const T*>(tensor) + offset(g, image, channel, row, column), 1)[0];
+        return read_some(static_cast<const T*>(tensor) + g.offset(image, channel, row, column), 1)[0];
     }
 
     static void read(const Geometry& g, const Item& item, const void* tensor, int64_t row, int64_t begin, int64_t end,
@@ -402,11 +413,11 @@ struct Rows {
         to += (first - begin) * L;
         if constexpr (Lanes) {
             const int64_t slices = item.slices, whole = g.whole_slices(item), pitch = g.W * g.C;
-            const T* from = base + offset(g, item.image, item.group * g.Cg, row, first);
+            const T* from = base + g.offset(item.image, item.group * g.Cg, row, first);
             for (int64_t w = first; w < last; ++w, from += g.C, to += L) {
                 int64_t s = 0;
                 for (; s < whole; ++s) {
-                    prefetch(from + s * L + pitch);
+                    prefetch(from + s * L + pitch);  // of the next row
                     store(to + s * stride, Stored<T>::read(from + s * L));
                 }
                 for (; s < slices; ++s) {
@@ -416,15 +427,15 @@ struct Rows {
             }
         } else {
             for (int64_t s = 0; s < item.slices; ++s) {
-                const T* from = base + offset(g, item.image, item.group * g.Cg + s, row, first * L);
+                const T* from = base + g.offset(item.image, item.group * g.Cg + s, row, first * L);
                 A* target = to + s * stride;
                 const int64_t whole = last == g.vectors && g.tail < L ? last - 1 : last;
                 int64_t v = first;
                 for (; v < whole; ++v, from += L, target += L) {
-                    prefetch(from + kAhead / sizeof(T));
+                    prefetch(from + g.W);  // of the next row
                     store(target, Stored<T>::read(from));
                 }
-                for (; v < last; ++v) store(target, read_some(from, g.tail));
+                for (; v < last; ++v) store(target, read_some(from, static_cast<int>(g.tail)));
             }
         }
     }
@@ -435,11 +446,12 @@ struct Rows {
         const int64_t spb = g.slices_per_bundle;
         const auto value = [&](int64_t s, int64_t at) {
             const V v = load<V>(from + s * stride + at);
-            return weights ? v * load<V>(weights + s / spb * stride + at) : v;
+            const int64_t bundle = !Lanes ? 0 : spb == 1 ? s : s / spb;
+            return weights ? v * load<V>(weights + bundle * stride + at) : v;
         };
         if constexpr (Lanes) {
             const int64_t slices = item.slices, whole = g.whole_slices(item);
-            T* to = base + offset(g, item.image, item.group * g.Cg, row, begin);
+            T* to = base + g.offset(item.image, item.group * g.Cg, row, begin);
             for (int64_t w = begin; w < end; ++w, to += g.C) {
                 const int64_t at = (w - begin) * L;
                 int64_t s = 0;
@@ -451,28 +463,23 @@ struct Rows {
             }
         } else {
             for (int64_t s = 0; s < item.slices; ++s) {
-                T* to = base + offset(g, item.image, item.group * g.Cg + s, row, begin * L);
+                T* to = base + g.offset(item.image, item.group * g.Cg + s, row, begin * L);
                 const int64_t whole = end == g.vectors && g.tail < L ? end - 1 : end;
                 int64_t v = begin;
                 for (; v < whole; ++v, to += L) Stored<T>::write(to, value(s, (v - begin) * L));
-                for (; v < end; ++v) write_some(to, value(s, (v - begin) * L), g.tail);
+                for (; v < end; ++v) write_some(to, value(s, (v - begin) * L), static_cast<int>(g.tail));
             }
         }
     }
 
     // Channels of a slice that is not full or has gaps between its groups.
     static V gather(const Geometry& g, const T* from, int64_t count) {
-        if (g.packed()) return read_some(from, count);
-        T some[L] = {};
-        for (int64_t i = 0; i < count; i += g.Cg) std::memcpy(some + i / g.Cg * g.run, from + i, g.Cg * sizeof(T));
-        return Stored<T>::read(some);
+        const V v = read_some(from, static_cast<int>(count));
+        if (g.packed()) return v;
+        return bits<V>(bits<typename Simd<A>::IV>(permute<A>(v, g.spread)) & g.taken);
     }
-
     static void scatter(const Geometry& g, T* to, V v, int64_t count) {
-        if (g.packed()) return write_some(to, v, count);
-        T some[L];
-        Stored<T>::write(some, v);
-        for (int64_t i = 0; i < count; i += g.Cg) std::memcpy(to + i, some + i / g.Cg * g.run, g.Cg * sizeof(T));
+        write_some(to, g.packed() ? v : permute<A>(v, g.dense), static_cast<int>(count));
     }
 };
 
@@ -549,7 +556,7 @@ struct Private {
     V *moments, *dkernel, *correlation, *dconstant;
     A *x, *dy, *weights, *dlogit;  // memory of the buffers
     A *logit, *product;
-    A *gates, *dgates, *small;
+    A *means, *gates, *dgates, *small;  // the first three by channel and position, padded with zeros
     A* gradients;
 };
 
@@ -564,9 +571,52 @@ inline A dot(const A* a, const A* b, int64_t n) {
 }
 
 template <class A>
-inline void add_scaled(A* to, A scale, const A* from, int64_t n) {
+inline void add_scaled(A* __restrict to, A scale, const A* __restrict from, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) to[i] += scale * from[i];
+}
+
+// R rows of out (., n) = matrix (., k) @ b (k, n), where n is a multiple of L.
+template <int R, class A>
+inline void multiply_rows(A* out, const A* matrix, int64_t row, int64_t column, const A* b, int64_t k, int64_t n) {
+    using V = typename Simd<A>::V;
+    for (int64_t at = 0; at < n; at += Simd<A>::L) {
+        V sums[R] = {};
+        for (int64_t j = 0; j < k; ++j) {
+            V v = load<V>(b + j * n + at);
+            keep(v);
+            for (int r = 0; r < R; ++r) sums[r] += matrix[r * row + j * column] * v;
+        }
+        for (int r = 0; r < R; ++r) store(out + r * n + at, sums[r]);
+    }
+}
+
+// out (m, n) = matrix (m, k) @ b (k, n), where the matrix has these strides.
+template <class A>
+inline void multiply(A* out, const A* matrix, int64_t row, int64_t column, const A* b, int64_t m, int64_t k, int64_t n) {
+    int64_t i = 0;
+    for (; i + 4 <= m; i += 4) multiply_rows<4>(out + i * n, matrix + i * row, row, column, b, k, n);
+    for (; i < m; ++i) multiply_rows<1>(out + i * n, matrix + i * row, row, column, b, k, n);
+}
+
+// out (m, k) += a (m, n) @ b (k, n) transposed.
+template <class A>
+inline void add_products(A* out, const A* a, const A* b, int64_t m, int64_t k, int64_t n) {
+    using V = typename Simd<A>::V;
+    constexpr int L = Simd<A>::L;
+    for (int64_t i = 0; i < m; ++i) {
+        int64_t j = 0;
+        for (; j + L <= k; j += L) {
+            V sums[L] = {};
+            for (int64_t at = 0; at < n; at += L) {
+                V v = load<V>(a + i * n + at);
+                keep(v);
+                for (int r = 0; r < L; ++r) sums[r] += v * load<V>(b + (j + r) * n + at);
+            }
+            store(out + i * k + j, load<V>(out + i * k + j) + sum_runs<A, L>(sums));
+        }
+        for (; j < k; ++j) out[i * k + j] += dot(a + i * n, b + j * n, n);
+    }
 }
 
 template <class A>
@@ -691,7 +741,7 @@ struct Worker {
         double sum = 0;
         for (int k = 0; k < size; ++k) {
             const V v = (team[k]->*values)[slice_of(i, c) * count + index];
-            sum += Lanes ? v[lane_of(i, c)] : total<A>(v);
+            sum += Lanes ? v[lane_of(i, c)] : fold<A, 1>(v)[0];
         }
         return sum;
     }
@@ -716,7 +766,7 @@ struct Worker {
             const V totals = fold<A, kRows>(sum_runs<A, kRows>(sums));
             for (int r = 0; r < kRows; ++r) to[r] += totals[r];
         } else {
-            for (int r = 0; r < kRows; ++r) to[r] += static_cast<A>(total<A>(sums[r]));
+            for (int r = 0; r < kRows; ++r) to[r] += fold<A, 1>(sums[r])[0];
         }
     }
 
@@ -750,36 +800,63 @@ struct Worker {
 
     // ------------------------------------------------------------------------------------------- passes over the rows
 
+    // For the sums that need no neighbours, x need not pass through the buffer, unless to stay there.
+    bool direct() const {
+        return !tiling.resident && format.size == sizeof(A) && (Lanes ? g.whole_slices(item) == item.slices : g.tail == L);
+    }
+    const A* input(int64_t h, int64_t s) const {
+        if (!direct()) return x.row(h) + s * stride;
+        return static_cast<const A*>(call.x) +
+               g.offset(item.image, item.group * Cg + s * (Lanes ? L : 1), h, first * (Lanes ? 1 : L));
+    }
+    int64_t input_step() const { return Lanes && direct() ? g.C : L; }
+
+    // Calls `work` for each slice of four rows at a time, and for what is left row by row.
+    template <class Work>
+    void for_rows(Work work) {
+        for (int64_t h = top; h < bottom;) {
+            const bool four = h + kRows <= bottom;
+            if (!direct()) fill(x, call.x, h + (four ? kRows : 1));
+            for (int64_t s = 0; s < item.slices; ++s) {
+                if (four) {
+                    work(s, h, std::integral_constant<int, kRows>());
+                } else {
+                    work(s, h, std::integral_constant<int, 1>());
+                }
+            }
+            h += four ? kRows : 1;
+        }
+    }
+
     void add_means() {
-        A* columns = own.columns[0];
-        std::memset(columns, 0, item.slices * g.vectors * L * sizeof(A));
+        std::memset(own.columns[0], 0, item.slices * g.vectors * L * sizeof(A));
         clear_rows(shared.rows[0]);
         for (int64_t i = 0; i < tiling.panels; ++i) {
             panel(i);
             begin(x, top);
-            for (int64_t h = top; h < bottom; h += kRows) {
-                fill(x, call.x, h + kRows);
-                for (int64_t s = 0; s < item.slices; ++s) {
-                    const A* row[kRows];
-                    for (int r = 0; r < kRows; ++r) row[r] = x.row(h + r) + s * stride;
-                    A* column = columns + (s * g.vectors + first) * L;
-                    V sums[kRows] = {};
-                    const int64_t size = (last - first) * L;
-                    for (int64_t at = 0; at < size; at += L) {
-                        V sum = {};
-#pragma GCC unroll 4
-                        for (int r = 0; r < kRows; ++r) {
-                            V v = load<V>(row[r] + at);
-                            keep(v);
-                            sums[r] += v;
-                            sum += v;
-                        }
-                        store(column + at, load<V>(column + at) + sum);
-                    }
-                    add_rows(shared.rows[0], s, h, sums);
-                }
-            }
+            for_rows([&](int64_t s, int64_t h, auto rows) { add_means<rows()>(s, h); });
         }
+    }
+
+    template <int R>
+    void add_means(int64_t s, int64_t h) const {
+        A* column = own.columns[0] + (s * g.vectors + first) * L;
+        const A* row[R];
+        for (int r = 0; r < R; ++r) row[r] = input(h + r, s);
+        V sums[kRows] = {};
+        const int64_t count = last - first, step = input_step();
+        for (int64_t v = 0; v < count; ++v) {
+            V sum = {};
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                V value = load<V>(row[r] + v * step);
+                keep(value);
+                sums[r] += value;
+                sum += value;
+            }
+            store(column + v * L, load<V>(column + v * L) + sum);
+        }
+        add_rows(shared.rows[0], s, h, sums);
     }
 
     // Sums of (gated - shift) and of its square, where the shift is near the mean, so that nothing cancels.
@@ -788,12 +865,7 @@ struct Worker {
         for (int64_t i = 0; i < tiling.panels; ++i) {
             panel(i);
             begin(x, top);
-            for (int64_t h = top; h < bottom;) {
-                const bool four = h + kRows <= bottom;
-                fill(x, call.x, h + (four ? kRows : 1));
-                for (int64_t s = 0; s < item.slices; ++s) four ? add_moments<kRows>(s, h) : add_moments<1>(s, h);
-                h += four ? kRows : 1;
-            }
+            for_rows([&](int64_t s, int64_t h, auto rows) { add_moments<rows()>(s, h); });
         }
     }
 
@@ -804,23 +876,24 @@ struct Worker {
         const A* row[R];
         V row_gate[R], sums[R] = {}, squares[R] = {};
         for (int r = 0; r < R; ++r) {
-            row[r] = x.row(h + r) + s * stride;
+            row[r] = input(h + r, s);
             row_gate[r] = param(row_of(shared.row_gate, s, h + r));
         }
-        const auto add = [&](int64_t at, IV mask) {
-            V gate = load<V>(column_gate + at);
+        const int64_t step = input_step();
+        const auto add = [&](int64_t v, IV mask) {
+            V gate = load<V>(column_gate + v * L);
             keep(gate);
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
-                const V d = load<V>(row[r] + at) * gate * row_gate[r] - shift;
+                const V d = load<V>(row[r] + v * step) * gate * row_gate[r] - shift;
                 const V kept = bits<V>(bits<IV>(d) & mask);
                 sums[r] += kept;
                 squares[r] += kept * kept;
             }
         };
         const bool cut = g.tail < L && last == g.vectors;
-        const int64_t end = (last - first - cut) * L;
-        for (int64_t at = 0; at < end; at += L) add(at, ~IV{});
+        const int64_t end = last - first - cut;
+        for (int64_t v = 0; v < end; ++v) add(v, ~IV{});
         if (cut) add(end, in_last);
         V* moment = own.moments + 2 * s;
         for (int r = 0; r < R; ++r) {
@@ -1186,12 +1259,13 @@ struct Worker {
     }
 
     void open_gates(int64_t i) const {
-        const A* mean = means_of(i);
+        const int64_t pitch = padded_positions(positions);
+        for (int64_t c = 0; c < Cg; ++c)  // the rest of each row stays zero
+            std::memcpy(own.means + c * pitch, means_of(i) + c * positions, positions * sizeof(A));
+        multiply(own.gates, w1, Cg, 1, own.means, Cg, Cg, pitch);
         for (int64_t o = 0; o < Cg; ++o) {
-            A* gate = own.gates + o * padded_positions(positions);
-            for (int64_t p = 0; p < positions; ++p) gate[p] = b1[o];
-            for (int64_t c = 0; c < Cg; ++c) add_scaled(gate, w1[o * Cg + c], mean + c * positions, positions);
-            for (int64_t p = 0; p < positions; p += L) store(gate + p, sigmoid<A>(load<V>(gate + p)));
+            A* gate = own.gates + o * pitch;
+            for (int64_t p = 0; p < pitch; p += L) store(gate + p, sigmoid<A>(load<V>(gate + p) + b1[o]));
             A* rows = rows_of(shared.row_gate, i, o);
             A* columns = columns_of(shared.column_gate, i, o);
             for (int64_t h = 0; h < H; ++h) rows[h * PS] = gate[h];
@@ -1289,7 +1363,7 @@ struct Worker {
         double sum = 0;
         for (int k = 0; k < size; ++k) {
             const V v = team[k]->dconstant[i / g.groups_per_bundle];
-            sum += Lanes ? v[i % g.groups_per_bundle * g.run] : total<A>(v);
+            sum += Lanes ? v[i % g.groups_per_bundle * g.run] : fold<A, 1>(v)[0];
         }
         const A dconstant = static_cast<A>(sum);
         A weighted1 = 0, weighted2 = 0;
@@ -1335,22 +1409,20 @@ struct Worker {
             combine(dgate + H, W, kStep, columns_of(columns[0], i, c), columns_of(columns[1], i, c),
                     columns_of(columns[2], i, c), columns_of(shared.column_gate, i, c));
         }
-        const A* mean = means_of(i);
+        const int64_t pitch = padded_positions(positions);
+        for (int64_t c = 0; c < Cg; ++c)
+            std::memcpy(own.means + c * pitch, means_of(i) + c * positions, positions * sizeof(A));
+        add_products(grads + at.w1, own.dgates, own.means, Cg, Cg, pitch);
         for (int64_t o = 0; o < Cg; ++o) {
-            const A* dgate = own.dgates + o * padded_positions(positions);
-            for (int64_t c = 0; c < Cg; ++c)
-                grads[at.w1 + o * Cg + c] += dot(dgate, mean + c * positions, positions);
-            A bias = 0;
-            for (int64_t p = 0; p < positions; ++p) bias += dgate[p];
-            grads[at.b1 + o] += bias;
+            V sum = {};
+            for (int64_t p = 0; p < pitch; p += L) sum += load<V>(own.dgates + o * pitch + p);
+            grads[at.b1 + o] += fold<A, 1>(sum)[0];
         }
 
         // What each row, column and corner adds to the gradient of the input.
+        multiply(own.gates, w1, 1, Cg, own.dgates, Cg, Cg, pitch);
         for (int64_t c = 0; c < Cg; ++c) {
-            A* dmean = own.gates;
-            std::memset(dmean, 0, positions * sizeof(A));
-            for (int64_t o = 0; o < Cg; ++o)
-                add_scaled(dmean, w1[o * Cg + c], own.dgates + o * padded_positions(positions), positions);
+            const A* dmean = own.gates + c * pitch;
             const A* ds = dshifted + c * 9;
             A all = 0;
             for (int tap = 0; tap < 9; ++tap) all += ds[tap];
@@ -1469,6 +1541,7 @@ struct Plan {
         p.x = arena.take<A>(slices * slot + L);
         p.weights = arena.take<A>(bundles * slot + L);
         p.logit = arena.take<A>(logits);
+        p.means = arena.take<A>(gates);
         p.gates = arena.take<A>(gates);
         p.small = arena.take<A>(21 * g.Cg);
         if (!backward) return p;
@@ -1503,8 +1576,13 @@ struct Plan {
             privates[k] = take_private(part);
             team[k] = privates + k;
         }
-        for (int k = 0; k < threads; ++k)
-            if (backward) std::memset(privates[k].gradients, 0, Layout(g.Cg).size * sizeof(A));
+        const int64_t gates = g.Cg * Worker::padded_positions(g.H + g.W);
+        for (int k = 0; k < threads; ++k) {
+            std::memset(privates[k].means, 0, gates * sizeof(A));
+            if (!backward) continue;
+            std::memset(privates[k].dgates, 0, gates * sizeof(A));
+            std::memset(privates[k].gradients, 0, Layout(g.Cg).size * sizeof(A));
+        }
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
@@ -1564,7 +1642,7 @@ int run_as(const Call& call, bool backward) {
     using A = typename Stored<T>::A;
     prefer_large_pages(call.out, call.batch * call.channels * call.height * call.width * sizeof(T));
     using Rows = ::Rows<T, Lanes>;
-    return Plan<A, Lanes>(call, backward).run({Rows::read, Rows::write, Rows::at});
+    return Plan<A, Lanes>(call, backward).run({Rows::read, Rows::write, Rows::at, sizeof(T)});
 }
 
 template <bool Lanes>

@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False
 """EMA in its short form as Triton kernels for CUDA devices; what ``operator`` registers as ``triton``.
 
 The arithmetic is that of ``factorised``, whose names are used here too. It falls into phases, each of which needs sums
@@ -44,7 +45,7 @@ def _kernel(function: Any) -> Any:
     """``triton.jit`` for a kernel; not compiled anew for sizes that happen to be 1 or multiples of 16."""
     if triton is None:
         return function
-    return triton.jit(function, do_not_specialize=["height", "width_in_units", "family", "number"])
+    return triton.jit(function, do_not_specialize=["height", "width", "width_in_units", "family", "number"])
 
 
 def _jit(function: Any) -> Any:
@@ -132,15 +133,14 @@ def _chunk(plan: tl.constexpr):
 def _channels(block, c0, shape, plan: tl.constexpr):
     """The K channels of a tile that starts at channel c0: numbers, first pixels in x, and which of them exist."""
     image, group = block
-    height, width, count = shape
+    height, width = shape[0], shape[1]
     k = tl.arange(0, plan.tile_groups * plan.tile_channels)
     g = group + k // plan.tile_channels
     c = c0 + k % plan.tile_channels
     valid = (g < plan.groups) & (c < plan.width)
-    if plan.tile_channels == plan.width:  # all K are consecutive, which the general form hides from the compiler
-        in_image = group * plan.width + k
-    else:
-        in_image = g * plan.width + c
+    in_image = g * plan.width + c
+    if plan.tile_channels == plan.width:
+        in_image = group * plan.width + k  # the same, but shows the compiler that all K are consecutive
     first_of_image = image * (plan.groups * plan.width)
     area = tl.cast(height, tl.int64) * width
     if plan.last:
@@ -151,7 +151,7 @@ def _channels(block, c0, shape, plan: tl.constexpr):
 @_jit
 def _pixels(rows, columns, shape, plan: tl.constexpr):
     """Offsets of pixels [ROWS, COLUMNS] from their channel's first."""
-    height, width, count = shape
+    width = shape[1]
     pixels = rows.to(tl.int64)[:, None] * width + columns[None, :]
     if plan.last:
         pixels = pixels * (plan.groups * plan.width)
@@ -160,8 +160,8 @@ def _pixels(rows, columns, shape, plan: tl.constexpr):
 
 @_jit
 def _load_tile(x, base, valid, rows, columns, last_row, shape, plan: tl.constexpr, acc: tl.constexpr):
-    """x at [K, ROWS, COLUMNS]; 0 outside the image and from ``last_row`` on."""
-    height, width, count = shape
+    """The tile of x, [K, ROWS, COLUMNS]; 0 outside the image and from ``last_row`` on."""
+    width = shape[1]
     inside = ((rows >= 0) & (rows < last_row))[:, None] & (columns < width)[None, :]
     pointers = x + (base[:, None, None] + _pixels(rows, columns, shape, plan)[None, :, :])
     return tl.load(pointers, mask=valid[:, None, None] & inside[None, :, :], other=0.0).to(acc)
@@ -170,7 +170,7 @@ def _load_tile(x, base, valid, rows, columns, last_row, shape, plan: tl.constexp
 @_jit
 def _load_column(x, base, valid, rows, column, shape, plan: tl.constexpr, acc: tl.constexpr):
     """One column of x at [K, ROWS, 1]; 0 outside the image."""
-    height, width, count = shape
+    height, width = shape[0], shape[1]
     inside = (rows >= 0) & (rows < height) & (column >= 0) & (column < width)
     pixels = rows.to(tl.int64) * width + column
     if plan.last:
@@ -182,7 +182,7 @@ def _load_column(x, base, valid, rows, column, shape, plan: tl.constexpr, acc: t
 @_jit
 def _load_axes(axes, channel, valid, rows, columns, shape):
     """Numbers of rows [K, ROWS, 1] and columns [K, 1, COLUMNS] of a tensor (B · C, H + W)."""
-    height, width, count = shape
+    height, width = shape[0], shape[1]
     start = axes + channel[:, None] * (height + width)
     of_rows = tl.load(start + rows[None, :], mask=valid[:, None] & (rows < height)[None, :], other=0.0)
     column_mask = valid[:, None] & (columns < width)[None, :]
@@ -193,7 +193,7 @@ def _load_axes(axes, channel, valid, rows, columns, shape):
 @_jit
 def _load_plane(planes, plane, channel, valid, shape):
     """A coefficient of each channel [K], as [K, 1, 1]."""
-    _, _, count = shape
+    count = shape[2]
     return tl.load(planes + plane * count + channel, mask=valid, other=0.0)[:, None, None]
 
 
@@ -201,7 +201,7 @@ def _load_plane(planes, plane, channel, valid, shape):
 def _map_pointers(maps, block, rows, columns, shape, plan: tl.constexpr):
     """Pointers to [groups, ROWS, COLUMNS] of a tensor (N, H, W), and which of its groups exist."""
     image, group = block
-    height, width, count = shape
+    height, width = shape[0], shape[1]
     g = group + tl.arange(0, plan.tile_groups)
     base = (image * plan.groups + g) * (tl.cast(height, tl.int64) * width)
     pixels = rows.to(tl.int64)[:, None] * width + columns[None, :]
@@ -211,7 +211,7 @@ def _map_pointers(maps, block, rows, columns, shape, plan: tl.constexpr):
 @_jit
 def _load_map(maps, block, rows, columns, first_row, last_row, shape, plan: tl.constexpr):
     """A map of each group at [groups, ROWS, COLUMNS]; 0 outside the image and the rows given."""
-    height, width, count = shape
+    width = shape[1]
     pointers, valid = _map_pointers(maps, block, rows, columns, shape, plan)
     inside = ((rows >= first_row) & (rows < last_row))[:, None] & ((columns >= 0) & (columns < width))[None, :]
     return tl.load(pointers, mask=valid & inside[None, :, :], other=0.0)
@@ -219,7 +219,7 @@ def _load_map(maps, block, rows, columns, first_row, last_row, shape, plan: tl.c
 
 @_jit
 def _store_map(maps, values, block, rows, columns, last_row, shape, plan: tl.constexpr):
-    height, width, count = shape
+    width = shape[1]
     pointers, valid = _map_pointers(maps, block, rows, columns, shape, plan)
     inside = (rows < last_row)[:, None] & (columns < width)[None, :]
     tl.store(pointers, values, mask=valid & inside[None, :, :])
@@ -368,7 +368,7 @@ def _moments(x, gates, moment_parts, block, strip, shape, plan: tl.constexpr, RO
     Each tile is centred on its own mean, and tiles are combined by the formula of Chan et al., so nothing cancels.
     """
     COLUMNS: tl.constexpr = plan.tile_columns
-    height, width, count = shape
+    width, count = shape[1], shape[2]
     first_row, last_row = strip
     first_channel, last_channel = _chunk(plan)
     acc: tl.constexpr = gates.dtype.element_ty
@@ -495,7 +495,7 @@ def _weights(x, gates, moments, mixing, block, rows, w0, shape, plan: tl.constex
     """
     GROUPS: tl.constexpr = plan.tile_groups
     image, group = block
-    height, width, count = shape
+    height = shape[0]
     acc: tl.constexpr = gates.dtype.element_ty
     COLUMNS: tl.constexpr = plan.tile_columns
     K: tl.constexpr = plan.tile_groups * plan.tile_channels
@@ -548,8 +548,8 @@ def _weights(x, gates, moments, mixing, block, rows, w0, shape, plan: tl.constex
 
 @_jit
 def _output(x, y, gates, moments, mixing, block, strip, shape, plan: tl.constexpr, ROWS: tl.constexpr):
-    """x times the weight map, in a strip."""
-    height, width, count = shape
+    """The output in a strip: x times the weight map."""
+    width = shape[1]
     first_row, last_row = strip
     acc: tl.constexpr = gates.dtype.element_ty
     for h0 in range(first_row, last_row, ROWS):
@@ -560,7 +560,7 @@ def _output(x, y, gates, moments, mixing, block, strip, shape, plan: tl.constexp
             weights = _spread(weights, ROWS, plan.tile_columns, plan)
             inside = ((rows < last_row)[:, None] & (columns < width)[None, :])[None, :, :]
             for c0 in range(0, plan.width, plan.tile_channels):
-                channel, base, valid = _channels(block, c0, shape, plan)
+                _, base, valid = _channels(block, c0, shape, plan)
                 offsets = base[:, None, None] + _pixels(rows, columns, shape, plan)[None, :, :]
                 mask = valid[:, None, None] & inside
                 tl.store(y + offsets, tl.load(x + offsets, mask=mask, other=0.0).to(acc) * weights, mask=mask)
@@ -591,8 +591,10 @@ def _forward_kernel(
     TILE: tl.constexpr,
 ):
     """One phase of the forward; or all of them for a block of groups, if that is what PHASE says."""
-    FIT: tl.constexpr = TILE // (plan.tile_groups * plan.tile_channels * plan.tile_columns)
-    ROWS: tl.constexpr = FIT if FIT < plan.tile_rows else plan.tile_rows
+    FITTING: tl.constexpr = TILE // (plan.tile_groups * plan.tile_channels * plan.tile_columns)
+    ROWS: tl.constexpr = plan.tile_rows if plan.tile_rows < FITTING else FITTING
+    # Phases that do little but load are given larger tiles, to have more loads in flight.
+    MORE_ROWS: tl.constexpr = plan.tile_rows if plan.tile_rows < 4 * FITTING else 4 * FITTING
     shape = (height, width_in_units * plan.unit, tl.cast(count, tl.int64))  # the unit decides how wide loads can be
     block = _block(plan)
     strip = _strip(height)
@@ -601,7 +603,7 @@ def _forward_kernel(
     number = tl.minimum(plan.groups - group, plan.tile_groups)
 
     if PHASE == "all" or PHASE == "means":
-        _means(x, means, column_parts, block, strip, shape, plan, ROWS)
+        _means(x, means, column_parts, block, strip, shape, plan, MORE_ROWS)
     if PHASE == "gates":
         _gates(means, column_parts, w1, b1, gates, n, tl.program_id(1) * plan.positions, plan.parts, shape, plan)
     if PHASE == "all":
@@ -611,7 +613,7 @@ def _forward_kernel(
                 _gates(means, column_parts, w1, b1, gates, n + k, p0, 1, shape, plan)
         tl.debug_barrier()
     if PHASE == "all" or PHASE == "moments":
-        _moments(x, gates, moment_parts, block, strip, shape, plan, ROWS)
+        _moments(x, gates, moment_parts, block, strip, shape, plan, MORE_ROWS)
     if PHASE == "all":
         tl.debug_barrier()
     if PHASE == "all" or PHASE == "mixing":
@@ -647,7 +649,7 @@ def _logit_gradient(
     GROUPS: tl.constexpr = plan.tile_groups
     COLUMNS: tl.constexpr = plan.tile_columns
     image, group = block
-    height, width, count = shape
+    width, count = shape[1], shape[2]
     first_row, last_row = strip
     acc: tl.constexpr = gates.dtype.element_ty
     total = tl.zeros((GROUPS, ROWS, COLUMNS), acc)
@@ -658,7 +660,7 @@ def _logit_gradient(
             weight = _weights(x, gates, moments, mixing, block, rows, w0, shape, plan, ROWS)
             dweight = tl.zeros((GROUPS, ROWS, COLUMNS), acc)
             for c0 in range(0, plan.width, plan.tile_channels):
-                channel, base, valid = _channels(block, c0, shape, plan)
+                _, base, valid = _channels(block, c0, shape, plan)
                 tile = _load_tile(x, base, valid, rows, columns, last_row, shape, plan, acc)
                 tile *= _load_tile(dy, base, valid, rows, columns, last_row, shape, plan, acc)
                 dweight += _sum_channels(tile, ROWS, plan.tile_columns, plan)
@@ -954,7 +956,7 @@ def _input_gradient(
     ROWS: tl.constexpr,
 ):
     """The gradient of x in a strip."""
-    height, width, count = shape
+    height, width = shape[0], shape[1]
     first_row, last_row = strip
     acc: tl.constexpr = gates.dtype.element_ty
     COLUMNS: tl.constexpr = plan.tile_columns
@@ -1052,8 +1054,8 @@ def _backward_kernel(
     TILE: tl.constexpr,
 ):
     """One phase of the backward; or all of them for a block of groups, if that is what PHASE says."""
-    FIT: tl.constexpr = TILE // (plan.tile_groups * plan.tile_channels * plan.tile_columns)
-    ROWS: tl.constexpr = FIT if FIT < plan.tile_rows else plan.tile_rows
+    FITTING: tl.constexpr = TILE // (plan.tile_groups * plan.tile_channels * plan.tile_columns)
+    ROWS: tl.constexpr = plan.tile_rows if plan.tile_rows < FITTING else FITTING
     shape = (height, width_in_units * plan.unit, tl.cast(count, tl.int64))  # the unit decides how wide loads can be
     block = _block(plan)
     strip = _strip(height)
@@ -1077,9 +1079,7 @@ def _backward_kernel(
     if PHASE == "all":
         tl.debug_barrier()
     if PHASE == "all" or PHASE == "logit":
-        _logit_gradient(
-            x, dy, gates, moments, mixing, weights, dlogits, dlogit_parts, block, strip, shape, plan, ROWS
-        )
+        _logit_gradient(x, dy, gates, moments, mixing, weights, dlogits, dlogit_parts, block, strip, shape, plan, ROWS)
     if PHASE == "all":
         tl.debug_barrier()
     if PHASE == "all" or PHASE == "products":
@@ -1097,20 +1097,19 @@ def _backward_kernel(
     if PHASE == "all":
         tl.debug_barrier()
     if PHASE == "all" or PHASE == "input":
-        _input_gradient(
-            x, dy, dx, gates, moments, mixing, weights, dlogits, dmeans, block, strip, shape, plan, ROWS
-        )
+        _input_gradient(x, dy, dx, gates, moments, mixing, weights, dlogits, dmeans, block, strip, shape, plan, ROWS)
 
 
 # -------------------------------------------------------------------------------------------- sums over the groups
 
 
 @_jit
-def _sum_w3(mixing, dw3, c0, tap, number, area, plan: tl.constexpr):
+def _sum_w3(mixing, dw3, c0, tap, number, height, width, plan: tl.constexpr):
     """Gradient of a tap of ``w3`` for a block of its input channels."""
     OUTPUTS: tl.constexpr = plan.outputs
     INPUTS: tl.constexpr = plan.inputs
     acc: tl.constexpr = dw3.dtype.element_ty
+    area = tl.cast(height, acc) * tl.cast(width, acc)
     planes = tl.cast(number, tl.int64) * plan.width
     o = tl.arange(0, plan.outputs)[:, None]
     c = c0 + tl.arange(0, plan.inputs)[:, None]
@@ -1120,7 +1119,7 @@ def _sum_w3(mixing, dw3, c0, tap, number, area, plan: tl.constexpr):
         mask = (o < plan.width) & (n < number)
         of_outputs = mixing + n * plan.width + o
         a1 = tl.load(of_outputs + _A1 * planes, mask=mask, other=0.0)
-        dm2 = tl.load(of_outputs + _DM2 * planes, mask=mask, other=0.0) / tl.cast(area, acc)
+        dm2 = tl.load(of_outputs + _DM2 * planes, mask=mask, other=0.0) / area
         mask_c = (c < plan.width) & (n < number)
         of_inputs = mixing + tap * planes + n * plan.width + c
         dkernel = tl.load(of_inputs + _DKERNEL * planes, mask=mask_c, other=0.0)
@@ -1181,7 +1180,8 @@ def _parameters_kernel(
     dgamma,
     dbeta,
     number,
-    area,
+    height,
+    width,
     plan: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -1193,7 +1193,7 @@ def _parameters_kernel(
     programs_of_w3 = 9 * ((plan.width + plan.inputs - 1) // plan.inputs)
     program = tl.program_id(0)
     if program < programs_of_w3:
-        _sum_w3(mixing, dw3, program // 9 * plan.inputs, program % 9, number, area, plan)
+        _sum_w3(mixing, dw3, program // 9 * plan.inputs, program % 9, number, height, width, plan)
     elif program < tl.num_programs(0) - 1:
         _sum_shares(shares, dw1, db1, db3, dgamma, (program - programs_of_w3) * BLOCK, number, plan, BLOCK)
     else:
@@ -1202,28 +1202,22 @@ def _parameters_kernel(
 
 # ------------------------------------------------------------------------------------------------------------- host
 
-_SMALLEST_TILE = 1024
-_DEFAULT_TILE = 65536 if _INTERPRETED else 2048
-_DEFAULT_WARPS = 8
+# Elements of a tile of an image, at least, and of a product of small matrices before it is summed. The interpreter
+# takes as long for an operation on few elements as on many.
+_SMALLEST_TILE = 65536 if _INTERPRETED else 1024
+_PRODUCT = 262144 if _INTERPRETED else 4096
+_DEFAULTS = {"TILE": _SMALLEST_TILE, "num_warps": 8, "maxnreg": 128}
 
 
 def _tuned(kernel: Any) -> Any:
-    """The kernel with tile and number of warps chosen by trial, once for each family of inputs."""
+    """The kernel with tile, warps and registers chosen by trial, once for each phase and family of inputs."""
     if triton is None or _INTERPRETED:
-        return None
-    sizes = ((1024, 4), (1024, 8), (2048, 8), (4096, 8), (4096, 16))
-    return triton.autotune(
-        configs=[triton.Config({"TILE": tile}, num_warps=warps) for tile, warps in sizes],
-        key=["PHASE", "family"],
-        prune_configs_by={"early_config_prune": _useful_configs},
-        cache_results=True,
-    )(kernel)
-
-
-def _useful_configs(configs: list[Any], _: dict[str, Any], *, plan: _Plan, **__: Any) -> list[Any]:
-    """Leave out tiles larger than an image."""
-    most = max(_SMALLEST_TILE, plan.tile_groups * plan.tile_channels * plan.tile_columns * plan.tile_rows)
-    return [config for config in configs if config.kwargs["TILE"] <= most]
+        return kernel
+    configs = [
+        triton.Config({"TILE": tile}, num_warps=warps, maxnreg=registers)
+        for tile, warps, registers in ((1024, 8, None), (1024, 8, 128), (2048, 8, None), (2048, 16, None))
+    ]
+    return triton.autotune(configs, key=["PHASE", "family"], cache_results=True)(kernel)
 
 
 _tuned_forward_kernel = _tuned(_forward_kernel)
@@ -1240,50 +1234,69 @@ def _cdiv(dividend: int, divisor: int) -> int:
 
 
 @cache
-def _processors(device: torch.device) -> int:
-    """Number of multiprocessors."""
-    return 0 if _INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+def _device(device: torch.device) -> tuple[int, int]:
+    """Number of multiprocessors, and bytes of the cache that they share."""
+    if _INTERPRETED:
+        return 0, 0
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.L2_cache_size
 
 
-def _plan(x: Tensor, groups: int, dynamic: bool, eps: float) -> _Plan:
-    """Divide the work on ``x``."""
-    batch, channels, height, width = x.shape
+def _plan(x: Tensor, groups: int, dynamic: bool, eps: float, tensors: int) -> _Plan:
+    """Divide the work on ``x``, if as many tensors of its size are read over and over."""
+    layout = tuple(x.shape), x.element_size(), not x.is_contiguous()
+    return _plan_for(*layout, groups, dynamic, eps, tensors, *_device(x.device))
+
+
+@cache
+def _plan_for(
+    shape: tuple[int, int, int, int],
+    itemsize: int,
+    last: bool,
+    groups: int,
+    dynamic: bool,
+    eps: float,
+    tensors: int,
+    processors: int,
+    cache_size: int,
+) -> _Plan:
+    batch, channels, height, width = shape
     per_group = channels // groups
-    last = not x.is_contiguous()
-    processors = _processors(x.device)
-    itemsize = x.element_size()
 
-    # A tile reads along what is contiguous: whole rows of up to 256 columns, or channels of 64 bytes (32 where
-    # programs are few), the sizes that memory is read in. Small images leave room for more channels and groups in a tile.
-    smallest = _DEFAULT_TILE if _INTERPRETED else _SMALLEST_TILE
+    # A tile reads along what is contiguous: whole rows of up to 256 columns, or channels of 64 bytes (32 where programs
+    # are few), the sizes that memory is read in. Small images leave room in a tile for more channels and groups.
     if last:
         tile_channels = min(_power_of_two(per_group), 64)
         tile_groups = max(1, 64 // itemsize // tile_channels)
         if 2 * batch * _cdiv(groups, tile_groups) < processors:
             tile_groups = max(1, tile_groups // 2)
-        tile_columns = min(_power_of_two(width), max(1, smallest // (tile_channels * tile_groups)), 32)
+        tile_columns = min(_power_of_two(width), max(1, _SMALLEST_TILE // (tile_channels * tile_groups)), 32)
     else:
         tile_columns = min(_power_of_two(width), 256)
-        tile_channels = min(_power_of_two(per_group), max(1, smallest // (tile_columns * _power_of_two(height))))
+        tile_channels = min(_power_of_two(per_group), max(1, _SMALLEST_TILE // (tile_columns * _power_of_two(height))))
         tile_groups = 1
     filled = tile_channels * tile_columns * _power_of_two(height)
-    if filled < smallest and tile_channels >= per_group:
+    if filled < _SMALLEST_TILE and tile_channels >= per_group:
         occupying = batch * groups // max(1, 4 * processors)  # more groups in a program would leave processors idle
-        tile_groups = max(tile_groups, min(smallest // filled, 1 << max(0, occupying.bit_length() - 1)))
+        tile_groups = max(tile_groups, min(_SMALLEST_TILE // filled, 1 << max(0, occupying.bit_length() - 1)))
     tile_groups = min(tile_groups, _power_of_two(groups))
     tile = tile_groups * tile_channels * tile_columns
 
+    # All phases in one launch pay where launches would take longer than the work, and where the blocks that are worked
+    # on at a time stay in the cache. Maps that are too large for that are better spread over more programs.
     blocks = batch * _cdiv(groups, tile_groups)
-    fused = 2 * blocks >= processors or tile_groups * per_group * height * width <= 32768
+    pixels_of_block = tile_groups * per_group * height * width
+    at_a_time = min(blocks, 2 * processors) * pixels_of_block * itemsize * tensors
+    fused = pixels_of_block <= 32768 or (2 * blocks >= processors and at_a_time <= cache_size)
     strips = parts = 1
     if not fused:
-        most = _power_of_two(_cdiv(height, max(1, smallest // tile)))
+        most = _power_of_two(_cdiv(height, max(1, _SMALLEST_TILE // tile)))
         strips = min(most, _power_of_two(_cdiv(4 * processors, blocks)))
         chunks = _cdiv(per_group, tile_channels)
         parts = min(most, 64, _power_of_two(_cdiv(2 * processors, blocks * chunks)))
 
     outputs = _power_of_two(per_group)
-    positions = min(64, max(16, 4096 // outputs**2))
+    positions = min(64, max(16, _PRODUCT // outputs**2))
     return _Plan(
         groups=groups,
         width=per_group,
@@ -1295,41 +1308,49 @@ def _plan(x: Tensor, groups: int, dynamic: bool, eps: float) -> _Plan:
         tile_columns=tile_columns,
         tile_rows=_power_of_two(height),
         tiled=width > tile_columns,
-        fold=1 if last else min(tile_columns, 16 // itemsize),
+        fold=1 if last else min(tile_columns, 16 // max(itemsize, 4)),
         unit=min(width & -width, 16),
         fused=fused,
         strips=strips,
         parts=parts,
         outputs=outputs,
-        inputs=min(outputs, max(1, 4096 // (outputs * positions))),
-        square=min(outputs, max(1, 4096 // (outputs * 16))),
+        inputs=min(outputs, max(1, _PRODUCT // (outputs * positions))),
+        square=min(outputs, max(1, _PRODUCT // (outputs * 16))),
         positions=positions,
     )
 
 
-def _family(x: Tensor, plan: _Plan) -> int:
-    """A number that inputs share for which one choice of tile and warps is good."""
-    sizes = (plan.width, plan.groups, plan.tile_groups, plan.tile_channels, plan.tile_columns)
+@cache
+def _family(shape: tuple[int, int, int, int], plan: _Plan) -> int:
+    """A number that inputs share if one choice of tile and warps is good for all of them."""
     family = 2 * plan.last + plan.dynamic
-    for size in (*x.shape[2:], *sizes, plan.strips, plan.parts):
+    for size in (*shape[2:], plan.width, plan.tile_groups, plan.tile_channels, plan.strips, plan.parts):
         family = 32 * family + size.bit_length()
     return family % (1 << 31)
 
 
-def _launch(kernel: Any, tuned: Any, grids: dict[str, tuple[int, ...]], x: Tensor, tensors: Any, plan: _Plan) -> None:
-    """Run the phases of a kernel in order.
+@cache
+def _for_single_groups(plan: _Plan) -> _Plan:
+    return replace(plan, tile_groups=1)
 
-    Trials are no part of a result that has to be deterministic, and cannot be captured into a graph.
+
+def _launch(
+    kernel: Any, tuned: Any, grids: dict[str, tuple[int, ...]], x: Tensor, tensors: tuple[Tensor, ...], plan: _Plan
+) -> None:
+    """Run phases of a kernel, each on its grid.
+
+    Trials are made neither where results have to be deterministic nor while a graph is captured, which they would end.
     """
-    arguments = (*tensors, x.shape[2], x.shape[3] // plan.unit, x.shape[0] * x.shape[1], _family(x, plan))
+    batch, channels, height, width = shape = tuple(x.shape)
+    arguments = (*tensors, height, width // plan.unit, batch * channels, _family(shape, plan))
     fixed = _INTERPRETED or torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing()
     for phase, grid in grids.items():
-        of_group = phase in ("gates", "mixing", "small")  # a program for each group, whatever a tile is
-        options = {"plan": replace(plan, tile_groups=1) if of_group else plan, "PHASE": phase}
-        if fixed or of_group:
-            kernel[grid](*arguments, **options, TILE=_DEFAULT_TILE, num_warps=_DEFAULT_WARPS)
+        if phase in ("gates", "mixing", "small"):  # these have a program for each group, and no tile
+            kernel[grid](*arguments, plan=_for_single_groups(plan), PHASE=phase, **_DEFAULTS)
+        elif fixed:
+            kernel[grid](*arguments, plan=plan, PHASE=phase, **_DEFAULTS)
         else:
-            tuned[grid](*arguments, **options)
+            tuned[grid](*arguments, plan=plan, PHASE=phase)
 
 
 def forward(
@@ -1364,7 +1385,7 @@ def forward(
         1 / standard deviation of the gated channels (2, B · G, Cg), in the dtype of the arithmetic.
     """
     batch, channels, height, width = x.shape
-    plan = _plan(x, groups, dynamic, eps)
+    plan = _plan(x, groups, dynamic, eps, tensors=1)
     number, count = batch * groups, batch * channels
     y = _empty_like(x)
     means = w1.new_empty((number, plan.width, height + width))
@@ -1427,7 +1448,7 @@ def backward(
         The gradients of x, like it, and of the six parameters, in the dtype of the arithmetic.
     """
     batch, channels, height, width = x.shape
-    plan = _plan(x, groups, dynamic, eps)
+    plan = _plan(x, groups, dynamic, eps, tensors=3)  # x, dy, and maps of the groups
     number, count = batch * groups, batch * channels
     dx = _empty_like(x)
     gates, dmeans = torch.empty_like(means), torch.empty_like(means)
@@ -1449,20 +1470,32 @@ def backward(
     }
     if plan.fused:
         grids = {"all": (blocks,)}
+    results = (dlogit_parts, row_sums, column_parts, product_parts, dmeans, shares)
     parameters = (w1, b1, w3, b3, gamma, beta)
-    maps = (gates, mixing, weights, dlogits)
-    tensors = (dlogit_parts, row_sums, column_parts, product_parts, dmeans, shares)
-    tensors = (dy, x, dx, means, moments, *parameters, *maps, *tensors)
-    grads = tuple(torch.empty_like(parameter) for parameter in parameters)
+    tensors = (dy, x, dx, means, moments, *parameters, gates, mixing, weights, dlogits, *results)
+    dw1, db1, dw3, db3, dgamma, dbeta = (torch.empty_like(parameter) for parameter in parameters)
     entries = (plan.width + 3) * plan.width
     block = min(256, _power_of_two(entries))
     programs = 9 * _cdiv(plan.width, plan.inputs) + _cdiv(entries, block) + 1
     with torch.cuda.device_of(x):
         _launch(_backward_kernel, _tuned_backward_kernel, grids, x, tensors, plan)
         _parameters_kernel[(programs,)](
-            mixing, shares, beta, *grads, number, float(height * width), plan=plan, BLOCK=block
+            mixing,
+            shares,
+            beta,
+            dw1,
+            db1,
+            dw3,
+            db3,
+            dgamma,
+            dbeta,
+            number,
+            height,
+            width,
+            plan=_for_single_groups(plan),
+            BLOCK=block,
         )
-    return dx.to(x.dtype), *grads
+    return dx.to(x.dtype), dw1, db1, dw3, db3, dgamma, dbeta
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -1478,9 +1511,11 @@ def unavailable(x: Tensor) -> str | None:
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         return f"the dtype is {dtype}"
     if _INTERPRETED:
-        return None
+        return None if x.device.type == "cpu" else f"Triton interprets on the CPU, and the tensor is on {x.device.type}"
     if x.device.type != "cuda":
         return f"the tensor is on {x.device.type}"
+    if torch.version.cuda is None:
+        return "this build of PyTorch is not for CUDA"
     capability = torch.cuda.get_device_capability(x.device)
     if capability < ((8, 0) if x.dtype == torch.bfloat16 else (7, 0)):
         return f"{torch.cuda.get_device_name(x.device)} is too old for kernels in {dtype}"

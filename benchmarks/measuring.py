@@ -1,0 +1,284 @@
+"""What the benchmarks share: timing in turns, the machine, the command line and the files of a result.
+
+Machines drift: the same code may take a third longer a minute later. So whatever is compared is timed in turns, in
+rounds of one sample each, and a ratio is the median over the rounds of the ratio within a round.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+from ema_seg.attention.ema.choice import ENVIRONMENT_VARIABLE
+from ema_seg.errors import EmaSegError, one_line
+from ema_seg.evaluation.environment import describe_device, describe_environment
+
+__all__ = [
+    "LAYOUTS",
+    "Parser",
+    "Spread",
+    "describe_run",
+    "markdown_table",
+    "missing_device",
+    "number",
+    "number_of_sets",
+    "positive_float",
+    "positive_int",
+    "ratio",
+    "reason",
+    "run_as_markdown",
+    "time_in_turns",
+    "write_result",
+]
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+# Calls much shorter than this are timed several in a row, so that neither the clock's resolution nor the launch of
+# the first kernel on an idle device decides.
+_SECONDS_OF_A_SAMPLE = 5e-3
+_MOST_CALLS_OF_A_SAMPLE = 1000
+_FEWEST_SETS, _MOST_SETS = 3, 64
+_LONGEST_REASON = 200
+_DISTORTING_VARIABLES = {
+    ENVIRONMENT_VARIABLE: "makes all implementations the same one",
+    "TRITON_INTERPRET": "runs Triton's kernels as Python",
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of some samples."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+    samples: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Spread":
+        """Summarise the samples."""
+        lower, median, upper = np.percentile(samples, [25, 50, 75]).tolist()
+        return cls(median, lower, upper, len(samples))
+
+    def as_json(self) -> dict[str, float]:
+        """The fields by name."""
+        return asdict(self)
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
+    """Spread of the ratios of two samples of the same round."""
+    return Spread.of([top / bottom for top, bottom in zip(numerator, denominator, strict=True)])
+
+
+def time_in_turns(
+    calls: Mapping[str, Callable[[int], object]], device: torch.device, *, budget: float, min_rounds: int
+) -> dict[str, list[float]]:
+    """Time some functions in turns.
+
+    All must have been warmed up, and compiled, before. A round takes one sample of each, in an order of its own; a
+    sample is the mean time of as many calls as last about 5 ms. Every call gets the number after the last call's,
+    whoever made that, so that input sets chosen by it are not still in a cache from the rival before.
+
+    Args:
+        calls: functions by name; they choose their input set by the number they are given.
+        device: what they run on. On CUDA the time is that between two events, the first recorded while the device
+            is idle: a function that launches its kernels more slowly than they run is charged for it.
+        budget: seconds for each function, after which no further round starts.
+        min_rounds: rounds at least.
+
+    Returns:
+        The samples of each function, in seconds per call and in the order of the rounds.
+    """
+    numbers = itertools.count()
+    repeats: dict[str, int] = {}
+    for name, call in calls.items():
+        seconds = _time(call, numbers, 1, device)
+        if seconds < _SECONDS_OF_A_SAMPLE:
+            seconds = _time(call, numbers, 3, device)
+        repeats[name] = min(math.ceil(_SECONDS_OF_A_SAMPLE / seconds), _MOST_CALLS_OF_A_SAMPLE)
+
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    shuffle = random.Random(0).shuffle
+    deadline = time.perf_counter() + budget * len(calls)
+    rounds = 0
+    with torch.compiler.set_stance("fail_on_recompile"):  # to compile once more would count as running
+        while rounds < min_rounds or time.perf_counter() < deadline:
+            shuffle(order)
+            for name in order:
+                samples[name].append(_time(calls[name], numbers, repeats[name], device))
+            rounds += 1
+    return samples
+
+
+def _time(call: Callable[[int], object], numbers: Iterator[int], repeats: int, device: torch.device) -> float:
+    """Mean seconds of some calls in a row."""
+    chosen = list(itertools.islice(numbers, repeats))
+    if device.type == "cuda":
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        first.record()
+        for number in chosen:
+            call(number)
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1000 / repeats
+    start = time.perf_counter()
+    for number in chosen:
+        call(number)
+    return (time.perf_counter() - start) / repeats
+
+
+def number_of_sets(nbytes: int, device: torch.device) -> int:
+    """How many tensors of ``nbytes`` hold twice the device's last-level cache; from 3 to 64."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _cpu_cache()
+    return min(max(_FEWEST_SETS, math.ceil(2 * cache / nbytes)), _MOST_SETS)
+
+
+def _cpu_cache() -> int:
+    """Bytes of the CPU's largest cache; 32 MiB where the system does not tell."""
+    units = {"K": 2**10, "M": 2**20}
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=2**25)
+
+
+def missing_device(device: torch.device) -> str | None:
+    """Why nothing can run on the device; None if something can."""
+    return "no CUDA device" if device.type == "cuda" and not torch.cuda.is_available() else None
+
+
+def reason(error: BaseException) -> str:
+    """What a failure says, short enough for a table."""
+    text = one_line(error) if isinstance(error, EmaSegError) else f"{type(error).__name__}: {one_line(error)}"
+    return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 1]}…"
+
+
+def describe_run(device: torch.device) -> dict[str, Any]:
+    """What ``describe_environment`` tells, and the date, the CPU, triton and how busy the machine is."""
+    missing = missing_device(device)
+    environment = describe_environment("cpu" if missing else device)
+    if missing:
+        environment["device"] = {"type": device.type, "name": missing}
+    environment["packages"]["triton"] = _version("triton")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **environment,
+        "cpu": describe_device("cpu")["name"],
+        "load_average_before": os.getloadavg()[0],
+    }
+
+
+def run_as_markdown(run: Mapping[str, Any]) -> str:
+    """The lines above a table that say what it was measured with."""
+    packages, git = run["packages"], run["git"]
+    commit = "no commit" if git is None else git["commit"][:12] + " and changes" * git["dirty"]
+    host = "" if run["device"]["type"] == "cpu" else f" on a host with {run['cpu']}"
+    command = " ".join(run["command"])
+    return (
+        f"{run['date']}: {run['device']['name']}{host}, {run['threads']} threads; ema-seg {packages['ema-seg']} "
+        f"({commit}), torch {packages['torch']}, triton {packages['triton']}, Python {run['python']}; "
+        f"load average before: {run['load_average_before']:.2f}.\n\n    {command}\n"
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    decimals = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{max(decimals, 0)}f}"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int) -> str:
+    """A table with its first ``text_columns`` columns aligned to the left, the others to the right."""
+    rule = ["---" if column < text_columns else "---:" for column in range(len(header))]
+    lines = [header, rule, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_result(folder: Path, name: str, result: Mapping[str, Any], markdown: str) -> None:
+    """Write ``<name>.json`` and ``<name>.md``."""
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(markdown, encoding="utf-8")
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line with the options of every benchmark, which answers a mistake with one sentence."""
+
+    def __init__(self, description: str, name: str, *, budget: float) -> None:
+        super().__init__(description=description)
+        self.add_argument(
+            "--device",
+            choices=("cpu", "cuda"),
+            default="cuda" if torch.cuda.is_available() else "cpu",
+            help="where to measure; default here: %(default)s",
+        )
+        self.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
+        self.add_argument(
+            "--output",
+            type=Path,
+            default=Path("runs", name),
+            help="folder of the files it writes; default: %(default)s",
+        )
+        self.add_argument(
+            "--budget", type=positive_float, default=budget, help="seconds per measurement; default: %(default)s"
+        )
+        self.add_argument(
+            "--threads",
+            type=positive_int,
+            default=torch.get_num_threads(),
+            help="threads on the CPU; default here: %(default)s",
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Print the mistake, without the usage, and exit."""
+        self.exit(2, f"error: {message}{'' if message.endswith(('.', '?')) else '.'}\n")
+
+    def parse_args(self, *arguments: Any) -> argparse.Namespace:  # type: ignore[override]
+        """Parse the command line, make the output folder and set the number of threads."""
+        options = super().parse_args(*arguments)
+        for variable, consequence in _DISTORTING_VARIABLES.items():
+            if os.environ.get(variable):
+                self.error(f"the environment variable {variable} is set, which {consequence}; unset it")
+        try:
+            options.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self.error(f"--output {options.output}: the folder cannot be made ({error.strerror})")
+        torch.set_num_threads(options.threads)
+        options.device = torch.device(options.device)
+        return options
+
+
+def positive_float(text: str) -> float:
+    """Parse a number above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def positive_int(text: str) -> int:
+    """Parse a whole number above zero."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
