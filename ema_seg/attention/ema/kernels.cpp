@@ -43,7 +43,7 @@ constexpr int kVectorBytes = 16;
 constexpr int kRows = 4;                        // rows computed together, so that each row read serves three of them
 constexpr int kRing = 2 * kRows;                // rows in a ring
 constexpr int64_t kMargin = 2;                  // vectors that neighbouring panels share, on each side
-constexpr int64_t kResidentBytes = 6144 << 10;  // of buffers that hold a whole item
+constexpr int64_t kResidentBytes = 6 << 20;     // of buffers that hold a whole item: a core's share of its caches
 constexpr int64_t kPanelBytes = 512 << 10;      // of buffers that hold a few rows of a panel
 constexpr int64_t kMaxSlices = 32;              // of a channels-last item
 
@@ -178,7 +178,7 @@ inline typename Simd<A>::V sigmoid(typename Simd<A>::V x) {
         return x;
     } else {
         using IV = typename Simd<A>::IV;
-        // exp(-x) = 2^n exp(r) with |r| <= ln 2 / 2. Comparisons are such that NaN passes.
+        // exp(-x) = 2^n exp(r) with |r| <= ln 2 / 2, and for exp(r) the polynomial of Cephes. NaN passes all comparisons.
         V t = -x;
         t = t > 88.0f ? V{} + 88.0f : t;
         t = t < -87.0f ? V{} - 87.0f : t;
@@ -239,6 +239,7 @@ struct Stored<BFloat16> : Narrow {
 template <>
 struct Stored<Half> : Narrow {
     static V read(const Half* from) {
+        // 112 is the difference of the exponents' biases; zero and denormals become right by subtracting 2^-14.
         const U h = widen(from);
         const U magnitude = (h & 0x7fffu) << 13;
         const U exponent = magnitude & 0x0f800000u;
@@ -250,6 +251,7 @@ struct Stored<Half> : Narrow {
         return bits<V>(u | ((h & 0x8000u) << 16));
     }
     static void write(Half* to, V v) {
+        // 113 and 143 are the exponents of the smallest normal half, 2^-14, and of the first number beyond all, 2^16.
         const U u = bits<U>(v);
         const U magnitude = u & 0x7fffffffu;
         const U sign = (u >> 16) & 0x8000u;
@@ -640,7 +642,7 @@ struct Worker {
     using V = typename Simd<A>::V;
     using IV = typename Simd<A>::IV;
     static constexpr int L = Simd<A>::L;
-    static constexpr int PS = Lanes ? L : 1;  // numbers per parameter of a slice
+    static constexpr int PS = Lanes ? L : 1;         // numbers per parameter of a slice
     static constexpr int64_t kStep = Lanes ? L : 1;  // numbers from column to column
     using Lane = std::make_integer_sequence<int, L>;
 
