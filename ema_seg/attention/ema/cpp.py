@@ -147,6 +147,9 @@ def _run(function: str, tensors: tuple[Tensor | None, ...], groups: int, eps: fl
     if library.loaded is None or x.dtype not in _DTYPES:
         raise ModelError(f"EMA's C++ kernels cannot be used: {unavailable(x)}.")
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    missing = (tensor for tensor, address in zip(tensors, addresses, strict=True) if tensor is not None and not address)
+    if any(tensor.numel() for tensor in missing):
+        raise ModelError("EMA's C++ kernels cannot compute tensors without memory, such as those of a FakeTensorMode.")
     addresses += [0] * (17 - len(addresses))
     numbers = (groups, _DTYPES[x.dtype], not x.is_contiguous(), dynamic, torch.get_num_threads())
     if getattr(library.loaded, function)(_CALL.pack(*x.shape, *numbers, eps, *addresses)):

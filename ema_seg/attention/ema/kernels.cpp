@@ -162,6 +162,14 @@ inline typename Simd<A>::V fold(typename Simd<A>::V v) {
     }
 }
 
+// Adds v to a sum of two parts, the second of which is what rounding took from the first.
+template <class V>
+inline void add_exactly(V* sum, V v) {
+    const V t = sum[0] + v, z = t - sum[0];
+    sum[1] += (sum[0] - (t - z)) + (v - z);
+    sum[0] = t;
+}
+
 // Every lane takes what lane P of its run of N lanes holds.
 template <class A, int N, int P, int... J>
 inline typename Simd<A>::V spread(typename Simd<A>::V v, std::integer_sequence<int, J...>) {
@@ -178,7 +186,7 @@ inline typename Simd<A>::V sigmoid(typename Simd<A>::V x) {
         return x;
     } else {
         using IV = typename Simd<A>::IV;
-        // exp(-x) = 2^n exp(r) with |r| <= ln 2 / 2, and for exp(r) the polynomial of Cephes. NaN passes all comparisons.
+        // exp(-x) = 2^n exp(r) with |r| <= ln 2 / 2, and Cephes' polynomial for exp(r). NaN passes the comparisons.
         V t = -x;
         t = t > 88.0f ? V{} + 88.0f : t;
         t = t < -87.0f ? V{} - 87.0f : t;
@@ -595,7 +603,8 @@ inline void multiply_rows(A* out, const A* matrix, int64_t row, int64_t column, 
 
 // out (m, n) = matrix (m, k) @ b (k, n), where the matrix has these strides.
 template <class A>
-inline void multiply(A* out, const A* matrix, int64_t row, int64_t column, const A* b, int64_t m, int64_t k, int64_t n) {
+inline void multiply(A* out, const A* matrix, int64_t row, int64_t column, const A* b, int64_t m, int64_t k,
+                     int64_t n) {
     int64_t i = 0;
     for (; i + 4 <= m; i += 4) multiply_rows<4>(out + i * n, matrix + i * row, row, column, b, k, n);
     for (; i < m; ++i) multiply_rows<1>(out + i * n, matrix + i * row, row, column, b, k, n);
@@ -723,12 +732,12 @@ struct Worker {
 
     // Slice and lane of channel c of group i of the item.
     int64_t slice_of(int64_t i, int64_t c) const {
-        if constexpr (Lanes) return g.slices_per_bundle == 1 ? i / g.groups_per_bundle : i * g.slices_per_bundle + c / L;
-        return i * Cg + c;
+        if constexpr (!Lanes) return i * Cg + c;
+        return g.slices_per_bundle == 1 ? i / g.groups_per_bundle : i * g.slices_per_bundle + c / L;
     }
     int64_t lane_of(int64_t i, int64_t c) const {
-        if constexpr (Lanes) return g.slices_per_bundle == 1 ? i % g.groups_per_bundle * g.run + c : c % L;
-        return 0;
+        if constexpr (!Lanes) return 0;
+        return g.slices_per_bundle == 1 ? i % g.groups_per_bundle * g.run + c : c % L;
     }
     A* param_of(A* values, int64_t i, int64_t c, int64_t count = 1, int64_t index = 0) const {
         return values + (slice_of(i, c) * count + index) * PS + lane_of(i, c);
@@ -743,9 +752,25 @@ struct Worker {
         double sum = 0;
         for (int k = 0; k < size; ++k) {
             const V v = (team[k]->*values)[slice_of(i, c) * count + index];
-            sum += Lanes ? v[lane_of(i, c)] : fold<A, 1>(v)[0];
+            if constexpr (Lanes) {
+                sum += v[lane_of(i, c)];
+            } else {
+                for (int j = 0; j < L; ++j) sum += v[j];
+            }
         }
         return sum;
+    }
+
+    // The same of sums in two parts.
+    double exact_sum_of(V* Private<A>::*values, int64_t i, int64_t c, int64_t count = 1, int64_t index = 0) const {
+        return sum_of(values, i, c, 2 * count, 2 * index) + sum_of(values, i, c, 2 * count, 2 * index + 1);
+    }
+
+    // A gated value, rounded before anything is done with it, so that a constant channel is exactly equal to its mean.
+    static V gated(V value, V column_gate, V row_gate) {
+        V product = value * column_gate * row_gate;
+        keep(product);
+        return product;
     }
 
     struct Three {
@@ -804,7 +829,8 @@ struct Worker {
 
     // For the sums that need no neighbours, x need not pass through the buffer, unless to stay there.
     bool direct() const {
-        return !tiling.resident && format.size == sizeof(A) && (Lanes ? g.whole_slices(item) == item.slices : g.tail == L);
+        const bool whole = Lanes ? g.whole_slices(item) == item.slices : g.tail == L;
+        return !tiling.resident && whole && format.size == sizeof(A);
     }
     const A* input(int64_t h, int64_t s) const {
         if (!direct()) return x.row(h) + s * stride;
@@ -863,7 +889,7 @@ struct Worker {
 
     // Sums of (gated - shift) and of its square, where the shift is near the mean, so that nothing cancels.
     void add_moments() {
-        std::memset(own.moments, 0, item.slices * 2 * sizeof(V));
+        std::memset(own.moments, 0, item.slices * 4 * sizeof(V));
         for (int64_t i = 0; i < tiling.panels; ++i) {
             panel(i);
             begin(x, top);
@@ -887,7 +913,7 @@ struct Worker {
             keep(gate);
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
-                const V d = load<V>(row[r] + v * step) * gate * row_gate[r] - shift;
+                const V d = gated(load<V>(row[r] + v * step), gate, row_gate[r]) - shift;
                 const V kept = bits<V>(bits<IV>(d) & mask);
                 sums[r] += kept;
                 squares[r] += kept * kept;
@@ -897,10 +923,9 @@ struct Worker {
         const int64_t end = last - first - cut;
         for (int64_t v = 0; v < end; ++v) add(v, ~IV{});
         if (cut) add(end, in_last);
-        V* moment = own.moments + 2 * s;
         for (int r = 0; r < R; ++r) {
-            moment[0] += sums[r];
-            moment[1] += squares[r];
+            add_exactly(own.moments + 4 * s, sums[r]);
+            add_exactly(own.moments + 4 * s + 2, squares[r]);
         }
     }
 
@@ -910,8 +935,9 @@ struct Worker {
         fill(x, call.x, h + kRows + 1);
         if (Backward) fill(dy, call.dy, h + kRows);
         for (int64_t b = 0; b < item.bundles; ++b) {
-            for (int64_t s = b * g.slices_per_bundle; s < (b + 1) * g.slices_per_bundle; ++s)
-                s == b * g.slices_per_bundle ? mix<Backward, true>(s, h, begin, end) : mix<Backward, false>(s, h, begin, end);
+            const int64_t s = b * g.slices_per_bundle;
+            mix<Backward, true>(s, h, begin, end);
+            for (int64_t i = 1; i < g.slices_per_bundle; ++i) mix<Backward, false>(s + i, h, begin, end);
             if constexpr (Lanes) {
                 switch (g.run) {
                     case 1: activate<Backward, 1>(b, h, begin, end); break;
@@ -938,8 +964,8 @@ struct Worker {
         V kernel[9], gate[kRows];
         for (int i = 0; i < 9; ++i) kernel[i] = param(shared.kernel + (s * 9 + i) * PS);
         const V kappa = param(shared.kappa + s * PS);
-        const V centre = kappa * param(shared.mean + s * PS);
-        for (int r = 0; r < kRows; ++r) gate[r] = kappa * param(row_of(shared.row_gate, s, h + r));
+        const V mean = param(shared.mean + s * PS);
+        for (int r = 0; r < kRows; ++r) gate[r] = param(row_of(shared.row_gate, s, h + r));
         const int64_t size = (end - begin) * L;
         A *logits[kRows], *products[kRows];
         for (int r = 0; r < kRows; ++r) {
@@ -965,7 +991,7 @@ struct Worker {
                     logit[r] += mid * tap[1];
                     logit[r] += right * tap[2];
                     if (i == r + 1) {
-                        logit[r] += mid * column * gate[r] - centre;
+                        logit[r] += (gated(mid, column, gate[r]) - mean) * kappa;
                         if (Backward) product[r] += mid * load<V>(dy_row[r] + at);
                     }
                 }
@@ -1031,7 +1057,7 @@ struct Worker {
         for (A* columns : own.columns) std::memset(columns, 0, item.slices * g.vectors * L * sizeof(A));
         for (A* rows : shared.rows) clear_rows(rows);
         std::memset(own.dkernel, 0, item.slices * 9 * sizeof(V));
-        std::memset(own.correlation, 0, item.slices * sizeof(V));
+        std::memset(own.correlation, 0, item.slices * 2 * sizeof(V));
         std::memset(own.dconstant, 0, item.bundles * sizeof(V));
         for (int64_t i = 0; i < tiling.panels; ++i) {
             panel(i);
@@ -1092,7 +1118,7 @@ struct Worker {
 
     void add_gates(int64_t s, int64_t b, int64_t h) const {
         const A *row[kRows], *d_row[kRows];
-        V row_gate[kRows], p[kRows] = {}, e[kRows] = {}, f[kRows] = {}, q = {};
+        V row_gate[kRows], p[kRows] = {}, e[kRows] = {}, f[kRows] = {}, q[kRows] = {};
         for (int r = 0; r < kRows; ++r) {
             row[r] = x.row(h + r) + s * stride;
             d_row[r] = dlogit.row(h + r) + b * stride;
@@ -1112,8 +1138,8 @@ struct Worker {
                 V v = load<V>(row[r] + at), d = load<V>(d_row[r] + at);
                 keep(v), keep(d);
                 const V by_column = v * column_gate, by_row = v * row_gate[r];
-                const V centred = by_column * row_gate[r] - mean;
-                q += d * centred;
+                const V centred = gated(v, column_gate, row_gate[r]) - mean;
+                q[r] += d * centred;
                 p[r] += d * by_column;
                 e[r] += centred * by_column;
                 f[r] += by_column;
@@ -1125,7 +1151,7 @@ struct Worker {
             store(ew + at, column_e);
             store(fw + at, column_f);
         }
-        own.correlation[s] += q;
+        for (int r = 0; r < kRows; ++r) add_exactly(own.correlation + 2 * s, q[r]);
         add_rows(shared.rows[0], s, h, p);
         add_rows(shared.rows[1], s, h, e);
         add_rows(shared.rows[2], s, h, f);
@@ -1205,7 +1231,7 @@ struct Worker {
 #pragma GCC unroll 4
             for (int r = 0; r < kRows; ++r) {
                 const V gate = column_gate * row_gate[r];
-                const V centred = load<V>(x_row[r] + at) * gate - mean;
+                const V centred = gated(load<V>(x_row[r] + at), column_gate, row_gate[r]) - mean;
                 const V du = d[r] * kappa + (centred * alpha + offset);
                 sum[r] += gate * du;
                 sum[r] += load<V>(row[r] + at) * load<V>(weight_row[r] + at);
@@ -1302,8 +1328,8 @@ struct Worker {
         A *mean = moments + index_of(i) * Cg, *rstd = mean + count;
         const double area = static_cast<double>(H) * W;
         for (int64_t c = 0; c < Cg; ++c) {
-            const double difference = sum_of(&Private<A>::moments, i, c, 2, 0) / area;
-            const double variance = sum_of(&Private<A>::moments, i, c, 2, 1) / area - difference * difference;
+            const double difference = exact_sum_of(&Private<A>::moments, i, c, 2, 0) / area;
+            const double variance = exact_sum_of(&Private<A>::moments, i, c, 2, 1) / area - difference * difference;
             mean[c] = static_cast<A>(*param_of(shared.shift, i, c) + difference);
             rstd[c] = static_cast<A>(1 / std::sqrt((variance < 0 ? 0 : variance) + call.eps));
         }
@@ -1372,7 +1398,7 @@ struct Worker {
         for (int64_t c = 0; c < Cg; ++c) {
             for (int tap = 0; tap < 9; ++tap)
                 dkernel[c * 9 + tap] = static_cast<A>(sum_of(&Private<A>::dkernel, i, c, 9, tap));
-            q[c] = static_cast<A>(sum_of(&Private<A>::correlation, i, c));
+            q[c] = static_cast<A>(exact_sum_of(&Private<A>::correlation, i, c));
         }
         for (int64_t c = 0; c < Cg; ++c) {
             da1[c] = dot(w3 + c * 9 * Cg, dkernel, 9 * Cg) + b3[c] * dconstant;
@@ -1401,7 +1427,8 @@ struct Worker {
             *param_of(shared.alpha, i, c) = alpha;
             *param_of(shared.offset, i, c) = offset;
             A* dgate = own.dgates + c * padded_positions(positions);
-            const auto combine = [&](A* to, int64_t n, int64_t step, const A* p, const A* e, const A* f, const A* gate) {
+            const auto combine = [&](A* to, int64_t n, int64_t step, const A* p, const A* e, const A* f,
+                                     const A* gate) {
                 for (int64_t k = 0; k < n; ++k, p += step, e += step, f += step, gate += step)
                     to[k] = (kappa * *p + alpha * *e + offset * *f) * *gate * (1 - *gate);
             };
@@ -1440,7 +1467,7 @@ struct Worker {
         }
     }
 
-    // ------------------------------------------------------------------------------------------------ the two functions
+    // ----------------------------------------------------------------------------------------------- the two functions
 
     void forward(int64_t index) {
         start(index);
@@ -1503,8 +1530,8 @@ struct Plan {
                    vectors >= 4096 * most;
         threads = static_cast<int>(together ? most : max(min(items, most), 1));
 
-        const int64_t slices = g.slices_per_item() * (backward ? 2 : 1), bundles = g.bundles_per_item * (backward ? 2 : 1);
-        const int64_t column = (slices + bundles) * kVectorBytes;  // bytes of one vector column of one row
+        // Bytes of one vector column of one row, in all buffers.
+        const int64_t column = (g.slices_per_item() + g.bundles_per_item) * (backward ? 2 : 1) * kVectorBytes;
         const int64_t all_rows = g.H + 2 + 2 * kRows;
         tiling.resident = !together && all_rows * (g.vectors + 1) * column <= kResidentBytes;
         const int64_t widest = max(kPanelBytes / (kRing * column), 16);
@@ -1539,7 +1566,7 @@ struct Plan {
         const int64_t slot = tiling.slots * tiling.stride * L, logits = kRows * (tiling.width + 2 * kMargin + L) * L;
         Private<A> p = {};
         for (int i = 0; i < (backward ? 3 : 1); ++i) p.columns[i] = arena.take<A>(slices * g.vectors * L);
-        p.moments = arena.take<V>(2 * slices);
+        p.moments = arena.take<V>(4 * slices);
         p.x = arena.take<A>(slices * slot + L);
         p.weights = arena.take<A>(bundles * slot + L);
         p.logit = arena.take<A>(logits);
@@ -1548,7 +1575,7 @@ struct Plan {
         p.small = arena.take<A>(21 * g.Cg);
         if (!backward) return p;
         p.dkernel = arena.take<V>(9 * slices);
-        p.correlation = arena.take<V>(slices);
+        p.correlation = arena.take<V>(2 * slices);
         p.dconstant = arena.take<V>(bundles);
         p.dy = arena.take<A>(slices * slot + L);
         p.dlogit = arena.take<A>(bundles * slot + L);
@@ -1599,7 +1626,8 @@ struct Plan {
             Worker worker(call, g, format, tiling, shared, together ? team : team + rank, together ? rank : 0,
                           together ? size : 1);
             const int64_t items = g.items();
-            const int64_t begin = together ? 0 : items * rank / size, end = together ? items : items * (rank + 1) / size;
+            const int64_t begin = together ? 0 : items * rank / size;
+            const int64_t end = together ? items : items * (rank + 1) / size;
             for (int64_t index = begin; index < end; ++index)
                 backward ? worker.backward(index) : worker.forward(index);
         }
