@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from ema_seg.errors import DataError, EmaSegError, ModelError
+from ema_seg.errors import DataError, EmaSegError, ModelError, one_line
 from ema_seg.evaluation.attention import attention_weights
 from ema_seg.models import load_segmenter, model_stride
 
@@ -69,7 +69,7 @@ def _read_image(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
+    except OSError as error:
         raise DataError(f"{path}: cannot be read as an image; give a JPEG or PNG file.") from error
 
 
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m ema_seg.reporting.weight_maps",
         description="Draw the weight maps of a trained model's attention blocks on an image.",
     )
-    parser.add_argument("figure", type=Path, help="where to write the figure: .png, .pdf or .svg")
+    parser.add_argument("figure", type=Path, help="where to write the figure: .png, .jpg, .pdf or .svg")
     parser.add_argument("checkpoint", type=Path, help="a checkpoint of train.py")
     parser.add_argument("image", type=Path, help="an image, taken at its own size")
     options = parser.parse_args(arguments)
@@ -89,12 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data = checkpoint["config"]["data"]
         scale = [torch.tensor(data[key])[:, None, None] for key in ("mean", "std")]
         image = (torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255 - scale[0]) / scale[1]
-        maps = attention_weights(model, image, model_stride(model))
+        stride = model_stride(model)
+        maps = attention_weights(model, image, stride)
         if not maps:
             raise ModelError(f"{options.checkpoint}: no attention block of this model has weight maps; EMA has.")
-        draw_weight_maps(pixels, {name: groups.numpy() for name, groups in maps.items()}).savefig(
-            options.figure, dpi=150
-        )
+        shown = {name: _without_padding(groups, image.shape[-2:], stride).numpy() for name, groups in maps.items()}
+        try:
+            draw_weight_maps(pixels, shown).savefig(options.figure, dpi=150)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{options.figure}: the figure cannot be written ({one_line(error)}).") from error
     except EmaSegError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -46,23 +46,24 @@ def choose(requested: str, x: Tensor) -> str:
         ConfigError: the environment variable names no implementation.
         ModelError: the kernels asked for cannot compute ``x``; the message says why.
     """
-    return _choose(os.environ.get(ENVIRONMENT_VARIABLE) or requested, x.device, x.dtype)
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or requested
+    check_name(name, ENVIRONMENT_VARIABLE if name != requested else "implementation")
+    chosen, problem = _choose(name, x.device, x.dtype)
+    if problem is not None:
+        raise ModelError(
+            f"EMA's implementation {name!r} cannot be used: {problem}; choose implementation=auto, or, for a model "
+            f"that was saved so, set the environment variable {ENVIRONMENT_VARIABLE}=auto."
+        )
+    return chosen
 
 
 @torch.compiler.assume_constant_result  # to look for a C++ compiler is nothing that can be traced
-def _choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    check_name(name, ENVIRONMENT_VARIABLE)  # an argument was checked by the constructor
-    if name in ("reference", "factorised"):
-        return name
+def _choose(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
+    """The implementation, and why it cannot be used if it cannot."""
     if name == "auto":
         valid = (kernels for kernels in KERNELS if _unavailable(kernels, device, dtype) is None)
-        return next(valid, "factorised")
-    if reason := _unavailable(name, device, dtype):
-        raise ModelError(
-            f"EMA's implementation {name!r} cannot be used: {reason}; choose implementation=auto, or, for a model "
-            f"that was saved so, set the environment variable {ENVIRONMENT_VARIABLE}=auto."
-        )
-    return name
+        return next(valid, "factorised"), None
+    return name, _unavailable(name, device, dtype) if name in KERNELS else None
 
 
 @cache

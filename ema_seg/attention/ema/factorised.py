@@ -25,7 +25,7 @@ __all__ = ["apply", "differentiable_backward", "weight_map"]
 
 def apply(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> Tensor:
     """Re-weight ``x``: arguments and result as in ``reference.forward``."""
-    if torch.compiler.is_exporting():  # a graph for other runtimes holds plain operators only
+    if torch.compiler.is_exporting():  # an operator of autograd's would not be a plain one
         return _reweight(x, _Forward.of(x, parameters, groups, eps, dynamic).weights)
     with _no_autocast(x.device):
         return _Factorised.apply(x, *parameters, groups, eps, dynamic)
@@ -80,7 +80,10 @@ def differentiable_backward(
     """The gradients of x and of the parameters by way of the published form, for second derivatives."""
     # Aliases that need gradients where the caller's tensors do not, so that each has a gradient to return.
     inputs = [tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in (x, *parameters)]
-    y = reference.forward(inputs[0], Parameters(*inputs[1:]).to(x.dtype), groups, eps, dynamic)
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    with _no_autocast(x.device):
+        wide_y = reference.forward(inputs[0].to(wide), Parameters(*inputs[1:]).to(wide), groups, eps, dynamic)
+    y = wide_y.to(x.dtype)
     return torch.autograd.grad(y, inputs, dy, create_graph=True)
 
 

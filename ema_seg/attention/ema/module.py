@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from ema_seg.attention.ema import choice, factorised, operator, reference
 from ema_seg.attention.ema.reference import Parameters
@@ -40,13 +41,13 @@ class EMA(nn.Module):
         factor: number of channel groups, a divisor of ``channels``, or ``"auto"`` for the largest divisor
             that is at most 32.
         implementation: ``"reference"`` is the published form, ``"factorised"`` the exact short form in PyTorch
-            operations, ``"cpp"`` and ``"triton"`` its fused kernels for CPU and CUDA; ``"auto"`` takes the fastest
-            that can compute an input. The environment variable ``EMA_SEG_IMPLEMENTATION``, where it is set, takes
-            the place of this argument in every block.
+            operations, ``"cpp"`` and ``"triton"`` its fused kernels for CPU and CUDA; ``"auto"`` takes the kernels
+            that can compute an input, and PyTorch operations where none can. The environment variable
+            ``EMA_SEG_IMPLEMENTATION``, where it is set, takes the place of this argument in every block.
 
     Shape:
-        Input and output: (B, C, H, W), floating point, any H and W ≥ 1, any memory layout (which the output
-        keeps, except in the reference).
+        Input and output: (B, C, H, W), floating point, any H and W ≥ 1, any memory layout. The output of a
+        contiguous or channels-last input is laid out like it, except in the reference.
 
     Raises:
         ConfigError: no implementation has that name.
@@ -74,11 +75,14 @@ class EMA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Re-weight ``x`` (B, C, H, W) by its weight maps; same shape, dtype and layout."""
-        implementation = self.implementation_for(x)
+        self._check(x)
         options = self.groups, self.gn.eps, self.dynamic
-        if implementation == "reference":
+        if torch.compiler.is_exporting():  # the graph holds plain operators, whatever would compute x here
+            return factorised.apply(x, self._parameters_of_block(), *options)
+        implementation = choice.choose(self.implementation, x)
+        if implementation == "reference" or self._has_tangents(x):
             return reference.forward(x, self._parameters_of_block(), *options)
-        if implementation == "factorised" or torch.compiler.is_exporting():
+        if implementation == "factorised":
             return factorised.apply(x, self._parameters_of_block(), *options)
         return operator.apply(x, self._parameters_of_block(), *options, implementation)
 
@@ -107,12 +111,23 @@ class EMA(nn.Module):
             self.gn.bias,
         )
 
+    def _has_tangents(self, x: Tensor) -> bool:
+        """Whether derivatives are taken in forward mode, for which only the published form has a rule."""
+        if torch.compiler.is_compiling():
+            return False
+        return any(unpack_dual(tensor).tangent is not None for tensor in (x, *self._parameters_of_block()))
+
     def _check(self, x: Tensor) -> None:
         channels = self.groups * self.conv1x1.in_channels
         if x.ndim != 4 or x.shape[1] != channels:
             raise ModelError(f"EMA expects an input of shape (B, {channels}, H, W), got {tuple(x.shape)}.")
         if not x.is_floating_point():
             raise ModelError(f"EMA expects floating-point numbers, got {x.dtype}; convert the input to float32, say.")
+        if x.device != self.conv1x1.weight.device:
+            raise ModelError(
+                f"EMA's parameters are on {self.conv1x1.weight.device} and the input is on {x.device}; "
+                "move one to the other."
+            )
         if x.shape[2] == 0 or x.shape[3] == 0:
             raise ModelError(f"EMA expects at least one row and one column, got the shape {tuple(x.shape)}.")
 
