@@ -164,7 +164,11 @@ class _Library(NamedTuple):
 @cache
 def _library() -> _Library:
     """Load the kernels, after compiling them if need be; a failure is remembered, too."""
-    command = shlex.split(os.environ.get("CXX", "")) or next(([name] for name in _COMPILERS if shutil.which(name)), [])
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        return _Library(None, f"the environment variable CXX is no command ({one_line(error)})")
+    command = named or next(([name] for name in _COMPILERS if shutil.which(name)), [])
     if not command:
         return _Library(None, f"there is no C++ compiler (none of {', '.join(_COMPILERS)} is installed)")
     command += _FLAGS
