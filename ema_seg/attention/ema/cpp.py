@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ema_seg.attention.ema.reference import Parameters
 from ema_seg.errors import ModelError, one_line
 
 __all__ = ["CACHE_VARIABLE", "backward", "forward", "unavailable"]
@@ -52,46 +53,13 @@ def unavailable(x: Tensor) -> str | None:
     return _library().problem
 
 
-def forward(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w3: Tensor,
-    b3: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    groups: int,
-    eps: float,
-    dynamic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Re-weight ``x``.
-
-    The dtype of the arithmetic is float64 for float64 inputs, else float32.
-
-    Args:
-        x: (B, C, H, W), contiguous or channels-last.
-        w1: weight of the 1×1 convolution (Cg, Cg); all parameters contiguous, in the dtype of the arithmetic.
-        b1: its bias (Cg,).
-        w3: weight of the 3×3 convolution (Cg, Cg, 3, 3).
-        b3: its bias (Cg,).
-        gamma: weight of the normalisation (Cg,).
-        beta: bias of the normalisation (Cg,).
-        groups: number of channel groups.
-        eps: what the normalisation adds to the variance.
-        dynamic: pool the descriptor of the 1×1 branch before the normalisation instead of after it.
-
-    Returns:
-        y like ``x``; the row and column means (N, Cg, H + W) of the N = B · groups groups; and mean and 1 / standard
-        deviation of their gated channels (2, N, Cg), both in the dtype of the arithmetic.
-
-    Raises:
-        ModelError: the kernels cannot compute ``x``, or the memory does not suffice.
-    """
+def forward(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Re-weight ``x``, as ``operator.Kernels`` says."""
     batch, channels, height, width = x.shape
     count, y = batch * groups, torch.empty_like(x)
-    means = w1.new_empty((count, channels // groups, height + width))
-    moments = w1.new_empty((2, count, channels // groups))
-    _run("ema_forward", (x, None, y, means, moments, w1, b1, w3, b3, gamma, beta), groups, eps, dynamic)
+    means = parameters.w1.new_empty((count, channels // groups, height + width))
+    moments = parameters.w1.new_empty((2, count, channels // groups))
+    _run("ema_forward", (x, None, y, means, moments, *parameters), groups, eps, dynamic)
     return y, means, moments
 
 
@@ -100,44 +68,15 @@ def backward(
     x: Tensor,
     means: Tensor,
     moments: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w3: Tensor,
-    b3: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
+    parameters: Parameters,
     groups: int,
     eps: float,
     dynamic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``forward``.
-
-    Args:
-        dy: gradient of y, laid out like ``x``.
-        x: as in ``forward``, like everything after ``moments``.
-        means: from ``forward``.
-        moments: from ``forward``.
-        w1: (Cg, Cg).
-        b1: (Cg,).
-        w3: (Cg, Cg, 3, 3).
-        b3: (Cg,).
-        gamma: (Cg,).
-        beta: (Cg,).
-        groups: number of channel groups.
-        eps: what the normalisation adds to the variance.
-        dynamic: whether the first descriptor was pooled before the normalisation.
-
-    Returns:
-        The gradient of x, like ``x``, and those of w1, b1, w3, b3, gamma and beta, like these.
-
-    Raises:
-        ModelError: the kernels cannot compute ``x``, or the memory does not suffice.
-    """
-    parameters = (w1, b1, w3, b3, gamma, beta)
-    dx, (dw1, db1, dw3, db3, dgamma, dbeta) = torch.empty_like(x), map(torch.empty_like, parameters)
-    tensors = (x, dy, dx, means, moments, *parameters, dw1, db1, dw3, db3, dgamma, dbeta)
-    _run("ema_backward", tensors, groups, eps, dynamic)
-    return dx, dw1, db1, dw3, db3, dgamma, dbeta
+) -> tuple[Tensor, Parameters]:
+    """Gradients of ``x`` and of the parameters, as ``operator.Kernels`` says."""
+    dx, gradients = torch.empty_like(x), Parameters(*map(torch.empty_like, parameters))
+    _run("ema_backward", (x, dy, dx, means, moments, *parameters, *gradients), groups, eps, dynamic)
+    return dx, gradients
 
 
 def _run(function: str, tensors: tuple[Tensor | None, ...], groups: int, eps: float, dynamic: bool) -> None:

@@ -28,7 +28,7 @@ def apply(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: b
     if torch.compiler.is_exporting():  # an operator of autograd's would not be a plain one
         return _reweight(x, _Forward.of(x, parameters, groups, eps, dynamic).weights)
     with _no_autocast(x.device):
-        return _Factorised.apply(x, *parameters, groups, eps, dynamic)
+        return _Factorised.apply(x, groups, eps, dynamic, *parameters)
 
 
 def weight_map(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> Tensor:
@@ -41,20 +41,8 @@ class _Factorised(torch.autograd.Function):
     """Keeps the input, its row and column means, and the two moments of each gated channel."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        w3: Tensor,
-        b3: Tensor,
-        gamma: Tensor,
-        beta: Tensor,
-        groups: int,
-        eps: float,
-        dynamic: bool,
-    ) -> Tensor:
-        parameters = Parameters(w1, b1, w3, b3, gamma, beta)
+    def forward(ctx: Any, x: Tensor, groups: int, eps: float, dynamic: bool, *parameters_of_block: Tensor) -> Tensor:
+        parameters = Parameters(*parameters_of_block)
         forward = _Forward.of(x, parameters, groups, eps, dynamic)
         ctx.save_for_backward(x, *parameters, *forward.statistics)
         ctx.options = groups, eps, dynamic
@@ -67,11 +55,13 @@ class _Factorised(torch.autograd.Function):
         parameters, statistics = Parameters(*saved[:6]), _Statistics(*saved[6:])
         with _no_autocast(x.device):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                gradients = differentiable_backward(dy, x, parameters, *ctx.options)
+                dx, *of_parameters = differentiable_backward(dy, x, parameters, *ctx.options)
             else:
-                gradients = _backward(dy, x, parameters, statistics, *ctx.options)
-        wanted = (grad if needed else None for grad, needed in zip(gradients, ctx.needs_input_grad, strict=False))
-        return *wanted, None, None, None
+                dx, *of_parameters = _backward(dy, x, parameters, statistics, *ctx.options)
+        candidates = (dx, *(None for _ in ctx.options), *of_parameters)
+        return tuple(
+            gradient if needed else None for gradient, needed in zip(candidates, ctx.needs_input_grad, strict=True)
+        )
 
 
 def differentiable_backward(
@@ -109,10 +99,10 @@ class _Forward(NamedTuple):
         height, width = features.shape[-2:]
         rows, columns = _sum_along_rows(features) / width, _sum_along_columns(features) / height
         row_gate, column_gate = _gates(torch.cat([rows, columns], dim=-1), parameters, features)
-        gated = _times(features * row_gate, column_gate)
+        gated = _times_(features * row_gate, column_gate)
         mean = gated.mean(dim=(-2, -1))
         # Two passes, because the difference of two large sums would lose a small variance.
-        centred = _minus(gated, mean[..., None, None])
+        centred = _minus_(gated, mean[..., None, None])
         rstd = (centred.square().mean(dim=(-2, -1)) + eps).rsqrt()
         statistics = _Statistics(rows, columns, mean, rstd)
         return cls(_Mixing.of(features, parameters, statistics, dynamic).weights(features, centred), statistics)
@@ -173,7 +163,7 @@ def _backward(
     row_gate, column_gate = _gates(means, small, features)
     # The gates in the other order than in the forward: torch.compile would take equal expressions for one, and keep its
     # value, a map of the input's size, from the forward to the backward.
-    centred = _minus(_times(features * column_gate, row_gate), mean[..., None, None])
+    centred = _minus_(_times_(features * column_gate, row_gate), mean[..., None, None])
     mixing = _Mixing.of(features, small, statistics, dynamic)
     a1, a2, shifted, kernel, kappa, _ = mixing
 
@@ -192,15 +182,15 @@ def _backward(
     dm1, dm2 = _softmax_backward(a1, da1), _softmax_backward(a2, da2)
 
     # The gated map, through its normalisation (and, if dynamic, its mean).
-    du = _times(centred, (-kappa * rstd.square() * correlation / area)[..., None, None])
+    du = _times_(centred, (-kappa * rstd.square() * correlation / area)[..., None, None])
     offset = (dm1 if dynamic else 0) - kappa * dconstant[..., None]
-    du = _plus(du, (offset / area)[..., None, None])
-    du = _plus_product(du, kappa[..., None, None], dlogit5)
+    du = _plus_(du, (offset / area)[..., None, None])
+    du = _plus_product_(du, kappa[..., None, None], dlogit5)
 
     # The gates, and through them the means.
     dgated = du * features
     drow_gate = _sum_along_rows(dgated * column_gate)
-    dcolumn_gate = _sum_along_columns(_times(dgated, row_gate))
+    dcolumn_gate = _sum_along_columns(_times_(dgated, row_gate))
     gates = torch.cat([row_gate.squeeze(-1), column_gate.squeeze(-2)], dim=-1)
     dgates = torch.cat([drow_gate, dcolumn_gate], dim=-1) * gates * (1 - gates)
     drows, dcolumns = (w1.flatten(1).T @ dgates).split([height, width], dim=-1)
@@ -210,11 +200,11 @@ def _backward(
     drows = drows / width + dshifted.sum(dim=(-2, -1))[..., None] - _at_borders(dshifted.sum(dim=-1), height)
     dcolumns = dcolumns / height - _at_borders(dshifted.sum(dim=-2), width)
 
-    dx = _times(_times(du, row_gate), column_gate)
-    dx = _plus(dx, dx_convolution)
-    dx = _plus_product(dx, dy5, weights.unsqueeze(2))
-    dx = _plus(dx, drows[..., :, None])
-    dx = _plus(dx, dcolumns[..., None, :])
+    dx = _times_(_times_(du, row_gate), column_gate)
+    dx = _plus_(dx, dx_convolution)
+    dx = _plus_product_(dx, dy5, weights.unsqueeze(2))
+    dx = _plus_(dx, drows[..., :, None])
+    dx = _plus_(dx, dcolumns[..., None, :])
     dx = _plus_at_corners(dx, dshifted)
 
     dw1 = (dgates @ means.transpose(-2, -1)).sum(dim=(0, 1))
@@ -370,21 +360,21 @@ def _softmax_backward(probabilities: Tensor, gradient: Tensor) -> Tensor:
     return probabilities * (gradient - (probabilities * gradient).sum(dim=-1, keepdim=True))
 
 
-# Maps of the input's size are updated in place: allocating one costs more than computing it. A compiler decides on
-# memory by itself, and what it traces stays differentiable.
+# Maps of the input's size are updated in place, as the names say: allocating one costs more than computing it. A
+# compiler decides on memory by itself, and what it traces stays differentiable.
 
 
-def _times(tensor: Tensor, factor: Tensor) -> Tensor:
+def _times_(tensor: Tensor, factor: Tensor) -> Tensor:
     return tensor * factor if torch.compiler.is_compiling() else tensor.mul_(factor)
 
 
-def _plus(tensor: Tensor, summand: Tensor) -> Tensor:
+def _plus_(tensor: Tensor, summand: Tensor) -> Tensor:
     return tensor + summand if torch.compiler.is_compiling() else tensor.add_(summand)
 
 
-def _minus(tensor: Tensor, subtrahend: Tensor) -> Tensor:
+def _minus_(tensor: Tensor, subtrahend: Tensor) -> Tensor:
     return tensor - subtrahend if torch.compiler.is_compiling() else tensor.sub_(subtrahend)
 
 
-def _plus_product(tensor: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def _plus_product_(tensor: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return tensor + first * second if torch.compiler.is_compiling() else tensor.addcmul_(first, second)

@@ -19,18 +19,37 @@ KERNELS = {"cpp": "cpp", "triton": "triton_kernels"}
 class Kernels(Protocol):
     """What a module with kernels offers.
 
-    ``x`` is contiguous or channels-last, ``dy`` laid out like it; the parameters are contiguous, in the dtype of the
-    arithmetic (float64 for float64 inputs, else float32), ``w1`` as (Cg, Cg).
+    ``x`` is (B, C, H, W), contiguous or channels-last, and ``dy`` laid out like it. The parameters are contiguous, in
+    the dtype of the arithmetic (float64 for a float64 ``x``, else float32), ``w1`` as (Cg, Cg). ``groups``, ``eps``
+    and ``dynamic`` are those of ``reference.forward``. Either function raises ModelError where the kernels cannot
+    compute ``x``.
     """
 
     def unavailable(self, x: Tensor) -> str | None:
         """Why these kernels cannot compute an input of x's device and dtype, as a clause; None if they can."""
 
-    def forward(self, x: Tensor, *parameters_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """What ``ema`` returns."""
+    def forward(
+        self, x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Re-weight ``x``.
 
-    def backward(self, dy: Tensor, x: Tensor, means: Tensor, moments: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        """Gradient of x, like x, and of the six parameters, like them."""
+        Returns:
+            y like ``x``; the row and column means (N, Cg, H + W) of the N = B · groups groups; and mean and
+            1 / standard deviation of their gated channels (2, N, Cg), both in the dtype of the arithmetic.
+        """
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        means: Tensor,
+        moments: Tensor,
+        parameters: Parameters,
+        groups: int,
+        eps: float,
+        dynamic: bool,
+    ) -> tuple[Tensor, Parameters]:
+        """Gradients of ``x`` and of the parameters, like these, from what ``forward`` was given and has returned."""
 
 
 def kernels_module(name: str) -> Kernels:
@@ -57,31 +76,15 @@ def ema(
     dynamic: bool,
     kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward of EMA.
-
-    Returns:
-        y like x; the row and column means (N, Cg, H + W) of the N = B · groups groups; and mean and 1 / standard
-        deviation of their gated channels (2, N, Cg), both in the dtype of the arithmetic.
-    """
+    """What ``Kernels.forward`` returns, for an ``x`` in any memory layout and parameters in any dtype."""
     parameters = _small(Parameters(w1, b1, w3, b3, gamma, beta), x)
-    y, means, moments = kernels_module(kernels).forward(_dense(x), *parameters, groups, eps, dynamic)
+    y, means, moments = kernels_module(kernels).forward(_dense(x), parameters, groups, eps, dynamic)
     return _strided_like(y, x), means, moments
 
 
 @ema.register_fake
-def _(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w3: Tensor,
-    b3: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    groups: int,
-    eps: float,
-    dynamic: bool,
-    kernels: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, *parameters_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    w1, groups = parameters_and_options[0], parameters_and_options[6]
     batch, _, height, width = x.shape
     count, channels = batch * groups, w1.shape[0]
     means = x.new_empty((count, channels, height + width), dtype=_arithmetic_dtype(x))
@@ -109,37 +112,19 @@ def ema_backward(
     """Gradients of x and of the six parameters, each like what it is the gradient of."""
     parameters = Parameters(w1, b1, w3, b3, gamma, beta)
     dense = _dense(x)
-    dx, *grads = kernels_module(kernels).backward(
-        _laid_out_like(dy, dense), dense, means, moments, *_small(parameters, x), groups, eps, dynamic
+    dx, gradients = kernels_module(kernels).backward(
+        _laid_out_like(dy, dense), dense, means, moments, _small(parameters, x), groups, eps, dynamic
     )
     dw1, db1, dw3, db3, dgamma, dbeta = (
-        grad.reshape(parameter.shape).to(parameter.dtype) for grad, parameter in zip(grads, parameters, strict=True)
+        grad.reshape(parameter.shape).to(parameter.dtype) for grad, parameter in zip(gradients, parameters, strict=True)
     )
     return _strided_like(dx, x), dw1, db1, dw3, db3, dgamma, dbeta
 
 
 @ema_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    means: Tensor,
-    moments: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w3: Tensor,
-    b3: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    groups: int,
-    eps: float,
-    dynamic: bool,
-    kernels: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dw1, db1, dw3, db3, dgamma, dbeta = (
-        torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-        for parameter in (w1, b1, w3, b3, gamma, beta)
-    )
-    return torch.empty_like(x), dw1, db1, dw3, db3, dgamma, dbeta
+def _(dy: Tensor, x: Tensor, means: Tensor, moments: Tensor, *parameters_and_options: Any) -> tuple[Tensor, ...]:
+    parameters = parameters_and_options[:6]
+    return torch.empty_like(x), *(parameter.new_empty(parameter.shape) for parameter in parameters)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

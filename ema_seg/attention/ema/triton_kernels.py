@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ema_seg.attention.ema.reference import Parameters
+
 try:
     import triton
     import triton.language as tl
@@ -1353,47 +1355,19 @@ def _launch(
             tuned[grid](*arguments, plan=plan, PHASE=phase)
 
 
-def forward(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w3: Tensor,
-    b3: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    groups: int,
-    eps: float,
-    dynamic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute EMA of x.
-
-    Args:
-        x: (B, C, H, W), contiguous or channels-last.
-        w1: weight of the 1×1 convolution (Cg, Cg), contiguous like all parameters, and in the dtype of the arithmetic:
-            float64 for an ``x`` of float64, else float32.
-        b1: its bias (Cg,).
-        w3: weight of the 3×3 convolution (Cg, Cg, 3, 3).
-        b3: its bias (Cg,).
-        gamma: weight of the normalisation (Cg,).
-        beta: bias of the normalisation (Cg,).
-        groups: number G of channel groups; Cg = C / G.
-        eps: what the normalisation adds to the variance.
-        dynamic: pool the descriptor of the 1×1 branch before the normalisation instead of after it.
-
-    Returns:
-        The output like x, and for the backward the means of rows and columns (B · G, Cg, H + W), and mean and
-        1 / standard deviation of the gated channels (2, B · G, Cg), in the dtype of the arithmetic.
-    """
+def forward(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Re-weight ``x``, as ``operator.Kernels`` says."""
     batch, channels, height, width = x.shape
     plan = _plan(x, groups, dynamic, eps, tensors=1)
     number, count = batch * groups, batch * channels
     y = _empty_like(x)
-    means = w1.new_empty((number, plan.width, height + width))
-    moments = w1.new_empty((2, number, plan.width))
+    new_empty = parameters.w1.new_empty
+    means = new_empty((number, plan.width, height + width))
+    moments = new_empty((2, number, plan.width))
     gates = torch.empty_like(means)
-    mixing = w1.new_empty((_PLANES_OF_FORWARD, count))
-    column_parts = means if plan.parts == 1 else w1.new_empty((plan.parts, count, width))
-    moment_parts = w1.new_empty((plan.parts, 2, count))
+    mixing = new_empty((_PLANES_OF_FORWARD, count))
+    column_parts = means if plan.parts == 1 else new_empty((plan.parts, count, width))
+    moment_parts = new_empty((plan.parts, 2, count))
 
     blocks = batch * _cdiv(groups, plan.tile_groups)
     chunks = _cdiv(plan.width, plan.tile_channels)
@@ -1406,7 +1380,7 @@ def forward(
     }
     if plan.fused:
         grids = {"all": (blocks,)}
-    tensors = (x, y, means, moments, w1, b1, w3, b3, gamma, beta, gates, mixing, column_parts, moment_parts)
+    tensors = (x, y, means, moments, *parameters, gates, mixing, column_parts, moment_parts)
     with torch.cuda.device_of(x):
         _launch(_forward_kernel, _tuned_forward_kernel, grids, x, tensors, plan)
     return y.to(x.dtype), means, moments
@@ -1417,48 +1391,25 @@ def backward(
     x: Tensor,
     means: Tensor,
     moments: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w3: Tensor,
-    b3: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
+    parameters: Parameters,
     groups: int,
     eps: float,
     dynamic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of EMA.
-
-    Args:
-        dy: gradient of the output, of the dtype and layout of x.
-        x: as in ``forward``, like all that follows.
-        means: what ``forward`` returned second.
-        moments: what it returned third.
-        w1: as in ``forward``.
-        b1: as in ``forward``.
-        w3: as in ``forward``.
-        b3: as in ``forward``.
-        gamma: as in ``forward``.
-        beta: as in ``forward``.
-        groups: as in ``forward``.
-        eps: as in ``forward``.
-        dynamic: as in ``forward``.
-
-    Returns:
-        The gradients of x, like it, and of the six parameters, in the dtype of the arithmetic.
-    """
+) -> tuple[Tensor, Parameters]:
+    """Gradients of ``x`` and of the parameters, as ``operator.Kernels`` says."""
     batch, channels, height, width = x.shape
     plan = _plan(x, groups, dynamic, eps, tensors=3)  # x, dy, and maps of the groups
     number, count = batch * groups, batch * channels
     dx = _empty_like(x)
+    new_empty = parameters.w1.new_empty
     gates, dmeans = torch.empty_like(means), torch.empty_like(means)
-    mixing = w1.new_empty((_PLANES_OF_BACKWARD, count))
-    weights, dlogits = w1.new_empty((number, height, width)), w1.new_empty((number, height, width))
-    dlogit_parts = w1.new_empty((plan.strips, number))
-    row_sums = w1.new_empty((3, count, height))
-    column_parts = w1.new_empty((plan.parts, 3, count, width))
-    product_parts = w1.new_empty((plan.parts, 10, count))
-    shares = w1.new_empty((number, plan.width + 5, plan.width))
+    mixing = new_empty((_PLANES_OF_BACKWARD, count))
+    weights, dlogits = new_empty((number, height, width)), new_empty((number, height, width))
+    dlogit_parts = new_empty((plan.strips, number))
+    row_sums = new_empty((3, count, height))
+    column_parts = new_empty((plan.parts, 3, count, width))
+    product_parts = new_empty((plan.parts, 10, count))
+    shares = new_empty((number, plan.width + 5, plan.width))
 
     blocks = batch * _cdiv(groups, plan.tile_groups)
     grids = {
@@ -1471,31 +1422,16 @@ def backward(
     if plan.fused:
         grids = {"all": (blocks,)}
     results = (dlogit_parts, row_sums, column_parts, product_parts, dmeans, shares)
-    parameters = (w1, b1, w3, b3, gamma, beta)
     tensors = (dy, x, dx, means, moments, *parameters, gates, mixing, weights, dlogits, *results)
-    dw1, db1, dw3, db3, dgamma, dbeta = (torch.empty_like(parameter) for parameter in parameters)
+    gradients = Parameters(*map(torch.empty_like, parameters))
     entries = (plan.width + 3) * plan.width
     block = min(256, _power_of_two(entries))
     programs = 9 * _cdiv(plan.width, plan.inputs) + _cdiv(entries, block) + 1
     with torch.cuda.device_of(x):
         _launch(_backward_kernel, _tuned_backward_kernel, grids, x, tensors, plan)
-        _parameters_kernel[(programs,)](
-            mixing,
-            shares,
-            beta,
-            dw1,
-            db1,
-            dw3,
-            db3,
-            dgamma,
-            dbeta,
-            number,
-            height,
-            width,
-            plan=_for_single_groups(plan),
-            BLOCK=block,
-        )
-    return dx.to(x.dtype), dw1, db1, dw3, db3, dgamma, dbeta
+        arguments = (mixing, shares, parameters.beta, *gradients, number, height, width)
+        _parameters_kernel[(programs,)](*arguments, plan=_for_single_groups(plan), BLOCK=block)
+    return dx.to(x.dtype), gradients
 
 
 def _empty_like(x: Tensor) -> Tensor:
