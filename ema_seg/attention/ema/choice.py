@@ -46,14 +46,18 @@ def choose(requested: str, x: Tensor) -> str:
         ConfigError: the environment variable names no implementation.
         ModelError: the kernels asked for cannot compute ``x``; the message says why.
     """
-    name = os.environ.get(ENVIRONMENT_VARIABLE) or requested
-    check_name(name, ENVIRONMENT_VARIABLE if name != requested else "implementation")
+    from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
+    name = from_environment or requested
+    check_name(name, ENVIRONMENT_VARIABLE if from_environment else "implementation")
     chosen, problem = _choose(name, x.device, x.dtype)
     if problem is not None:
-        raise ModelError(
-            f"EMA's implementation {name!r} cannot be used: {problem}; choose implementation=auto, or, for a model "
-            f"that was saved so, set the environment variable {ENVIRONMENT_VARIABLE}=auto."
+        remedy = (
+            f"change the environment variable {ENVIRONMENT_VARIABLE}, which asks for it, to auto"
+            if from_environment
+            else "choose implementation=auto, or, for a model that was saved so, set the environment variable "
+            f"{ENVIRONMENT_VARIABLE}=auto"
         )
+        raise ModelError(f"EMA's implementation {name!r} cannot be used: {problem}; {remedy}.")
     return chosen
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor  # there is no public way to ask
 from torch.nn.functional import conv2d, pad
 
 from ema_seg.attention.ema import reference
@@ -23,10 +24,19 @@ from ema_seg.attention.ema.reference import Parameters
 __all__ = ["apply", "differentiable_backward", "weight_map"]
 
 
+# Bytes of a feature map, in the dtype of the arithmetic, that a CPU works on at a time: what is made of them on the way
+# then stays in its cache, and in memory that the process already has.
+_PART = 2**22
+
+# Images and groups of (B, G, Cg, H, W).
+_Part = tuple[slice, slice]
+
+
 def apply(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> Tensor:
     """Re-weight ``x``: arguments and result as in ``reference.forward``."""
-    if torch.compiler.is_exporting():  # an operator of autograd's would not be a plain one
-        return _reweight(x, _Forward.of(x, parameters, groups, eps, dynamic).weights)
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # an operator of autograd's would not be a plain one
+        features = x.unflatten(1, (groups, -1))
+        return _reweight(features, _Forward.of(features, parameters, eps, dynamic).weights).flatten(1, 2)
     with _no_autocast(x.device):
         return _Factorised.apply(x, groups, eps, dynamic, *parameters)
 
@@ -34,7 +44,7 @@ def apply(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: b
 def weight_map(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> Tensor:
     """The weights in (0, 1) that multiply each group: (B, groups, H, W) in x's dtype."""
     with _no_autocast(x.device):
-        return _Forward.of(x, parameters, groups, eps, dynamic).weights.to(x.dtype)
+        return _Forward.of(x.unflatten(1, (groups, -1)), parameters, eps, dynamic).weights.to(x.dtype)
 
 
 class _Factorised(torch.autograd.Function):
@@ -43,10 +53,22 @@ class _Factorised(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, groups: int, eps: float, dynamic: bool, *parameters_of_block: Tensor) -> Tensor:
         parameters = Parameters(*parameters_of_block)
-        forward = _Forward.of(x, parameters, groups, eps, dynamic)
-        ctx.save_for_backward(x, *parameters, *forward.statistics)
+        features = x.unflatten(1, (groups, -1))
+        if _at_once(features):
+            forward = _Forward.of(features, parameters, eps, dynamic)
+            y, statistics = _reweight(features, forward.weights).flatten(1, 2), forward.statistics
+        else:
+            y, statistics = torch.empty_like(x), _Statistics.empty(features)
+            outputs = y.unflatten(1, (groups, -1))
+            for part in _parts(features):
+                features_of_part = _contiguous(features[part])
+                forward = _Forward.of(features_of_part, parameters, eps, dynamic)
+                outputs[part] = _reweight(features_of_part, forward.weights)
+                for of_all, of_part in zip(statistics, forward.statistics, strict=True):
+                    of_all[part] = of_part
+        ctx.save_for_backward(x, *parameters, *statistics)
         ctx.options = groups, eps, dynamic
-        return _reweight(x, forward.weights)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -54,27 +76,79 @@ class _Factorised(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         parameters, statistics = Parameters(*saved[:6]), _Statistics(*saved[6:])
         with _no_autocast(x.device):
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                dx, *of_parameters = differentiable_backward(dy, x, parameters, *ctx.options)
+            if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or is_legacy_batchedtensor(dy)):
+                dx, *grads = differentiable_backward(dy, x, parameters, *ctx.options)
             else:
-                dx, *of_parameters = _backward(dy, x, parameters, statistics, *ctx.options)
-        candidates = (dx, *(None for _ in ctx.options), *of_parameters)
+                dx, *grads = _backward_in_parts(dy, x, parameters, statistics, *ctx.options)
+        candidates = (dx, *(None for _ in ctx.options), *grads)
         return tuple(
             gradient if needed else None for gradient, needed in zip(candidates, ctx.needs_input_grad, strict=True)
         )
 
 
+def _at_once(features: Tensor) -> bool:
+    """Whether to compute (B, G, Cg, H, W) at once, not in parts: in a graph, on a GPU, and where there is little."""
+    small = features.numel() * _wide(features.dtype).itemsize <= _PART and features.is_contiguous()
+    return small or features.device.type != "cpu" or _traced()
+
+
+def _parts(features: Tensor) -> list[_Part]:
+    """The parts of (B, G, Cg, H, W) that are computed one after the other: some images, or some groups of one."""
+    batch, groups, channels, height, width = features.shape
+    group = channels * height * width * _wide(features.dtype).itemsize
+    images = max(1, _PART // (groups * group))
+    some = max(1, _PART // group)
+    if features.stride(2) == 1:  # channels-last: memory is read in lines of 64 bytes
+        some = max(some, 64 // (channels * features.element_size()))
+    return [
+        (slice(image, image + images), slice(start, start + some))
+        for image in range(0, batch, images)
+        for start in range(0, groups, some)
+    ]
+
+
+def _contiguous(part: Tensor) -> Tensor:
+    """The part in the dtype of the arithmetic, copied if it is laid out otherwise: PyTorch is slow on other layouts."""
+    return part.to(_wide(part.dtype)).contiguous()
+
+
+def _backward_in_parts(
+    dy: Tensor, x: Tensor, parameters: Parameters, statistics: "_Statistics", groups: int, eps: float, dynamic: bool
+) -> tuple[Tensor, ...]:
+    """Gradients of x and of the six parameters, each in the dtype of what it is the gradient of."""
+    features, dy = x.unflatten(1, (groups, -1)), dy.unflatten(1, (groups, -1))
+    small = parameters.to(_wide(x.dtype))
+    if _at_once(features):
+        dfeatures, gradients = _backward(dy, features, small, statistics, dynamic)
+        dx = dfeatures.flatten(1, 2).to(x.dtype)
+    else:
+        dx, gradients = torch.empty_like(x), Parameters(*map(torch.zeros_like, small))
+        results = dx.unflatten(1, (groups, -1))
+        for part in _parts(features):
+            of_part = _Statistics(*(statistic[part] for statistic in statistics))
+            results[part], summands = _backward(
+                _contiguous(dy[part]), _contiguous(features[part]), small, of_part, dynamic
+            )
+            for gradient, summand in zip(gradients, summands, strict=True):
+                gradient += summand
+    return dx, *(grad.to(p.dtype) for grad, p in zip(gradients, parameters, strict=True))
+
+
 def differentiable_backward(
     dy: Tensor, x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool
 ) -> tuple[Tensor, ...]:
-    """The gradients of x and of the parameters by way of the published form, for second derivatives."""
+    """The gradients of x and of the parameters by way of the published form.
+
+    They are what second derivatives need where gradients are enabled, and ``dy`` may be the batch that autograd makes
+    of ``is_grads_batched`` and ``vectorize``.
+    """
     # Aliases that need gradients where the caller's tensors do not, so that each has a gradient to return.
     inputs = [tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in (x, *parameters)]
-    wide = x.dtype if x.dtype == torch.float64 else torch.float32
-    with _no_autocast(x.device):
+    wide = _wide(x.dtype)
+    with _no_autocast(x.device), torch.enable_grad():
         wide_y = reference.forward(inputs[0].to(wide), Parameters(*inputs[1:]).to(wide), groups, eps, dynamic)
-    y = wide_y.to(x.dtype)
-    return torch.autograd.grad(y, inputs, dy, create_graph=True)
+        y = wide_y.to(x.dtype)
+    return torch.autograd.grad(y, inputs, dy, create_graph=torch.is_grad_enabled())
 
 
 class _Statistics(NamedTuple):
@@ -87,23 +161,29 @@ class _Statistics(NamedTuple):
     mean: Tensor  # of the gated channel, (B, G, Cg)
     rstd: Tensor  # 1 / sqrt(variance + eps) of the gated channel, (B, G, Cg)
 
+    @classmethod
+    def empty(cls, features: Tensor) -> "_Statistics":
+        *channels, height, width = features.shape
+        sizes = (*channels, height), (*channels, width), channels, channels
+        return cls(*(features.new_empty(size, dtype=_wide(features.dtype)) for size in sizes))
+
 
 class _Forward(NamedTuple):
     weights: Tensor  # (B, G, H, W)
     statistics: _Statistics
 
     @classmethod
-    def of(cls, x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> "_Forward":
-        features = _grouped(x, groups)
+    def of(cls, features: Tensor, parameters: Parameters, eps: float, dynamic: bool) -> "_Forward":
+        features = features.to(_wide(features.dtype))
         parameters = parameters.to(features.dtype)
-        height, width = features.shape[-2:]
-        rows, columns = _sum_along_rows(features) / width, _sum_along_columns(features) / height
+        rows, columns = features.mean(dim=-1), features.mean(dim=-2)
         row_gate, column_gate = _gates(torch.cat([rows, columns], dim=-1), parameters, features)
         gated = _times_(features * row_gate, column_gate)
         mean = gated.mean(dim=(-2, -1))
         # Two passes, because the difference of two large sums would lose a small variance.
         centred = _minus_(gated, mean[..., None, None])
-        rstd = (centred.square().mean(dim=(-2, -1)) + eps).rsqrt()
+        area = centred.shape[-2] * centred.shape[-1]
+        rstd = (torch.linalg.vector_norm(centred, dim=(-2, -1)).square() / area + eps).rsqrt()
         statistics = _Statistics(rows, columns, mean, rstd)
         return cls(_Mixing.of(features, parameters, statistics, dynamic).weights(features, centred), statistics)
 
@@ -140,36 +220,30 @@ class _Mixing(NamedTuple):
         return (mixed + self.constant[..., None, None]).sigmoid()
 
 
-def _reweight(x: Tensor, weights: Tensor) -> Tensor:
-    return (x.unflatten(1, (weights.shape[1], -1)) * weights.unsqueeze(2)).flatten(1, 2).to(x.dtype)
+def _reweight(features: Tensor, weights: Tensor) -> Tensor:
+    return (features * weights.unsqueeze(2)).to(features.dtype)
 
 
 def _backward(
-    dy: Tensor,
-    x: Tensor,
-    parameters: Parameters,
-    statistics: _Statistics,
-    groups: int,
-    eps: float,
-    dynamic: bool,
-) -> tuple[Tensor, ...]:
-    """Gradients of x and of the six parameters, each in the dtype of what it is the gradient of."""
-    features, dy5 = _grouped(x, groups), _grouped(dy, groups)
-    w1, _, w3, b3, gamma, beta = small = parameters.to(features.dtype)
+    dy: Tensor, features: Tensor, parameters: Parameters, statistics: _Statistics, dynamic: bool
+) -> tuple[Tensor, Parameters]:
+    """Gradients of the features and of the parameters, which are in the dtype of the arithmetic."""
+    w1, _, w3, b3, gamma, beta = parameters
+    features, dy = features.to(w1.dtype), dy.to(w1.dtype)
     rows, columns, mean, rstd = statistics
     means = torch.cat([rows, columns], dim=-1)
     height, width = features.shape[-2:]
     area = height * width
-    row_gate, column_gate = _gates(means, small, features)
+    row_gate, column_gate = _gates(means, parameters, features)
     # The gates in the other order than in the forward: torch.compile would take equal expressions for one, and keep its
     # value, a map of the input's size, from the forward to the backward.
     centred = _minus_(_times_(features * column_gate, row_gate), mean[..., None, None])
-    mixing = _Mixing.of(features, small, statistics, dynamic)
+    mixing = _Mixing.of(features, parameters, statistics, dynamic)
     a1, a2, shifted, kernel, kappa, _ = mixing
 
     # The weight map and its logit; (B, G, H, W).
     weights = mixing.weights(features, centred)
-    dlogit = _sum_of_products(features, dy5) * weights * (1 - weights)
+    dlogit = _sum_of_products(features, dy) * weights * (1 - weights)
     dconstant = dlogit.sum(dim=(-2, -1))  # (B, G)
     dlogit5 = dlogit.unsqueeze(2)
 
@@ -189,8 +263,8 @@ def _backward(
 
     # The gates, and through them the means.
     dgated = du * features
-    drow_gate = _sum_along_rows(dgated * column_gate)
-    dcolumn_gate = _sum_along_columns(_times_(dgated, row_gate))
+    drow_gate = (dgated * column_gate).sum(dim=-1)
+    dcolumn_gate = _times_(dgated, row_gate).sum(dim=-2)
     gates = torch.cat([row_gate.squeeze(-1), column_gate.squeeze(-2)], dim=-1)
     dgates = torch.cat([drow_gate, dcolumn_gate], dim=-1) * gates * (1 - gates)
     drows, dcolumns = (w1.flatten(1).T @ dgates).split([height, width], dim=-1)
@@ -202,7 +276,7 @@ def _backward(
 
     dx = _times_(_times_(du, row_gate), column_gate)
     dx = _plus_(dx, dx_convolution)
-    dx = _plus_product_(dx, dy5, weights.unsqueeze(2))
+    dx = _plus_product_(dx, dy, weights.unsqueeze(2))
     dx = _plus_(dx, drows[..., :, None])
     dx = _plus_(dx, dcolumns[..., None, :])
     dx = _plus_at_corners(dx, dshifted)
@@ -213,8 +287,7 @@ def _backward(
     db3 = dm2.sum(dim=(0, 1)) + (a1 * da1_constant).sum(dim=(0, 1))
     dgamma = (a2 * rstd * correlation).sum(dim=(0, 1))
     dbeta = (a2 * dconstant[..., None]).sum(dim=(0, 1)) + (0 if dynamic else dm1[0, 0])
-    grads = (dw1.reshape(w1.shape), db1, dw3, db3, dgamma, dbeta)
-    return dx.flatten(1, 2).to(x.dtype), *(grad.to(p.dtype) for grad, p in zip(grads, parameters, strict=True))
+    return dx, Parameters(dw1.reshape(w1.shape), db1, dw3, db3, dgamma, dbeta)
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -223,10 +296,14 @@ def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
-def _grouped(x: Tensor, groups: int) -> Tensor:
-    """(B, C, H, W) as (B, G, Cg, H, W), a view if the dtype is one that is computed in."""
-    wide = x.dtype if x.dtype == torch.float64 else torch.float32
-    return x.unflatten(1, (groups, -1)).to(wide)
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _traced() -> bool:
+    """Whether a graph is being made of the operations, by torch.compile, torch.export or torch.jit."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _gates(means: Tensor, parameters: Parameters, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,17 +320,15 @@ def _shifted_sums(features: Tensor, statistics: _Statistics) -> Tensor:
     """
     height, width = features.shape[-2:]
     rows, columns = statistics.rows * width, statistics.columns * height
-    zero = torch.zeros_like(rows[..., 0])
-    left_out_row = torch.stack([rows[..., -1], zero, rows[..., 0]], dim=-1)
-    left_out_column = torch.stack([columns[..., -1], zero, columns[..., 0]], dim=-1)
-    corner = torch.stack(
-        [
-            *(features[..., -1, -1], zero, features[..., -1, 0]),
-            *(zero, zero, zero),
-            *(features[..., 0, -1], zero, features[..., 0, 0]),
-        ],
-        dim=-1,
-    ).unflatten(-1, (3, 3))
+    left_out_row = pad(rows[..., -1:], (0, 2)) + pad(rows[..., :1], (2, 0))
+    left_out_column = pad(columns[..., -1:], (0, 2)) + pad(columns[..., :1], (2, 0))
+    first, last = features[..., :1, :], features[..., -1:, :]
+    corner = (
+        pad(last[..., -1:], (0, 2, 0, 2))
+        + pad(last[..., :1], (2, 0, 0, 2))
+        + pad(first[..., -1:], (0, 2, 2, 0))
+        + pad(first[..., :1], (2, 0, 2, 0))
+    )
     total = rows.sum(dim=-1)[..., None, None]
     return total - left_out_row[..., :, None] - left_out_column[..., None, :] + corner
 
@@ -307,8 +382,8 @@ def _convolve_backward(dmap: Tensor, features: Tensor, kernel: Tensor) -> tuple[
 def _as_matrix_products(features: Tensor) -> bool:
     """Whether to apply the nine taps as one matrix product, and to shift the nine maps that it gives.
 
-    It reads the features once where PyTorch's convolution to a single channel is slow, but its nine maps must not
-    outweigh the channels of the group, and the product would copy features that are not contiguous.
+    It reads the features once, where PyTorch's convolution to a single channel is slow; as measured, that pays for its
+    nine maps from four channels on. It would copy features that are not contiguous.
     """
     return features.shape[2] >= 4 and features.is_contiguous()
 
@@ -321,32 +396,9 @@ def _convolution_operands(features: Tensor, kernel: Tensor) -> tuple[Tensor, Ten
     return features.reshape(1, batch * groups * width, *features.shape[-2:]), kernel.flatten(0, 1)
 
 
-def _sum_along_rows(features: Tensor) -> Tensor:
-    """Sums over the width: (B, G, Cg, H)."""
-    if not _as_products_with_ones(features):
-        return features.sum(dim=-1)
-    channels_last = features.flatten(1, 2).permute(0, 2, 3, 1)
-    sums = features.new_ones(1, features.shape[-1]) @ channels_last  # (B, H, 1, C)
-    return sums.squeeze(2).transpose(1, 2).unflatten(1, features.shape[1:3])
-
-
-def _sum_along_columns(features: Tensor) -> Tensor:
-    """Sums over the height: (B, G, Cg, W)."""
-    if not _as_products_with_ones(features):
-        return features.sum(dim=-2)
-    channels_last = features.flatten(1, 2).permute(0, 2, 3, 1)
-    sums = features.new_ones(1, features.shape[-2]) @ channels_last.flatten(2)  # (B, 1, W · C)
-    return sums.unflatten(2, channels_last.shape[2:]).squeeze(1).transpose(1, 2).unflatten(1, features.shape[1:3])
-
-
-def _as_products_with_ones(features: Tensor) -> bool:
-    """Whether to sum by a matrix product: on CPUs PyTorch's sums of channels-last maps take many times as long."""
-    return features.device.type == "cpu" and features.stride(2) == 1 and not torch.compiler.is_compiling()
-
-
 def _sum_over_channels(features: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum over the channels of a group: (B, G, Cg, H, W), (B, G, Cg) to (B, G, H, W)."""
-    if torch.compiler.is_compiling():  # the compiler fuses a product and a sum with what is around it
+    if _traced():  # a compiler fuses a product and a sum with what is around it
         return (features * weights[..., None, None]).sum(dim=2)
     return torch.einsum("bgchw,bgc->bghw", features, weights)
 
@@ -365,16 +417,16 @@ def _softmax_backward(probabilities: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _times_(tensor: Tensor, factor: Tensor) -> Tensor:
-    return tensor * factor if torch.compiler.is_compiling() else tensor.mul_(factor)
+    return tensor * factor if _traced() else tensor.mul_(factor)
 
 
 def _plus_(tensor: Tensor, summand: Tensor) -> Tensor:
-    return tensor + summand if torch.compiler.is_compiling() else tensor.add_(summand)
+    return tensor + summand if _traced() else tensor.add_(summand)
 
 
 def _minus_(tensor: Tensor, subtrahend: Tensor) -> Tensor:
-    return tensor - subtrahend if torch.compiler.is_compiling() else tensor.sub_(subtrahend)
+    return tensor - subtrahend if _traced() else tensor.sub_(subtrahend)
 
 
 def _plus_product_(tensor: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    return tensor + first * second if torch.compiler.is_compiling() else tensor.addcmul_(first, second)
+    return tensor + first * second if _traced() else tensor.addcmul_(first, second)

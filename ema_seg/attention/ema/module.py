@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
+from torch.func import debug_unwrap
 
 from ema_seg.attention.ema import choice, factorised, operator, reference
 from ema_seg.attention.ema.reference import Parameters
@@ -17,6 +18,7 @@ from ema_seg.errors import ModelError
 __all__ = ["EMA", "DynamicEMA"]
 
 _LARGEST_AUTO_FACTOR = 32
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class EMA(nn.Module):
@@ -75,26 +77,29 @@ class EMA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Re-weight ``x`` (B, C, H, W) by its weight maps; same shape, dtype and layout."""
-        self._check(x)
-        options = self.groups, self.gn.eps, self.dynamic
-        if torch.compiler.is_exporting():  # the graph holds plain operators, whatever would compute x here
-            return factorised.apply(x, self._parameters_of_block(), *options)
-        implementation = choice.choose(self.implementation, x)
-        if implementation == "reference" or self._has_tangents(x):
-            return reference.forward(x, self._parameters_of_block(), *options)
+        implementation = self.implementation_for(x)
+        arguments = x, self._parameters_of_block(), self.groups, self.gn.eps, self.dynamic
+        if implementation == "reference":
+            return reference.forward(*arguments)
         if implementation == "factorised":
-            return factorised.apply(x, self._parameters_of_block(), *options)
-        return operator.apply(x, self._parameters_of_block(), *options, implementation)
+            return factorised.apply(*arguments)
+        return operator.apply(*arguments, implementation)
 
     def implementation_for(self, x: Tensor) -> str:
         """Which implementation computes ``x``, as ``forward`` would take it.
+
+        Exported graphs and traces hold the plain operators of ``factorised``, whatever was asked for; the transforms of
+        ``torch.func`` and forward-mode derivatives go through ``reference``, which has a rule for each of them.
 
         Raises:
             ConfigError: the environment variable names no implementation.
             ModelError: ``x`` does not fit the block or the implementation that was asked for.
         """
         self._check(x)
-        return choice.choose(self.implementation, x)
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return "factorised"
+        chosen = choice.choose(self.implementation, x)
+        return "reference" if self._is_transformed(x) else chosen
 
     def weight_map(self, x: Tensor) -> Tensor:
         """The weights in (0, 1) by which ``forward`` multiplies ``x``: (B, factor, H, W)."""
@@ -111,18 +116,24 @@ class EMA(nn.Module):
             self.gn.bias,
         )
 
-    def _has_tangents(self, x: Tensor) -> bool:
-        """Whether derivatives are taken in forward mode, for which only the published form has a rule."""
+    def _is_transformed(self, x: Tensor) -> bool:
+        """Whether ``torch.func`` transforms the computation, or derivatives are taken in forward mode."""
         if torch.compiler.is_compiling():
             return False
-        return any(unpack_dual(tensor).tangent is not None for tensor in (x, *self._parameters_of_block()))
+        return any(
+            debug_unwrap(tensor, recurse=False) is not tensor or unpack_dual(tensor).tangent is not None
+            for tensor in (x, *self._parameters_of_block())
+        )
 
     def _check(self, x: Tensor) -> None:
         channels = self.groups * self.conv1x1.in_channels
         if x.ndim != 4 or x.shape[1] != channels:
             raise ModelError(f"EMA expects an input of shape (B, {channels}, H, W), got {tuple(x.shape)}.")
-        if not x.is_floating_point():
-            raise ModelError(f"EMA expects floating-point numbers, got {x.dtype}; convert the input to float32, say.")
+        if x.dtype not in _DTYPES:
+            raise ModelError(
+                f"EMA expects floating-point numbers of 16, 32 or 64 bits, got {x.dtype}; "
+                "convert the input to float32, say."
+            )
         if x.device != self.conv1x1.weight.device:
             raise ModelError(
                 f"EMA's parameters are on {self.conv1x1.weight.device} and the input is on {x.device}; "
@@ -148,10 +159,12 @@ class DynamicEMA(EMA):
 
 
 def _number_of_groups(channels: int, factor: int | Literal["auto"]) -> int:
+    if not isinstance(channels, int) or channels < 1:
+        raise ModelError(f"EMA needs a positive whole number of channels, got {channels!r}.")
     divisors = [divisor for divisor in range(1, channels + 1) if channels % divisor == 0]
     if factor == "auto":
         return max(divisor for divisor in divisors if divisor <= _LARGEST_AUTO_FACTOR)
-    if not isinstance(factor, int) or factor not in divisors:
+    if type(factor) is not int or factor not in divisors:  # True would pass for 1
         raise ModelError(
             f"EMA cannot split {channels} channels into factor={factor!r} groups; "
             f"valid factors are {', '.join(map(str, divisors))}, or 'auto'."

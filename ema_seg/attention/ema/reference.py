@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from ema_seg.errors import ModelError
+
 __all__ = ["Parameters", "forward"]
 
 
@@ -33,7 +35,17 @@ def forward(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic:
         groups: number of channel groups.
         eps: what the normalisation adds to the variance.
         dynamic: pool the descriptor of the 1×1 branch before the normalisation instead of after it.
+
+    Raises:
+        ModelError: x and the parameters differ in dtype, and autocast does not see to that.
     """
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if x.dtype != parameters.w1.dtype and not autocast:
+        raise ModelError(
+            f"EMA's parameters are {parameters.w1.dtype} and the input is {x.dtype}, which its implementation "
+            "'reference' does not mix; convert one to the other."
+        )
     w1, b1, w3, b3, gamma, beta = parameters
     batch, channels, height, width = x.shape
     grouped = x.reshape(batch * groups, channels // groups, height, width)
