@@ -489,8 +489,8 @@ def test_only_the_input_and_its_statistics_are_kept(implementation, backend):
         block(x)
 
     parameters = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
-    # The row and column means of a 48 × 64 map are 1/27 of it. A graph of plain operators keeps the gates as well, which
-    # are as many, and before their sigmoid.
+    # The row and column means of a 48 × 64 map are 1/27 of it. A graph of plain operators keeps the gates as well,
+    # which are as many, and before their sigmoid.
     limit = 1.15 if (implementation, backend) == ("factorised", "inductor") else 1.05
     assert sum(size for pointer, size in kept.items() if pointer not in parameters) <= limit * x.nbytes
 
