@@ -218,7 +218,7 @@ def test_every_implementation_computes_what_the_reference_does(implementation, p
 @pytest.mark.parametrize("size", [1, 2**13, 2**15])
 def test_pytorch_operations_compute_the_same_in_parts_of_any_size(block, layout, size, monkeypatch):
     """A group of an image, some groups of an image, and several images at a time."""
-    monkeypatch.setattr(factorised, "_PART", size)
+    monkeypatch.setattr(factorised, "_PART_ON_CPU", size)
     block = randomised(block(12, factor=3).double(), scale=0.5)
     x, dy = laid_out(random((5, 12, 9, 11)), layout), random((5, 12, 9, 11), seed=2)
 
@@ -246,17 +246,17 @@ class LargeResults(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_on_a_cpu_only_the_results_of_pytorch_operations_have_the_size_of_the_input(layout, dtype, monkeypatch):
-    monkeypatch.setattr(factorised, "_PART", 2**14)
-    block = EMA(16, factor=2, implementation="factorised")
-    x, dy = laid_out(random((4, 16, 24, 20), dtype=dtype), layout), random((4, 16, 24, 20), dtype=dtype)
-    x.requires_grad_()
+    monkeypatch.setattr(factorised, "_PART_ON_CPU", 2**14)
+    parameters = EMA(16, factor=2)._parameters_of_block()
+    parameters = parameters._replace(w1=parameters.w1.flatten(1))
+    x, dy = (laid_out(random((4, 16, 24, 20), dtype=dtype), layout) for _ in range(2))
 
     with LargeResults(x.numel()) as forward:
-        y = block(x)
+        _, *statistics = factorised.forward(x, parameters, 2, 1e-5, False)
     with LargeResults(x.numel()) as backward:
-        y.backward(dy)
+        factorised.backward(dy, x, *statistics, parameters, 2, 1e-5, False)
 
     assert forward.operators == backward.operators == ["aten::empty_like"]
 
@@ -344,18 +344,23 @@ def test_half_precision_is_no_further_from_the_truth_than_the_reference(
 @pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_a_small_variance_beside_a_large_mean_survives_in_float32(implementation, layout):
-    block = randomised(EMA(16, factor=4), scale=0.5)
-    block.conv1x1.bias.data += 30  # open gates: the variance is that of the input
-    x = 1000 + random((2, 16, 20, 24), dtype=torch.float32)
-    block.conv3x3.weight.data -= block.conv3x3.weight.data.mean(dim=(1, 2, 3), keepdim=True)
-    dy = random(x.shape, seed=2, dtype=torch.float32)
+    names = ("y", "x", "gn.weight", "gn.bias")
+    errors = {"reference": dict.fromkeys(names, 0.0), implementation: dict.fromkeys(names, 0.0)}
+    for seed in range(6):  # how the rounding of large summands falls is a matter of luck
+        block = randomised(EMA(16, factor=4), scale=0.5, seed=seed)
+        block.conv1x1.bias.data += 30  # open gates: the variance is that of the input
+        block.conv3x3.weight.data -= block.conv3x3.weight.data.mean(dim=(1, 2, 3), keepdim=True)
+        x = 1000 + random((2, 16, 20, 24), seed=seed, dtype=torch.float32)
+        dy = random(x.shape, seed=seed + 100, dtype=torch.float32)
+        truth = run(block, "reference", x.double(), dy.double())
+        for name, sums in errors.items():
+            device = "cpu" if name == "reference" else device_for(name)
+            actual = run(block, name, laid_out(x, layout), dy, device=device)
+            for tensor in names:
+                sums[tensor] += (distance(actual[tensor], truth[tensor]) / truth[tensor].norm().item()) ** 2
 
-    truth = run(block, "reference", x.double(), dy.double())
-    published = run(block, "reference", x, dy)
-    actual = run(block, implementation, laid_out(x, layout), dy, device=device_for(implementation))
-
-    for name in ("y", "x", "gn.weight", "gn.bias"):
-        assert distance(actual[name], truth[name]) <= 4 * distance(published[name], truth[name]), name
+    for tensor in names:
+        assert errors[implementation][tensor] ** 0.5 <= 4 * errors["reference"][tensor] ** 0.5, tensor
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -464,11 +469,8 @@ def test_results_repeat_bit_for_bit(implementation, layout, monkeypatch):
 # What is kept for the backward
 
 
-# Triton's interpreter cannot be compiled into a graph by Inductor; "aot_eager" keeps what the graph's maker says.
-@pytest.mark.parametrize(
-    ("implementation", "backend"),
-    [*((name, None) for name in FAST), ("factorised", "inductor"), ("cpp", "inductor"), ("triton", "aot_eager")],
-)
+@pytest.mark.parametrize("backend", [None, "inductor"])
+@pytest.mark.parametrize("implementation", FAST)
 def test_only_the_input_and_its_statistics_are_kept(implementation, backend):
     device = device_for(implementation)
     block = EMA(64, factor=8, implementation=implementation).to(device)
@@ -489,10 +491,8 @@ def test_only_the_input_and_its_statistics_are_kept(implementation, backend):
         block(x)
 
     parameters = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
-    # The row and column means of a 48 × 64 map are 1/27 of it. A graph of plain operators keeps the gates as well,
-    # which are as many, and before their sigmoid.
-    limit = 1.15 if (implementation, backend) == ("factorised", "inductor") else 1.05
-    assert sum(size for pointer, size in kept.items() if pointer not in parameters) <= limit * x.nbytes
+    # Every row and column mean of a 48 × 64 map is 1/27 of it.
+    assert sum(size for pointer, size in kept.items() if pointer not in parameters) <= 1.05 * x.nbytes
 
 
 # Autocast, compilation, export
@@ -545,7 +545,7 @@ def test_compiles_whole_with_static_and_dynamic_shapes(block, implementation, la
         assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kernels", ["cpp", "triton"])
+@pytest.mark.parametrize("kernels", FAST)
 def test_the_operator_is_registered_as_pytorch_demands(kernels):
     device = device_for(kernels)
     block = randomised(EMA(8, factor=2), scale=0.5).to(device)
@@ -654,7 +654,7 @@ def test_the_environment_variable_takes_the_place_of_the_argument(monkeypatch):
 
 
 def test_an_unknown_implementation_is_named_with_what_there_is():
-    with pytest.raises(ConfigError, match=r"'fast'; there are auto, reference, factorised, cpp, triton"):
+    with pytest.raises(ConfigError, match=r"'fast'; there are auto, reference, cpp, triton, factorised"):
         build_attention("ema", 8, implementation="fast")
 
 

@@ -11,7 +11,7 @@ from ema_seg.errors import ConfigError, ModelError, did_you_mean
 
 __all__ = ["ENVIRONMENT_VARIABLE", "IMPLEMENTATIONS", "check_name", "choose"]
 
-IMPLEMENTATIONS = ("auto", "reference", "factorised", *KERNELS)
+IMPLEMENTATIONS = ("auto", "reference", *KERNELS)
 ENVIRONMENT_VARIABLE = "EMA_SEG_IMPLEMENTATION"
 
 
@@ -65,8 +65,7 @@ def choose(requested: str, x: Tensor) -> str:
 def _choose(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
     """The implementation, and why it cannot be used if it cannot."""
     if name == "auto":
-        valid = (kernels for kernels in KERNELS if _unavailable(kernels, device, dtype) is None)
-        return next(valid, "factorised"), None
+        return next(kernels for kernels in KERNELS if _unavailable(kernels, device, dtype) is None), None
     return name, _unavailable(name, device, dtype) if name in KERNELS else None
 
 

@@ -81,8 +81,8 @@ class EMA(nn.Module):
         arguments = x, self._parameters_of_block(), self.groups, self.gn.eps, self.dynamic
         if implementation == "reference":
             return reference.forward(*arguments)
-        if implementation == "factorised":
-            return factorised.apply(*arguments)
+        if _in_a_portable_graph():
+            return factorised.plain(*arguments)
         return operator.apply(*arguments, implementation)
 
     def implementation_for(self, x: Tensor) -> str:
@@ -96,7 +96,7 @@ class EMA(nn.Module):
             ModelError: ``x`` does not fit the block or the implementation that was asked for.
         """
         self._check(x)
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if _in_a_portable_graph():
             return "factorised"
         chosen = choice.choose(self.implementation, x)
         return "reference" if self._is_transformed(x) else chosen
@@ -156,6 +156,11 @@ class DynamicEMA(EMA):
     """
 
     dynamic = True
+
+
+def _in_a_portable_graph() -> bool:
+    """Whether a graph is being made that other software may have to understand."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _number_of_groups(channels: int, factor: int | Literal["auto"]) -> int:

@@ -1,4 +1,4 @@
-"""EMA as one operator for PyTorch: what compile, export and the FLOP counter see of the fused kernels."""
+"""EMA as one operator for PyTorch: what autograd, compile and the FLOP counter see of its short form."""
 
 from importlib import import_module
 from typing import Any, Protocol
@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ema_seg.attention.ema.factorised import differentiable_backward
+from ema_seg.attention.ema import reference
+from ema_seg.attention.ema.factorised import without_autocast
 from ema_seg.attention.ema.reference import Parameters
 
 __all__ = ["KERNELS", "apply", "kernels_module"]
 
-# The modules with the kernels; imported when they are needed.
-KERNELS = {"cpp": "cpp", "triton": "triton_kernels"}
+# The modules with the kernels, the fastest for a device first; imported when they are needed.
+KERNELS = {"cpp": "cpp", "triton": "triton_kernels", "factorised": "factorised"}
 
 
 class Kernels(Protocol):
@@ -58,7 +59,7 @@ def kernels_module(name: str) -> Kernels:
 
 
 def apply(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool, kernels: str) -> Tensor:
-    """Re-weight ``x`` with the fused kernels called ``kernels``; otherwise as ``reference.forward``."""
+    """Re-weight ``x`` with these ``KERNELS``; otherwise as ``reference.forward``."""
     return ema(x, *parameters, groups, eps, dynamic, kernels)[0]
 
 
@@ -142,10 +143,22 @@ def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...
         return (None,) * 7 + unused
     x, means, moments, *parameters = ctx.saved_tensors
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        grads = differentiable_backward(dy, x, Parameters(*parameters), *ctx.options[:-1])
+        grads = _differentiable_backward(dy, x, Parameters(*parameters), *ctx.options[:-1])
     else:
         grads = ema_backward(dy, x, means, moments, *parameters, *ctx.options)
     return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), *unused
+
+
+def _differentiable_backward(
+    dy: Tensor, x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool
+) -> tuple[Tensor, ...]:
+    """The gradients of x and of the parameters by way of the published form, for second derivatives."""
+    # Aliases that need gradients where the caller's tensors do not, so that each has a gradient to return.
+    inputs = [tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in (x, *parameters)]
+    wide = _arithmetic_dtype(x)
+    with without_autocast(x.device):
+        y = reference.forward(inputs[0].to(wide), Parameters(*inputs[1:]).to(wide), groups, eps, dynamic).to(x.dtype)
+    return torch.autograd.grad(y, inputs, dy, create_graph=True)
 
 
 torch.library.register_autograd("ema_seg::ema", _backward, setup_context=_setup_context)
