@@ -26,10 +26,12 @@ def attention_weights(model: nn.Module, image: Tensor, stride: int) -> dict[str,
     def keep(name: str, block: nn.Module, features: Tensor) -> None:
         maps[name] = block.weight_map(features)[0].float()  # type: ignore[operator]
 
+    blocks = {name: block for name, block in model.named_modules() if hasattr(block, "weight_map")}
+    if not blocks:
+        return maps
     handles = [
         block.register_forward_pre_hook(lambda block, inputs, name=name: keep(name, block, inputs[0]))
-        for name, block in model.named_modules()
-        if hasattr(block, "weight_map")
+        for name, block in blocks.items()
     ]
     try:
         # A compiled model would not see a hook that came after its compilation.

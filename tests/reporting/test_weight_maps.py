@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
-from ema_seg.evaluation import attention_weights
-from ema_seg.models import build_segmenter, load_segmenter
+from ema_seg.models import build_segmenter
+from ema_seg.reporting import weight_maps
 from ema_seg.reporting.weight_maps import draw_weight_maps, main
 
 
@@ -33,23 +34,16 @@ def image(tmp_path):
     return tmp_path / "image.png"
 
 
-def test_the_weights_are_those_that_each_block_multiplies_by(checkpoint):
-    model, _ = load_segmenter(checkpoint("ema"))
-    products = {}
-    for name, block in model.named_modules():
-        if hasattr(block, "weight_map"):
-            block.register_forward_hook(
-                lambda _, inputs, output, name=name: products.update({name: (inputs[0], output)})
-            )
-    image = torch.randn(3, 50, 70)
+def test_the_figure_leaves_out_what_the_image_was_padded_with(checkpoint, image, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(weight_maps, "draw_weight_maps", lambda pixels, maps: drawn.update(maps) or Figure())
 
-    maps = attention_weights(model, image, stride=32)
+    assert main([str(tmp_path / "maps.png"), str(checkpoint("ema")), str(image)]) == 0
 
-    assert list(maps) == list(products)
-    assert len(maps) == 4
-    for name, (features, output) in products.items():
-        expected = features.unflatten(1, (4, -1)) * maps[name][None, :, None]
-        torch.testing.assert_close(output, expected.flatten(1, 2))
+    # 50 × 70 pixels are padded to 64 × 96; a cell of the finest map is 4 × 4 pixels of it, one of the coarsest 32 × 32.
+    sizes = [groups.shape for groups in drawn.values()]
+    assert (4, 13, 18) in sizes
+    assert all(rows <= 13 and columns <= 18 for _, rows, columns in sizes)
 
 
 def test_the_figure_shows_the_mean_and_the_most_varied_groups():
@@ -76,8 +70,12 @@ def test_mistakes_are_one_sentence(checkpoint, image, tmp_path, capsys):
     assert main([figure, missing, str(image)]) == 1
     assert main([figure, str(checkpoint("ema")), missing]) == 1
     assert main([figure, str(checkpoint("se")), str(image)]) == 1
+    assert main([str(tmp_path / "no" / "maps.png"), str(checkpoint("ema")), str(image)]) == 1
+    assert main([str(tmp_path / "maps.doc"), str(checkpoint("ema")), str(image)]) == 1
 
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 3
+    assert len(errors) == 5
     assert all(error.startswith("error: ") for error in errors)
     assert "no attention block of this model has weight maps" in errors[2]
+    assert "maps.png: the figure cannot be written" in errors[3]
+    assert "maps.doc: the figure cannot be written" in errors[4]

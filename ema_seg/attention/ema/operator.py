@@ -173,8 +173,8 @@ def _flops(x_shape: tuple[int, ...], w1_shape: tuple[int, ...], *_: Any, **__: A
 
 @register_flop_formula(torch.ops.ema_seg.ema_backward)
 def _flops_of_backward(dy_shape: tuple[int, ...], *shapes: Any, **_: Any) -> int:
-    """Each product of the forward is differentiated by both its factors."""
-    return 2 * _flops(dy_shape, shapes[3])
+    """Each product of the forward is computed again, and differentiated by both its factors."""
+    return 3 * _flops(dy_shape, shapes[3])
 
 
 def _arithmetic_dtype(x: Tensor) -> torch.dtype:
