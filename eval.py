@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from configs.command_line import argument, expand_home, plain_config, reports_errors, saved_config
 from ema_seg.errors import ConfigError
+from ema_seg.host_memory import keep_freed_memory
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -22,6 +23,7 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 @reports_errors
 def main() -> None:
     """Compose the configuration around that of the run, and evaluate."""
+    keep_freed_memory()
     sys.argv = expand_home(sys.argv)
     saved = _saved_config()
     store = ConfigStore.instance()

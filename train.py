@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from configs.command_line import argument, expand_home, plain_config, reports_errors, saved_config
 from ema_seg.errors import ConfigError
+from ema_seg.host_memory import keep_freed_memory
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -22,6 +23,7 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 @reports_errors
 def main() -> None:
     """Compose the configuration, of a resumed run from its own file, and train."""
+    keep_freed_memory()
     sys.argv = expand_home(sys.argv)
     config_name = "train"
     if run := argument("resume"):

@@ -46,6 +46,7 @@ from torch.utils._pytree import tree_leaves
 
 from ema_seg.attention import EMA
 from ema_seg.errors import ModelError, did_you_mean
+from ema_seg.host_memory import keep_freed_memory
 from ema_seg.models import build_segmenter
 
 SCHEMA = 1
@@ -692,4 +693,5 @@ def _chosen_shapes(parser: Parser, names: Sequence[str]) -> list[Shape]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as train.py and eval.py do
     main()

@@ -38,6 +38,7 @@ from torch.nn.functional import cross_entropy
 from ema_seg.attention import EMA
 from ema_seg.errors import ConfigError, EmaSegError
 from ema_seg.evaluation.inference import PRECISIONS, autocast
+from ema_seg.host_memory import keep_freed_memory
 from ema_seg.models import build_segmenter, decoder_names, model_stride
 
 SCHEMA = 1
@@ -276,4 +277,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as train.py and eval.py do
     main()

@@ -1,0 +1,39 @@
+"""Keeping freed memory, in processes of their own: it cannot be undone."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource
+import torch
+from ema_seg.host_memory import keep_freed_memory
+
+def page_faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+done = {call}
+torch.zeros(2**24)
+before = page_faults()
+for _ in range(5):
+    torch.zeros(2**24)  # 64 MiB
+print(done, page_faults() - before)
+"""
+
+
+def faults(call):
+    run = subprocess.run([sys.executable, "-c", PROGRAM.format(call=call)], capture_output=True, text=True, check=True)
+    done, count = run.stdout.split()
+    return done == "True", int(count)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to")
+def test_freed_memory_is_used_again_without_asking_the_system():
+    _, given_back = faults("False")
+    done, kept = faults("keep_freed_memory()")
+
+    assert done
+    assert given_back > 5 * 16  # at least a fault for each large page of 4 MiB
+    assert kept < given_back / 5
