@@ -77,8 +77,9 @@ class EMA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Re-weight ``x`` (B, C, H, W) by its weight maps; same shape, dtype and layout."""
-        implementation = self.implementation_for(x)
-        arguments = x, self._parameters_of_block(), self.groups, self.gn.eps, self.dynamic
+        parameters = self._parameters_of_block()
+        implementation = self._choose(x, parameters)
+        arguments = x, parameters, self.groups, self.gn.eps, self.dynamic
         if implementation == "reference":
             return reference.forward(*arguments)
         if _in_a_portable_graph():
@@ -95,11 +96,7 @@ class EMA(nn.Module):
             ConfigError: the environment variable names no implementation.
             ModelError: ``x`` does not fit the block or the implementation that was asked for.
         """
-        self._check(x)
-        if _in_a_portable_graph():
-            return "factorised"
-        chosen = choice.choose(self.implementation, x)
-        return "reference" if self._is_transformed(x) else chosen
+        return self._choose(x, self._parameters_of_block())
 
     def weight_map(self, x: Tensor) -> Tensor:
         """The weights in (0, 1) by which ``forward`` multiplies ``x``: (B, factor, H, W)."""
@@ -116,14 +113,12 @@ class EMA(nn.Module):
             self.gn.bias,
         )
 
-    def _is_transformed(self, x: Tensor) -> bool:
-        """Whether ``torch.func`` transforms the computation, or derivatives are taken in forward mode."""
-        if torch.compiler.is_compiling():
-            return False
-        return any(
-            debug_unwrap(tensor, recurse=False) is not tensor or unpack_dual(tensor).tangent is not None
-            for tensor in (x, *self._parameters_of_block())
-        )
+    def _choose(self, x: Tensor, parameters: Parameters) -> str:
+        self._check(x)
+        if _in_a_portable_graph():
+            return "factorised"
+        chosen = choice.choose(self.implementation, x)
+        return "reference" if _is_transformed(x, *parameters) else chosen
 
     def _check(self, x: Tensor) -> None:
         channels = self.groups * self.conv1x1.in_channels
@@ -161,6 +156,16 @@ class DynamicEMA(EMA):
 def _in_a_portable_graph() -> bool:
     """Whether a graph is being made that other software may have to understand."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def _is_transformed(*tensors: Tensor) -> bool:
+    """Whether ``torch.func`` transforms what is done with these, or derivatives are taken in forward mode."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(
+        debug_unwrap(tensor, recurse=False) is not tensor or unpack_dual(tensor).tangent is not None
+        for tensor in tensors
+    )
 
 
 def _number_of_groups(channels: int, factor: int | Literal["auto"]) -> int:
