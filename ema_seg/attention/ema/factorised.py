@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 
 from ema_seg.attention.ema.reference import Parameters
 
-__all__ = ["backward", "forward", "plain", "unavailable", "weight_map", "without_autocast"]
+__all__ = ["backward", "dtype_of_arithmetic", "forward", "plain", "unavailable", "weight_map", "without_autocast"]
 
 # Bytes of features, in the dtype of the arithmetic, that are computed at a time.
 _PART_ON_CPU = 2**22
@@ -36,7 +36,7 @@ def unavailable(x: Tensor) -> None:
 
 def plain(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> Tensor:
     """Re-weight ``x`` as ``reference.forward`` does, for a graph that is to hold PyTorch's own operators only."""
-    wide = _wide(x.dtype)
+    wide = dtype_of_arithmetic(x.dtype)
     features = x.unflatten(1, (groups, -1)).to(wide)
     weights = _Forward.of(features, parameters.to(wide), eps, dynamic).weights
     return (features * weights.unsqueeze(2)).flatten(1, 2).to(x.dtype)
@@ -44,7 +44,7 @@ def plain(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: b
 
 def weight_map(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> Tensor:
     """The weights in (0, 1) that multiply each group: (B, groups, H, W) in x's dtype; arguments as in ``plain``."""
-    wide = _wide(x.dtype)
+    wide = dtype_of_arithmetic(x.dtype)
     with without_autocast(x.device):
         forward = _Forward.of(x.unflatten(1, (groups, -1)).to(wide), parameters.to(wide), eps, dynamic)
     return forward.weights.to(x.dtype)
@@ -99,7 +99,7 @@ def _parts(features: Tensor) -> Iterator[tuple[slice, slice]]:
     """Parts of (B, G, Cg, H, W) to be computed one after the other: some images, or some groups of one."""
     batch, groups, channels, height, width = features.shape
     size = _PART_ON_CPU if features.device.type == "cpu" else _PART
-    group = channels * height * width * _wide(features.dtype).itemsize
+    group = channels * height * width * dtype_of_arithmetic(features.dtype).itemsize
     images = max(1, size // (groups * group))
     some = max(1, size // group)
     if features.stride(2) == 1:  # channels-last: memory is read in lines of 64 bytes
@@ -111,7 +111,7 @@ def _parts(features: Tensor) -> Iterator[tuple[slice, slice]]:
 
 def _contiguous(part: Tensor) -> Tensor:
     """The part in the dtype of the arithmetic, copied if it is laid out otherwise: PyTorch is slow on other layouts."""
-    return part.to(_wide(part.dtype)).contiguous()
+    return part.to(dtype_of_arithmetic(part.dtype)).contiguous()
 
 
 class _Forward(NamedTuple):
@@ -236,15 +236,15 @@ def _backward(
     return dx, Parameters(dw1, db1, dw3, db3, dgamma, dbeta)
 
 
+def dtype_of_arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that features of a dtype are computed in."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """No autocast, which would round the operands of products that are to be computed in float32."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic."""
-    return dtype if dtype == torch.float64 else torch.float32
 
 
 def _gates(means: Tensor, parameters: Parameters, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,8 +288,7 @@ def _convolve(features: Tensor, kernel: Tensor) -> Tensor:
     if _as_matrix_products(features):
         maps = (kernel.flatten(-2).transpose(-2, -1) @ features.flatten(-2)).unflatten(-1, features.shape[-2:])
         return reduce(torch.add, (window[:, :, tap] for tap, window in enumerate(_windows(maps))))
-    # Channel by channel, because a compiler cannot vectorise a sum over so few.
-    return reduce(torch.add, _weighted_sum(_windows(features), kernel).unbind(dim=2))
+    return _weighted_sum(_windows(features), kernel).sum(dim=2)
 
 
 def _convolve_backward(dmap: Tensor, features: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ema_seg.attention.ema import reference
-from ema_seg.attention.ema.factorised import without_autocast
+from ema_seg.attention.ema.factorised import dtype_of_arithmetic, without_autocast
 from ema_seg.attention.ema.reference import Parameters
 
 __all__ = ["KERNELS", "apply", "kernels_module"]
@@ -88,8 +88,8 @@ def _(x: Tensor, *parameters_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
     w1, groups = parameters_and_options[0], parameters_and_options[6]
     batch, _, height, width = x.shape
     count, channels = batch * groups, w1.shape[0]
-    means = x.new_empty((count, channels, height + width), dtype=_arithmetic_dtype(x))
-    moments = x.new_empty((2, count, channels), dtype=_arithmetic_dtype(x))
+    means = x.new_empty((count, channels, height + width), dtype=dtype_of_arithmetic(x.dtype))
+    moments = x.new_empty((2, count, channels), dtype=dtype_of_arithmetic(x.dtype))
     return torch.empty_like(x), means, moments
 
 
@@ -155,7 +155,7 @@ def _differentiable_backward(
     """The gradients of x and of the parameters by way of the published form, for second derivatives."""
     # Aliases that need gradients where the caller's tensors do not, so that each has a gradient to return.
     inputs = [tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in (x, *parameters)]
-    wide = _arithmetic_dtype(x)
+    wide = dtype_of_arithmetic(x.dtype)
     with without_autocast(x.device):
         y = reference.forward(inputs[0].to(wide), Parameters(*inputs[1:]).to(wide), groups, eps, dynamic).to(x.dtype)
     return torch.autograd.grad(y, inputs, dy, create_graph=True)
@@ -177,13 +177,9 @@ def _flops_of_backward(dy_shape: tuple[int, ...], *shapes: Any, **_: Any) -> int
     return 3 * _flops(dy_shape, shapes[3])
 
 
-def _arithmetic_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _small(parameters: Parameters, x: Tensor) -> Parameters:
     """The parameters as the kernels take them: contiguous, in the dtype of the arithmetic, ``w1`` square."""
-    dtype = _arithmetic_dtype(x)
+    dtype = dtype_of_arithmetic(x.dtype)
     contiguous = Parameters(*(parameter.detach().to(dtype).contiguous() for parameter in parameters))
     return contiguous._replace(w1=contiguous.w1.flatten(1))
 
