@@ -15,8 +15,8 @@ def keep_freed_memory() -> bool:
     The feature maps of a model are allocated and freed in every step. The C library of most Linux systems (glibc) gets
     large blocks from the system and gives them back at once, so that each page of each map is cleared and mapped anew
     in every step, which takes about a quarter of the time that a CPU trains. Call it before the first large allocation.
-    The process then stays at its largest size until it ends. Memory of a GPU is not concerned; PyTorch keeps that
-    anyway.
+    The process, and the loading processes that are forked from it, then never shrink, and may grow somewhat beyond what
+    they need at once. Memory of a GPU is not concerned; PyTorch keeps that anyway.
 
     Returns:
         Whether it was done; other C libraries are left as they are.

@@ -411,6 +411,21 @@ def test_transforms_of_torch_func_give_what_they_give_of_the_reference(implement
 
 
 @pytest.mark.parametrize("implementation", FAST)
+def test_transforms_of_torch_func_keep_the_precision(implementation):
+    """Half precision is computed in float32, with autocast or without, and dtypes mix."""
+    device = device_for(implementation)
+    block = randomised(EMA(16, factor=4, implementation=implementation), scale=0.5).to(device)
+    x = random((2, 16, 12, 9), dtype=torch.bfloat16).to(device)
+    truth, half_a_step = block(x.float()), 2**-8
+
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y, _ = torch.func.jvp(block, (x,), (x,))
+
+    assert y.dtype == torch.bfloat16
+    assert ((y.float() - truth).abs() <= 1.01 * half_a_step * truth.abs()).all()
+
+
+@pytest.mark.parametrize("implementation", FAST)
 def test_frozen_parameters_get_no_gradient(implementation):
     block = randomised(EMA(8, factor=2, implementation=implementation)).to(device_for(implementation))
     block.conv3x3.requires_grad_(False)
@@ -443,8 +458,11 @@ def test_an_empty_batch_and_one_that_is_not_a_number(implementation):
     x[1] = torch.nan
 
     y = block(x)
+    empty = x[:0].requires_grad_()
+    block(empty).sum().backward()
 
-    assert block(x[:0]).shape == (0, 8, 5, 6)
+    assert empty.grad.shape == (0, 8, 5, 6)
+    assert all(parameter.grad.count_nonzero() == 0 for parameter in block.parameters())
     assert torch.isfinite(y[0]).all()
     assert torch.isnan(y[1]).all()
 
@@ -545,11 +563,14 @@ def test_compiles_whole_with_static_and_dynamic_shapes(block, implementation, la
         assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 @pytest.mark.parametrize("kernels", FAST)
-def test_the_operator_is_registered_as_pytorch_demands(kernels):
+def test_the_operator_is_registered_as_pytorch_demands(kernels, layout):
     device = device_for(kernels)
     block = randomised(EMA(8, factor=2), scale=0.5).to(device)
-    x = random((2, 8, 5, 6), dtype=torch.float32).to(device).requires_grad_()
+    if layout == "channels_last":
+        block = block.to(memory_format=torch.channels_last)
+    x = laid_out(random((2, 8, 5, 6), dtype=torch.float32), layout).to(device).requires_grad_()
 
     torch.library.opcheck(torch.ops.ema_seg.ema, (x, *block._parameters_of_block(), 2, 1e-5, False, kernels))
 
@@ -592,6 +613,7 @@ def test_exports_as_plain_operators_that_onnxruntime_runs(block, implementation,
     assert operators == {"aten"}
     session = onnxruntime.InferenceSession(tmp_path / "ema.onnx")
     other = random((3, 16, 7, 5), seed=5, dtype=torch.float32)
+    block.implementation = "factorised"  # which computes on any device
     for images in (x, other):
         expected = block(images).detach()
         assert_close(program.module()(images), expected)
@@ -611,6 +633,7 @@ def test_traces_as_plain_operators(implementation, tmp_path):
     names = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": sizes}
     torch.onnx.export(block, (x,), tmp_path / "ema.onnx", dynamo=False, **names)
 
+    block.implementation = "factorised"  # which computes on any device
     assert_close(torch.jit.load(tmp_path / "ema.pt")(other), block(other))
     (y,) = onnxruntime.InferenceSession(tmp_path / "ema.onnx").run(None, {"x": other.numpy()})
     assert_close(torch.from_numpy(y), block(other).detach(), rtol=1e-4, atol=1e-5)

@@ -108,9 +108,9 @@ def test_a_failed_compilation_is_in_its_row(bench, tmp_path, monkeypatch):
 
 
 def test_a_wrong_result_is_not_timed(bench, tmp_path, monkeypatch):
-    from ema_seg.attention.ema import factorised
+    from ema_seg.attention.ema import operator
 
-    monkeypatch.setattr(factorised, "apply", lambda x, parameters, *_: x * sum(p.sum() for p in parameters))
+    monkeypatch.setattr(operator, "apply", lambda x, parameters, *_: x * sum(p.sum() for p in parameters))
     bench.main([*TINY, "--output", str(tmp_path), "--implementations", "reference", "factorised"])
     _, rows = result_in(tmp_path)
 

@@ -1,8 +1,8 @@
 """Efficient Multi-scale Attention: the block, and four ways to compute it.
 
 ``reference`` is the published form, ``factorised`` the exact short form in PyTorch operations; ``cpp`` and
-``triton_kernels`` are fused kernels of the short form for CPUs and CUDA devices, which ``operator`` registers with
-PyTorch; ``choice`` decides which one computes an input.
+``triton_kernels`` are fused kernels of the short form for CPUs and CUDA devices. ``operator`` makes these three one
+operator of PyTorch's, and ``choice`` decides which one computes an input.
 """
 
 from ema_seg.attention.ema.module import EMA, DynamicEMA

@@ -36,18 +36,23 @@ def unavailable(x: Tensor) -> None:
 
 def plain(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> Tensor:
     """Re-weight ``x`` as ``reference.forward`` does, for a graph that is to hold PyTorch's own operators only."""
-    wide = dtype_of_arithmetic(x.dtype)
-    features = x.unflatten(1, (groups, -1)).to(wide)
-    weights = _Forward.of(features, parameters.to(wide), eps, dynamic).weights
+    features, weights = _features_and_weights(x, parameters, groups, eps, dynamic)
     return (features * weights.unsqueeze(2)).flatten(1, 2).to(x.dtype)
 
 
 def weight_map(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> Tensor:
     """The weights in (0, 1) that multiply each group: (B, groups, H, W) in x's dtype; arguments as in ``plain``."""
+    return _features_and_weights(x, parameters, groups, eps, dynamic)[1].to(x.dtype)
+
+
+def _features_and_weights(
+    x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool
+) -> tuple[Tensor, Tensor]:
     wide = dtype_of_arithmetic(x.dtype)
-    with without_autocast(x.device):
-        forward = _Forward.of(x.unflatten(1, (groups, -1)).to(wide), parameters.to(wide), eps, dynamic)
-    return forward.weights.to(x.dtype)
+    features = x.unflatten(1, (groups, -1)).to(wide)
+    # torch.export would make an operator of the context, which is not a plain one.
+    with nullcontext() if torch.compiler.is_exporting() else without_autocast(x.device):
+        return features, _Forward.of(features, parameters.to(wide), eps, dynamic).weights
 
 
 @torch.no_grad()
@@ -323,8 +328,8 @@ def _windows(maps: Tensor) -> list[Tensor]:
 def _as_matrix_products(features: Tensor) -> bool:
     """Whether to apply the nine taps as one matrix product that reads the features once and gives nine maps.
 
-    Groups of few channels, whose nine maps would be larger than the features, and what a compiler fuses into one loop
-    add up the products of the taps instead. PyTorch's own convolution to a single channel is many times slower.
+    Groups of few channels, whose nine maps would be much larger than the features, add up the products of the taps
+    instead. PyTorch's own convolution to a single channel is many times slower.
     """
     return features.shape[2] >= 4
 

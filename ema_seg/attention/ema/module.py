@@ -77,13 +77,15 @@ class EMA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Re-weight ``x`` (B, C, H, W) by its weight maps; same shape, dtype and layout."""
+        implementation = self._choose(x)
         parameters = self._parameters_of_block()
-        implementation = self._choose(x, parameters)
         arguments = x, parameters, self.groups, self.gn.eps, self.dynamic
         if implementation == "reference":
             return reference.forward(*arguments)
         if _in_a_portable_graph():
             return factorised.plain(*arguments)
+        if _is_transformed(x, *parameters):
+            return operator.apply_differentiably(*arguments)
         return operator.apply(*arguments, implementation)
 
     def implementation_for(self, x: Tensor) -> str:
@@ -96,7 +98,8 @@ class EMA(nn.Module):
             ConfigError: the environment variable names no implementation.
             ModelError: ``x`` does not fit the block or the implementation that was asked for.
         """
-        return self._choose(x, self._parameters_of_block())
+        chosen = self._choose(x)
+        return "reference" if _is_transformed(x, *self._parameters_of_block()) else chosen
 
     def weight_map(self, x: Tensor) -> Tensor:
         """The weights in (0, 1) by which ``forward`` multiplies ``x``: (B, factor, H, W)."""
@@ -113,12 +116,9 @@ class EMA(nn.Module):
             self.gn.bias,
         )
 
-    def _choose(self, x: Tensor, parameters: Parameters) -> str:
+    def _choose(self, x: Tensor) -> str:
         self._check(x)
-        if _in_a_portable_graph():
-            return "factorised"
-        chosen = choice.choose(self.implementation, x)
-        return "reference" if _is_transformed(x, *parameters) else chosen
+        return "factorised" if _in_a_portable_graph() else choice.choose(self.implementation, x)
 
     def _check(self, x: Tensor) -> None:
         channels = self.groups * self.conv1x1.in_channels

@@ -11,7 +11,7 @@ from ema_seg.attention.ema import reference
 from ema_seg.attention.ema.factorised import dtype_of_arithmetic, without_autocast
 from ema_seg.attention.ema.reference import Parameters
 
-__all__ = ["KERNELS", "apply", "kernels_module"]
+__all__ = ["KERNELS", "apply", "apply_differentiably", "kernels_module"]
 
 # The modules with the kernels, the fastest for a device first; imported when they are needed.
 KERNELS = {"cpp": "cpp", "triton": "triton_kernels", "factorised": "factorised"}
@@ -61,6 +61,13 @@ def kernels_module(name: str) -> Kernels:
 def apply(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool, kernels: str) -> Tensor:
     """Re-weight ``x`` with these ``KERNELS``; otherwise as ``reference.forward``."""
     return ema(x, *parameters, groups, eps, dynamic, kernels)[0]
+
+
+def apply_differentiably(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> Tensor:
+    """What ``apply`` computes, by way of the published form, which has a rule for every derivative and transform."""
+    wide = dtype_of_arithmetic(x.dtype)
+    with without_autocast(x.device):
+        return reference.forward(x.to(wide), parameters.to(wide), groups, eps, dynamic).to(x.dtype)
 
 
 @torch.library.custom_op("ema_seg::ema", mutates_args=())
@@ -152,12 +159,10 @@ def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...
 def _differentiable_backward(
     dy: Tensor, x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool
 ) -> tuple[Tensor, ...]:
-    """The gradients of x and of the parameters by way of the published form, for second derivatives."""
+    """The gradients of x and of the parameters, for second derivatives."""
     # Aliases that need gradients where the caller's tensors do not, so that each has a gradient to return.
     inputs = [tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in (x, *parameters)]
-    wide = dtype_of_arithmetic(x.dtype)
-    with without_autocast(x.device):
-        y = reference.forward(inputs[0].to(wide), Parameters(*inputs[1:]).to(wide), groups, eps, dynamic).to(x.dtype)
+    y = apply_differentiably(inputs[0], Parameters(*inputs[1:]), groups, eps, dynamic)
     return torch.autograd.grad(y, inputs, dy, create_graph=True)
 
 
