@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
     """Make the process keep what it frees, to use it again, instead of giving it back to the system.
 
     The feature maps of a model are allocated and freed in every step. The C library of most Linux systems (glibc) gets
-    large blocks from the system and gives them back at once, so that each page of each map is cleared and mapped anew
-    in every step, which takes about a quarter of the time that a CPU trains. Call it before the first large allocation.
+    large blocks from the system and gives them back at once, so that each page of each large map is cleared and mapped
+    anew in every step, which can take a quarter of a step on a CPU. Call it before the first large allocation.
     The process, and the loading processes that are forked from it, then never shrink, and may grow somewhat beyond what
     they need at once. Memory of a GPU is not concerned; PyTorch keeps that anyway.
 
