@@ -643,7 +643,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="NAME",
         help=f"{_list(IMPLEMENTATIONS)}; default: all",
     )
-    options = parser.parse_args(arguments)
+    options = parser.options(arguments)
     device = options.device
     shapes = _chosen_shapes(parser, options.shapes or [device.type])
     dtypes = options.dtypes or (["float32", "bfloat16"] if device.type == "cuda" else ["float32"])

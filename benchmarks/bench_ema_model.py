@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--size", nargs=2, type=positive_int, metavar=("HEIGHT", "WIDTH"), help="default: 352 480, on CUDA 512 1024"
     )
     parser.add_argument("--precision", choices=PRECISIONS, help="default: 32-true, on CUDA bf16-mixed")
-    options = parser.parse_args(arguments)
+    options = parser.options(arguments)
     settings = {name: getattr(options, name) or default for name, default in DEFAULTS[options.device.type].items()}
     record: dict[str, Any] = {
         "schema": SCHEMA,

@@ -251,9 +251,9 @@ class Parser(argparse.ArgumentParser):
         """Print the mistake, without the usage, and exit."""
         self.exit(2, f"error: {message}{'' if message.endswith(('.', '?')) else '.'}\n")
 
-    def parse_args(self, *arguments: Any) -> argparse.Namespace:  # type: ignore[override]
+    def options(self, arguments: Sequence[str] | None) -> argparse.Namespace:
         """Parse the command line, make the output folder and set the number of threads."""
-        options = super().parse_args(*arguments)
+        options = self.parse_args(arguments)
         for variable, consequence in _DISTORTING_VARIABLES.items():
             if os.environ.get(variable):
                 self.error(f"the environment variable {variable} is set, which {consequence}; unset it")
