@@ -267,8 +267,6 @@ def _shifted_sums(features: Tensor, means: Tensor) -> Tensor:
     height, width = features.shape[-2:]
     rows, columns = means.split([height, width], dim=-1)
     rows, columns = rows * width, columns * height
-    left_out_row = pad(rows[..., -1:], (0, 2)) + pad(rows[..., :1], (2, 0))
-    left_out_column = pad(columns[..., -1:], (0, 2)) + pad(columns[..., :1], (2, 0))
     first, last = features[..., :1, :], features[..., -1:, :]
     corner = (
         pad(last[..., -1:], (0, 2, 0, 2))
@@ -277,7 +275,12 @@ def _shifted_sums(features: Tensor, means: Tensor) -> Tensor:
         + pad(first[..., :1], (2, 0, 2, 0))
     )
     total = rows.sum(dim=-1)[..., None, None]
-    return total - left_out_row[..., :, None] - left_out_column[..., None, :] + corner
+    return total - _never_seen(rows)[..., :, None] - _never_seen(columns)[..., None, :] + corner
+
+
+def _never_seen(sums: Tensor) -> Tensor:
+    """Which of the sums of rows, or of columns, each of three taps leaves out: (…, length) to (…, 3)."""
+    return pad(sums[..., -1:], (0, 2)) + pad(sums[..., :1], (2, 0))
 
 
 def _at_borders(taps: Tensor, length: int) -> Tensor:
