@@ -10,12 +10,52 @@ from typing import Any
 
 from torch import nn
 
-from ema_seg.attention.ema import EMA, DynamicEMA
+from ema_seg.attention.bam import BAM
+from ema_seg.attention.cbam import CBAM
+from ema_seg.attention.coord import CoordinateAttention
+from ema_seg.attention.eca import ECA
+from ema_seg.attention.ela import ELA
+from ema_seg.attention.ema import EMA, AblatedEMA, DynamicEMA
+from ema_seg.attention.emau import EMAU
+from ema_seg.attention.ese import ESE
+from ema_seg.attention.gam import GAM
+from ema_seg.attention.gc import GC
+from ema_seg.attention.ge import GatherExcite
+from ema_seg.attention.nam import NAM
 from ema_seg.attention.scse import SCSE
 from ema_seg.attention.se import SE
+from ema_seg.attention.shuffle import ShuffleAttention
+from ema_seg.attention.simam import SimAM
+from ema_seg.attention.srm import SRM
+from ema_seg.attention.strip import StripPooling
+from ema_seg.attention.triplet import TripletAttention
 from ema_seg.errors import ConfigError, did_you_mean
 
-__all__ = ["EMA", "SCSE", "SE", "DynamicEMA", "attention_names", "build_attention"]
+__all__ = [
+    "BAM",
+    "CBAM",
+    "ECA",
+    "ELA",
+    "EMA",
+    "EMAU",
+    "ESE",
+    "GAM",
+    "GC",
+    "NAM",
+    "SCSE",
+    "SE",
+    "SRM",
+    "AblatedEMA",
+    "CoordinateAttention",
+    "DynamicEMA",
+    "GatherExcite",
+    "ShuffleAttention",
+    "SimAM",
+    "StripPooling",
+    "TripletAttention",
+    "attention_names",
+    "build_attention",
+]
 
 
 def _no_attention(channels: int) -> nn.Identity:
@@ -26,8 +66,25 @@ _BLOCKS: dict[str, Callable[..., nn.Module]] = {
     "none": _no_attention,
     "ema": EMA,
     "ema_dynamic": DynamicEMA,
+    "ema_ablated": AblatedEMA,
     "se": SE,
+    "ese": ESE,
     "scse": SCSE,
+    "eca": ECA,
+    "cbam": CBAM,
+    "bam": BAM,
+    "coord": CoordinateAttention,
+    "ela": ELA,
+    "strip": StripPooling,
+    "ge": GatherExcite,
+    "gc": GC,
+    "simam": SimAM,
+    "shuffle": ShuffleAttention,
+    "triplet": TripletAttention,
+    "nam": NAM,
+    "gam": GAM,
+    "emau": EMAU,
+    "srm": SRM,
 }
 
 

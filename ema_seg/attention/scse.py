@@ -5,7 +5,9 @@ MICCAI 2018, https://arxiv.org/abs/1803.02579
 """
 
 from segmentation_models_pytorch.base.modules import SCSEModule
+from torch import Tensor
 
+from ema_seg.attention.checks import PARTS, check_choice, check_positive
 from ema_seg.errors import ModelError
 
 __all__ = ["SCSE"]
@@ -17,18 +19,32 @@ class SCSE(SCSEModule):
     Args:
         channels: number C of input channels.
         reduction: the channel gate's bottleneck has ``channels // reduction`` channels; the paper uses 2.
+        parts: ``"both"``; or one copy alone, the paper's cSE (``"channel"``) or sSE (``"spatial"``).
 
     Shape:
         Input and output: (B, C, H, W).
 
     Raises:
-        ModelError: ``reduction`` is larger than ``channels``.
+        ModelError: ``reduction`` is larger than ``channels``, or there are no such ``parts``.
     """
 
-    def __init__(self, channels: int, reduction: int = 2) -> None:
+    def __init__(self, channels: int, reduction: int = 2, parts: str = "both") -> None:
+        check_positive("scSE", "channels", channels)
+        check_choice("scSE", "parts", parts, PARTS)
         if not isinstance(reduction, int) or not 1 <= reduction <= channels:
             raise ModelError(
                 f"scSE cannot reduce {channels} channels by reduction={reduction}; "
                 f"choose a reduction from 1 to {channels}."
             )
         super().__init__(channels, reduction=reduction)
+        self.parts = parts
+        if parts == "channel":
+            del self.sSE
+        if parts == "spatial":
+            del self.cSE
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Re-weight ``x`` (B, C, H, W)."""
+        if self.parts == "both":
+            return super().forward(x)
+        return x * (self.cSE(x) if self.parts == "channel" else self.sSE(x))

@@ -5,6 +5,7 @@ Paper: Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018, https://arxiv.or
 
 from timm.layers import SEModule
 
+from ema_seg.attention.checks import check_positive
 from ema_seg.errors import ModelError
 
 __all__ = ["SE"]
@@ -22,10 +23,11 @@ class SE(SEModule):
         Input and output: (B, C, H, W).
 
     Raises:
-        ModelError: ``reduction`` is not a positive whole number.
+        ModelError: ``channels`` or ``reduction`` is not a positive whole number.
     """
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
+        check_positive("SE", "channels", channels)
         if not isinstance(reduction, int) or reduction < 1:
             raise ModelError(f"SE cannot reduce {channels} channels by reduction={reduction!r}; choose 1 or more.")
         super().__init__(channels, rd_channels=max(1, channels // reduction))

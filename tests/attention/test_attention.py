@@ -1,9 +1,18 @@
+import inspect
+import re
+from copy import deepcopy
+
 import pytest
 import torch
+import yaml
+from torch import nn
 from torch.testing import assert_close
 
 from ema_seg.attention import attention_names, build_attention
 from ema_seg.errors import ConfigError, ModelError
+from ema_seg.models import build_segmenter, placement
+from ema_seg.models.placement import PLACEMENTS, place_attention
+from tests.conftest import ROOT
 
 
 def randomised(module, seed=0):
@@ -13,10 +22,57 @@ def randomised(module, seed=0):
     return module
 
 
-@pytest.mark.parametrize("name", attention_names())
+def config_of(name):
+    """The text of a block's configuration."""
+    return (ROOT / "configs" / "attention" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def options_of(name):
+    """The options that a block's configuration has."""
+    options = yaml.safe_load(config_of(name))
+    assert options.pop("name") == name
+    return options
+
+
+def value_and_gradient(block, x):
+    x = x.detach().requires_grad_()
+    y = block(x)
+    # The square, because the plain sum of a softmax or of normalised values has no gradient but rounding.
+    y.square().sum().backward()
+    return y.detach(), x.grad
+
+
+# Every row of the table as its configuration has it, and what its options can make of it.
+BLOCKS = [
+    *((name, options_of(name)) for name in attention_names()),
+    *(("ema_ablated", {"branches": branches}) for branches in ("pointwise", "spatial")),
+    *(("ema_ablated", {"branches": branches, "normalisation": False}) for branches in ("both", "pointwise")),
+    ("ese", {"gate": "hard_sigmoid"}),
+    *((name, {"parts": part}) for name in ("scse", "cbam", "bam", "triplet", "gam") for part in ("channel", "spatial")),
+    ("cbam", {"batch_norm": True}),
+    *(("ela", {"variant": variant}) for variant in ("tiny", "small", "large")),
+    ("ge", {"extent": 4}),
+    *(("ge", {"variant": variant, "extent": 4}) for variant in ("theta", "theta_plus")),
+    ("gc", {"pooling": "average"}),
+    ("gc", {"fusion": "scale"}),
+]
+
+
+every_block = pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        pytest.param(
+            name, options, id="-".join([name, *(str(options[key]) for key in options if options != options_of(name))])
+        )
+        for name, options in BLOCKS
+    ],
+)
+
+
+@every_block
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_block_keeps_shape_and_dtype_and_trains(name, dtype):
-    block = build_attention(name, 64).to(dtype)
+def test_every_block_keeps_shape_and_dtype_and_trains(name, options, dtype):
+    block = build_attention(name, 64, **options).to(dtype)
     x = torch.randn(2, 64, 6, 9, dtype=dtype, requires_grad=True)
 
     y = block(x)
@@ -25,35 +81,148 @@ def test_every_block_keeps_shape_and_dtype_and_trains(name, dtype):
     assert (y.shape, y.dtype) == (x.shape, x.dtype)
     assert x.grad is not None
     assert torch.isfinite(x.grad).all()
-    assert all(parameter.grad is not None for parameter in block.parameters())
+    for parameter_name, parameter in block.named_parameters():
+        # EMAU's first convolution is frozen, as it is published.
+        assert (parameter.grad is not None) == parameter.requires_grad, parameter_name
+        assert parameter.requires_grad or name == "emau"
+
+
+@every_block
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_the_memory_layout_changes_no_number(name, options, dtype, training):
+    block = randomised(build_attention(name, 16, **options)).to(dtype).train(training)
+    twin = deepcopy(block)
+    x = torch.randn(2, 16, 5, 7).to(dtype)
+
+    expected, expected_gradient = value_and_gradient(block, x)
+    actual, gradient = value_and_gradient(twin, x.contiguous(memory_format=torch.channels_last))
+
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+    assert_close(actual, expected, **close)
+    scale = expected_gradient.abs().max()
+    assert_close(gradient / scale, expected_gradient / scale, **close)
+
+
+@every_block
+@pytest.mark.parametrize("channels", [1, 2, 3, 8, 24])
+def test_few_channels_and_single_pixels_work_or_are_refused_in_a_sentence(name, options, channels):
+    try:
+        block = build_attention(name, channels, **options).eval()
+    except ModelError as error:
+        assert str(channels) in str(error)
+        assert (name, channels) in {("scse", 1), ("shuffle", 1), ("shuffle", 3)}
+        return
+    for size in ((1, 1), (1, 4), (3, 1)):
+        x = torch.randn(1, channels, *size)
+        y = block(x)
+        assert y.shape == x.shape
+        assert torch.isfinite(y).all()
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return build_segmenter("unet", classes=3, encoder="tu-mobilenetv3_small_050")
+
+
+@pytest.mark.parametrize("placements", [("encoder",), ("decoder",), ("head",), PLACEMENTS], ids="+".join)
+@pytest.mark.parametrize("name", [name for name in attention_names() if name != "none"])
+def test_every_block_trains_at_every_placement(unet, name, placements, monkeypatch):
+    # The placement probes with an image that is large enough for all decoders; for this one a small one will do.
+    monkeypatch.setattr(placement, "_small_image", lambda _: torch.zeros(1, 3, 64, 64))
+    model = deepcopy(unet)
+    built = []
+
+    def build_block(channels):
+        built.append(build_attention(name, channels, **options_of(name)))
+        return built[-1]
+
+    place_attention(model, "unet", build_block, placements)
+    logits = model(torch.randn(2, 3, 64, 32))
+    logits.square().mean().backward()
+
+    assert logits.shape == (2, 3, 64, 32)
+    assert len(built) == sum({"encoder": 5, "decoder": 5, "head": 1}[place] for place in placements)
+    for block in built:
+        for parameter_name, parameter in block.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, parameter_name
+
+
+@every_block
+def test_a_compiled_block_is_the_block(name, options):
+    torch.compiler.reset()
+    block = randomised(build_attention(name, 16, **options))
+    twin = deepcopy(block)
+    x = torch.randn(2, 16, 5, 7)
+
+    expected, expected_gradient = value_and_gradient(block, x)
+    # The whole way of a compiler but for the code it writes at the end, which costs seconds.
+    actual, gradient = value_and_gradient(torch.compile(twin, backend="aot_eager", fullgraph=True), x)
+
+    assert_close(actual, expected)
+    assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
+    assert_close(twin.state_dict(), block.state_dict())
+
+
+def test_compiled_code_is_the_block():
+    torch.compiler.reset()
+    block = nn.Sequential(*(randomised(build_attention(name, 8)) for name in ("cbam", "shuffle", "emau")))
+    twin = deepcopy(block)
+    x = torch.randn(2, 8, 5, 7)
+
+    assert_close(torch.compile(twin, fullgraph=True)(x), block(x), rtol=1e-4, atol=1e-5)
+    assert_close(twin.state_dict(), block.state_dict())
+
+
+@every_block
+def test_an_exported_block_is_the_block_on_maps_of_any_size(name, options):
+    block = randomised(build_attention(name, 16, **options)).eval()
+    batch, height, width = (
+        torch.export.Dim(axis, min=least, max=64) for axis, least in (("batch", 2), ("height", 5), ("width", 5))
+    )
+
+    program = torch.export.export(block, (torch.randn(2, 16, 5, 7),), dynamic_shapes=({0: batch, 2: height, 3: width},))
+
+    for shape in ((2, 16, 5, 7), (3, 16, 12, 6)):
+        x = torch.randn(shape)
+        assert_close(program.module()(x), block(x))
+
+
+# What is among their operators and not among the others'; EMA's own tests have EMA.
+@pytest.mark.parametrize("name", ["eca", "cbam", "ela", "ge", "gc", "shuffle", "triplet", "emau", "srm"])
+def test_onnx_computes_the_block(name, tmp_path):
+    import onnxruntime
+
+    block = randomised(build_attention(name, 16, **options_of(name))).eval()
+    x = torch.randn(2, 16, 5, 7)
+    torch.onnx.export(block, (x,), tmp_path / "block.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "block.onnx", providers=["CPUExecutionProvider"])
+
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+
+    assert_close(torch.from_numpy(y), block(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in attention_names() if name != "none"])
+def test_the_configuration_has_the_link_and_the_defaults_and_the_documentation_has_the_block(name):
+    options = options_of(name)
+    defaults = {
+        option: parameter.default
+        for option, parameter in inspect.signature(type(build_attention(name, 32, **options))).parameters.items()
+        if option not in ("channels", "c2")
+    }
+
+    # EMA's published default of 32 groups does not divide the channels of every decoder.
+    assert options == (defaults | {"factor": "auto"} if "factor" in defaults else defaults)
+    assert re.search(r"https://\S+|docs/ema.md", config_of(name))
+    assert re.search(rf"^\| `{name}` \|.*https://", (ROOT / "docs" / "attention.md").read_text(), re.MULTILINE)
 
 
 def test_none_is_the_identity():
     x = torch.randn(1, 3, 4, 5)
 
     assert build_attention("none", 3)(x) is x
-
-
-def test_se_gates_channels_by_the_papers_equation():
-    block = randomised(build_attention("se", 8, reduction=4))
-    x = torch.randn(2, 8, 3, 5)
-    w1, b1, w2, b2 = (parameter.detach().squeeze() for parameter in block.parameters())
-
-    hidden = torch.relu(x.mean(dim=(2, 3)) @ w1.T + b1)
-    gate = torch.sigmoid(hidden @ w2.T + b2)
-
-    assert_close(block(x), x * gate[:, :, None, None])
-
-
-def test_scse_adds_a_channel_gated_and_a_pixel_gated_copy():
-    block = randomised(build_attention("scse", 4))
-    x = torch.randn(1, 4, 3, 5)
-    w1, b1, w2, b2, ws, bs = (parameter.detach().squeeze() for parameter in block.parameters())
-
-    channel_gate = torch.sigmoid(torch.relu(x.mean(dim=(2, 3)) @ w1.T + b1) @ w2.T + b2)
-    pixel_gate = torch.sigmoid(torch.einsum("c,bchw->bhw", ws, x) + bs)
-
-    assert_close(block(x), x * channel_gate[:, :, None, None] + x * pixel_gate[:, None])
 
 
 def test_unknown_names_and_options_are_named_with_what_there_is():

@@ -2,9 +2,11 @@
 
 ``reference`` is the published form, ``factorised`` the exact short form in PyTorch operations; ``cpp`` and
 ``triton_kernels`` are fused kernels of the short form for CPUs and CUDA devices. ``operator`` makes these three one
-operator of PyTorch's, and ``choice`` decides which one computes an input.
+operator of PyTorch's, and ``choice`` decides which one computes an input. ``ablated`` is the published form without
+some of its parts.
 """
 
+from ema_seg.attention.ema.ablated import AblatedEMA
 from ema_seg.attention.ema.module import EMA, DynamicEMA
 
-__all__ = ["EMA", "DynamicEMA"]
+__all__ = ["EMA", "AblatedEMA", "DynamicEMA"]

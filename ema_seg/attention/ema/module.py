@@ -15,7 +15,7 @@ from ema_seg.attention.ema import choice, factorised, operator, reference
 from ema_seg.attention.ema.reference import Parameters
 from ema_seg.errors import ModelError
 
-__all__ = ["EMA", "DynamicEMA"]
+__all__ = ["EMA", "DynamicEMA", "number_of_groups"]
 
 _LARGEST_AUTO_FACTOR = 32
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -68,7 +68,7 @@ class EMA(nn.Module):
     ) -> None:
         super().__init__()
         choice.check_name(implementation, "implementation")
-        self.groups = _number_of_groups(channels, factor)
+        self.groups = number_of_groups(channels, factor)
         self.implementation = implementation
         width = channels // self.groups
         self.gn = nn.GroupNorm(num_groups=width, num_channels=width)
@@ -168,7 +168,12 @@ def _is_transformed(*tensors: Tensor) -> bool:
     )
 
 
-def _number_of_groups(channels: int, factor: int | Literal["auto"]) -> int:
+def number_of_groups(channels: int, factor: int | Literal["auto"]) -> int:
+    """What ``factor`` stands for, with this many channels.
+
+    Raises:
+        ModelError: ``channels`` cannot be split into so many groups.
+    """
     if not isinstance(channels, int) or channels < 1:
         raise ModelError(f"EMA needs a positive whole number of channels, got {channels!r}.")
     divisors = [divisor for divisor in range(1, channels + 1) if channels % divisor == 0]

@@ -8,7 +8,7 @@ from torch.nn.functional import conv2d
 
 from ema_seg.errors import ModelError
 
-__all__ = ["Parameters", "forward"]
+__all__ = ["Parameters", "cross", "forward", "normalise"]
 
 
 class Parameters(NamedTuple):
@@ -57,19 +57,19 @@ def forward(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic:
     row_gate, column_gate = gates.split([height, width], dim=2)
 
     gated = grouped * row_gate * column_gate.transpose(2, 3)
-    x1 = _normalise(gated, gamma, beta, eps)
+    x1 = normalise(gated, gamma, beta, eps)
     x2 = conv2d(grouped, w3, b3, padding=1)
-    weights = _cross(gated if dynamic else x1, x2) + _cross(x2, x1)
+    weights = cross(gated if dynamic else x1, x2) + cross(x2, x1)
     return (grouped * weights.sigmoid()).reshape(batch, channels, height, width)
 
 
-def _normalise(features: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+def normalise(features: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     """GroupNorm with a channel per group."""
     # Not the module, nor nn.functional's, which refuse a single group of one pixel; it is normalised to zero.
     return torch.group_norm(features, features.shape[1], gamma, beta, eps)
 
 
-def _cross(descriptor: Tensor, features: Tensor) -> Tensor:
+def cross(descriptor: Tensor, features: Tensor) -> Tensor:
     """Sum the channels of ``features``, weighted by the softmax of ``descriptor``'s channel means.
 
     Both are (N, Cg, H, W); the result is (N, 1, H, W).

@@ -1,0 +1,75 @@
+"""Bottleneck Attention Module (BAM).
+
+Paper: Park et al., "BAM: Bottleneck Attention Module", BMVC 2018, https://arxiv.org/abs/1807.06514
+"""
+
+from torch import Tensor, nn
+
+from ema_seg.attention.checks import PARTS, check_batch, check_choice, check_positive
+
+__all__ = ["BAM"]
+
+
+class BAM(nn.Module):
+    """Add to the input its copy gated by the sum of a map per channel and one per pixel: x + x · sigmoid(Mc + Ms).
+
+    Mc is a perceptron of the global means, Ms a bottleneck with two dilated 3×3 convolutions; each ends in a
+    BatchNorm that brings them to one scale. This is the paper's form, with the ReLUs between the layers that its
+    equations leave unsaid. The authors' code multiplies Mc and Ms instead of adding them, and normalises before
+    each ReLU instead of at the end.
+
+    Args:
+        channels: number C of input channels.
+        reduction: both bottlenecks have ``channels // reduction`` channels, and at least one; the paper uses 16.
+        dilation: of the 3×3 convolutions; the paper uses 4.
+        parts: ``"both"``, or the ``"channel"`` or ``"spatial"`` map alone.
+
+    Shape:
+        Input and output: (B, C, H, W); in training B ≥ 2, unless ``parts`` is ``"spatial"``.
+
+    Raises:
+        ModelError: an argument is none of these; or a batch of one image is to be trained with.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16, dilation: int = 4, parts: str = "both") -> None:
+        check_positive("BAM", "channels", channels)
+        check_positive("BAM", "reduction", reduction)
+        check_positive("BAM", "dilation", dilation)
+        check_choice("BAM", "parts", parts, PARTS)
+        super().__init__()
+        hidden = max(1, channels // reduction)
+        self.channel = None if parts == "spatial" else _channel_map(channels, hidden)
+        self.spatial = None if parts == "channel" else _spatial_map(channels, hidden, dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Re-weight ``x`` (B, C, H, W)."""
+        maps: list[Tensor] = []
+        if self.channel is not None:
+            if self.training:
+                check_batch("BAM", x)
+            maps.append(self.channel(x.mean(dim=(2, 3), keepdim=True)))
+        if self.spatial is not None:
+            maps.append(self.spatial(x))
+        return x + x * sum(maps[1:], maps[0]).sigmoid()
+
+
+def _channel_map(channels: int, hidden: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(channels, hidden, kernel_size=1),
+        nn.ReLU(),
+        nn.Conv2d(hidden, channels, kernel_size=1),
+        nn.BatchNorm2d(channels),
+    )
+
+
+def _spatial_map(channels: int, hidden: int, dilation: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(channels, hidden, kernel_size=1),
+        nn.ReLU(),
+        nn.Conv2d(hidden, hidden, kernel_size=3, padding=dilation, dilation=dilation),
+        nn.ReLU(),
+        nn.Conv2d(hidden, hidden, kernel_size=3, padding=dilation, dilation=dilation),
+        nn.ReLU(),
+        nn.Conv2d(hidden, 1, kernel_size=1),
+        nn.BatchNorm2d(1),
+    )

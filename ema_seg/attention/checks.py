@@ -1,0 +1,51 @@
+"""What blocks check of their arguments and inputs, so that a mistake ends in one sentence."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ema_seg.errors import ModelError
+
+__all__ = [
+    "PARTS",
+    "check_batch",
+    "check_choice",
+    "check_odd",
+    "check_positive",
+    "largest_divisor",
+]
+
+# The values of the option ``parts``, of blocks whose paper measures the channel and the spatial half by themselves.
+PARTS = ("both", "channel", "spatial")
+
+
+def check_positive(block: str, name: str, value: object) -> None:
+    """Raise ModelError unless the argument ``name`` of ``block`` is a whole number above zero."""
+    if type(value) is not int or value < 1:  # True would pass for 1
+        raise ModelError(f"{block} cannot work with {name}={value!r}; choose a whole number from 1 on.")
+
+
+def check_odd(block: str, name: str, value: object) -> None:
+    """Raise ModelError unless the argument is an odd whole number, so that a kernel has a middle."""
+    if type(value) is not int or value < 1 or value % 2 == 0:
+        raise ModelError(f"{block} cannot centre a kernel of {name}={value!r}; choose an odd whole number from 1 on.")
+
+
+def check_choice(block: str, name: str, value: object, known: Sequence[object]) -> None:
+    """Raise ModelError unless the argument is one of ``known``."""
+    if not any(type(value) is type(choice) and value == choice for choice in known):
+        raise ModelError(f"{block} has no {name}={value!r}; choose among {', '.join(map(str, known))}.")
+
+
+def check_batch(block: str, x: Tensor) -> None:
+    """Raise ModelError for the one batch size that BatchNorm of a value per image cannot be trained with."""
+    if x.shape[0] == 1:
+        raise ModelError(
+            f"{block} cannot be trained with one image in a batch, because it normalises global descriptors over "
+            "the batch; take batches of two or more (data.batch_size)."
+        )
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of ``number`` that is at most ``most``."""
+    return max(divisor for divisor in range(1, min(number, most) + 1) if number % divisor == 0)

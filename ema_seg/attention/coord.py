@@ -1,0 +1,53 @@
+"""Coordinate attention.
+
+Paper: Hou et al., "Coordinate Attention for Efficient Mobile Network Design", CVPR 2021,
+https://arxiv.org/abs/2103.02907
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ema_seg.attention.checks import check_positive
+
+__all__ = ["CoordinateAttention"]
+
+_FEWEST_HIDDEN = 8
+
+
+class CoordinateAttention(nn.Module):
+    """Gate each channel along its rows and along its columns.
+
+    The means of the rows and of the columns pass one bottleneck together; from it a 1×1 convolution each makes the
+    gates of the rows and of the columns.
+
+    Args:
+        channels: number C of input channels.
+        reduction: the bottleneck has ``channels // reduction`` channels, and at least 8 as in the authors' code;
+            the paper uses 32.
+
+    Shape:
+        Input and output: (B, C, H, W).
+
+    Raises:
+        ModelError: an argument is not a positive whole number.
+    """
+
+    def __init__(self, channels: int, reduction: int = 32) -> None:
+        check_positive("coordinate attention", "channels", channels)
+        check_positive("coordinate attention", "reduction", reduction)
+        super().__init__()
+        hidden = max(_FEWEST_HIDDEN, channels // reduction)
+        self.conv1 = nn.Conv2d(channels, hidden, kernel_size=1)
+        self.bn1 = nn.BatchNorm2d(hidden)
+        self.act = nn.Hardswish()  # the paper's "non-linear activation function"; this one is the authors' code's
+        self.conv_h = nn.Conv2d(hidden, channels, kernel_size=1)
+        self.conv_w = nn.Conv2d(hidden, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Re-weight ``x`` (B, C, H, W)."""
+        height, width = x.shape[2:]
+        rows = x.mean(dim=3, keepdim=True)
+        columns = x.mean(dim=2, keepdim=True).transpose(2, 3)
+        both = self.act(self.bn1(self.conv1(torch.cat([rows, columns], dim=2))))
+        rows, columns = both.split([height, width], dim=2)
+        return x * self.conv_h(rows).sigmoid() * self.conv_w(columns.transpose(2, 3)).sigmoid()

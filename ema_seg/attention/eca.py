@@ -1,0 +1,45 @@
+"""Efficient channel attention (ECA).
+
+Paper: Wang et al., "ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks", CVPR 2020,
+https://arxiv.org/abs/1910.03151
+"""
+
+import math
+from typing import Literal
+
+from timm.layers import EcaModule
+
+from ema_seg.attention.checks import check_odd, check_positive
+
+__all__ = ["ECA"]
+
+_GAMMA, _B = 2, 1  # the paper's constants for all its models
+
+
+class ECA(EcaModule):
+    """Gate each channel by a 1D convolution of the global means of its neighbouring channels.
+
+    Args:
+        channels: number C of input channels.
+        kernel_size: how many channels decide on each gate, an odd number; ``"auto"`` is the paper's rule, the odd
+            number nearest to (log2 C + 1) / 2, the larger of two equally near.
+
+    Shape:
+        Input and output: (B, C, H, W).
+
+    Raises:
+        ModelError: ``channels`` is not a positive whole number, or ``kernel_size`` not an odd one.
+    """
+
+    def __init__(self, channels: int, kernel_size: int | Literal["auto"] = "auto") -> None:
+        check_positive("ECA", "channels", channels)
+        if kernel_size == "auto":
+            kernel_size = _adaptive_kernel_size(channels)
+        check_odd("ECA", "kernel_size", kernel_size)
+        # Not timm's own rule, which takes 3 where the paper's gives 1, for fewer than 8 channels.
+        super().__init__(channels=None, kernel_size=kernel_size)
+
+
+def _adaptive_kernel_size(channels: int) -> int:
+    below = int((math.log2(channels) + _B) / _GAMMA)
+    return below if below % 2 else below + 1

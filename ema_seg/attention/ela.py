@@ -1,0 +1,72 @@
+"""Efficient Local Attention (ELA).
+
+Paper: Xu and Wan, "ELA: Efficient Local Attention for Deep Convolutional Neural Networks", 2024,
+https://arxiv.org/abs/2403.01123
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ema_seg.attention.checks import check_choice, check_positive, largest_divisor
+
+__all__ = ["ELA"]
+
+
+class _Variant(NamedTuple):
+    kernel_size: int
+    channels_per_group: int  # of the convolution
+    groups: int  # of the normalisation
+
+
+_VARIANTS = {
+    "tiny": _Variant(5, 1, 32),
+    "base": _Variant(7, 1, 16),
+    "small": _Variant(5, 8, 16),
+    "large": _Variant(7, 8, 16),
+}
+
+
+class ELA(nn.Module):
+    """Gate each channel along its rows and along its columns, without a bottleneck.
+
+    The means of the rows and the means of the columns each pass the same 1D convolution, GroupNorm and sigmoid.
+
+    Args:
+        channels: number C of input channels.
+        variant: the paper's ELA-T (``"tiny"``: kernel 5, depthwise, 32 groups of normalisation), ELA-B (``"base"``:
+            7, depthwise, 16), ELA-S (``"small"``: 5, groups of 8 channels, 16) or ELA-L (``"large"``: 7, groups of
+            8 channels, 16). Where a number does not divide ``channels``, its place takes the largest smaller one
+            that does.
+
+    Shape:
+        Input and output: (B, C, H, W).
+
+    Raises:
+        ModelError: ``channels`` is not a positive whole number, or there is no such variant.
+    """
+
+    def __init__(self, channels: int, variant: str = "base") -> None:
+        check_positive("ELA", "channels", channels)
+        check_choice("ELA", "variant", variant, tuple(_VARIANTS))
+        super().__init__()
+        kernel_size, channels_per_group, groups = _VARIANTS[variant]
+        self.conv = nn.Conv1d(
+            channels,
+            channels,
+            kernel_size,
+            padding=kernel_size // 2,
+            groups=channels // largest_divisor(channels, channels_per_group),
+            bias=False,
+        )
+        self.gn = nn.GroupNorm(largest_divisor(channels, groups), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Re-weight ``x`` (B, C, H, W)."""
+        return x * self._gates(x.mean(dim=3)).unsqueeze(3) * self._gates(x.mean(dim=2)).unsqueeze(2)
+
+    def _gates(self, means: Tensor) -> Tensor:
+        # Not the module's forward, which refuses a single value per group; it is normalised to zero.
+        norm = self.gn
+        return torch.group_norm(self.conv(means), norm.num_groups, norm.weight, norm.bias, norm.eps).sigmoid()

@@ -1,0 +1,52 @@
+"""Global context (GC) block.
+
+Paper: Cao et al., "GCNet: Non-local Networks Meet Squeeze-Excitation Networks and Beyond", ICCV Workshops 2019,
+https://arxiv.org/abs/1904.11492
+"""
+
+from timm.layers import GlobalContext
+from torch import nn
+
+from ema_seg.attention.checks import check_choice, check_positive
+
+__all__ = ["GC"]
+
+_POOLINGS = ("attention", "average")
+_FUSIONS = ("add", "scale")
+_FEWEST_HIDDEN = 4
+
+
+class GC(GlobalContext):
+    """Add to every pixel the same vector: a bottleneck of the mean of all pixels, weighted by their attention.
+
+    timm's block as the paper has it, where timm's defaults are a fusion by multiplication and a reduction by 8. The
+    block starts as the identity (the last layer is zero), as in the authors' code.
+
+    Args:
+        channels: number C of input channels.
+        reduction: the bottleneck has ``channels // reduction`` channels; the paper uses 16. At least 4, because of
+            its LayerNorm, which leaves nothing of a single channel.
+        pooling: ``"attention"`` weighs the pixels by a softmax over them, ``"average"`` takes them alike.
+        fusion: ``"add"`` the vector, or ``"scale"`` by its sigmoid.
+
+    Shape:
+        Input and output: (B, C, H, W).
+
+    Raises:
+        ModelError: an argument is none of these.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16, pooling: str = "attention", fusion: str = "add") -> None:
+        check_positive("GC", "channels", channels)
+        check_positive("GC", "reduction", reduction)
+        check_choice("GC", "pooling", pooling, _POOLINGS)
+        check_choice("GC", "fusion", fusion, _FUSIONS)
+        super().__init__(
+            channels,
+            use_attn=pooling == "attention",
+            fuse_add=fusion == "add",
+            fuse_scale=fusion == "scale",
+            rd_channels=max(_FEWEST_HIDDEN, channels // reduction),
+        )
+        if fusion == "add":  # timm's zero is of the weight alone
+            nn.init.zeros_(self.mlp_add.fc2.bias)  # type: ignore[arg-type]

@@ -1,0 +1,39 @@
+"""Normalization-based Attention Module (NAM), its channel attention.
+
+Paper: Liu et al., "NAM: Normalization-based Attention Module", NeurIPS 2021 Workshop, https://arxiv.org/abs/2111.12419
+"""
+
+from torch import Tensor, nn
+
+from ema_seg.attention.checks import check_positive
+
+__all__ = ["NAM"]
+
+
+class NAM(nn.Module):
+    """Gate each value by the sigmoid of its BatchNorm times the channel's share in the sum of the norm's scales.
+
+    As in the authors' code the shares are of absolute values, and no gradient goes through them. The paper's spatial
+    attention is not offered: it has a scale for each pixel, which fixes the size of the map, and the authors' code is
+    without it.
+
+    Args:
+        channels: number C of input channels.
+
+    Shape:
+        Input and output: (B, C, H, W).
+
+    Raises:
+        ModelError: ``channels`` is not a positive whole number.
+    """
+
+    def __init__(self, channels: int) -> None:
+        check_positive("NAM", "channels", channels)
+        super().__init__()
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Re-weight ``x`` (B, C, H, W)."""
+        scale = self.bn.weight.detach().abs()
+        share = (scale / scale.sum()).to(x.dtype)
+        return x * (share[:, None, None] * self.bn(x)).sigmoid()

@@ -1,0 +1,74 @@
+"""Shuffle attention, of SA-Net.
+
+Paper: Zhang and Yang, "SA-Net: Shuffle Attention for Deep Convolutional Neural Networks", ICASSP 2021,
+https://arxiv.org/abs/2102.00056
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ema_seg.attention.checks import check_positive, largest_divisor
+from ema_seg.errors import ModelError
+
+__all__ = ["ShuffleAttention"]
+
+_PUBLISHED_GROUPS = 64
+
+
+class ShuffleAttention(nn.Module):
+    """In each group of channels, gate one half by its global means and the other by its normalised values.
+
+    The groups share their weights. At the end the channels are shuffled, so that the halves mix in the next layer.
+
+    Args:
+        channels: number C of input channels, even.
+        groups: number of groups, a divisor of ``channels / 2``; the paper uses 64. ``"auto"`` takes the largest
+            divisor up to 64.
+
+    Shape:
+        Input and output: (B, C, H, W).
+
+    Raises:
+        ModelError: ``channels`` cannot be split into two halves of ``groups`` groups.
+    """
+
+    def __init__(self, channels: int, groups: int | Literal["auto"] = "auto") -> None:
+        check_positive("shuffle attention", "channels", channels)
+        if channels % 2:
+            raise ModelError(f"shuffle attention cannot halve {channels} channels; it needs an even number.")
+        if groups == "auto":
+            groups = largest_divisor(channels // 2, _PUBLISHED_GROUPS)
+        check_positive("shuffle attention", "groups", groups)
+        if channels % (2 * groups):
+            raise ModelError(
+                f"shuffle attention cannot split {channels} channels into two halves of groups={groups}; "
+                f"choose a divisor of {channels // 2}, or 'auto'."
+            )
+        super().__init__()
+        self.groups = groups
+        half = channels // (2 * groups)
+        self.cweight = nn.Parameter(torch.zeros(1, half, 1, 1))
+        self.cbias = nn.Parameter(torch.ones(1, half, 1, 1))
+        self.sweight = nn.Parameter(torch.zeros(1, half, 1, 1))
+        self.sbias = nn.Parameter(torch.ones(1, half, 1, 1))
+        self.gn = nn.GroupNorm(half, half)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Re-weight and shuffle ``x`` (B, C, H, W)."""
+        batch, channels, height, width = x.shape
+        grouped = x.reshape(batch * self.groups, channels // self.groups, height, width)
+        first, second = grouped.chunk(2, dim=1)
+        first = first * (self.cweight * first.mean(dim=(2, 3), keepdim=True) + self.cbias).sigmoid()
+        second = second * (self.sweight * self._normalise(second) + self.sbias).sigmoid()
+        halves = torch.cat([first, second], dim=1).reshape(batch, 2, channels // 2, height, width)
+        return halves.transpose(1, 2).reshape(batch, channels, height, width)
+
+    def _normalise(self, features: Tensor) -> Tensor:
+        # Not the module's forward, which refuses a single value per group; it is normalised to zero.
+        return torch.group_norm(features, self.gn.num_groups, self.gn.weight, self.gn.bias, self.gn.eps)
+
+    def extra_repr(self) -> str:
+        """Show the number of groups in ``print(model)``."""
+        return f"groups={self.groups}"

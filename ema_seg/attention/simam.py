@@ -1,0 +1,47 @@
+"""SimAM, attention without parameters.
+
+Paper: Yang et al., "SimAM: A Simple, Parameter-Free Attention Module for Convolutional Neural Networks", ICML 2021,
+https://proceedings.mlr.press/v139/yang21o.html
+"""
+
+from torch import Tensor, nn
+
+from ema_seg.attention.checks import check_positive
+from ema_seg.errors import ModelError
+
+__all__ = ["SimAM"]
+
+
+class SimAM(nn.Module):
+    """Gate each value by how far it is from the mean of its channel: x · sigmoid((x - μ)² / 4(v + λ) + 1/2).
+
+    μ and v are mean and variance of the channel in the image, the latter with H·W - 1 in the denominator; of a
+    single pixel it is zero.
+
+    Args:
+        channels: number C of input channels; not used.
+        e_lambda: the paper's λ.
+
+    Shape:
+        Input and output: (B, C, H, W).
+
+    Raises:
+        ModelError: ``channels`` is not a positive whole number, or ``e_lambda`` not a positive number.
+    """
+
+    def __init__(self, channels: int, e_lambda: float = 1e-4) -> None:
+        check_positive("SimAM", "channels", channels)
+        if not isinstance(e_lambda, float | int) or not 0 < e_lambda < float("inf"):
+            raise ModelError(f"SimAM cannot work with e_lambda={e_lambda!r}; choose a number above 0, such as 1e-4.")
+        super().__init__()
+        self.e_lambda = e_lambda
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Re-weight ``x`` (B, C, H, W)."""
+        deviation = (x - x.mean(dim=(2, 3), keepdim=True)).square()
+        variance = deviation.sum(dim=(2, 3), keepdim=True) / max(x.shape[2] * x.shape[3] - 1, 1)
+        return x * (deviation / (4 * (variance + self.e_lambda)) + 0.5).sigmoid()
+
+    def extra_repr(self) -> str:
+        """Show λ in ``print(model)``."""
+        return f"e_lambda={self.e_lambda}"
