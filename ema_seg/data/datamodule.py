@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ema_seg.data import build_dataset
 from ema_seg.data.base import SegmentationDataset
@@ -27,8 +27,8 @@ class SegmentationDataModule(LightningDataModule):
     evaluation batches keep their own sizes: ``{"image": list of 3 x H x W, "mask": list of H x W, "name":
     list[str]}``.
 
-    Shuffling and augmentation follow torch's seed: the same seed gives the same batches, for the same number
-    of workers.
+    Shuffling and augmentation follow torch's seed and the epoch alone: the same seed gives the same batches, for
+    any number of workers, and an epoch that a resumed run trains is the one that it would have been.
 
     Args:
         name: The data set, a key of :data:`ema_seg.data.DATASETS`.
@@ -121,12 +121,11 @@ class SegmentationDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches of crops."""
         return self._loader(
-            self.train_dataset,
+            _SeededSamples(self.train_dataset),
             batch_size=self.batch_size,
-            shuffle=True,
+            sampler=_Draws(len(self.train_dataset), torch.initial_seed()),
             drop_last=True,
             collate_fn=collate_crops,
-            generator=self._generator(),
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -140,25 +139,17 @@ class SegmentationDataModule(LightningDataModule):
     def _evaluation_loader(self, dataset: SegmentationDataset) -> DataLoader[Any]:
         return self._loader(dataset, batch_size=self.evaluation_batch_size, collate_fn=collate_images)
 
-    def _loader(self, dataset: SegmentationDataset, **arguments: Any) -> DataLoader[Any]:
+    def _loader(self, dataset: Dataset[Any], **arguments: Any) -> DataLoader[Any]:
         return _Loader(
             dataset,
             num_workers=self.workers,
+            # Its own, so that loading draws nothing from the generator that training draws from.
+            generator=torch.Generator(),
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_start_worker,
             **arguments,
         )
-
-    def _generator(self) -> torch.Generator:
-        """The source of the order of samples and of the workers' seeds.
-
-        It depends on the process's rank, so that processes augment differently, and on the epoch, so that a
-        resumed run does not repeat the first epoch.
-        """
-        rank, epoch = (self.trainer.global_rank, self.trainer.current_epoch) if self.trainer else (0, 0)
-        entropy = np.random.SeedSequence((torch.initial_seed(), rank, epoch))
-        return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
     def _require_full_batch(self, images: int) -> None:
         processes = self.trainer.world_size if self.trainer else 1
@@ -168,6 +159,52 @@ class SegmentationDataModule(LightningDataModule):
                 f"data.batch_size={self.batch_size} is more than the {images} training images in"
                 f" {self.train_dataset.root}{share}; choose a smaller batch size."
             )
+
+
+class _Draws(Sampler[tuple[int, int]]):
+    """Every sample once, in an order of the epoch's own, each with the seed of its augmentation.
+
+    Order and seeds depend on nothing but the seed and the epoch, which Lightning sets; without it every pass is the
+    next epoch.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Name the epoch of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        random = np.random.default_rng((self.seed, self.epoch))
+        self.epoch += 1
+        order, seeds = random.permutation(self.size), random.integers(2**63, size=self.size)
+        return iter(zip(order.tolist(), seeds.tolist(), strict=True))
+
+
+class _SeededSamples(Dataset[Any]):
+    """A data set by (index, seed): its random numbers, from torch's generator, start from that seed."""
+
+    def __init__(self, dataset: SegmentationDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: tuple[int, int]) -> Any:
+        index, seed = draw
+        generator = torch.default_generator
+        state = generator.get_state()
+        generator.manual_seed(seed)
+        try:
+            return self.dataset[index]
+        finally:
+            generator.set_state(state)
 
 
 class _Loader(DataLoader[Any]):

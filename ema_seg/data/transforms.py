@@ -129,8 +129,7 @@ def build_train_transform(
 ) -> Callable[[Sample], TensorSample]:
     """Build the training transform: the augmentation steps in their order, then normalisation.
 
-    The random numbers come from torch's generator, and so from ``torch.manual_seed`` in the main process and
-    from the worker's seed in a ``DataLoader`` worker: reproducible, and different in each worker and epoch.
+    The random numbers come from torch's generator, which the data module seeds for each sample of each epoch.
 
     Args:
         steps: By a name of the user's choice, ``{"transform": <class>, **arguments}``; the class is
@@ -195,8 +194,7 @@ class _Augmentation:
         # Albumentations 2 keeps generators of its own, which torch's seed does not reach and which a worker
         # inherits: all workers would draw the same numbers. And its `seed` argument seeds every transform
         # alike, which correlates them (with probability 0.5 each, a flip and a blur would always come
-        # together). So for each sample all transforms share one fresh generator, seeded from torch's, which
-        # the DataLoader seeds per worker and epoch.
+        # together). So for each sample all transforms share one fresh generator, seeded from torch's.
         seed = int(torch.randint(2**63 - 1, ()))
         self.compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
@@ -59,6 +60,11 @@ class SegmentationModule(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K, H, W) of images (B, 3, H, W)."""
         return self.model(images)
+
+    def on_train_epoch_start(self) -> None:
+        """Make the random numbers of the epoch, such as dropout's, depend on nothing before it."""
+        entropy = np.random.SeedSequence((self.config["seed"], self.current_epoch, self.global_rank))
+        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         """Loss of one batch of crops."""

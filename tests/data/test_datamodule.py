@@ -86,18 +86,27 @@ def test_datasets_are_built_once(root: Path) -> None:
     assert (module.train_dataset, module.val_dataset) == built
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_seed_decides_order_and_crops(root: Path, workers: int) -> None:
-    def epochs(seed: int) -> list[Any]:
+def test_seed_and_epoch_decide_order_and_crops_for_any_number_of_workers(root: Path) -> None:
+    def epochs(seed: int, workers: int, first: int = 0) -> list[Any]:
         torch.manual_seed(seed)
-        module = make_module(root, workers=workers)
-        loader = module.train_dataloader()
-        return [[(batch["name"], batch["image"].sum().item()) for batch in loader] for _ in range(2)]
+        loader = make_module(root, workers=workers).train_dataloader()
+        loader.sampler.set_epoch(first)
+        return [[(batch["name"], batch["image"].sum().item()) for batch in loader] for _ in range(first, 3)]
 
-    first = epochs(1)
-    assert first == epochs(1)
-    assert first[0] != first[1]
-    assert first != epochs(2)
+    once = epochs(1, workers=0)
+    assert once == epochs(1, workers=0) == epochs(1, workers=2)
+    assert once[1:] == epochs(1, workers=2, first=1)
+    assert once[0] != once[1]
+    assert once != epochs(2, workers=0)
+
+
+def test_loading_leaves_the_generator_of_training_alone(root: Path) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    list(make_module(root).train_dataloader())
+    list(make_module(root).val_dataloader())
+    assert torch.equal(torch.rand(2), expected)
 
 
 def test_dataset_options_are_passed_on(root: Path, tmp_path: Path) -> None:
