@@ -16,7 +16,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,11 +38,11 @@ from measuring import (
     ratio,
     reason,
     run_as_markdown,
+    saved_bytes,
     time_in_turns,
     write_result,
 )
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ema_seg.attention import EMA
 from ema_seg.errors import ModelError, did_you_mean
@@ -268,35 +268,7 @@ class Candidate:
 
     def saved_bytes(self) -> int:
         """Bytes that a forward keeps for its backward: each storage once, without the parameters'."""
-        own = {parameter.untyped_storage().data_ptr() for parameter in self.parameters}
-        kept: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = self.function(self.inputs[0].leaf)
-        # Compiled code leaves some tensors on the node of the graph itself, where the hooks do not see them.
-        for node in _nodes(y):
-            for leaf in tree_leaves(getattr(node, "__dict__", {})):
-                if isinstance(leaf, Tensor):
-                    keep(leaf)
-        return sum(kept.values())
-
-
-def _nodes(y: Tensor) -> Iterator[Any]:
-    """The nodes of the autograd graph that leads to ``y``."""
-    waiting: list[Any] = [y.grad_fn]
-    seen = set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting.extend(following for following, _ in node.next_functions)
-            yield node
+        return saved_bytes(self.function, self.inputs[0].leaf, self.parameters)
 
 
 def measure(

@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ema_seg.attention.ema.choice import ENVIRONMENT_VARIABLE
 from ema_seg.errors import EmaSegError, one_line
@@ -39,6 +41,7 @@ __all__ = [
     "ratio",
     "reason",
     "run_as_markdown",
+    "saved_bytes",
     "time_in_turns",
     "write_result",
 ]
@@ -152,6 +155,39 @@ def _cpu_cache() -> int:
     units = {"K": 2**10, "M": 2**20}
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=2**25)
+
+
+def saved_bytes(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Iterable[Tensor]) -> int:
+    """Bytes that a forward of ``x`` keeps for its backward: each storage once, without the parameters'."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = function(x)
+    # Compiled code leaves some tensors on the node of the graph itself, where the hooks do not see them.
+    for node in _nodes(y):
+        for leaf in tree_leaves(getattr(node, "__dict__", {})):
+            if isinstance(leaf, Tensor):
+                keep(leaf)
+    return sum(kept.values())
+
+
+def _nodes(y: Tensor) -> Iterator[Any]:
+    """The nodes of the autograd graph that leads to ``y``."""
+    waiting: list[Any] = [y.grad_fn]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+            yield node
 
 
 def missing_device(device: torch.device) -> str | None:
