@@ -60,8 +60,10 @@ class ShuffleAttention(nn.Module):
         batch, channels, height, width = x.shape
         grouped = x.reshape(batch * self.groups, channels // self.groups, height, width)
         first, second = grouped.chunk(2, dim=1)
-        first = first * (self.cweight * first.mean(dim=(2, 3), keepdim=True) + self.cbias).sigmoid()
-        second = second * (self.sweight * self._normalise(second) + self.sbias).sigmoid()
+        first_gate = (self.cweight * first.mean(dim=(2, 3), keepdim=True) + self.cbias).sigmoid()
+        second_gate = (self.sweight * self._normalise(second) + self.sbias).sigmoid()
+        # Autocast leaves the products with the weights in float32.
+        first, second = first * first_gate.to(x.dtype), second * second_gate.to(x.dtype)
         halves = torch.cat([first, second], dim=1).reshape(batch, 2, channels // 2, height, width)
         return halves.transpose(1, 2).reshape(batch, channels, height, width)
 

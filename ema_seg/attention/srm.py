@@ -41,4 +41,5 @@ class SRM(nn.Module):
         # The slope of a square root at zero would be infinite, for a channel without any variation.
         deviation = (x.var(dim=(2, 3), correction=0) + 1e-5).sqrt()
         style = torch.stack([x.mean(dim=(2, 3)), deviation], dim=2)
-        return x * self.bn((style * self.cfc).sum(dim=2)[:, :, None, None]).sigmoid()
+        gate = self.bn((style * self.cfc).sum(dim=2)[:, :, None, None]).sigmoid()
+        return x * gate.to(x.dtype)  # autocast leaves the products with the weights in float32

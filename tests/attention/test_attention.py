@@ -89,6 +89,22 @@ def test_every_block_keeps_shape_and_dtype_and_trains(name, options, dtype):
 
 @every_block
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_leaves_the_dtype_and_every_gradient(name, options, dtype):
+    block = build_attention(name, 16, **options)
+    x = torch.randn(2, 16, 5, 7, dtype=dtype, requires_grad=True)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        # Twice, because autocast keeps its casts of the weights.
+        y = block(block(x))
+    y.square().mean().backward()
+
+    assert y.dtype == dtype
+    for parameter_name, parameter in block.named_parameters():
+        assert not parameter.requires_grad or torch.isfinite(parameter.grad).all(), parameter_name
+
+
+@every_block
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_the_memory_layout_changes_no_number(name, options, dtype, training):
     block = randomised(build_attention(name, 16, **options)).to(dtype).train(training)
