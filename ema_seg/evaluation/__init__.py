@@ -7,8 +7,10 @@ from ema_seg.evaluation.environment import describe_environment
 from ema_seg.evaluation.evaluator import Evaluation, ImageRecord, evaluate
 from ema_seg.evaluation.examples import Example, choose_examples, denormalise, predict_example, predict_examples
 from ema_seg.evaluation.inference import autocast, pad_to_stride, predict, segment
+from ema_seg.evaluation.strata import STRATA, count_strata, score_strata
 
 __all__ = [
+    "STRATA",
     "ConfusionMatrix",
     "Cost",
     "Evaluation",
@@ -18,6 +20,7 @@ __all__ = [
     "attention_weights",
     "autocast",
     "choose_examples",
+    "count_strata",
     "denormalise",
     "describe_environment",
     "evaluate",
@@ -26,5 +29,6 @@ __all__ = [
     "predict",
     "predict_example",
     "predict_examples",
+    "score_strata",
     "segment",
 ]

@@ -1,10 +1,12 @@
 """A model and a data set to one confusion matrix and a record of every image."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -12,19 +14,24 @@ from torch import Tensor, nn
 from ema_seg.errors import DataError, ModelError
 from ema_seg.evaluation.confusion import ConfusionMatrix
 from ema_seg.evaluation.inference import autocast, predict
+from ema_seg.evaluation.strata import StratumCounts, count_strata
 from ema_seg.models.mode import evaluation_mode
 
 __all__ = ["Evaluation", "ImageRecord", "evaluate"]
 
 
 class ImageRecord(TypedDict):
-    """What one image contributes: its own scores, and the counts to rebuild any subset's mean IoU."""
+    """What one image contributes: its own scores, and the counts to rebuild any subset's mean IoU.
+
+    ``strata`` holds the counts by the size of objects, see ``ema_seg.evaluation.strata``.
+    """
 
     name: str
     miou: float
     pixel_accuracy: float
     intersection: list[int]
     union: list[int]
+    strata: dict[str, StratumCounts]
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ def evaluate(
     device: torch.device | str,
     precision: str | int = "32-true",
     progress: bool = True,
+    on_prediction: Callable[[str, NDArray[np.integer]], None] | None = None,
 ) -> Evaluation:
     """Predict every image at its own size and count the pixels.
 
@@ -62,6 +70,8 @@ def evaluate(
         device: where to run.
         precision: see ``autocast``.
         progress: show a progress bar if the output is a terminal.
+        on_prediction: called with each image's name and predicted class ids, H x W, in the loader's order; no
+            prediction is kept otherwise.
 
     Raises:
         DataError: the loader gives no image, or a mask holds a label that is no class.
@@ -75,9 +85,11 @@ def evaluate(
         for batch in _tracked(loader, progress):
             logits = predict(model, batch["image"], stride)
             for name, scores, target in zip(batch["name"], logits, batch["mask"], strict=True):
-                confusion = _count(name, scores, target, len(classes))
+                confusion, prediction = _count(name, scores, target, len(classes))
                 total.merge(confusion)
-                records.append(_record(name, confusion))
+                records.append(_record(name, confusion, prediction, target))
+                if on_prediction is not None:
+                    on_prediction(name, prediction)
     if not records:
         raise DataError("There is no image to evaluate: the split is empty.")
     return Evaluation(total, records)
@@ -89,26 +101,32 @@ def _tracked(loader: Iterable[Mapping[str, Any]], progress: bool) -> Iterable[Ma
     return track(loader, description="Evaluating", console=console, transient=True, disable=disable)
 
 
-def _count(name: str, logits: Tensor, target: Tensor, num_classes: int) -> ConfusionMatrix:
+def _count(name: str, logits: Tensor, target: Tensor, num_classes: int) -> tuple[ConfusionMatrix, NDArray[np.integer]]:
     if logits.shape[0] != num_classes:
         raise ModelError(
             f"The model predicts {logits.shape[0]} classes but the data set has {num_classes}: "
             "evaluate it on the data it was trained for."
         )
     confusion = ConfusionMatrix(num_classes)
+    prediction = logits.argmax(dim=0)
     try:
-        confusion.update(logits.argmax(dim=0), target)
+        confusion.update(prediction, target)
     except (DataError, ModelError) as error:
         raise type(error)(f"{name}: {error}") from error
-    return confusion
+    # An eighth of the bytes to copy from the device, and to look at: class ids are bytes in every mask.
+    return confusion, (prediction.byte() if num_classes <= 256 else prediction).cpu().numpy()
 
 
-def _record(name: str, confusion: ConfusionMatrix) -> ImageRecord:
+def _record(name: str, confusion: ConfusionMatrix, prediction: NDArray[np.integer], target: Tensor) -> ImageRecord:
     scores = confusion.compute()
+    truth = target.cpu().numpy()
+    if confusion.num_classes <= 255:
+        truth = truth.astype(np.uint8)
     return ImageRecord(
         name=name,
         miou=scores["miou"],
         pixel_accuracy=scores["pixel_accuracy"],
         intersection=confusion.intersection.tolist(),
         union=confusion.union.tolist(),
+        strata=count_strata(prediction, truth, confusion.num_classes, confusion.ignore_index),
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_seg.errors import DataError, ModelError
-from ema_seg.evaluation import ConfusionMatrix, choose_examples, denormalise, evaluate, predict_examples
+from ema_seg.evaluation import STRATA, ConfusionMatrix, choose_examples, denormalise, evaluate, predict_examples
 
 CLASSES = ("road", "car", "sky")
 
@@ -119,3 +119,21 @@ def test_denormalising_undoes_normalising() -> None:
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     image = torch.from_numpy((colours / 255 - mean) / std).float().permute(2, 0, 1)
     assert np.array_equal(denormalise(image, mean.tolist(), std.tolist()), colours)
+
+
+def test_predictions_are_handed_over_one_by_one() -> None:
+    samples = make_samples()
+    handed: list[tuple[str, np.ndarray]] = []
+    result = evaluate(
+        Brightest(),
+        batches(samples, 2),
+        CLASSES,
+        stride=4,
+        device="cpu",
+        on_prediction=lambda name, prediction: handed.append((name, prediction)),
+    )
+    assert [name for name, _ in handed] == [record["name"] for record in result.images]
+    for sample, (_, prediction), record in zip(samples, handed, result.images, strict=True):
+        assert np.array_equal(prediction, sample["image"].argmax(0).numpy())
+        for key in ("intersection", "union"):
+            assert np.sum([record["strata"][name][key] for name in STRATA], axis=0).tolist() == record[key]
