@@ -14,8 +14,8 @@ class NAM(nn.Module):
     """Gate each value by the sigmoid of its BatchNorm times the channel's share in the sum of the norm's scales.
 
     As in the authors' code the shares are of absolute values, and no gradient goes through them. The paper's spatial
-    attention is not offered: it has a scale for each pixel, which fixes the size of the map, and the authors' code is
-    without it.
+    attention is not offered: it has a scale for each pixel, which fixes the size of the map. (The authors' code leaves
+    it out by default, and has a ReLU before the sigmoid that the paper has not.)
 
     Args:
         channels: number C of input channels.
