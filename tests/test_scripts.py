@@ -92,13 +92,14 @@ def test_the_report_agrees_with_the_checkpoint_and_the_files(finished_run, camvi
     report = json.loads((run / "report" / "report.json").read_text())
     model, checkpoint = load_segmenter(run / "checkpoints" / "best.ckpt")
     mean, std = (np.array(checkpoint["config"]["data"][key]) for key in ("mean", "std"))
-    counts = np.zeros((11, 11), np.int64)
+    counts, predictions = np.zeros((11, 11), np.int64), []
     for path in sorted((camvid_root / "val" / "images").iterdir()):
         image = (np.asarray(Image.open(path)) / 255 - mean) / std
         truth = np.asarray(Image.open(camvid_root / "val" / "masks" / f"{path.stem}.png"))
         with torch.inference_mode():
             logits = model(torch.from_numpy(image).permute(2, 0, 1)[None].float())
         prediction = logits[0].argmax(0).numpy()
+        predictions.append(prediction)
         np.add.at(counts, (truth[truth != 11], prediction[truth != 11]), 1)
 
     assert report["confusion_matrix"] == counts.tolist()
@@ -108,6 +109,11 @@ def test_the_report_agrees_with_the_checkpoint_and_the_files(finished_run, camvi
     assert report["miou"] == pytest.approx(max(float(row["val/miou"]) for row in rows_of(run)), rel=1e-5)
     assert report["throughput"]["forward"][0]["images_per_second"] > 0
     assert report["attention"]["name"] == "ema"
+    assert report["config"] == checkpoint["config"]
+    assert report["seed"] == checkpoint["config"]["seed"]
+    assert report["curves"]["val/miou"] == [float(row["val/miou"]) for row in rows_of(run)]
+    kept = [np.asarray(Image.open(run / "report" / image["prediction"])) for image in report["images"]]
+    assert all(map(np.array_equal, kept, predictions))
 
 
 def test_the_saved_configuration_is_resolved(finished_run):

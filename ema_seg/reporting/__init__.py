@@ -1,9 +1,13 @@
-"""A result to ``report.json``, tables and figures."""
+"""A result to ``report.json``, tables and figures; many results to one comparison."""
 
-from ema_seg.reporting.assessment import assess_checkpoint, check_settings
-from ema_seg.reporting.figures import colourise, draw_class_iou, draw_confusion_matrix, draw_samples
-from ema_seg.reporting.report import build_report, load_report, write_report
-from ema_seg.reporting.tables import print_report, render_markdown
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ema_seg.reporting.assessment import assess_checkpoint, check_settings
+    from ema_seg.reporting.figures import colourise, draw_class_iou, draw_confusion_matrix, draw_samples
+    from ema_seg.reporting.report import build_report, load_report, write_report
+    from ema_seg.reporting.tables import print_report, render_markdown
 
 __all__ = [
     "assess_checkpoint",
@@ -18,3 +22,24 @@ __all__ = [
     "render_markdown",
     "write_report",
 ]
+
+# Imported on first use: reports are read and compared without torch, which takes longer to import than they to read.
+_MODULES = {
+    "assess_checkpoint": "assessment",
+    "build_report": "report",
+    "check_settings": "assessment",
+    "colourise": "figures",
+    "draw_class_iou": "figures",
+    "draw_confusion_matrix": "figures",
+    "draw_samples": "figures",
+    "load_report": "report",
+    "print_report": "tables",
+    "render_markdown": "tables",
+    "write_report": "report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -11,6 +11,8 @@ from ema_seg.errors import ConfigError, DataError
 from ema_seg.evaluation import autocast, describe_environment, evaluate, measure_cost, predict_examples
 from ema_seg.models import load_segmenter, model_stride
 from ema_seg.models.mode import set_execution
+from ema_seg.reporting.curves import read_metrics
+from ema_seg.reporting.predictions import PredictionWriter
 from ema_seg.reporting.report import build_report, write_report
 
 __all__ = ["assess_checkpoint", "check_settings"]
@@ -23,6 +25,7 @@ def assess_checkpoint(
     directory: Path,
     *,
     run: str | None = None,
+    job: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Score a checkpoint on its evaluation split, measure what the model costs, and write the report.
 
@@ -32,8 +35,9 @@ def assess_checkpoint(
             of None is that of the training.
         settings: ``device``, ``precision``, ``channels_last``, ``compile``, and for the cost ``batch_size``,
             ``size`` (height and width; None for that of the split's first image) and ``budget`` in seconds.
-        directory: where ``report.json``, ``report.md`` and ``figures/`` go.
-        run: the run's folder, for the record.
+        directory: where ``report.json``, ``report.md``, ``figures/`` and ``predictions/`` go.
+        run: the run's folder, for the record; its ``metrics.csv``, if there is one, becomes the report's curves.
+        job: of a run inside a sweep its ``identity`` and ``overrides`` (texts by key), for the record.
 
     Returns:
         The report, as ``report.json`` holds it.
@@ -42,6 +46,7 @@ def assess_checkpoint(
         EmaSegError: whatever a user can correct, from the parts that find it.
     """
     device = check_settings(settings)
+    curves = _read_curves(run)
     model, saved = load_segmenter(checkpoint)
     # The normalisation belongs to the model, not to the data that it is evaluated on.
     trained_on = saved["config"]["data"]
@@ -66,12 +71,22 @@ def assess_checkpoint(
         loader=loader,
         budget=settings["budget"],
     )
-    evaluation = evaluate(model, loader, module.classes, stride=stride, device=device, precision=precision)
-    if not evaluation.confusion.matrix.any():
-        raise DataError(
-            f"{dataset.root}: the split {module.evaluation_split!r} has no labelled pixel (the labels of a test split "
-            "are often withheld); choose another with data.evaluation_split."
+    names = [dataset.name(index) for index in range(len(dataset))]
+    with PredictionWriter(directory, names, module.palette) as write_prediction:
+        evaluation = evaluate(
+            model,
+            loader,
+            module.classes,
+            stride=stride,
+            device=device,
+            precision=precision,
+            on_prediction=write_prediction,
         )
+        if not evaluation.confusion.matrix.any():
+            raise DataError(
+                f"{dataset.root}: the split {module.evaluation_split!r} has no labelled pixel (the labels of a test "
+                "split are often withheld); choose another with data.evaluation_split."
+            )
     examples = predict_examples(
         model,
         dataset,
@@ -92,8 +107,12 @@ def assess_checkpoint(
         model=config["model"],
         attention={**config["attention"], "placement": config["placement"]},
         environment=describe_environment(device),
+        config=config,
         run=run,
         checkpoint=checkpoint,
+        job=job,
+        curves=curves,
+        predictions=write_prediction.paths,
     )
     write_report(report, directory, examples)
     return report
@@ -116,6 +135,15 @@ def check_settings(settings: Mapping[str, Any]) -> torch.device:
         if not isinstance(settings[key], int | float) or settings[key] <= 0:
             raise ConfigError(f"evaluation.{key}={settings[key]!r} is no positive number.")
     return device
+
+
+def _read_curves(run: str | None) -> dict[str, list[float | None]] | None:
+    """The columns of a run's ``metrics.csv``; None without a run, or for one that has none."""
+    if run is None or not (Path(run) / "metrics.csv").is_file():
+        return None
+    rows = read_metrics(Path(run))
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return {column: [row.get(column) for row in rows] for column in columns}
 
 
 def _device(name: str) -> torch.device:

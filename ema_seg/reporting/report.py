@@ -4,10 +4,13 @@
 [0, 1], times in seconds, memory in bytes.
 
 ==================  ==================================================================================
-``schema``          ``"ema-seg.report/1"``
+``schema``          ``"ema-seg.report/2"``
 ``created``         time of writing, ISO 8601 in UTC
 ``run``             name of the run or its directory, or null
 ``checkpoint``      path of the checkpoint, or null
+``seed``            the seed of the training, or null
+``config``          the run's whole resolved configuration, as in its checkpoint
+``job``             of a run inside a sweep: ``identity``, ``overrides`` (texts by key); else null
 ``data``            ``name``, ``root``, ``split``, ``images`` (how many)
 ``model``           ``decoder``, ``encoder``, and whatever else the model was built with
 ``attention``       ``name``, and whatever else the attention block was built with
@@ -17,11 +20,17 @@
 ``miou`` ...        ``iou`` (K values), ``mean_accuracy``, ``pixel_accuracy``, ``fw_iou``: see
                     ``ema_seg.evaluation.ConfusionMatrix.compute``
 ``absent_classes``  names of the classes in neither truth nor prediction, which the mean leaves out
+``strata``          what each stratum of object sizes means, by its name: see ``ema_seg.evaluation.strata``
+``size_iou``        by stratum, the IoU of each class
+``size_miou``       by stratum, the mean IoU of the classes that the stratum has
 ``parameters``      ``total``, ``trainable``
 ``gmacs``           10^9 multiply-accumulate operations for one image
 ``throughput``      speed and memory: see ``ema_seg.evaluation.measure_cost``
 ``environment``     see ``ema_seg.evaluation.describe_environment``
-``images``          for each image ``name``, ``miou``, ``pixel_accuracy``, ``intersection``, ``union``
+``curves``          the columns of the run's ``metrics.csv``, by name: a value for each epoch, or null; null without
+``images``          for each image ``name``, ``miou``, ``pixel_accuracy``, ``intersection``, ``union`` (K counts),
+                    ``strata`` (by stratum ``intersection``, ``union``), and ``prediction``: the path of its predicted
+                    mask, a PNG of class ids, relative to ``report.json``; null where none was kept
 ==================  ==================================================================================
 """
 
@@ -31,21 +40,23 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ema_seg.errors import DataError
-from ema_seg.evaluation import Cost, Evaluation, Example
-from ema_seg.reporting.figures import draw_class_iou, draw_confusion_matrix, draw_samples
+from ema_seg.reporting.files import write_file
 from ema_seg.reporting.tables import describe_model, render_markdown
+
+if TYPE_CHECKING:
+    from ema_seg.evaluation import Cost, Evaluation, Example
 
 __all__ = ["SCHEMA", "build_report", "load_report", "write_report"]
 
-SCHEMA = "ema-seg.report/1"
+SCHEMA = "ema-seg.report/2"
 
 
 def build_report(
-    evaluation: Evaluation,
-    cost: Cost,
+    evaluation: "Evaluation",
+    cost: "Cost",
     *,
     classes: Sequence[str],
     palette: Sequence[Sequence[int]],
@@ -53,8 +64,12 @@ def build_report(
     model: Mapping[str, Any],
     attention: Mapping[str, Any],
     environment: Mapping[str, Any],
+    config: Mapping[str, Any],
     run: str | None = None,
     checkpoint: str | Path | None = None,
+    job: Mapping[str, Any] | None = None,
+    curves: Mapping[str, Sequence[float | None]] | None = None,
+    predictions: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Assemble the report of one model on one split.
 
@@ -67,19 +82,31 @@ def build_report(
         model: ``decoder``, ``encoder`` and further settings.
         attention: ``name`` and further settings.
         environment: versions, device, code and command line.
+        config: the run's whole resolved configuration; its ``seed`` is the report's.
         run: name of the run or its directory.
         checkpoint: the file that the weights came from.
+        job: ``identity`` and ``overrides`` of a run inside a sweep.
+        curves: the columns of the run's ``metrics.csv``.
+        predictions: path of each image's predicted mask, relative to the report's folder.
 
     Returns:
         The dict that ``report.json`` holds, of plain values only; see this module's text for its keys.
     """
-    confusion = evaluation.confusion
+    # Torch comes with it, which reading a report does without.
+    from ema_seg.evaluation.strata import STRATA, score_strata
+
+    confusion, images = evaluation.confusion, evaluation.images
+    size_iou = score_strata([image["strata"] for image in images], len(classes))
+    kept = [None] * len(images) if predictions is None else predictions
     report = {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "run": run,
         "checkpoint": checkpoint,
-        "data": {**data, "images": len(evaluation.images)},
+        "seed": config.get("seed"),
+        "config": config,
+        "job": job,
+        "data": {**data, "images": len(images)},
         "model": model,
         "attention": attention,
         "classes": classes,
@@ -87,14 +114,18 @@ def build_report(
         "confusion_matrix": confusion.matrix.tolist(),
         **confusion.compute(),
         "absent_classes": [classes[index] for index in confusion.absent],
+        "strata": STRATA,
+        "size_iou": size_iou,
+        "size_miou": {name: _mean(values) for name, values in size_iou.items()},
         **cost,
         "environment": environment,
-        "images": evaluation.images,
+        "curves": curves,
+        "images": [{**image, "prediction": path} for image, path in zip(images, kept, strict=True)],
     }
     return _plain(report)
 
 
-def write_report(report: Mapping[str, Any], directory: str | Path, panel: Sequence[Example] = ()) -> Path:
+def write_report(report: Mapping[str, Any], directory: str | Path, panel: "Sequence[Example]" = ()) -> Path:
     """Write ``report.json``, ``report.md`` and ``figures/*.png``; each file appears whole or not at all.
 
     Args:
@@ -105,6 +136,9 @@ def write_report(report: Mapping[str, Any], directory: str | Path, panel: Sequen
     Returns:
         The path of ``report.json``, which is written last.
     """
+    # Matplotlib is for drawing alone: reading a hundred reports goes without.
+    from ema_seg.reporting.figures import draw_class_iou, draw_confusion_matrix, draw_samples
+
     directory = Path(directory)
     figures = {
         "confusion_matrix": draw_confusion_matrix(report),
@@ -118,10 +152,10 @@ def write_report(report: Mapping[str, Any], directory: str | Path, panel: Sequen
     for name, figure in figures.items():
         content = BytesIO()
         figure.savefig(content, format="png", dpi=150)
-        _write(directory / "figures" / f"{name}.png", content.getvalue())
-    _write(directory / "report.md", render_markdown(report, tuple(figures)).encode())
+        write_file(directory / "figures" / f"{name}.png", content.getvalue())
+    write_file(directory / "report.md", render_markdown(report, tuple(figures)).encode())
     path = directory / "report.json"
-    _write(path, _to_json(report).encode())
+    write_file(path, _to_json(report).encode())
     return path
 
 
@@ -147,6 +181,12 @@ def load_report(path: str | Path) -> dict[str, Any]:
             "write the report again with eval.py."
         )
     return report
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean of what is defined, as ``ConfusionMatrix.compute`` takes it; ``nan`` of nothing."""
+    defined = [value for value in values if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else math.nan
 
 
 def _plain(value: Any) -> Any:
@@ -175,10 +215,3 @@ def _to_json(report: Mapping[str, Any]) -> str:
             text = "[\n    " + ",\n    ".join(items) + "\n  ]"
         lines.append(f"  {json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)

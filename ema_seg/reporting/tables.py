@@ -107,6 +107,7 @@ def _score_rows(report: Mapping[str, Any]) -> list[Row]:
         *rows,
         ("classes scored", f"{scored} of {len(report['classes'])}"),
         ("images", str(report["data"]["images"])),
+        *((f"mIoU, {name} objects", _percent(miou)) for name, miou in report["size_miou"].items()),
     ]
 
 

@@ -80,6 +80,11 @@ def make_evaluation(num_classes: int = 4, images: int = 3) -> Evaluation:
             "pixel_accuracy": 0.5,
             "intersection": [1] * num_classes,
             "union": [2] * num_classes,
+            "strata": {
+                "small": {"intersection": [0] * num_classes, "union": [0] * num_classes},
+                "medium": {"intersection": [0] * num_classes, "union": [1] * num_classes},
+                "large": {"intersection": [1] * num_classes, "union": [1] * num_classes},
+            },
         }
         for index in range(images)
     ]
@@ -94,6 +99,7 @@ def make_report(**changes: Any) -> dict[str, Any]:
         "model": {"decoder": "fpn", "encoder": "resnet18"},
         "attention": {"name": "ema", "factor": 8},
         "environment": ENVIRONMENT,
+        "config": {"seed": 3, "epochs": 2, "model": {"decoder": "fpn"}},
         "run": "runs/first",
         "checkpoint": Path("runs/first/checkpoints/best.ckpt"),
     }
@@ -139,9 +145,24 @@ def test_report_holds_the_counts_and_what_follows_from_them() -> None:
     assert report["absent_classes"] == ["sky"]
     assert report["data"]["images"] == 3
     assert report["images"][0]["miou"] is None
+    assert report["images"][0]["prediction"] is None
+    assert report["seed"] == 3
+    assert report["config"]["epochs"] == 2
+    assert report["size_iou"]["medium"] == [0, 0, 0, 0]
+    assert report["size_miou"] == {"small": None, "medium": 0, "large": 1}
+    assert list(report["strata"]) == ["small", "medium", "large"]
     assert report["throughput"]["forward"][1]["batch_size"] == 8
     assert report["parameters"]["total"] == 4_651_267
     assert report["checkpoint"] == "runs/first/checkpoints/best.ckpt"
+
+
+def test_report_holds_what_a_comparison_needs() -> None:
+    job = {"identity": "ema-1", "overrides": {"attention": "ema", "seed": "1"}}
+    curves = {"epoch": [0.0, 1.0], "val/miou": [None, math.nan]}
+    report = make_report(job=job, curves=curves, predictions=["predictions/a.png", "b.png", "c.png"])
+    assert report["job"] == job
+    assert report["curves"] == {"epoch": [0.0, 1.0], "val/miou": [None, None]}
+    assert [image["prediction"] for image in report["images"]] == ["predictions/a.png", "b.png", "c.png"]
 
 
 def test_written_report_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -230,6 +251,8 @@ def test_one_table_shows_scores_beside_costs(width: int) -> None:
     ):
         assert fact in flat, fact
     if width >= 80:
+        assert "mIoU, small objects undefined" in flat
+        assert "mIoU, large objects 100.00%" in flat
         assert any("mIoU" in line and "parameters" in line for line in text.splitlines())
 
 
@@ -261,6 +284,7 @@ def test_markdown_escapes_what_would_break_its_tables() -> None:
         ("[1, 2]", "no report of this version"),
         ('{"miou": 0.5}', "no report of this version"),
         ('{"schema": "ema-seg.report/99"}', "'ema-seg.report/99' instead of"),
+        ('{"schema": "ema-seg.report/1"}', r"write the report again with eval\.py"),
     ],
 )
 def test_a_foreign_file_is_named(content: str | None, message: str, tmp_path: Path) -> None:
