@@ -75,7 +75,7 @@ def score_strata(images: list[dict[str, StratumCounts]], num_classes: int) -> di
     scores = {}
     for name in STRATA:
         totals = {
-            key: np.sum([image[name][key] for image in images], axis=0, dtype=np.int64) + np.zeros(num_classes)  # type: ignore[literal-required]
+            key: np.sum([image[name][key] for image in images], axis=0, dtype=np.int64) + np.zeros(num_classes)
             for key in ("intersection", "union")
         }
         with np.errstate(invalid="ignore"):

@@ -1,0 +1,165 @@
+"""Is a difference between two configurations more than chance?
+
+Two things could have come out otherwise: the *training* (another seed gives another model) and the *images* (another
+draw of them from the same streets gives other scores). The design is crossed, not nested: every seed of every
+configuration is scored on the same images. With n seeds and N images, d(s) the difference of mIoU of two
+configurations at seed s and D their mean, the variance of D has two parts here:
+
+* *seeds*: var(d)/n, with n - 1 in the denominator of var. It is what a bootstrap tends to that draws n - 1 of n seeds with
+  replacement, the number that makes it unbiased for few (Rao & Wu 1988, https://doi.org/10.1080/01621459.1988.10478591),
+  without that bootstrap's noise: with 3 seeds there are but 6 distinct draws.
+* *images*: the variance of D over replicates that draw N - 1 of N images with replacement, the same ones for all
+  configurations and seeds. This is a bootstrap because mIoU is no mean over images: pixels are summed before they are
+  divided, and a class that a replicate has no pixel of drops out of its mean.
+
+Drawing seeds and images within one replicate (the pigeonhole bootstrap: Owen 2007,
+https://doi.org/10.1214/07-AOAS122) would count the interaction of the two, how differently a seed does on an image,
+three times; the sum of the two parts counts it twice. The interval is thus a little too wide rather than too narrow.
+
+The interval is D ± t · √(seeds + images), where t is the quantile of Student's distribution for the degrees of
+freedom of a sum of two estimated variances with n - 1 and N - 1 of them (Satterthwaite 1946,
+https://doi.org/10.2307/3002019); and never narrower than the interval of the paired t-test over seeds,
+D ± t(n - 1) · √seeds. Satterthwaite's approximation is too sure of itself where few seeds happen to agree, and that test
+is exact for the question of training anew on these very images. docs/comparison.md has the coverage of the
+interval in simulations, and of what else there is.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+__all__ = ["Estimate", "adjust_holm", "draw_weights", "estimate_difference", "score_sums", "weigh_counts"]
+
+Array = NDArray[np.float64]
+
+# The memory of a chunk of weights; larger ones are no faster.
+_CHUNK_BYTES = 2**25
+
+
+class Estimate(NamedTuple):
+    """A difference, its interval, and what the interval covers: "seeds and images" or "images".
+
+    ``p`` is two-sided, of no difference; None where the interval does not cover the seeds.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float | None
+    covers: str
+
+
+def draw_weights(images: int, replicates: int, seed: int) -> Iterator[Array]:
+    """How often each image occurs in each replicate of a bootstrap.
+
+    A replicate draws N - 1 of the N images with replacement: then the variance over replicates is unbiased for a mean.
+
+    Args:
+        images: N, at least 2.
+        replicates: R, how many in all.
+        seed: the same seed gives the same weights.
+
+    Yields:
+        Whole numbers as float64 of shape (r, N), some of the R replicates at a time.
+    """
+    generator = np.random.default_rng(seed)
+    chunk = max(_CHUNK_BYTES // (8 * images), 1)
+    for start in range(0, replicates, chunk):
+        rows = min(chunk, replicates - start)
+        drawn = generator.integers(images, size=(rows, images - 1)) + images * np.arange(rows)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=rows * images).reshape(rows, images).astype(float)
+
+
+def weigh_counts(weights: Array, counts: Array) -> Array:
+    """Sum the images' counts of a run in each replicate.
+
+    One product of matrices. In float64 it is exact, up to sums of 2^53 pixels.
+
+    Args:
+        weights: (r, N), see ``draw_weights``.
+        counts: of each image, (N, ...).
+
+    Returns:
+        The sums, (r, ...).
+    """
+    return (weights @ counts.reshape(len(counts), -1)).reshape(len(weights), *counts.shape[1:])
+
+
+def score_sums(sums: Array) -> Array:
+    """Mean IoU and the IoU of each class, by the rules of ``ema_seg.evaluation.ConfusionMatrix``.
+
+    Args:
+        sums: pixels of intersection and union of each of K classes, (..., 2, K).
+
+    Returns:
+        (..., 1 + K): the mean over the classes that have a union, then the IoU of each; ``nan`` where there is none.
+    """
+    intersection, union = sums[..., 0, :], sums[..., 1, :]
+    has_union = union > 0
+    iou = np.divide(intersection, union, out=np.zeros_like(intersection, dtype=float), where=has_union)
+    with np.errstate(invalid="ignore"):
+        mean = iou.sum(axis=-1) / has_union.sum(axis=-1)
+    iou[~has_union] = np.nan
+    return np.concatenate([mean[..., None], iou], axis=-1)
+
+
+def estimate_difference(
+    differences: Sequence[float] | Array, image_variance: float, images: int, confidence: float = 0.95
+) -> Estimate:
+    """The mean of the differences over seeds, with its interval; see the text of this module.
+
+    Args:
+        differences: of two configurations trained with the same seed, one for each of n seeds.
+        image_variance: of the mean difference, over replicates that draw images.
+        images: N, at least 2.
+        confidence: of the interval.
+
+    Returns:
+        The estimate. For one seed its interval covers the images alone. Without any variance, as between copies of
+        one run, the interval is a point, and ``p`` 1 if it is zero.
+    """
+    values = np.asarray(differences, dtype=float)
+    seeds, difference = len(values), float(np.mean(values))
+    seed_variance = float(np.var(values, ddof=1)) / seeds if seeds > 1 else 0.0
+    variance = seed_variance + image_variance
+    covers = "seeds and images" if seeds > 1 else "images"
+    if variance == 0:
+        p = float(difference == 0) if seeds > 1 else None
+        return Estimate(difference, difference, difference, p, covers)
+    parts = image_variance**2 / (images - 1)
+    if seeds > 1:
+        parts += seed_variance**2 / (seeds - 1)
+    # The squares of the smallest variances are zero.
+    freedom = variance**2 / parts if parts > 0 else float(max(seeds - 1, 1))
+    tests = [(variance**0.5, freedom)]
+    if seeds > 1:
+        tests.append((seed_variance**0.5, float(seeds - 1)))
+    half = max(deviation * float(stats.t.ppf((1 + confidence) / 2, df)) for deviation, df in tests)
+    p = None
+    if seeds > 1:
+        p = max(2 * float(stats.t.sf(abs(difference) / deviation, df)) for deviation, df in tests if deviation > 0)
+    return Estimate(difference, difference - half, difference + half, p, covers)
+
+
+def adjust_holm(values: Sequence[float | None]) -> list[float | None]:
+    """Adjust p-values for their number, so that any false one below 0.05 is as rare as 5 % (Holm 1979).
+
+    Scandinavian Journal of Statistics 6, 65–70: https://www.jstor.org/stable/4615733.
+
+    Args:
+        values: p-values; a None takes no part and stays None.
+
+    Returns:
+        The adjusted values in the same order: the smallest times the number of them, the next times one fewer, and so
+        on, none below the one before and none above 1.
+    """
+    known = sorted((value, index) for index, value in enumerate(values) if value is not None)
+    adjusted: list[float | None] = [None] * len(values)
+    largest = 0.0
+    for rank, (value, index) in enumerate(known):
+        largest = max(largest, min(1.0, value * (len(known) - rank)))
+        adjusted[index] = largest
+    return adjusted
