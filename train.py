@@ -3,6 +3,7 @@
 python train.py --help shows what can be configured.
 """
 
+import gc
 import logging
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from configs.command_line import argument, expand_home, plain_config, reports_errors, saved_config
 from ema_seg.errors import ConfigError
 from ema_seg.host_memory import keep_freed_memory
+from ema_seg.sweeps import read_plan, run_job
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -45,32 +47,78 @@ def _register_resumed(run: Path) -> str:
     return "resumed"
 
 
-@reports_errors
-def _train(composed: DictConfig) -> None:
-    """Train, test and report one run."""
+def _train(composed: DictConfig) -> float | None:
+    """Train, test and report one run, or one job of a sweep.
+
+    Returns:
+        A job's best validation mIoU; None of a run, and of a job that has none.
+    """
     run = Path(HydraConfig.get().runtime.output_dir)
-    config = plain_config(composed)
+    if composed.sweep.job is None:
+        reports_errors(_train_run)(composed, run)
+        return None
+    return _train_job(composed, run)
+
+
+def _train_run(composed: DictConfig, run: Path) -> None:
+    config = _settings(composed)
     if not config["resume"] and (run / "checkpoints").exists():
         raise ConfigError(f"{run} holds a run already; continue it with resume={run}, or choose another hydra.run.dir.")
 
+    from ema_seg.reporting import print_report
+
+    report = _produce(config, run, resume=bool(config["resume"]))
+    print_report(report)
+    print(f"run: {run}")
+
+
+def _train_job(composed: DictConfig, run: Path) -> float | None:
+    """A job of a sweep: what goes wrong is written to its folder, and never ends the sweep."""
+    (planned,) = (job for job in read_plan(run.parent).jobs if job.folder == run.name)
+
+    def work(resume: bool) -> None:
+        try:
+            job = {"identity": planned.identity, "overrides": planned.overrides}
+            _produce(_settings(composed), run, resume=resume, job=job)
+        finally:
+            _free_memory()
+
+    return run_job(run, work).miou
+
+
+def _settings(composed: DictConfig) -> dict[str, Any]:
+    config = plain_config(composed)
+    del config["sweep"]
+    return config
+
+
+def _produce(config: dict[str, Any], run: Path, *, resume: bool, job: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Train what the configuration describes, test the best checkpoint, and write the report."""
     # Heavy libraries only now, so that --help and --cfg answer at once.
     from lightning import seed_everything
 
-    from ema_seg.reporting import assess_checkpoint, check_settings, print_report
-    from ema_seg.training import fit
+    from ema_seg.reporting import assess_checkpoint, check_settings
+    from ema_seg.training import check_seed, fit
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     check_settings(config["evaluation"])
-    if not isinstance(config["seed"], int) or not 0 <= config["seed"] < 2**32:
-        raise ConfigError(f"seed={config['seed']!r} is no whole number from 0 to 4294967295.")
+    check_seed(config["seed"])
     seed_everything(config["seed"], workers=True, verbose=False)
     _complete(config["data"], config["model"])
     OmegaConf.save(config, run / "config.yaml")
-    best = fit(config, run, resume=bool(config["resume"]))
+    best = fit(config, run, resume=resume, quiet=job is not None)
     directory = Path(config["report"]["dir"] or run / "report")
-    report = assess_checkpoint(best, config["data"], config["evaluation"], directory, run=str(run))
-    print_report(report)
-    print(f"run: {run}")
+    return assess_checkpoint(best, config["data"], config["evaluation"], directory, run=str(run), job=job)
+
+
+def _free_memory() -> None:
+    """Leave nothing of a job to the next one in this process."""
+    import torch
+
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _complete(data: dict[str, Any], model: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -21,13 +21,17 @@ _LINKS = {
 }
 
 
-def reports_errors(function: Callable[..., None]) -> Callable[..., None]:
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def reports_errors(function: Callable[P, R]) -> Callable[P, R]:
     """Turn an error that the user can correct into one sentence on standard error and exit status 1."""
 
     @wraps(function)
-    def wrapped(*arguments: Any) -> None:
+    def wrapped(*arguments: P.args, **keywords: P.kwargs) -> R:
         try:
-            function(*arguments)
+            return function(*arguments, **keywords)
         except EmaSegError as error:
             sys.exit(f"error: {error}")
 

@@ -41,10 +41,12 @@ class EpochLog(Callback):
 
     Args:
         path: the file to write.
+        quiet: print no line.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, quiet: bool = False) -> None:
         self.path = path
+        self.quiet = quiet
         self._rows: list[dict[str, Any]] = []
         self._start = self._train_seconds = 0.0
         self._images = 0
@@ -91,7 +93,8 @@ class EpochLog(Callback):
         self._rows.append({name: _shown(row[name]) if name in row else "" for name in _COLUMNS})
         _write_rows(self.path, self._rows)
         # Standard error, because standard output carries the report and the path of the run.
-        print(_line(row, trainer), file=sys.stderr, flush=True)
+        if not self.quiet:
+            print(_line(row, trainer), file=sys.stderr, flush=True)
 
 
 def _line(row: dict[str, Any], trainer: Trainer) -> str:

@@ -1,15 +1,17 @@
 """From a configuration to a trained model: build the parts, fit, name the best checkpoint."""
 
 import json
+import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ema_seg.data import SegmentationDataModule
@@ -35,13 +37,22 @@ _NOISE = (
 )
 
 
-def fit(config: Mapping[str, Any], run: Path, *, resume: bool = False) -> Path:
+def fit(
+    config: Mapping[str, Any],
+    run: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> Path:
     """Train what ``config`` describes.
 
     Args:
         config: the resolved configuration of ``train.py`` as plain data.
         run: the run's folder; receives ``environment.json``, ``metrics.csv``, ``checkpoints/`` and pictures.
         resume: continue from ``checkpoints/last.ckpt`` in that folder.
+        quiet: print no line per epoch and show no progress bar.
+        callbacks: Lightning's, besides the run's own.
 
     Returns:
         The checkpoint with the best validation mIoU.
@@ -68,9 +79,12 @@ def fit(config: Mapping[str, Any], run: Path, *, resume: bool = False) -> Path:
     last = run / "checkpoints" / "last.ckpt"
     if resume:
         load_checkpoint(last)  # for its complaint: Lightning's is a traceback
-    trainer = _build_trainer(
-        config, run, [best, RunCheckpoint(run, "last", save_on_train_epoch_end=True), *_callbacks(settings, run)]
-    )
+    progress = not quiet and _shows_progress(settings["progress_bar"])
+    last_keeper = RunCheckpoint(run, "last", save_on_train_epoch_end=True)
+    own = [best, last_keeper, EpochLog(run / "metrics.csv", quiet=quiet), *_callbacks(settings, run)]
+    if progress:
+        own.append(TQDMProgressBar())  # Lightning's other bar cuts its metrics off on a narrow terminal
+    trainer = _build_trainer(config, run, [*own, *callbacks], progress)
     _log_configuration(trainer, config)
     _write_environment(run, trainer)
     try:
@@ -81,6 +95,24 @@ def fit(config: Mapping[str, Any], run: Path, *, resume: bool = False) -> Path:
             "data.augmentation.crop.height and width, or set trainer.precision=bf16-mixed."
         ) from error
     return _best(best, run)
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, to the disk, and then renames it: a kill leaves the old one or the new one.
+
+    Lightning's own way passes through the system's folder for temporary files, which may be another disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """See the class."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        with partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -107,7 +139,7 @@ def _relocate(value: Any, old: str, new: str) -> Any:
 
 
 def _callbacks(settings: Mapping[str, Any], run: Path) -> list[Callback]:
-    callbacks: list[Callback] = [EpochLog(run / "metrics.csv")]
+    callbacks: list[Callback] = []
     if settings["pictures_every"]:
         callbacks.append(Pictures(run / "pictures", every=settings["pictures_every"]))
     if settings["weight_averaging"]:
@@ -115,8 +147,6 @@ def _callbacks(settings: Mapping[str, Any], run: Path) -> list[Callback]:
         callbacks.append(EMAWeightAveraging(decay=settings["weight_averaging"]))
     if settings["early_stopping"]:
         callbacks.append(EarlyStopping(_MONITORED, patience=settings["early_stopping"], mode="max"))
-    if _shows_progress(settings["progress_bar"]):
-        callbacks.append(TQDMProgressBar())  # Lightning's other bar cuts its metrics off on a narrow terminal
     return callbacks
 
 
@@ -129,14 +159,15 @@ def _shows_progress(setting: bool | str) -> bool:
     return sys.stdout.isatty() if setting == "auto" else bool(setting)
 
 
-def _build_trainer(config: Mapping[str, Any], run: Path, callbacks: list[Callback]) -> Trainer:
+def _build_trainer(config: Mapping[str, Any], run: Path, callbacks: list[Callback], progress: bool) -> Trainer:
     try:
         return Trainer(
             **config["trainer"],
             default_root_dir=run,
             logger=build_logger(run, **config["logger"]),
             callbacks=callbacks,
-            enable_progress_bar=_shows_progress(config["training"]["progress_bar"]),
+            enable_progress_bar=progress,
+            plugins=[AtomicCheckpoints()],
             enable_model_summary=False,
         )
     except (MisconfigurationException, TypeError, ValueError) as error:

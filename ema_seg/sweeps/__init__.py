@@ -1,0 +1,24 @@
+"""Sweeps: many jobs in one folder, each known by its configuration, and what became of them.
+
+Nothing here starts a job: launchers do. A sweep's folder is the only thing that its processes share; the state of a
+job follows from the files in its own folder, so that a kill at any moment leaves nothing to repair.
+"""
+
+from ema_seg.sweeps.folder import JobState, Plan, PlannedJob, job_state, read_plan, record_failure, write_plan
+from ema_seg.sweeps.identity import identity, job_name
+from ema_seg.sweeps.job import Pruned, is_settled, run_job
+
+__all__ = [
+    "JobState",
+    "Plan",
+    "PlannedJob",
+    "Pruned",
+    "identity",
+    "is_settled",
+    "job_name",
+    "job_state",
+    "read_plan",
+    "record_failure",
+    "run_job",
+    "write_plan",
+]

@@ -1,0 +1,40 @@
+"""Show a sweep from any terminal: ``python -m ema_seg.sweeps <sweep folder>``."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from ema_seg.errors import EmaSegError
+from ema_seg.sweeps.folder import read_plan
+from ema_seg.sweeps.view import SweepView, render, survey
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Show what the command line asks for; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ema_seg.sweeps",
+        description="Show the jobs of a sweep: done, running, failed and left, the time to go, and the best so far.",
+    )
+    parser.add_argument("folder", type=Path, help="the folder of a sweep")
+    parser.add_argument("--watch", action="store_true", help="until no job is running or left; end it with Ctrl-C")
+    options = parser.parse_args(arguments)
+    try:
+        jobs = read_plan(options.folder).jobs
+    except EmaSegError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if options.watch:
+        with SweepView(options.folder, jobs, Console()):
+            while survey(options.folder, jobs).is_open:
+                time.sleep(1)
+    else:
+        Console().print(render(survey(options.folder, jobs)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""The folder of a sweep: the plan of its jobs, and the state of each as its files tell it.
+
+``sweep.json`` holds the plan:
+
+============  ========================================================================================
+``schema``    ``"ema-seg.sweep/1"``
+``name``      of the sweep
+``command``   the command line that planned it last
+``baseline``  the settings that name the baseline of comparisons, such as {"attention": "none"}; or null
+``jobs``      for each ``identity``, ``folder``, ``overrides`` (text by key), ``epochs``, and
+              ``impossible``: why it cannot be trained, or null
+============  ========================================================================================
+
+Of a job's folder ``report/report.json``, which is written last and in one step, means finished; ``failure.json`` means
+failed or pruned; a lock on ``job.lock``, which the system frees when its holder dies however it dies, means running.
+"""
+
+import csv
+import json
+import os
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ema_seg.errors import DataError, EmaSegError, one_line
+
+__all__ = ["JobState", "Plan", "PlannedJob", "job_lock", "job_state", "read_plan", "record_failure", "write_plan"]
+
+SCHEMA = "ema-seg.sweep/1"
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """A job of a sweep.
+
+    Attributes:
+        identity: see ``ema_seg.sweeps.identity``.
+        folder: its name in the sweep's folder.
+        overrides: what tells it from the sweep's other jobs, as on the command line.
+        epochs: that it is to train; None if that is not known.
+        impossible: why it cannot be trained; None if it can.
+    """
+
+    identity: str
+    folder: str
+    overrides: dict[str, str]
+    epochs: int | None = None
+    impossible: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``sweep.json`` holds."""
+
+    name: str
+    command: list[str]
+    baseline: dict[str, str] | None
+    jobs: list[PlannedJob]
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What has become of a job.
+
+    Attributes:
+        name: "finished", "failed", "pruned", "impossible", "running", "interrupted" or "missing".
+        reason: why it failed, was pruned or is impossible.
+        attempts: how often it failed.
+        epoch: epochs that it has trained.
+        seconds: that they took.
+        miou: the best validation mIoU so far.
+    """
+
+    name: str
+    reason: str | None = None
+    attempts: int = 0
+    epoch: int = 0
+    seconds: float = 0.0
+    miou: float | None = None
+
+
+def write_plan(folder: Path, plan: Plan) -> Plan:
+    """Write ``sweep.json``; jobs of an earlier plan in this folder stay in it.
+
+    Returns:
+        The plan as written.
+    """
+    path = folder / "sweep.json"
+    earlier = read_plan(folder).jobs if path.is_file() else []
+    planned = {job.identity for job in plan.jobs}
+    jobs = [*plan.jobs, *(job for job in earlier if job.identity not in planned)]
+    merged = Plan(plan.name, plan.command, plan.baseline, jobs)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps({"schema": SCHEMA, **asdict(merged)}, indent=1, ensure_ascii=False) + "\n")
+    return merged
+
+
+def read_plan(folder: Path) -> Plan:
+    """Read ``sweep.json``.
+
+    Raises:
+        DataError: it is missing, or no plan of this version.
+    """
+    path = folder / "sweep.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("schema") != SCHEMA:
+            raise ValueError("another version")
+        jobs = [PlannedJob(**job) for job in content.pop("jobs")]
+        return Plan(**content, jobs=jobs)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give the folder of a sweep.") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: is no plan of a sweep of this version ({one_line(error)}).") from error
+
+
+def job_lock(folder: Path) -> FileLock:
+    """The lock that a job holds while it runs."""
+    return FileLock(folder / "job.lock")
+
+
+def job_state(folder: Path, impossible: str | None = None, *, locked_by_us: bool = False) -> JobState:
+    """What has become of the job in this folder.
+
+    Args:
+        folder: the job's folder, which need not exist.
+        impossible: what the plan says about the job.
+        locked_by_us: the caller holds the job's lock, which therefore does not mean that the job is running.
+    """
+    if impossible is not None:
+        return JobState("impossible", impossible)
+    if not folder.is_dir():
+        return JobState("missing")
+    progress = _progress(folder)
+    if (folder / "report" / "report.json").is_file():
+        return JobState("finished", **progress)
+    if not locked_by_us and _is_running(folder):
+        return JobState("running", **progress)
+    failure = read_failure(folder)
+    if failure is not None:
+        return JobState(failure["state"], failure["reason"], failure["attempts"], **progress)
+    started = (folder / "metrics.csv").exists() or (folder / "checkpoints").exists()
+    return JobState("interrupted" if started else "missing", **progress)
+
+
+def _is_running(folder: Path) -> bool:
+    if not (folder / "job.lock").exists():
+        return False
+    try:
+        with job_lock(folder).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _progress(folder: Path) -> dict[str, Any]:
+    try:
+        with (folder / "metrics.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        scores = [float(row["val/miou"]) for row in rows if row["val/miou"]]
+        seconds = sum(float(row["seconds"]) for row in rows)
+    except (OSError, KeyError, TypeError, ValueError):
+        return {"epoch": 0, "seconds": 0.0, "miou": None}
+    return {"epoch": len(rows), "seconds": seconds, "miou": max(scores, default=None)}
+
+
+def read_failure(folder: Path) -> dict[str, Any] | None:
+    """What ``record_failure`` has written; None if nothing."""
+    try:
+        failure = json.loads((folder / "failure.json").read_text(encoding="utf-8"))
+        return {"state": failure["state"], "reason": failure["reason"], "attempts": int(failure["attempts"])}
+    except OSError:
+        return None
+    except (KeyError, TypeError, ValueError) as error:
+        return {"state": "failed", "reason": f"failure.json is unreadable ({one_line(error)})", "attempts": 1}
+
+
+def record_failure(folder: Path, error: BaseException | str, state: str = "failed") -> str:
+    """Write down why the job in this folder did not finish, and that it has failed once more.
+
+    Args:
+        folder: the job's folder.
+        error: what ended it; a traceback is kept of errors that are not a user's mistake.
+        state: "failed" or "pruned".
+
+    Returns:
+        The reason, one sentence.
+    """
+    earlier = read_failure(folder)
+    known = isinstance(error, str | EmaSegError)
+    reason = str(error) if known else f"{type(error).__name__}: {one_line(error)}"  # type: ignore[arg-type]
+    failure = {
+        "state": state,
+        "reason": reason,
+        "attempts": 1 + (earlier["attempts"] if earlier else 0),
+        "traceback": None if known else "".join(traceback.format_exception(error)),  # type: ignore[arg-type]
+    }
+    write_text(folder / "failure.json", json.dumps(failure, indent=1, ensure_ascii=False) + "\n")
+    return reason
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step, so that a kill leaves the old one or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

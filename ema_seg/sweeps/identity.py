@@ -1,0 +1,60 @@
+"""What makes two jobs the same: their configuration, but for where and how they are run."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["identity", "job_name"]
+
+# Keys that say on which machine, from which path and with what on the screen, and change no result but the timings.
+_MACHINE_KEYS = (
+    "resume",
+    "report",
+    "logger",
+    "sweep",
+    "data.root",
+    "data.workers",
+    "trainer.accelerator",
+    "training.progress_bar",
+    "training.pictures_every",
+    "evaluation.device",
+    "evaluation.budget",
+)
+_LONGEST_NAME = 80
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits that two resolved configurations of ``train.py`` share if they describe the same job.
+
+    The folder of the data set counts as a matter of the machine, except for ``data=folder``, where it is what names
+    the data.
+
+    Args:
+        config: the resolved configuration as plain data.
+    """
+    machine_keys = [key for key in _MACHINE_KEYS if not (key == "data.root" and config["data"]["name"] == "folder")]
+    kept = _without(config, "", machine_keys)
+    text = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _without(value: Any, path: str, left_out: list[str]) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    paths = {key: f"{path}.{key}" if path else str(key) for key in value}
+    return {str(key): _without(item, paths[key], left_out) for key, item in value.items() if paths[key] not in left_out}
+
+
+def job_name(overrides: Mapping[str, str], identity: str) -> str:
+    """The folder of a job, for people to read and to type: ``attention-ema_seed-0_1a2b3c4d5e6f``.
+
+    Args:
+        overrides: what tells the job from the others of its sweep.
+        identity: see ``identity``; it keeps names apart that have to be cut or cleaned.
+    """
+    text = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in overrides.items())
+    # Nothing that a shell or a command line of Hydra takes for more than a letter.
+    clean = re.sub(r"[^\w.+-]+", "-", text)[:_LONGEST_NAME].strip("_-.")
+    return f"{clean}_{identity}" if clean else identity

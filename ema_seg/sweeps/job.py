@@ -1,0 +1,58 @@
+"""Running one job of a sweep: once, whole, and without harm to the others."""
+
+import json
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from socket import gethostname
+
+from ema_seg.sweeps.folder import JobState, job_lock, job_state, record_failure, write_text
+
+__all__ = ["MOST_ATTEMPTS", "Pruned", "is_settled", "run_job"]
+
+# A job that has failed is tried once more when the sweep's command is given again.
+MOST_ATTEMPTS = 2
+
+
+class Pruned(Exception):
+    """Raised by a search that gives up a job early; the message says why."""
+
+
+def is_settled(state: JobState) -> bool:
+    """Whether a job in this state is not to be run: it is done, or would fail again."""
+    return state.name in ("finished", "pruned", "impossible") or (
+        state.name == "failed" and state.attempts >= MOST_ATTEMPTS
+    )
+
+
+def run_job(folder: Path, work: Callable[[bool], None]) -> JobState:
+    """Do the work of a job unless it is done already, and keep whatever goes wrong to the job.
+
+    A job that another process runs is waited for: that process may be what is left of a killed launcher.
+
+    Args:
+        folder: the job's folder.
+        work: does it, and leaves a report; its argument says whether there is a checkpoint to go on from. What it
+            raises is written to ``failure.json``, but for what ends the whole process, such as KeyboardInterrupt.
+
+    Returns:
+        The state in which the job is left.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with job_lock(folder):
+        start = {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "host": gethostname(),
+            "process": os.getpid(),
+        }
+        write_text(folder / "job.json", json.dumps(start) + "\n")
+        if not is_settled(job_state(folder, locked_by_us=True)):
+            try:
+                work((folder / "checkpoints" / "last.ckpt").is_file())
+                (folder / "failure.json").unlink(missing_ok=True)
+            except Pruned as error:
+                record_failure(folder, str(error), state="pruned")
+            except Exception as error:  # whatever a combination may bring about
+                record_failure(folder, error)
+    return job_state(folder)

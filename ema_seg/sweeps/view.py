@@ -1,0 +1,154 @@
+"""What a sweep is doing: jobs done, running, failed and left, the time that they will take, and the best so far."""
+
+import sys
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ema_seg.sweeps.folder import JobState, PlannedJob, job_state
+
+__all__ = ["Overview", "SweepView", "describe", "render", "survey"]
+
+_STYLES = {"finished": "green", "failed": "red", "impossible": "red", "running": "cyan", "pruned": "yellow"}
+_LEFT = ("missing", "interrupted")
+
+
+class Overview(NamedTuple):
+    """The state of every job, in the plan's order."""
+
+    jobs: Sequence[PlannedJob]
+    states: Sequence[JobState]
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many jobs are in each state."""
+        return Counter(state.name for state in self.states)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a job is running or still to be run."""
+        return bool(self.counts.keys() & {"running", *_LEFT})
+
+    @property
+    def best(self) -> tuple[PlannedJob, float] | None:
+        """The job with the best validation mIoU so far."""
+        scored = [
+            (job, state.miou) for job, state in zip(self.jobs, self.states, strict=True) if state.miou is not None
+        ]
+        return max(scored, key=lambda pair: pair[1], default=None)
+
+    @property
+    def remaining(self) -> timedelta | None:
+        """The time to go: the epochs left, at the mean time of those trained, for as many jobs at once as now run."""
+        trained = sum(state.epoch for state in self.states)
+        if not trained:
+            return None
+        epochs = sum(
+            max((job.epochs or 0) - state.epoch, 0)
+            for job, state in zip(self.jobs, self.states, strict=True)
+            if state.name in (*_LEFT, "running")
+        )
+        seconds = epochs * sum(state.seconds for state in self.states) / trained
+        return timedelta(seconds=round(seconds / max(self.counts["running"], 1)))
+
+
+def survey(folder: Path, jobs: Sequence[PlannedJob]) -> Overview:
+    """Look at the folder of every job."""
+    return Overview(jobs, [job_state(folder / job.folder, job.impossible) for job in jobs])
+
+
+def describe(overview: Overview) -> str:
+    """The overview in one line."""
+    counts = overview.counts
+    parts = [f"{counts['finished']} of {len(overview.jobs)} jobs finished", f"{counts['running']} running"]
+    parts += [f"{counts[name]} {name}" for name in ("failed", "impossible", "pruned") if counts[name]]
+    parts.append(f"{sum(counts[name] for name in _LEFT)} left")
+    if overview.remaining:
+        parts.append(f"about {overview.remaining} to go")
+    if overview.best:
+        job, miou = overview.best
+        parts.append(f"best so far: val mIoU {miou:.4f}, {_name(job)}")
+    return ", ".join(parts)
+
+
+def render(overview: Overview) -> Group:
+    """The overview as a table of jobs and a line."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column, justify in (
+        ("job", "left"),
+        ("state", "left"),
+        ("epoch", "right"),
+        ("val mIoU", "right"),
+        ("", "left"),
+    ):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for job, state in zip(overview.jobs, overview.states, strict=True):
+        table.add_row(
+            Text(_name(job)),
+            Text(state.name, style=_STYLES.get(state.name, "")),
+            f"{state.epoch}/{job.epochs or '?'}" if state.epoch else "",
+            "" if state.miou is None else f"{state.miou:.4f}",
+            Text(state.reason or "", overflow="ellipsis", no_wrap=True),
+        )
+    return Group(table, Text(describe(overview), style="bold"))
+
+
+def _name(job: PlannedJob) -> str:
+    return " ".join(f"{key}={value}" for key, value in job.overrides.items()) or job.folder
+
+
+class SweepView:
+    """Shows a sweep while it runs: a live table on a terminal, otherwise a line whenever a job changes its state.
+
+    Args:
+        folder: of the sweep.
+        jobs: of the plan.
+        console: where to show it; standard error by default, because standard output carries results.
+    """
+
+    def __init__(self, folder: Path, jobs: Sequence[PlannedJob], console: Console | None = None) -> None:
+        self.folder = folder
+        self.jobs = jobs
+        self.console = console or Console(stderr=True)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        if self.console.is_terminal:
+            with Live(console=self.console, auto_refresh=False, vertical_overflow="crop") as live:
+                while True:
+                    live.update(render(self._survey()), refresh=True)
+                    if self._stop.wait(1):
+                        break
+        else:
+            shown: list[str] | None = None
+            while not self._stop.wait(1):
+                overview = self._survey()
+                states = [state.name for state in overview.states]
+                if states != shown:
+                    shown = states
+                    print(describe(overview), file=sys.stderr, flush=True)
+
+    def _survey(self) -> Overview:
+        return survey(self.folder, self.jobs)
