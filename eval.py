@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from configs.command_line import argument, expand_home, plain_config, reports_errors, saved_config
 from ema_seg.errors import ConfigError
 from ema_seg.host_memory import keep_freed_memory
+from ema_seg.sweeps import read_job
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -56,7 +57,9 @@ def _evaluate(composed: DictConfig) -> None:
     from ema_seg.reporting import assess_checkpoint, print_report
 
     directory = Path(config["report"]["dir"] or run / _default_folder())
-    report = assess_checkpoint(checkpoint, config["data"], config["evaluation"], directory, run=str(run))
+    report = assess_checkpoint(
+        checkpoint, config["data"], config["evaluation"], directory, run=str(run), job=read_job(run)
+    )
     print_report(report)
     print(f"report: {directory}")
 

@@ -6,6 +6,7 @@ python train.py --help shows what can be configured.
 import gc
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from configs.command_line import argument, expand_home, plain_config, reports_errors, saved_config
 from ema_seg.errors import ConfigError
 from ema_seg.host_memory import keep_freed_memory
-from ema_seg.sweeps import read_plan, run_job
+from ema_seg.sweeps import count_devices, deal_device, read_plan, run_job
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -27,6 +28,7 @@ def main() -> None:
     """Compose the configuration, of a resumed run from its own file, and train."""
     keep_freed_memory()
     sys.argv = expand_home(sys.argv)
+    OmegaConf.register_new_resolver("parallel_jobs", lambda: count_devices() or 2, replace=True)
     config_name = "train"
     if run := argument("resume"):
         config_name = _register_resumed(Path(run))
@@ -76,14 +78,27 @@ def _train_job(composed: DictConfig, run: Path) -> float | None:
     """A job of a sweep: what goes wrong is written to its folder, and never ends the sweep."""
     (planned,) = (job for job in read_plan(run.parent).jobs if job.folder == run.name)
 
+    job = {"identity": planned.identity, "overrides": planned.overrides}
+
     def work(resume: bool) -> None:
+        if composed.sweep.deal_devices:
+            deal_device(run.parent)
         try:
-            job = {"identity": planned.identity, "overrides": planned.overrides}
-            _produce(_settings(composed), run, resume=resume, job=job)
+            _produce(_settings(composed), run, resume=resume, job=job, callbacks=_search_callbacks(composed, run))
         finally:
             _free_memory()
 
-    return run_job(run, work).miou
+    return run_job(run, job, work).miou
+
+
+def _search_callbacks(composed: DictConfig, run: Path) -> list[Any]:
+    """What a trial of a search needs to be given up early."""
+    if composed.sweep.get("trial") is None:
+        return []
+    from ema_seg.sweeps.search import GiveUp, open_study
+
+    settings, trial = composed.sweep, composed.sweep.trial
+    return [GiveUp(open_study(run.parent, seed=settings.seed, grace=settings.grace, trial=trial), trial)]
 
 
 def _settings(composed: DictConfig) -> dict[str, Any]:
@@ -92,7 +107,14 @@ def _settings(composed: DictConfig) -> dict[str, Any]:
     return config
 
 
-def _produce(config: dict[str, Any], run: Path, *, resume: bool, job: dict[str, Any] | None = None) -> dict[str, Any]:
+def _produce(
+    config: dict[str, Any],
+    run: Path,
+    *,
+    resume: bool,
+    job: dict[str, Any] | None = None,
+    callbacks: Sequence[Any] = (),
+) -> dict[str, Any]:
     """Train what the configuration describes, test the best checkpoint, and write the report."""
     # Heavy libraries only now, so that --help and --cfg answer at once.
     from lightning import seed_everything
@@ -106,7 +128,7 @@ def _produce(config: dict[str, Any], run: Path, *, resume: bool, job: dict[str, 
     seed_everything(config["seed"], workers=True, verbose=False)
     _complete(config["data"], config["model"])
     OmegaConf.save(config, run / "config.yaml")
-    best = fit(config, run, resume=resume, quiet=job is not None)
+    best = fit(config, run, resume=resume, quiet=job is not None, callbacks=callbacks)
     directory = Path(config["report"]["dir"] or run / "report")
     return assess_checkpoint(best, config["data"], config["evaluation"], directory, run=str(run), job=job)
 

@@ -4,19 +4,23 @@ Nothing here starts a job: launchers do. A sweep's folder is the only thing that
 job follows from the files in its own folder, so that a kill at any moment leaves nothing to repair.
 """
 
+from ema_seg.sweeps.devices import count_devices, deal_device
 from ema_seg.sweeps.folder import JobState, Plan, PlannedJob, job_state, read_plan, record_failure, write_plan
 from ema_seg.sweeps.identity import identity, job_name
-from ema_seg.sweeps.job import Pruned, is_settled, run_job
+from ema_seg.sweeps.job import Pruned, is_settled, read_job, run_job
 
 __all__ = [
     "JobState",
     "Plan",
     "PlannedJob",
     "Pruned",
+    "count_devices",
+    "deal_device",
     "identity",
     "is_settled",
     "job_name",
     "job_state",
+    "read_job",
     "read_plan",
     "record_failure",
     "run_job",

@@ -2,14 +2,16 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from socket import gethostname
+from typing import Any
 
+from ema_seg.errors import DataError, one_line
 from ema_seg.sweeps.folder import JobState, job_lock, job_state, record_failure, write_text
 
-__all__ = ["MOST_ATTEMPTS", "Pruned", "is_settled", "run_job"]
+__all__ = ["MOST_ATTEMPTS", "Pruned", "is_settled", "read_job", "run_job"]
 
 # A job that has failed is tried once more when the sweep's command is given again.
 MOST_ATTEMPTS = 2
@@ -26,13 +28,25 @@ def is_settled(state: JobState) -> bool:
     )
 
 
-def run_job(folder: Path, work: Callable[[bool], None]) -> JobState:
+def read_job(run: Path) -> dict[str, Any] | None:
+    """``identity`` and ``overrides`` of a run that is a job of a sweep; None of any other run."""
+    try:
+        job = json.loads((run / "job.json").read_text(encoding="utf-8"))
+        return {"identity": job["identity"], "overrides": job["overrides"]}
+    except OSError:
+        return None
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{run / 'job.json'}: is not what a sweep wrote ({one_line(error)}); remove it.") from error
+
+
+def run_job(folder: Path, job: Mapping[str, Any], work: Callable[[bool], None]) -> JobState:
     """Do the work of a job unless it is done already, and keep whatever goes wrong to the job.
 
     A job that another process runs is waited for: that process may be what is left of a killed launcher.
 
     Args:
         folder: the job's folder.
+        job: ``identity`` and ``overrides``, which ``job.json`` keeps with the run.
         work: does it, and leaves a report; its argument says whether there is a checkpoint to go on from. What it
             raises is written to ``failure.json``, but for what ends the whole process, such as KeyboardInterrupt.
 
@@ -46,7 +60,7 @@ def run_job(folder: Path, work: Callable[[bool], None]) -> JobState:
             "host": gethostname(),
             "process": os.getpid(),
         }
-        write_text(folder / "job.json", json.dumps(start) + "\n")
+        write_text(folder / "job.json", json.dumps({**job, **start}, ensure_ascii=False) + "\n")
         if not is_settled(job_state(folder, locked_by_us=True)):
             try:
                 work((folder / "checkpoints" / "last.ckpt").is_file())

@@ -81,25 +81,21 @@ def describe(overview: Overview) -> str:
 
 
 def render(overview: Overview) -> Group:
-    """The overview as a table of jobs and a line."""
+    """The overview as a table of jobs, the reasons of those that will give no result, and a line."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column, justify in (
-        ("job", "left"),
-        ("state", "left"),
-        ("epoch", "right"),
-        ("val mIoU", "right"),
-        ("", "left"),
-    ):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for column, justify in (("job", "left"), ("state", "left"), ("epoch", "right"), ("val mIoU", "right")):
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    reasons = []
     for job, state in zip(overview.jobs, overview.states, strict=True):
         table.add_row(
             Text(_name(job)),
             Text(state.name, style=_STYLES.get(state.name, "")),
             f"{state.epoch}/{job.epochs or '?'}" if state.epoch else "",
             "" if state.miou is None else f"{state.miou:.4f}",
-            Text(state.reason or "", overflow="ellipsis", no_wrap=True),
         )
-    return Group(table, Text(describe(overview), style="bold"))
+        if state.reason:
+            reasons.append(Text(f"{state.name}: {_name(job)}: {state.reason}", style=_STYLES[state.name]))
+    return Group(table, *reasons, Text(describe(overview), style="bold"))
 
 
 def _name(job: PlannedJob) -> str:

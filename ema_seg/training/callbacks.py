@@ -24,6 +24,8 @@ _COLUMNS = (
     "epoch",
     "step",
     "train/loss",
+    "train/gradient_norm",
+    "train/gradient_norm_max",
     "val/miou",
     "val/mean_accuracy",
     "val/pixel_accuracy",

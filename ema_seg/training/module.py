@@ -21,8 +21,9 @@ __all__ = ["SegmentationModule"]
 class SegmentationModule(LightningModule):
     """Trains a segmenter and scores it on the validation images at their own size.
 
-    Logs ``train/loss`` per epoch, and ``val/miou``, ``val/mean_accuracy`` and ``val/pixel_accuracy`` per
-    validation, all three from one confusion matrix.
+    Logs ``train/loss`` per epoch, and the mean and the largest norm of a step's gradient before any clipping, as
+    ``train/gradient_norm`` and ``train/gradient_norm_max``; ``val/miou``, ``val/mean_accuracy`` and
+    ``val/pixel_accuracy`` per validation, all three from one confusion matrix.
 
     Args:
         model: maps float images (B, 3, H, W) to logits (B, K, H, W).
@@ -89,6 +90,13 @@ class SegmentationModule(LightningModule):
         self.log("loss", loss, prog_bar=True, logger=False, batch_size=size)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the norm of the gradient, which tells whether a block lets it vanish or explode."""
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.log("train/gradient_norm", norm, on_step=False, on_epoch=True, batch_size=1)
+        self.log("train/gradient_norm_max", norm, on_step=False, on_epoch=True, reduce_fx="max", batch_size=1)
 
     def _check_crops(self, images: Tensor) -> None:
         height, width = images.shape[-2:]

@@ -30,7 +30,8 @@ class GridSweeper(FolderSweeper):
         plan = self.write_plan(planned)
         for job in planned:
             if job.impossible:
-                print(f"impossible: {job.folder}: {job.impossible}", file=sys.stderr)
+                chosen = " ".join(f"{key}={value}" for key, value in job.overrides.items())
+                print(f"impossible: {chosen}: {job.impossible}", file=sys.stderr)
         to_do = {
             job.folder: overrides
             for job, (overrides, _) in zip(planned, combinations, strict=True)
