@@ -5,9 +5,9 @@ draw of them from the same streets gives other scores). The design is crossed, n
 configuration is scored on the same images. With n seeds and N images, d(s) the difference of mIoU of two
 configurations at seed s and D their mean, the variance of D has two parts here:
 
-* *seeds*: var(d)/n, with n - 1 in the denominator of var. It is what a bootstrap tends to that draws n - 1 of n seeds with
-  replacement, the number that makes it unbiased for few (Rao & Wu 1988, https://doi.org/10.1080/01621459.1988.10478591),
-  without that bootstrap's noise: with 3 seeds there are but 6 distinct draws.
+* *seeds*: var(d)/n, with n - 1 in the denominator of var. It is what a bootstrap tends to that draws n - 1 of n seeds
+  with replacement, the number that makes it unbiased for few
+  (Rao & Wu 1988, https://doi.org/10.1080/01621459.1988.10478591), without that bootstrap's noise.
 * *images*: the variance of D over replicates that draw N - 1 of N images with replacement, the same ones for all
   configurations and seeds. This is a bootstrap because mIoU is no mean over images: pixels are summed before they are
   divided, and a class that a replicate has no pixel of drops out of its mean.
@@ -19,9 +19,9 @@ three times; the sum of the two parts counts it twice. The interval is thus a li
 The interval is D ± t · √(seeds + images), where t is the quantile of Student's distribution for the degrees of
 freedom of a sum of two estimated variances with n - 1 and N - 1 of them (Satterthwaite 1946,
 https://doi.org/10.2307/3002019); and never narrower than the interval of the paired t-test over seeds,
-D ± t(n - 1) · √seeds. Satterthwaite's approximation is too sure of itself where few seeds happen to agree, and that test
-is exact for the question of training anew on these very images. docs/comparison.md has the coverage of the
-interval in simulations, and of what else there is.
+D ± t(n - 1) · √seeds. Satterthwaite's approximation is too sure of itself where few seeds happen to agree, and that
+test is exact for the question of training anew on these very images. docs/comparison.md has the coverage of the
+interval in simulations, beside that of others.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,8 +35,8 @@ __all__ = ["Estimate", "adjust_holm", "draw_weights", "estimate_difference", "sc
 
 Array = NDArray[np.float64]
 
-# The memory of a chunk of weights; larger ones are no faster.
-_CHUNK_BYTES = 2**25
+# The memory of a chunk of weights; that of the scores of many jobs, all of one chunk, grows with it.
+_CHUNK_BYTES = 2**22
 
 
 class Estimate(NamedTuple):

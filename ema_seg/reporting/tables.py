@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["describe_model", "print_report", "render_markdown"]
+__all__ = ["describe_model", "format_number", "print_report", "render_markdown"]
 
 _SCORES = {
     "miou": "mIoU",
@@ -69,6 +69,12 @@ def describe_model(report: Mapping[str, Any]) -> str:
     return f"{model['decoder']} / {model['encoder']} / {attention['name']} on {data['name']} {data['split']}"
 
 
+def format_number(value: float) -> str:
+    """Three significant digits or more, without an exponent."""
+    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{max(digits, 0)}f}"
+
+
 def _add_rows(table: Table, left: Sequence[Row], right: Sequence[Row]) -> None:
     for cells in zip_longest(left, right, fillvalue=("", "")):
         # As text, because the name of a class may hold brackets, which rich would take for markup.
@@ -115,19 +121,19 @@ def _cost_rows(report: Mapping[str, Any]) -> list[Row]:
     throughput = report["throughput"]
     rows = [
         ("parameters", f"{report['parameters']['total']:,}"),
-        ("GMACs per image", _number(report["gmacs"])),
+        ("GMACs per image", format_number(report["gmacs"])),
     ]
     for entry in throughput["forward"]:
         batch = f"batch {entry['batch_size']}"
         latency = entry["latency"]
         rows += [
-            (f"images/s, {batch}", _number(entry["images_per_second"])),
-            (f"latency, {batch}", f"{_number(1e3 * latency['median'])} ms"),
-            (f"latency p95, {batch}", f"{_number(1e3 * latency['p95'])} ms"),
+            (f"images/s, {batch}", format_number(entry["images_per_second"])),
+            (f"latency, {batch}", f"{format_number(1e3 * latency['median'])} ms"),
+            (f"latency p95, {batch}", f"{format_number(1e3 * latency['p95'])} ms"),
             (f"peak memory, {batch}", f"{entry['peak_memory'] / 2**20:.1f} MiB"),
         ]
     if throughput["end_to_end"]:
-        rows.append(("images/s, end to end", _number(throughput["end_to_end"]["images_per_second"])))
+        rows.append(("images/s, end to end", format_number(throughput["end_to_end"]["images_per_second"])))
     return rows
 
 
@@ -192,9 +198,3 @@ def _absent_sentence(report: Mapping[str, Any]) -> str:
 
 def _percent(fraction: float | None) -> str:
     return "undefined" if fraction is None else f"{100 * fraction:.2f}%"
-
-
-def _number(value: float) -> str:
-    """Three significant digits or more, without an exponent."""
-    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
-    return f"{value:.{max(digits, 0)}f}"

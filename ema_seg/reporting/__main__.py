@@ -1,0 +1,90 @@
+"""Compare runs: ``python -m ema_seg.reporting <sweep folder>``, ``python -m ema_seg.reporting compare RUN RUN``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from ema_seg.errors import ConfigError, EmaSegError
+from ema_seg.reporting.compare import compare_runs, match_runs
+from ema_seg.reporting.comparison_files import write_comparison
+from ema_seg.reporting.comparison_tables import print_comparison
+from ema_seg.reporting.pictures import draw_examples
+from ema_seg.reporting.runs import Runs, read_folder, read_runs
+
+__all__ = ["main", "report_comparison"]
+
+_DESCRIPTION = "Compare the runs of a sweep, or single runs: differences with intervals, costs, figures, a page."
+
+
+def report_comparison(runs: Runs, directory: Path, baseline: dict[str, str] | None = None) -> Path:
+    """Compare runs, write everything into a directory, and print the table.
+
+    Args:
+        runs: see ``read_folder`` and ``read_runs``.
+        directory: where ``comparison.*``, ``figures/`` and ``examples/`` go.
+        baseline: see ``ema_seg.reporting.compare.match_runs``.
+
+    Returns:
+        The path of ``comparison.json``.
+    """
+    comparison = compare_runs(runs, baseline=baseline)
+    examples, notes = draw_examples(comparison["examples"], match_runs(runs, baseline)[2], directory)
+    comparison["examples"], comparison["notes"] = examples, [*comparison["notes"], *notes]
+    path = write_comparison(comparison, directory)
+    print_comparison(comparison)
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare what the command line names; returns the exit status."""
+    texts = list(sys.argv[1:] if arguments is None else arguments)
+    if texts[:1] == ["compare"]:
+        parser = argparse.ArgumentParser(prog="python -m ema_seg.reporting compare", description=_DESCRIPTION)
+        parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder; first the baseline")
+        texts = texts[1:]
+    else:
+        parser = argparse.ArgumentParser(
+            prog="python -m ema_seg.reporting",
+            description=_DESCRIPTION,
+            epilog="Of single runs: python -m ema_seg.reporting compare RUN RUN ...",
+        )
+        parser.add_argument("folder", type=Path, help="a sweep's folder, or one with runs in it")
+    parser.add_argument(
+        "--baseline",
+        metavar="key=value[,key=value]",
+        help="what to compare with; default: what the sweep names, the first run, or attention=none",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write; default: comparison/ in the folder")
+    options = parser.parse_args(texts)
+    try:
+        baseline = _parse_baseline(options.baseline)
+        if "runs" in options:
+            if len(options.runs) < 2:
+                raise ConfigError(f"compare {options.runs[0]}: name a baseline and what to compare with it, two runs.")
+            runs = read_runs(options.runs)
+            directory = options.output or Path("comparison")
+        else:
+            runs = read_folder(options.folder)
+            directory = options.output or options.folder / "comparison"
+        path = report_comparison(runs, directory, baseline)
+    except EmaSegError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    Console(soft_wrap=True).print(f"comparison: {path.with_suffix('.html')}", markup=False, highlight=False)
+    return 0
+
+
+def _parse_baseline(text: str | None) -> dict[str, str] | None:
+    if text is None:
+        return None
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(key and separator and value for key, separator, value in pairs):
+        raise ConfigError(f"--baseline {text}: give it as key=value, for example attention=none.")
+    return {key: value for key, _, value in pairs}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

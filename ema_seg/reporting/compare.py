@@ -1,0 +1,502 @@
+"""Runs to a comparison: rows, differences with intervals, costs, curves, and what a reader has to know beside them.
+
+Reading, statistics and tables need neither torch nor Matplotlib, so that a hundred reports are compared in seconds.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ema_seg.errors import DataError
+from ema_seg.reporting.comparison import Comparison, Contrast, Curve, Disagreement, Job, Row, Summary
+from ema_seg.reporting.configurations import Configuration, find_baselines, group_runs, setting_text
+from ema_seg.reporting.runs import Result, Run, Runs
+from ema_seg.reporting.statistics import (
+    adjust_holm,
+    draw_weights,
+    estimate_difference,
+    score_sums,
+    weigh_counts,
+)
+
+__all__ = ["CONFIDENCE", "REPLICATES", "SCHEMA", "Match", "compare_runs", "match_runs"]
+
+SCHEMA = "ema-seg.comparison/1"
+REPLICATES = 10_000
+CONFIDENCE = 0.95
+
+Array = NDArray[np.float64]
+
+# What a cost is in a report: of the forward pass of the larger batch, where it depends on a batch.
+_COSTS: dict[str, Callable[[Mapping[str, Any]], float]] = {
+    "images_per_second": lambda report: report["throughput"]["forward"][-1]["images_per_second"],
+    "latency": lambda report: report["throughput"]["forward"][-1]["latency"]["median"],
+    "memory": lambda report: report["throughput"]["forward"][-1]["peak_memory"],
+    "parameters": lambda report: report["parameters"]["total"],
+    "gmacs": lambda report: report["gmacs"],
+}
+# What costs have to have in common to be compared, with how a reader is told of it.
+_COST_SETTINGS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "device": lambda report: report["throughput"]["device"],
+    "number of CPU threads": lambda report: report["environment"]["threads"],
+    "precision": lambda report: report["throughput"]["precision"],
+    "compilation": lambda report: report["throughput"].get("compiled"),
+    "memory layout": lambda report: report["throughput"]["memory_format"],
+    "image size": lambda report: report["throughput"]["size"],
+    "batch size": lambda report: report["throughput"]["forward"][-1]["batch_size"],
+}
+
+
+@dataclass(frozen=True)
+class Match:
+    """A configuration with its results by seed, and its baseline.
+
+    Attributes:
+        configuration: settings, label and all runs.
+        results: of the finished runs, by seed and in the order of the seeds; one for each seed.
+        baseline: what it is compared with; None for a baseline, or where there is none.
+        is_baseline: whether others are compared with it.
+    """
+
+    configuration: Configuration
+    results: Mapping[int | None, Result]
+    baseline: "Match | None"
+    is_baseline: bool
+
+    @property
+    def label(self) -> str:
+        """The configuration's label."""
+        return self.configuration.label
+
+    @property
+    def common_seeds(self) -> list[int | None]:
+        """The seeds that it and its baseline have both finished."""
+        return [] if self.baseline is None else [seed for seed in self.results if seed in self.baseline.results]
+
+
+def match_runs(
+    runs: Runs, baseline: Mapping[str, str] | None = None
+) -> tuple[list[str], dict[str, str] | None, list[Match], list[str]]:
+    """Group runs into configurations and find their baselines.
+
+    Args:
+        runs: what was read.
+        baseline: settings that name the baseline. By default those of the sweep; of runs that were named one by one the
+            first; else no attention, if that is among them.
+
+    Returns:
+        The keys that differ, the settings that name the baseline (or None), the configurations, and notes.
+
+    Raises:
+        ConfigError: the baseline fits no configuration.
+        DataError: the reports are not of the same images and classes.
+    """
+    _require_same_data([run.result for run in runs.runs if run.result is not None])
+    notes = list(runs.notes)
+    # Runs of one sweep are told apart by its overrides; runs that were named one by one may come from several.
+    settings, configurations = group_runs(runs.runs)
+    chosen = dict(baseline) if baseline else _default_baseline(runs, settings, configurations)
+    if chosen is None:
+        bases: list[Configuration | None] = [None] * len(configurations)
+        if len(configurations) > 1:
+            notes.append("No differences: no baseline is known; name one with --baseline key=value.")
+    else:
+        bases = find_baselines(configurations, chosen)
+    results = [_results_by_seed(configuration, notes) for configuration in configurations]
+    matches: dict[str, Match] = {}
+
+    def match(configuration: Configuration) -> Match:
+        if configuration.label not in matches:
+            index = configurations.index(configuration)
+            base = bases[index]
+            matches[configuration.label] = Match(
+                configuration,
+                results[index],
+                None if base is None else match(base),
+                is_baseline=any(other is configuration for other in bases),
+            )
+        return matches[configuration.label]
+
+    matched = [match(configuration) for configuration in configurations]
+    notes += _notes_on_matches(matched, has_baseline=chosen is not None)
+    return settings, chosen, matched, notes
+
+
+def compare_runs(
+    runs: Runs,
+    *,
+    baseline: Mapping[str, str] | None = None,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+) -> Comparison:
+    """Draw up a comparison.
+
+    Args:
+        runs: see ``ema_seg.reporting.runs``.
+        baseline: see ``match_runs``.
+        replicates: of the bootstrap over images, see ``ema_seg.reporting.statistics``.
+        seed: of its draws.
+
+    Returns:
+        What ``comparison.json`` holds. ``examples`` name the images, without files: see ``ema_seg.reporting.pictures``.
+
+    Raises:
+        ConfigError: the baseline fits no configuration.
+        DataError: the reports are not of the same images and classes, or of a single image.
+    """
+    settings, chosen, matches, notes = match_runs(runs, baseline)
+    results = [result for match in matches for result in match.results.values()]
+    first = results[0]
+    if len(first.names) < 2:
+        raise DataError(f"{first.path}: has a single image, of which nothing can be said about others; compare more.")
+    contrasts = _contrasts(matches, replicates, seed)
+    rows = [_row(match, contrasts.get(match.label), first, runs.folder) for match in matches]
+    adjusted = adjust_holm([row["contrast"] and row["contrast"]["p"] for row in rows])
+    for row, p in zip(rows, adjusted, strict=True):
+        if row["contrast"] is not None:
+            row["contrast"]["p_holm"] = p
+    notes += _notes_on_costs(results)
+    notes += _notes_on_code(results)
+    return Comparison(
+        schema=SCHEMA,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        title=runs.title,
+        folder=None if runs.folder is None else str(runs.folder),
+        data={"name": first.report["data"]["name"], "split": first.report["data"]["split"], "images": len(first.names)},
+        classes=list(first.report["classes"]),
+        palette=[list(colour) for colour in first.report["palette"]],
+        strata=dict(first.report["strata"]),
+        settings=settings,
+        baseline=chosen,
+        bootstrap={"replicates": replicates, "confidence": CONFIDENCE, "seed": seed},
+        rows=rows,
+        examples=[example for match in matches for example in _disagreements(match)],
+        environment=_environment(results),
+        notes=notes,
+    )
+
+
+def _default_baseline(
+    runs: Runs, settings: Sequence[str], configurations: Sequence[Configuration]
+) -> dict[str, str] | None:
+    if runs.folder is None:
+        return {key: setting_text(value) for key, value in configurations[0].settings.items()} or None
+    for candidate in (runs.baseline, {"attention": "none"}):
+        if candidate and all(
+            key in settings and any(setting_text(other.settings[key]) == value for other in configurations)
+            for key, value in candidate.items()
+        ):
+            return dict(candidate)
+    return None
+
+
+def _require_same_data(results: Sequence[Result]) -> None:
+    """Refuse reports whose scores do not mean the same, naming two files and what they differ in."""
+    aspects: dict[str, Callable[[Result], Any]] = {
+        "the data set": lambda result: result.report["data"]["name"],
+        "the split": lambda result: result.report["data"]["split"],
+        "the classes": lambda result: result.report["classes"],
+        "the number of images": lambda result: len(result.names),
+        "the names of the images": lambda result: result.names,
+        "the limits of the object sizes": lambda result: result.report["strata"],
+        # Rows of the confusion matrix: the true pixels of each class.
+        "the labels of the images": lambda result: [sum(row) for row in result.report["confusion_matrix"]],
+    }
+    for one, other in pairwise(results):
+        for name, aspect in aspects.items():
+            values = [aspect(result) for result in (one, other)]
+            if values[0] != values[1]:
+                found = f" ({values[0]} and {values[1]})" if isinstance(values[0], str | int) else ""
+                raise DataError(f"{one.path} and {other.path} differ in {name}{found} and cannot be compared.")
+
+
+def _results_by_seed(configuration: Configuration, notes: list[str]) -> dict[int | None, Result]:
+    """The results of a configuration; of several with one seed the latest."""
+    results: dict[int | None, Result] = {}
+    for run in configuration.runs:
+        if run.result is None:
+            continue
+        earlier = results.get(run.seed)
+        if earlier is not None:
+            kept, left = sorted((earlier, run.result), key=lambda result: result.report["created"], reverse=True)
+            notes.append(f"{configuration.label}: seed {run.seed} twice; taken is {kept.path}, not {left.path}.")
+            results[run.seed] = kept
+        else:
+            results[run.seed] = run.result
+    return results
+
+
+def _contrasts(matches: Sequence[Match], replicates: int, seed: int) -> dict[str, list[list[Contrast | None]]]:
+    """The contrasts of every configuration that has a baseline and a seed in common with it.
+
+    Returns:
+        By label a list for the whole image and one for each stratum, of the contrasts of the mean and of each class.
+    """
+    pairs = [match for match in matches if match.common_seeds]
+    needed = {
+        id(side.results[key]): side.results[key]
+        for match in pairs
+        for key in match.common_seeds
+        for side in (match, match.baseline)
+        if side is not None
+    }
+    if not needed:
+        return {}
+    counts = {key: result.counts.astype(float) for key, result in needed.items()}
+    full = {key: score_sums(array.sum(axis=0)) for key, array in counts.items()}
+    images = len(next(iter(counts.values())))
+    spreads = {match.label: _PairSpread(match, full) for match in pairs}
+    for weights in draw_weights(images, replicates, seed):
+        scores = {key: score_sums(weigh_counts(weights, array)) for key, array in counts.items()}
+        for spread in spreads.values():
+            spread.add(scores)
+    return {label: spread.contrasts(images) for label, spread in spreads.items()}
+
+
+class _PairSpread:
+    """Gathers how the difference of a configuration and its baseline varies over replicates."""
+
+    def __init__(self, match: Match, full: Mapping[int, Array]) -> None:
+        assert match.baseline is not None
+        self._baseline = match.baseline.label
+        self._pairs = [(id(match.results[key]), id(match.baseline.results[key])) for key in match.common_seeds]
+        self._differences = self._subtract(full)  # (n, 1 + strata, 1 + K)
+        # A class that a seed has no score of takes part with the other seeds.
+        self._valid = np.isfinite(self._differences)
+        self._count = self._valid.sum(axis=0)
+        self._mean = self._over_seeds(self._differences)
+        self._replicates = np.zeros(self._mean.shape)
+        self._sum = np.zeros(self._mean.shape)
+        self._squares = np.zeros(self._mean.shape)
+
+    def add(self, scores: Mapping[int, Array]) -> None:
+        """Take some replicates: the scores (r, 1 + strata, 1 + K) of every result."""
+        # Around the difference of all images, so that nothing cancels.
+        deviation = self._over_seeds(self._subtract(scores)) - self._mean
+        defined = np.isfinite(deviation)  # a replicate without a rare class says nothing about it
+        deviation[~defined] = 0
+        self._replicates += defined.sum(axis=0)
+        self._sum += deviation.sum(axis=0)
+        self._squares += (deviation**2).sum(axis=0)
+
+    def contrasts(self, images: int) -> list[list[Contrast | None]]:
+        """The contrasts of each stratum's mean and classes; None where there is no difference."""
+        used = np.maximum(self._replicates, 2)
+        variance = np.maximum(self._squares - self._sum**2 / used, 0) / (used - 1)
+        groups, scores = self._mean.shape
+        return [
+            [self._contrast((group, score), variance, images) for score in range(scores)] for group in range(groups)
+        ]
+
+    def _contrast(self, place: tuple[int, int], variance: Array, images: int) -> Contrast | None:
+        if not self._count[place]:
+            return None
+        values = self._differences[:, *place][self._valid[:, *place]]
+        estimate = estimate_difference(values, float(variance[place]), images, CONFIDENCE)
+        return Contrast(
+            baseline=self._baseline,
+            difference=estimate.difference,
+            low=estimate.low,
+            high=estimate.high,
+            n=len(values),
+            covers=estimate.covers,
+            p=estimate.p,
+            p_holm=None,
+        )
+
+    def _subtract(self, scores: Mapping[int, Array]) -> Array:
+        return np.stack([scores[one] - scores[other] for one, other in self._pairs], axis=-3)
+
+    def _over_seeds(self, differences: Array) -> Array:
+        with np.errstate(invalid="ignore"):
+            return np.where(self._valid, differences, 0).sum(axis=-3) / self._count
+
+
+def _row(match: Match, contrasts: list[list[Contrast | None]] | None, first: Result, folder: Path | None) -> Row:
+    results = list(match.results.values())
+    reports = [result.report for result in results]
+    classes, strata = first.report["classes"], list(first.report["strata"])
+    batches = {report["throughput"]["forward"][-1]["batch_size"] for report in reports}
+    return Row(
+        label=match.label,
+        settings=match.configuration.settings,
+        baseline=match.is_baseline,
+        jobs=[_job(run, folder) for run in match.configuration.runs],
+        seeds=list(match.results),
+        miou=_summary(report["miou"] for report in reports),
+        contrast=contrasts[0][0] if contrasts else None,
+        classes={
+            name: {
+                "score": _summary(report["iou"][index] for report in reports),
+                "contrast": contrasts[0][1 + index] if contrasts else None,
+            }
+            for index, name in enumerate(classes)
+        },
+        strata={
+            name: {
+                "score": _summary(report["size_miou"][name] for report in reports),
+                "contrast": contrasts[1 + index][0] if contrasts else None,
+            }
+            for index, name in enumerate(strata)
+        },
+        cost={name: _summary(cost(report) for report in reports) for name, cost in _COSTS.items()},
+        cost_batch_size=batches.pop() if len(batches) == 1 else None,
+        curves=_curves([report["curves"] for report in reports if report["curves"]]),
+    )
+
+
+def _job(run: Run, folder: Path | None) -> Job:
+    path = run.folder
+    if folder is not None and path.is_relative_to(folder):
+        path = path.relative_to(folder)
+    return Job(seed=run.seed, state=run.state, run=str(path), reason=run.reason)
+
+
+def _summary(values: Iterable[float | None]) -> Summary:
+    """Mean and deviation of what is known; a value that is not known stays in its place in ``values``."""
+    listed = list(values)
+    known = [value for value in listed if value is not None]
+    return Summary(
+        mean=float(np.mean(known)) if known else None,
+        sd=float(np.std(known, ddof=1)) if len(known) > 1 else None,
+        n=len(known),
+        values=listed,
+    )
+
+
+def _curves(runs: Sequence[Mapping[str, Sequence[float | None]]]) -> dict[str, Curve]:
+    """Each column but the epoch, over the runs that have a value of an epoch."""
+    points: dict[str, dict[int, list[float]]] = {}
+    for columns in runs:
+        for name, values in columns.items():
+            for epoch, value in zip(columns["epoch"], values, strict=True):
+                if name != "epoch" and epoch is not None and value is not None:
+                    points.setdefault(name, {}).setdefault(int(epoch), []).append(value)
+    return {
+        name: Curve(
+            epoch=sorted(by_epoch),
+            mean=[float(np.mean(by_epoch[epoch])) for epoch in sorted(by_epoch)],
+            low=[min(by_epoch[epoch]) for epoch in sorted(by_epoch)],
+            high=[max(by_epoch[epoch]) for epoch in sorted(by_epoch)],
+        )
+        for name, by_epoch in points.items()
+    }
+
+
+def _disagreements(match: Match) -> list[Disagreement]:
+    """The image on which a configuration wins most over its baseline, and that on which it loses most."""
+    seeds = match.common_seeds
+    if match.baseline is None or not seeds:
+        return []
+    gains = np.mean([match.results[seed].miou - match.baseline.results[seed].miou for seed in seeds], axis=0)
+    defined = np.flatnonzero(np.isfinite(gains))
+    if not len(defined):
+        return []
+    best, worst = defined[gains[defined].argmax()], defined[gains[defined].argmin()]
+    return [
+        Disagreement(
+            row=match.label,
+            baseline=match.baseline.label,
+            kind=kind,
+            name=match.results[seeds[0]].names[index],
+            seed=seeds[0],
+            difference=float(gains[index]),
+            files=dict.fromkeys(("image", "truth", "prediction", "baseline")),
+        )
+        for kind, index, shows in (("best", best, gains[best] > 0), ("worst", worst, gains[worst] < 0))
+        if shows
+    ]
+
+
+def _environment(results: Sequence[Result]) -> dict[str, Any]:
+    environments = [result.report["environment"] for result in results]
+    packages: dict[str, list[str]] = {}
+    for environment in environments:
+        for name, version in environment["packages"].items():
+            if version is not None and version not in packages.setdefault(name, []):
+                packages[name].append(version)
+    return {
+        "devices": list(dict.fromkeys(result.report["throughput"]["device"] for result in results)),
+        "packages": {name: versions for name, versions in packages.items() if versions},
+        "python": list(dict.fromkeys(environment["python"] for environment in environments)),
+        "commits": list(dict.fromkeys(filter(None, map(_commit, environments)))),
+    }
+
+
+def _commit(environment: Mapping[str, Any]) -> str | None:
+    git = environment["git"]
+    return git and git["commit"] + (" with changes" if git["dirty"] else "")
+
+
+def _notes_on_matches(matches: Sequence[Match], *, has_baseline: bool) -> list[str]:
+    notes = []
+    for match in matches:
+        runs = match.configuration.runs
+        unfinished = [run for run in runs if run.result is None]
+        if unfinished:
+            told = "; ".join(_tell(unfinished))
+            notes.append(f"{match.label}: {len(runs) - len(unfinished)} of {len(runs)} seeds; {told}.")
+        differing = _differing_keys([run.result for run in runs if run.result is not None])
+        if differing:
+            notes.append(
+                f"{match.label}: its runs differ in more than the seed, though the sweep calls them the same: "
+                f"{', '.join(differing)}."
+            )
+        if match.baseline is None:
+            if has_baseline and not match.is_baseline and match.results:
+                notes.append(f"{match.label}: no difference, for no baseline has its other settings.")
+        elif match.results and not match.common_seeds:
+            notes.append(f"{match.label}: no difference, for it and {match.baseline.label} share no finished seed.")
+        else:
+            apart = match.results.keys() ^ match.baseline.results.keys() if match.results else set()
+            if apart:
+                notes.append(
+                    f"{match.label}: the difference to {match.baseline.label} is over the seeds that both have, "
+                    f"without {_seeds(sorted(map(str, apart)))}."
+                )
+    if any(len(match.common_seeds) == 1 for match in matches):
+        notes.append(
+            "Where there is one seed the interval covers the images alone: it says nothing about training anew, "
+            "and has no p."
+        )
+    return notes
+
+
+def _tell(runs: Sequence[Run]) -> list[str]:
+    """What became of unfinished runs; those of one fate together."""
+    fates: dict[str, list[str]] = {}
+    for run in runs:
+        fate = run.state + (f": {run.reason.rstrip('.')}" if run.reason else "")
+        fates.setdefault(fate, []).append("unknown" if run.seed is None else str(run.seed))
+    return [f"{_seeds(seeds)} {fate}" for fate, seeds in fates.items()]
+
+
+def _seeds(seeds: Sequence[str]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
+
+
+def _differing_keys(results: Sequence[Result]) -> list[str]:
+    runs = [Run(result.path, "finished", result=result) for result in results]
+    return group_runs(runs)[0] if len(runs) > 1 else []
+
+
+def _notes_on_costs(results: Sequence[Result]) -> list[str]:
+    notes = []
+    for name, value in _COST_SETTINGS.items():
+        found = list(dict.fromkeys(setting_text(value(result.report)) for result in results))
+        if len(found) > 1:
+            notes.append(f"Not all costs were measured with the same {name} ({', '.join(found)}): compare with care.")
+    return notes
+
+
+def _notes_on_code(results: Sequence[Result]) -> list[str]:
+    commits = _environment(results)["commits"]
+    if len(commits) > 1:
+        return [f"The runs were evaluated by {len(commits)} states of the code: {', '.join(commits)}."]
+    return []

@@ -1,0 +1,270 @@
+"""A comparison as tables: on the terminal, in Markdown, CSV and LaTeX.
+
+Each is drawn from the comparison alone. A difference is bold where it is significant at 5 % after Holm's correction,
+and nothing else is: the best of many numbers is always some number.
+"""
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from io import StringIO
+from pathlib import PurePosixPath
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ema_seg.reporting.comparison import Comparison, Contrast, Row, Summary
+from ema_seg.reporting.configurations import setting_text
+from ema_seg.reporting.tables import format_number
+
+__all__ = [
+    "SIGNIFICANT",
+    "comparison_as_csv",
+    "comparison_as_latex",
+    "comparison_as_markdown",
+    "print_comparison",
+]
+
+SIGNIFICANT = 0.05
+"""The level that a difference is called significant at, after Holm's correction."""
+
+_SCORE_COLUMNS = ("mIoU, % (seeds)", "difference, points", "p (Holm)")
+_COST_COLUMNS = ("images/s", "latency, ms", "memory, MiB", "parameters, M", "GMACs")
+_COST_SCALES = {"images_per_second": 1.0, "latency": 1e3, "memory": 2**-20, "parameters": 1e-6, "gmacs": 1.0}
+# A terminal as wide as this shows scores and costs side by side.
+_WIDE = 140
+_NOTHING = "–"
+_MINUS = "\N{MINUS SIGN}"  # as long as the plus sign
+_LATEX = {character: f"\\{character}" for character in "#$%&_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "–": "--",
+    _MINUS: "$-$",
+    "±": r"$\pm$",
+    "²": r"\textsuperscript{2}",
+}
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Print scores and costs of each configuration, what is not finished, and the notes.
+
+    Args:
+        comparison: what ``compare_runs`` returned.
+        console: where to print; standard output by default. Where it is narrow the costs follow below the scores.
+    """
+    console = console or Console()
+    columns = (*_SCORE_COLUMNS, *_COST_COLUMNS)
+    cells = [(*_score_cells(row), *_cost_cells(row)) for row in comparison["rows"]]
+    split = len(_SCORE_COLUMNS)
+    parts = [slice(None)] if console.width >= _WIDE else [slice(split), slice(split, None)]
+    for part in parts:
+        title = Text(_title(comparison)) if part is parts[0] else None
+        table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("configuration", overflow="fold")
+        for name in columns[part]:
+            table.add_column(name, justify="right", overflow="fold")
+        for row, texts in zip(comparison["rows"], cells, strict=True):
+            bold = [index == 1 and _is_significant(row["contrast"]) for index in range(len(texts))]
+            styled = [Text(text, style="bold" * strong) for text, strong in zip(texts, bold, strict=True)]
+            table.add_row(Text(row["label"]), *styled[part])
+        console.print(table)
+    for line in (_explain(comparison), *comparison["notes"]):
+        console.print(Text(line))
+
+
+def comparison_as_markdown(comparison: Comparison, figures: Sequence[str] = ()) -> str:
+    """Render a comparison as Markdown.
+
+    Args:
+        comparison: what ``compare_runs`` returned.
+        figures: paths of pictures beside it, to show at the end.
+    """
+    return "\n".join(_markdown_lines(comparison, figures)) + "\n"
+
+
+def comparison_as_csv(comparison: Comparison) -> str:
+    """A line for each configuration, with plain numbers: fractions, seconds and bytes; nothing where it is unknown."""
+    output = StringIO()
+    rows = [_flat_row(comparison, row) for row in comparison["rows"]]
+    writer = csv.DictWriter(output, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return output.getvalue()
+
+
+def comparison_as_latex(comparison: Comparison) -> str:
+    """A table for a paper, with the rules of the package ``booktabs``."""
+    header = ("configuration", *_SCORE_COLUMNS, *_COST_COLUMNS)
+    lines = [
+        "% \\usepackage{booktabs}",
+        f"% {_one_line(_title(comparison))}",
+        *(f"% {_one_line(text)}" for text in (_explain(comparison), *comparison["notes"])),
+        f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+        "  \\toprule",
+        f"  {' & '.join(map(_escape_latex, header))} \\\\",
+        "  \\midrule",
+    ]
+    for row in comparison["rows"]:
+        cells = [_escape_latex(text) for text in (row["label"], *_score_cells(row), *_cost_cells(row))]
+        if _is_significant(row["contrast"]):
+            cells[2] = f"\\textbf{{{cells[2]}}}"
+        lines.append(f"  {' & '.join(cells)} \\\\")
+    return "\n".join([*lines, "  \\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def _markdown_lines(comparison: Comparison, figures: Sequence[str]) -> Iterator[str]:
+    data, rows = comparison["data"], comparison["rows"]
+    yield f"# {_title(comparison)}\n"
+    yield f"{data['name']}, split {data['split']}, {data['images']} images. {_explain(comparison)}\n"
+    header = ("configuration", *_SCORE_COLUMNS, *_COST_COLUMNS)
+    lines = []
+    for row in rows:
+        miou, difference, p = _score_cells(row)
+        if _is_significant(row["contrast"]):
+            difference = f"**{difference}**"
+        lines.append((row["label"], miou, difference, p, *_cost_cells(row)))
+    yield from _markdown_table(header, lines)
+    batches = {row["cost_batch_size"] for row in rows if row["seeds"]}
+    if len(batches) == 1 and None not in batches:
+        yield f"\nImages/s, latency and memory: of a forward pass of a batch of {batches.pop()}."
+    yield "\n## By the size of objects\n"
+    yield "; ".join(f"{name}: {meaning}" for name, meaning in comparison["strata"].items()) + ".\n"
+    header_of_strata = ("configuration", *(f"mIoU, {name}, %" for name in comparison["strata"]))
+    yield from _markdown_table(
+        header_of_strata, [(row["label"], *map(_scored, row["strata"].values())) for row in rows]
+    )
+    compared = [row for row in rows if row["contrast"]]
+    if compared:
+        yield "\n## By class\n"
+        yield "Difference to the baseline in points of IoU, not corrected for the number of classes.\n"
+        lines = [
+            (name, *(_difference(row["classes"][name]["contrast"]) for row in compared))
+            for name in comparison["classes"]
+        ]
+        yield from _markdown_table(("class", *(row["label"] for row in compared)), lines)
+    unfinished = [
+        (row["label"], "?" if job["seed"] is None else str(job["seed"]), job["state"], job["reason"] or "")
+        for row in rows
+        for job in row["jobs"]
+        if job["state"] != "finished"
+    ]
+    if unfinished:
+        yield "\n## Not finished\n"
+        yield from _markdown_table(("configuration", "seed", "state", "reason"), unfinished)
+    if comparison["notes"]:
+        yield "\n## Notes\n"
+        yield from (f"- {note}" for note in comparison["notes"])
+    if figures:
+        yield "\n## Figures\n"
+        yield "\n\n".join(f"![{PurePosixPath(path).stem.replace('_', ' ')}]({path})" for path in figures)
+    yield "\n## Environment\n"
+    environment = comparison["environment"]
+    yield f"- devices: {', '.join(environment['devices'])}"
+    yield f"- Python {', '.join(environment['python'])}"
+    packages = (f"{name} {' and '.join(versions)}" for name, versions in environment["packages"].items())
+    yield f"- packages: {', '.join(packages)}"
+    if environment["commits"]:
+        yield f"- commit: {', '.join(environment['commits'])}"
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    for cells in (header, ["---", *["---:"] * (len(header) - 1)], *rows):
+        yield "| {} |".format(" | ".join(_one_line(cell).replace("|", "\\|") for cell in cells))
+
+
+def _title(comparison: Comparison) -> str:
+    return f"{comparison['title']}: {len(comparison['rows'])} configurations on {comparison['data']['name']}"
+
+
+def _explain(comparison: Comparison) -> str:
+    """How the numbers of the main table are to be read."""
+    if comparison["baseline"] is None:
+        return "Scores: mean ± standard deviation over seeds."
+    baseline = ", ".join(f"{key}={value}" for key, value in comparison["baseline"].items())
+    bootstrap = comparison["bootstrap"]
+    return (
+        f"Scores: mean ± standard deviation over seeds. Differences: to {baseline} with the same seeds and else the "
+        f"same settings, with the {100 * bootstrap['confidence']:g} % interval over seeds and images "
+        f"({bootstrap['replicates']:,} replicates); bold where p is below {SIGNIFICANT:g} after Holm's correction."
+    )
+
+
+def _score_cells(row: Row) -> tuple[str, str, str]:
+    planned, finished = len(row["jobs"]), row["miou"]["n"]
+    seeds = str(finished) if finished == planned else f"{finished} of {planned}"
+    contrast = row["contrast"]
+    p = _NOTHING if contrast is None or contrast["p_holm"] is None else _probability(contrast["p_holm"])
+    difference = "baseline" if row["baseline"] else _difference(contrast)
+    return f"{_mean_and_sd(row['miou'])} ({seeds})", difference, p
+
+
+def _cost_cells(row: Row) -> list[str]:
+    means = {name: row["cost"][name]["mean"] for name in _COST_SCALES}
+    return [_NOTHING if mean is None else format_number(mean * _COST_SCALES[name]) for name, mean in means.items()]
+
+
+def _scored(part: Mapping[str, Any]) -> str:
+    text = _mean_and_sd(part["score"])
+    return f"{text}, {_difference(part['contrast'])}" if part["contrast"] else text
+
+
+def _mean_and_sd(summary: Summary) -> str:
+    if summary["mean"] is None:
+        return _NOTHING
+    mean = f"{100 * summary['mean']:.2f}"
+    return mean if summary["sd"] is None else f"{mean} ± {100 * summary['sd']:.2f}"
+
+
+def _difference(contrast: Contrast | None) -> str:
+    if contrast is None:
+        return _NOTHING
+    return f"{_points(contrast['difference'], '+')} [{_points(contrast['low'])}, {_points(contrast['high'])}]"
+
+
+def _points(fraction: float, sign: str = "-") -> str:
+    # Zero is added for the sign of -0.00.
+    return f"{round(100 * fraction, 2) + 0.0:{sign}.2f}".replace("-", _MINUS)
+
+
+def _probability(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _is_significant(contrast: Contrast | None) -> bool:
+    return contrast is not None and contrast["p_holm"] is not None and contrast["p_holm"] < SIGNIFICANT
+
+
+def _flat_row(comparison: Comparison, row: Row) -> dict[str, Any]:
+    flat: dict[str, Any] = {"label": row["label"]}
+    flat |= {key: None if value is None else setting_text(value) for key, value in row["settings"].items()}
+    flat |= {"jobs": len(row["jobs"]), "seeds": " ".join(map(str, row["seeds"]))}
+    flat |= _flat_score("miou", row["miou"], row["contrast"])
+    flat["p_holm"] = row["contrast"] and row["contrast"]["p_holm"]
+    flat["cost_batch_size"] = row["cost_batch_size"]
+    flat |= {name: row["cost"][name]["mean"] for name in _COST_SCALES}
+    for kind, prefix in (("strata", "miou_"), ("classes", "iou_")):
+        for name in comparison[kind]:  # type: ignore[literal-required]
+            part = row[kind][name]  # type: ignore[literal-required]
+            flat |= _flat_score(f"{prefix}{name}", part["score"], part["contrast"])
+    return flat
+
+
+def _flat_score(name: str, score: Summary, contrast: Contrast | None) -> dict[str, Any]:
+    keys = ("difference", "low", "high", "n", "covers", "p") if name == "miou" else ("difference", "low", "high")
+    return {name: score["mean"], f"{name}_sd": score["sd"]} | {
+        f"{name}_{key}": contrast and contrast[key]  # type: ignore[literal-required]
+        for key in keys
+    }
+
+
+def _escape_latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in _one_line(text))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,238 @@
+"""Which runs are seeds of one configuration, what tells configurations apart, and which is the baseline of which."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ema_seg.errors import ConfigError, did_you_mean
+from ema_seg.reporting.runs import Run
+
+__all__ = ["Configuration", "find_baselines", "group_runs", "setting_text"]
+
+# Keys that change where and how a run is run and watched, and not what it learns. What it was evaluated with stands
+# in its report, whatever the configuration of the training says.
+_MACHINE_KEYS = (
+    "resume",
+    "report",
+    "logger",
+    "sweep",
+    "evaluation",
+    "data.root",
+    "data.workers",
+    "trainer.accelerator",
+    "trainer.log_every_n_steps",
+    "training.progress_bar",
+    "training.pictures_every",
+)
+# These follow another key, of which they would only repeat the difference.
+_FOLLOWING_KEYS = ("trainer.max_epochs",)
+
+
+def _placement_name(options: Mapping[str, Any]) -> str:
+    return "+".join(place for place in ("encoder", "decoder", "head") if options.get(place)) or "none"
+
+
+def _loss_name(options: Mapping[str, Any]) -> str:
+    return "+".join(name for name, loss in options.items() if loss is not None)
+
+
+# What a section of the configuration is called: where that differs, what belongs to it alone is not told beside it.
+_SECTION_NAMES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "attention": lambda options: options.get("name"),
+    "placement": _placement_name,
+    "model": lambda options: options.get("decoder"),
+    "data": lambda options: options.get("name"),
+    "loss": _loss_name,
+    "optimizer": lambda options: options.get("name"),
+    "schedule": lambda options: options.get("name"),
+}
+
+
+@dataclass
+class Configuration:
+    """A row of a comparison.
+
+    Attributes:
+        settings: value of each key that differs between configurations; None where a configuration has no such key.
+        runs: its runs, in the order of their seeds.
+        label: a few words that no other configuration has.
+    """
+
+    settings: dict[str, Any]
+    runs: list[Run] = field(default_factory=list)
+    label: str = ""
+
+
+def group_runs(runs: Sequence[Run]) -> tuple[list[str], list[Configuration]]:
+    """Group runs whose configurations differ in the seed alone.
+
+    Jobs of one sweep are told apart by their overrides, other runs by their whole configurations but for keys
+    that say where and how they ran.
+
+    Args:
+        runs: finished ones, or jobs of a sweep in any state.
+
+    Returns:
+        The keys that differ, and the configurations, both in the order in which they first occur.
+    """
+    planned = all(run.overrides is not None for run in runs)
+    keys = [_override_settings(run) if planned else _config_settings(run) for run in runs]
+    shown = _differing_overrides(keys) if planned else _differing_settings(runs, keys)
+    named = keys if planned else [_section_names(run) | settings for run, settings in zip(runs, keys, strict=True)]
+    groups: dict[str, Configuration] = {}
+    for run, settings, values in zip(runs, keys, named, strict=True):
+        group = groups.setdefault(_frozen(settings), Configuration({key: values.get(key) for key in shown}))
+        group.runs.append(run)
+    configurations = list(groups.values())
+    for configuration in configurations:
+        configuration.runs.sort(key=lambda run: -1 if run.seed is None else run.seed)
+    _set_labels(configurations)
+    return shown, configurations
+
+
+def find_baselines(configurations: Sequence[Configuration], baseline: Mapping[str, str]) -> list[Configuration | None]:
+    """The baseline of each configuration: the one with the settings of ``baseline`` and else the same ones.
+
+    So in a grid of attention blocks and decoders each block is compared with no attention in the same decoder. Options
+    of a setting that the baseline replaces (``attention.factor`` beside ``attention``) are not compared; nor, if no
+    configuration fits otherwise, is the place of an attention block that the baseline does not have.
+
+    Returns:
+        For each configuration its baseline; None for a baseline itself and where there is none.
+
+    Raises:
+        ConfigError: a key of ``baseline`` does not differ, or no configuration has its values.
+    """
+    keys = list(configurations[0].settings)
+    for key in baseline:
+        if key not in keys:
+            known = f"what differs is {', '.join(keys)}" if keys else "nothing differs"
+            raise ConfigError(f"--baseline {key}={baseline[key]}: {known}.{did_you_mean(key, keys)}")
+    bases = [candidate for candidate in configurations if _has(candidate, baseline)]
+    if not bases:
+        key = next(iter(baseline))
+        values = dict.fromkeys(setting_text(configuration.settings[key]) for configuration in configurations)
+        wanted = ",".join(f"{key}={value}" for key, value in baseline.items())
+        raise ConfigError(f"--baseline {wanted}: no configuration has it; {key} is one of {', '.join(values)}.")
+    replaced = [key for key in keys if any(key == name or key.startswith(f"{name}.") for name in baseline)]
+    compared = [[key for key in keys if key not in replaced]]
+    if baseline.get("attention") == "none":
+        compared.append([key for key in compared[0] if not key.startswith("placement")])
+    return [
+        None if configuration in bases else _first_match(configuration, bases, compared)
+        for configuration in configurations
+    ]
+
+
+def setting_text(value: Any) -> str:
+    """A value as on the command line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _first_match(
+    configuration: Configuration, bases: Sequence[Configuration], compared: Sequence[Sequence[str]]
+) -> Configuration | None:
+    for keys in compared:
+        for base in bases:
+            if all(setting_text(base.settings[key]) == setting_text(configuration.settings[key]) for key in keys):
+                return base
+    return None
+
+
+def _has(configuration: Configuration, values: Mapping[str, str]) -> bool:
+    return all(setting_text(configuration.settings[key]) == value for key, value in values.items())
+
+
+def _override_settings(run: Run) -> dict[str, Any]:
+    return {key: value for key, value in (run.overrides or {}).items() if key != "seed"}
+
+
+def _config_settings(run: Run) -> dict[str, Any]:
+    """The leaves of a run's configuration by dotted key, but for seed and machine."""
+    assert run.result is not None
+    left_out = [*_MACHINE_KEYS, *_FOLLOWING_KEYS, "seed"]
+    return {
+        key: value
+        for key, value in _flatten(run.result.report["config"]).items()
+        if not any(key == name or key.startswith(f"{name}.") for name in left_out)
+    }
+
+
+def _section_names(run: Run) -> dict[str, Any]:
+    assert run.result is not None
+    config = run.result.report["config"]
+    return {section: name(config[section]) for section, name in _SECTION_NAMES.items() if section in config}
+
+
+def _differing_overrides(keys: Sequence[Mapping[str, Any]]) -> list[str]:
+    known = dict.fromkeys(key for settings in keys for key in settings)
+    return [key for key in known if len({setting_text(settings.get(key)) for settings in keys}) > 1]
+
+
+def _differing_settings(runs: Sequence[Run], keys: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of sections that differ, and every other key that differs between runs of one such name."""
+    names = [_section_names(run) for run in runs]
+    sections = [section for section in _SECTION_NAMES if len({_frozen(name.get(section)) for name in names}) > 1]
+    shown = list(sections)
+    for key in dict.fromkeys(key for settings in keys for key in settings):
+        section = key.partition(".")[0]
+        values: dict[str, set[str]] = {}
+        for name, settings in zip(names, keys, strict=True):
+            values.setdefault(_frozen(name.get(section)), set()).add(_frozen(settings.get(key)))
+        if any(len(found) > 1 for found in values.values()):
+            shown.append(key)
+    return shown
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _frozen(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _set_labels(configurations: Sequence[Configuration]) -> None:
+    """Labels of values alone, then with the last parts of keys, then with whole keys: the shortest that are unique."""
+    for name in (_short_part, _named_part, _full_part):
+        labels = [
+            ", ".join(filter(None, (name(key, value) for key, value in configuration.settings.items())))
+            or _lone_label(configuration)
+            for configuration in configurations
+        ]
+        for configuration, label in zip(configurations, labels, strict=True):
+            configuration.label = label
+        if len(set(labels)) == len(labels):
+            return
+
+
+def _short_part(key: str, value: Any) -> str:
+    """A word for itself, anything else with its key."""
+    if value is None:
+        return ""
+    text = setting_text(value)
+    is_word = text[:1].isalpha() and text not in ("true", "false", "null")
+    return text if is_word and "." not in key else f"{key.rpartition('.')[2]}={text}"
+
+
+def _named_part(key: str, value: Any) -> str:
+    return f"{key.rpartition('.')[2]}={setting_text(value)}"
+
+
+def _full_part(key: str, value: Any) -> str:
+    return f"{key}={setting_text(value)}"
+
+
+def _lone_label(configuration: Configuration) -> str:
+    """What the only configuration is called: by its attention block."""
+    for run in configuration.runs:
+        if run.result is not None:
+            return str(run.result.report["attention"]["name"])
+    return "all runs"

@@ -1,0 +1,166 @@
+"""The pictures of a comparison's examples: photograph, truth, and the masks of a configuration and of its baseline."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from ema_seg.errors import EmaSegError, one_line
+from ema_seg.reporting.compare import Match
+from ema_seg.reporting.comparison import Disagreement
+from ema_seg.reporting.files import file_names, write_file
+from ema_seg.reporting.predictions import encode_mask
+from ema_seg.reporting.runs import Result
+
+if TYPE_CHECKING:
+    from ema_seg.data import SegmentationDataset
+
+__all__ = ["draw_examples"]
+
+# Of the longer side, in pixels: a page with twenty configurations shows 160 of them.
+_LARGEST = 1024
+_FOLDER = "examples"
+
+
+def draw_examples(
+    examples: Sequence[Disagreement], matches: Sequence[Match], directory: Path
+) -> tuple[list[Disagreement], list[str]]:
+    """Write the pictures of examples into ``examples/``, as large as they are or with their longer side 1024.
+
+    Photograph and truth are read from the data set, if it is where the evaluation had it; the masks from the reports.
+
+    Args:
+        examples: of a comparison.
+        matches: the configurations that it was drawn up from, see ``match_runs``.
+        directory: where ``comparison.json`` goes.
+
+    Returns:
+        The examples with their ``files``, each None where it cannot be had, and sentences that say which and why.
+    """
+    by_label = {match.label: match for match in matches}
+    album = _Album(directory, [match.label for match in matches], [example["name"] for example in examples])
+    drawn = []
+    for example in examples:
+        name, seed = example["name"], example["seed"]
+        row = by_label[example["row"]].results[seed]
+        files = {
+            "image": album.photograph(row, name),
+            "truth": album.truth(row, name),
+            "prediction": album.prediction(row, name, example["row"], seed),
+            "baseline": album.prediction(by_label[example["baseline"]].results[seed], name, example["baseline"], seed),
+        }
+        drawn.append(Disagreement(**{**example, "files": files}))
+    return drawn, list(dict.fromkeys(album.notes))
+
+
+class _Album:
+    """Writes each picture once, however many examples show it."""
+
+    def __init__(self, directory: Path, labels: Sequence[str], names: Sequence[str]) -> None:
+        self.notes: list[str] = []
+        self._directory = directory
+        self._labels = dict(zip(labels, file_names(labels), strict=True))
+        unique = list(dict.fromkeys(names))
+        self._names = dict(zip(unique, file_names(unique), strict=True))
+        self._datasets: dict[str, tuple[SegmentationDataset, dict[str, int]] | None] = {}
+        self._written: dict[str, str | None] = {}
+
+    def photograph(self, result: Result, name: str) -> str | None:
+        return self._once(f"{self._names[name]}+image.jpg", lambda: self._read_photograph(result, name))
+
+    def truth(self, result: Result, name: str) -> str | None:
+        return self._once(f"{self._names[name]}+truth.png", lambda: self._read_truth(result, name))
+
+    def prediction(self, result: Result, name: str, label: str, seed: int | None) -> str | None:
+        # No name of a file has a plus sign in it, so that no two of these are the same.
+        file = f"{self._names[name]}+{self._labels[label]}+{seed}.png"
+        return self._once(file, lambda: self._read_prediction(result, name))
+
+    def _once(self, file: str, read: Callable[[], bytes | None]) -> str | None:
+        if file not in self._written:
+            content = read()
+            if content is not None:
+                write_file(self._directory / _FOLDER / file, content)
+            self._written[file] = None if content is None else f"{_FOLDER}/{file}"
+        return self._written[file]
+
+    def _read_photograph(self, result: Result, name: str) -> bytes | None:
+        if (place := self._find(result, name)) is None:
+            return None
+        dataset, index = place
+        try:
+            image = _shrink(Image.fromarray(dataset.read_image(index)), Image.Resampling.LANCZOS)
+        except EmaSegError as error:
+            self.notes.append(f"No picture of {name}: {error}")
+            return None
+        content = BytesIO()
+        image.save(content, "JPEG", quality=90)
+        return content.getvalue()
+
+    def _read_truth(self, result: Result, name: str) -> bytes | None:
+        if (place := self._find(result, name)) is None:
+            return None
+        dataset, index = place
+        try:
+            mask = Image.fromarray(dataset.read_mask(index))
+        except EmaSegError as error:
+            self.notes.append(f"No truth of {name}: {error}")
+            return None
+        return _encode(mask, result.report["palette"])
+
+    def _read_prediction(self, result: Result, name: str) -> bytes | None:
+        path = result.predictions[result.names.index(name)]
+        if path is None:
+            return None
+        try:
+            with Image.open(result.path.parent / path) as mask:
+                # The indices alone: shrinking must not mix colours, and the palette is the comparison's.
+                return _encode(Image.frombytes("L", mask.size, mask.tobytes()), result.report["palette"])
+        except (OSError, ValueError) as error:
+            self.notes.append(f"No prediction of {name}: {result.path.parent / path} ({one_line(error)}).")
+            return None
+
+    def _find(self, result: Result, name: str) -> "tuple[SegmentationDataset, int] | None":
+        """The data set and the image's place in it; None if it cannot be read here."""
+        data = result.report["data"]
+        if data["root"] not in self._datasets:
+            self._datasets[data["root"]] = None
+            if not Path(data["root"]).exists():
+                self.notes.append(f"No photographs and no truth: the data set is not in {data['root']} here.")
+            else:
+                try:
+                    dataset = _open_dataset(data, result.report["config"].get("data", {}))
+                    places = {dataset.name(index): index for index in range(len(dataset))}
+                    self._datasets[data["root"]] = dataset, places
+                except Exception as error:  # a picture is no reason to lose the comparison
+                    self.notes.append(f"No photographs and no truth: {one_line(error)}")
+        entry = self._datasets[data["root"]]
+        if entry is None or name not in entry[1]:
+            return None
+        return entry[0], entry[1][name]
+
+
+def _open_dataset(data: Mapping[str, Any], options: Mapping[str, Any]) -> "SegmentationDataset":
+    # Torch comes with it, and takes longer to import than a comparison may take where no picture can be had.
+    from ema_seg.data import build_dataset, find_dataset_class
+
+    # The configuration of the data has the loader's settings too.
+    known = list(inspect.signature(find_dataset_class(data["name"])).parameters)[3:]
+    same = options.get("name") == data["name"]
+    chosen = {key: value for key, value in options.items() if same and key in known}
+    return build_dataset(data["name"], data["root"], data["split"], **chosen)
+
+
+def _encode(mask: Image.Image, palette: Sequence[Sequence[int]]) -> bytes:
+    return encode_mask(np.asarray(_shrink(mask, Image.Resampling.NEAREST)), palette)
+
+
+def _shrink(image: Image.Image, resampling: Image.Resampling) -> Image.Image:
+    scale = _LARGEST / max(image.size)
+    if scale >= 1:
+        return image
+    return image.resize((max(round(image.width * scale), 1), max(round(image.height * scale), 1)), resampling)

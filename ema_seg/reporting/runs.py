@@ -1,0 +1,180 @@
+"""The runs that a comparison is drawn up from: finished ones with their report, others with the reason why not."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ema_seg.errors import DataError, one_line
+from ema_seg.reporting.report import load_report
+from ema_seg.sweeps.folder import job_state, read_plan
+
+__all__ = ["Result", "Run", "Runs", "load_result", "read_folder", "read_runs"]
+
+_NEEDED = {"config", "curves", "data", "environment", "gmacs", "palette", "parameters", "seed", "throughput"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A report as a comparison takes it: its long lists as arrays.
+
+    Attributes:
+        path: of ``report.json``.
+        report: what it holds, but for the images.
+        names: of the N images.
+        miou: of each image, ``nan`` where it has none.
+        counts: int32 (N, 1 + strata, 2, K): pixels of intersection and union of each class, of the whole image and
+            of each stratum.
+        predictions: path of each image's predicted mask relative to ``report.json``, or None.
+    """
+
+    path: Path
+    report: Mapping[str, Any]
+    names: Sequence[str]
+    miou: NDArray[np.float64]
+    counts: NDArray[np.int32]
+    predictions: Sequence[str | None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        folder: of the run.
+        state: "finished" if there is a ``result``, else see ``ema_seg.reporting.comparison.Job``.
+        reason: why it is not finished.
+        result: its report.
+        overrides: what tells it from the other jobs of its sweep, as on the command line; None outside a sweep.
+    """
+
+    folder: Path
+    state: str
+    reason: str | None = None
+    result: Result | None = None
+    overrides: Mapping[str, str] | None = None
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of the training; None if it is not known."""
+        if self.result is not None:
+            return self.result.report["seed"]
+        text = (self.overrides or {}).get("seed", "")
+        return int(text) if text.isdecimal() else None
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs of a comparison, and what is known of them together.
+
+    Attributes:
+        title: a few words.
+        folder: of the sweep; None for runs that were named one by one.
+        runs: in the order of their rows.
+        baseline: settings that name the baseline; None leaves it open.
+        notes: sentences about runs that had to be left out.
+    """
+
+    title: str
+    folder: Path | None
+    runs: Sequence[Run]
+    baseline: Mapping[str, str] | None = None
+    notes: Sequence[str] = ()
+
+
+def read_folder(folder: Path) -> Runs:
+    """Read a sweep, or all runs whose folders lie in a folder.
+
+    With a ``sweep.json`` its jobs are the runs, in whatever state they are; a report that cannot be read makes a failed
+    one. Without, every ``*/report/report.json`` and ``*/*/report/report.json`` is a finished run.
+
+    Raises:
+        DataError: there is no such folder, or nothing in it to compare.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give the folder of a sweep.")
+    notes: list[str] = []
+    if (folder / "sweep.json").is_file():
+        plan = read_plan(folder)
+        runs = [_read_job(folder / job.folder, job.impossible, job.overrides, notes) for job in plan.jobs]
+        found = Runs(plan.name, folder, runs, plan.baseline, notes)
+    else:
+        paths = sorted({*folder.glob("*/report/report.json"), *folder.glob("*/*/report/report.json")})
+        runs = [_read_job(path.parents[1], None, None, notes) for path in paths]
+        # Of what cannot be read the configuration is unknown, and so its row.
+        found = Runs(folder.resolve().name, folder, [run for run in runs if run.result], None, notes)
+    if not any(run.result for run in found.runs):
+        states = ", ".join(f"{sum(run.state == state for run in found.runs)} {state}" for state in _states(found.runs))
+        jobs = f"none of its jobs is finished ({states})" if found.runs else "it has no */report/report.json"
+        raise DataError(f"{folder}: there is nothing to compare, for {jobs}.")
+    return found
+
+
+def read_runs(paths: Sequence[Path]) -> Runs:
+    """Read runs by their folders, or by their ``report.json``; the first is the baseline.
+
+    Raises:
+        DataError: one of them has no report, or one that cannot be read.
+    """
+    runs = []
+    for path in paths:
+        report = path
+        if path.is_dir():
+            report = path / "report" / "report.json"
+            # eval.py can put a report anywhere, without a run around it.
+            if not report.is_file() and (path / "report.json").is_file():
+                report = path / "report.json"
+        result = load_result(report)
+        folder = report.parent.parent if report.parent.name == "report" else report.parent
+        runs.append(Run(folder, "finished", result=result))
+    return Runs(" and ".join(run.folder.resolve().name for run in runs), None, runs)
+
+
+def load_result(path: Path) -> Result:
+    """Read a ``report.json`` as a comparison takes it.
+
+    Raises:
+        DataError: it cannot be read, or is no whole report of this version.
+    """
+    report = load_report(path)
+    try:
+        images = report.pop("images")
+        strata = list(report["strata"])
+        counts = [
+            [[group[key] for key in ("intersection", "union")] for group in (image, *map(image["strata"].get, strata))]
+            for image in images
+        ]
+        result = Result(
+            path=path,
+            report=report,
+            names=[image["name"] for image in images],
+            miou=np.array([image["miou"] for image in images], dtype=float),
+            counts=np.array(counts, dtype=np.int32),
+            predictions=[image["prediction"] for image in images],
+        )
+        expected = (len(images), 1 + len(strata), 2, len(report["classes"]))
+        if result.counts.shape != expected:
+            raise ValueError(f"counts of shape {result.counts.shape} instead of {expected}")
+        if missing := sorted(_NEEDED.difference(report)):
+            raise KeyError(f"{missing[0]} is missing")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: is no whole report ({one_line(error)}); write it again with eval.py.") from error
+    return result
+
+
+def _read_job(folder: Path, impossible: str | None, overrides: Mapping[str, str] | None, notes: list[str]) -> Run:
+    state = job_state(folder, impossible)
+    if state.name != "finished":
+        return Run(folder, state.name, state.reason, overrides=overrides)
+    try:
+        return Run(folder, "finished", result=load_result(folder / "report" / "report.json"), overrides=overrides)
+    except DataError as error:
+        notes.append(f"Left out: {error}")
+        return Run(folder, "failed", str(error), overrides=overrides)
+
+
+def _states(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(run.state for run in runs))
