@@ -1,0 +1,353 @@
+"""From runs on disk to a comparison: what is a row, what is compared with what, and what a reader is told."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from ema_seg.errors import ConfigError, DataError
+from ema_seg.reporting.compare import compare_runs, match_runs
+from ema_seg.reporting.pictures import draw_examples
+from ema_seg.reporting.runs import read_folder, read_runs
+from tests.reporting.runs_on_disk import IMAGES, make_config, make_truth, plan_job, write_plan, write_run, write_sweep
+
+QUICK = 200
+
+
+def compare(runs, **arguments):
+    return compare_runs(runs, replicates=QUICK, **arguments)
+
+
+def rows_of(comparison):
+    return {row["label"]: row for row in comparison["rows"]}
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    return write_sweep(tmp_path_factory.mktemp("sweep") / "blocks")
+
+
+def test_jobs_become_rows_with_every_seed_accounted_for(sweep):
+    comparison = compare(read_folder(sweep))
+    rows = rows_of(comparison)
+    assert list(rows) == ["none", "ema", "cbam", "se"]
+    assert comparison["title"] == "blocks"
+    assert comparison["settings"] == ["attention"]
+    assert comparison["baseline"] == {"attention": "none"}
+    assert [row["baseline"] for row in rows.values()] == [True, False, False, False]
+    assert rows["cbam"]["seeds"] == [0, 2]
+    assert [job["state"] for job in rows["cbam"]["jobs"]] == ["finished", "failed", "finished"]
+    assert rows["cbam"]["jobs"][1] == {
+        "seed": 1,
+        "state": "failed",
+        "run": "cbam_seed1",
+        "reason": "The loss was nan in epoch 2.",
+    }
+    assert [job["state"] for job in rows["se"]["jobs"]] == ["missing"] * 3
+    assert rows["se"]["miou"] == {"mean": None, "sd": None, "n": 0, "values": []}
+    assert rows["se"]["contrast"] is None
+    assert "cbam: 2 of 3 seeds; seed 1 failed: The loss was nan in epoch 2." in comparison["notes"]
+    assert "se: 0 of 3 seeds; seeds 0, 1, 2 missing." in comparison["notes"]
+    assert any("without seed 1" in note for note in comparison["notes"])
+    json.dumps(comparison, allow_nan=False)
+
+
+def test_numbers_are_those_of_the_reports(sweep):
+    comparison = compare(read_folder(sweep))
+    row, base = rows_of(comparison)["ema"], rows_of(comparison)["none"]
+    reports = {
+        (attention, seed): json.loads((sweep / f"{attention}_seed{seed}" / "report" / "report.json").read_text())
+        for attention, seed in itertools.product(("none", "ema"), range(3))
+    }
+    mious = [reports["ema", seed]["miou"] for seed in range(3)]
+    assert row["miou"]["values"] == mious
+    assert row["miou"]["mean"] == pytest.approx(np.mean(mious))
+    assert row["miou"]["sd"] == pytest.approx(np.std(mious, ddof=1))
+    assert row["contrast"]["difference"] == pytest.approx(row["miou"]["mean"] - base["miou"]["mean"])
+    assert row["contrast"]["n"] == 3
+    assert row["contrast"]["covers"] == "seeds and images"
+    assert row["contrast"]["low"] < row["contrast"]["difference"] < row["contrast"]["high"]
+    assert row["contrast"]["p"] < 0.05
+    assert row["contrast"]["p_holm"] == pytest.approx(2 * row["contrast"]["p"])
+    car = row["classes"]["car"]
+    assert car["score"]["values"] == [reports["ema", seed]["iou"][1] for seed in range(3)]
+    assert car["contrast"]["difference"] == pytest.approx(
+        np.mean([reports["ema", seed]["iou"][1] - reports["none", seed]["iou"][1] for seed in range(3)])
+    )
+    assert row["classes"]["sky"] == {
+        "score": {"mean": None, "sd": None, "n": 0, "values": [None] * 3},
+        "contrast": None,
+    }
+    assert row["strata"]["small"]["score"]["values"] == [reports["ema", s]["size_miou"]["small"] for s in range(3)]
+    assert row["strata"]["large"]["contrast"] is None
+    forward = reports["ema", 0]["throughput"]["forward"][-1]
+    assert row["cost_batch_size"] == forward["batch_size"] == 8
+    assert row["cost"]["latency"]["mean"] == pytest.approx(forward["latency"]["median"])
+    assert row["cost"]["memory"]["mean"] == pytest.approx(forward["peak_memory"])
+    assert row["curves"]["train/loss"] == {
+        "epoch": [0, 1],
+        "mean": [2.0, 2.0],
+        "low": [2.0, 1.0],
+        "high": [2.0, 3.0],
+    }
+    assert row["curves"]["val/miou"]["epoch"] == [1]
+
+
+def test_the_same_files_give_the_same_numbers(sweep):
+    once, again = (compare(read_folder(sweep)) for _ in range(2))
+    assert once["rows"] == again["rows"]
+    other = compare(read_folder(sweep), seed=1)
+    assert rows_of(other)["ema"]["contrast"]["low"] != rows_of(once)["ema"]["contrast"]["low"]
+
+
+def test_copies_of_a_run_do_not_differ(tmp_path):
+    jobs = []
+    for attention, seed in itertools.product(("none", "copy"), range(2)):
+        write_run(tmp_path / f"{attention}{seed}", "none", seed)
+        jobs.append(plan_job(f"{attention}{seed}", attention=attention, seed=str(seed)))
+    row = rows_of(compare(read_folder(write_plan(tmp_path, jobs))))["copy"]
+    assert (row["contrast"]["difference"], row["contrast"]["low"], row["contrast"]["high"]) == (0, 0, 0)
+    assert row["contrast"]["p"] == 1
+    assert compare(read_folder(tmp_path))["examples"] == []
+
+
+def test_grids_compare_within_the_same_model(tmp_path):
+    jobs = []
+    for attention, decoder, seed in itertools.product(("none", "ema"), ("unet", "fpn"), range(2)):
+        name = f"{attention}_{decoder}_{seed}"
+        wrong = {"none": 0.3, "ema": 0.25}[attention] + {"unet": 0, "fpn": 0.2}[decoder]
+        write_run(tmp_path / name, attention, seed, wrong=wrong, decoder=decoder)
+        jobs.append(plan_job(name, attention=attention, model=decoder, seed=str(seed)))
+    comparison = compare(read_folder(write_plan(tmp_path, jobs)))
+    rows = rows_of(comparison)
+    assert list(rows) == ["none, unet", "none, fpn", "ema, unet", "ema, fpn"]
+    assert comparison["settings"] == ["attention", "model"]
+    assert [rows[label]["contrast"]["baseline"] for label in ("ema, unet", "ema, fpn")] == ["none, unet", "none, fpn"]
+    assert abs(rows["ema, fpn"]["contrast"]["difference"]) < 0.1
+
+    other = rows_of(compare(read_folder(tmp_path), baseline={"model": "unet"}))
+    assert other["ema, fpn"]["contrast"]["baseline"] == "ema, unet"
+    exact = rows_of(compare(read_folder(tmp_path), baseline={"attention": "none", "model": "unet"}))
+    assert exact["ema, fpn"]["contrast"]["baseline"] == "none, unet"
+    for baseline, message in {
+        ("attention", "nnoe"): "no configuration has it; attention is one of none, ema",
+        ("atention", "none"): "Did you mean 'attention'",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            compare(read_folder(tmp_path), baseline=dict([baseline]))
+
+
+def test_a_planned_configuration_that_cannot_be_trained_is_a_row(tmp_path):
+    write_run(tmp_path / "a", "none", 0)
+    jobs = [
+        plan_job("a", attention="none", seed="0"),
+        plan_job("b", "attention.rate=4 does not divide 18 channels.", attention="gam", seed="0"),
+    ]
+    comparison = compare(read_folder(write_plan(tmp_path, jobs)))
+    assert rows_of(comparison)["gam"]["jobs"][0]["state"] == "impossible"
+    assert "gam: 0 of 1 seeds; seed 0 impossible: attention.rate=4 does not divide 18 channels." in comparison["notes"]
+
+
+def test_an_unreadable_report_is_a_failed_job_with_a_note(sweep, tmp_path):
+    for seed in range(2):
+        write_run(tmp_path / f"n{seed}", "none", seed)
+        write_run(tmp_path / f"e{seed}", "ema", seed)
+    (tmp_path / "e1" / "report" / "report.json").write_text("{")
+    jobs = [plan_job(f"{a[0]}{s}", attention=a, seed=str(s)) for a in ("none", "ema") for s in range(2)]
+    comparison = compare(read_folder(write_plan(tmp_path, jobs)))
+    job = rows_of(comparison)["ema"]["jobs"][1]
+    assert job["state"] == "failed"
+    assert "is not JSON" in job["reason"]
+    assert any(note.startswith("Left out: ") and "e1" in note for note in comparison["notes"])
+    assert rows_of(comparison)["ema"]["contrast"]["covers"] == "images"
+    assert any("says nothing about training anew" in note for note in comparison["notes"])
+    with pytest.raises(DataError, match=r"e1.*is not JSON"):
+        read_runs([tmp_path / "n0", tmp_path / "e1"])
+
+
+def test_runs_in_a_folder_are_told_apart_by_their_configurations(tmp_path):
+    write_run(tmp_path / "a", "none", 0)
+    write_run(tmp_path / "b", "none", 1, data__root="/elsewhere", trainer__accelerator="gpu")
+    write_run(tmp_path / "deep" / "c", "ema", 0)
+    write_run(tmp_path / "deep" / "d", "ema", 0, attention__factor=16)
+    write_run(tmp_path / "deep" / "e", "none", 0, epochs=8, trainer__max_epochs=8)
+    comparison = compare(read_folder(tmp_path))
+    assert comparison["settings"] == ["attention", "attention.factor", "epochs"]
+    rows = rows_of(comparison)
+    assert list(rows) == [
+        "none, epochs=4",
+        "ema, factor=8, epochs=4",
+        "ema, factor=16, epochs=4",
+        "none, epochs=8",
+    ]
+    assert rows["none, epochs=4"]["seeds"] == [0, 1]
+    assert rows["ema, factor=16, epochs=4"]["contrast"]["baseline"] == "none, epochs=4"
+    assert rows["none, epochs=8"]["baseline"] is False
+    assert rows["none, epochs=8"]["contrast"] is None
+
+
+def test_options_of_different_blocks_are_not_told_beside_their_names(tmp_path):
+    write_run(tmp_path / "a", "none")
+    write_run(tmp_path / "b", "cbam", attention__reduction=16)
+    write_run(tmp_path / "c", "ema", attention__factor=8)
+    assert compare(read_folder(tmp_path))["settings"] == ["attention"]
+
+
+def test_where_no_block_sits_does_not_matter(tmp_path):
+    place = {"encoder": True, "decoder": False, "head": False}
+    write_run(tmp_path / "a", "none")
+    write_run(tmp_path / "b", "ema")
+    write_run(tmp_path / "c", "ema", placement=place)
+    rows = rows_of(compare(read_folder(tmp_path)))
+    assert rows["ema, encoder"]["contrast"]["baseline"] == "none, decoder"
+    assert rows["ema, decoder"]["contrast"]["baseline"] == "none, decoder"
+
+
+def test_named_runs_compare_with_the_first(tmp_path):
+    write_run(tmp_path / "new", "ema", 0)
+    write_run(tmp_path / "old", "none", 0)
+    runs = read_runs([tmp_path / "new", tmp_path / "old" / "report" / "report.json"])
+    comparison = compare(runs)
+    assert comparison["baseline"] == {"attention": "ema"}
+    assert rows_of(comparison)["none"]["contrast"]["baseline"] == "ema"
+    assert rows_of(comparison)["none"]["contrast"]["p"] is None
+    assert comparison["folder"] is None
+
+
+def test_two_runs_of_one_seed_count_once(tmp_path):
+    early, late = {"created": "2026-01-01T00:00:00+00:00"}, {"created": "2026-01-02T00:00:00+00:00", "miou": 0.123}
+    write_run(tmp_path / "a", "ema", 0, report=late)
+    write_run(tmp_path / "b", "ema", 0, report=early)
+    comparison = compare(read_folder(tmp_path))
+    assert comparison["rows"][0]["miou"]["values"] == [0.123]
+    assert any("seed 0 twice" in note for note in comparison["notes"])
+
+
+def test_without_a_baseline_there_are_scores_but_no_differences(tmp_path):
+    write_run(tmp_path / "a", "ema")
+    write_run(tmp_path / "b", "se")
+    comparison = compare(read_folder(tmp_path))
+    assert comparison["baseline"] is None
+    assert all(row["contrast"] is None for row in comparison["rows"])
+    assert any("--baseline" in note for note in comparison["notes"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": {"name": "street", "root": "/", "split": "test", "images": IMAGES}}, "the split .val and test."),
+        (
+            {"data": {"name": "camvid", "root": "/", "split": "val", "images": IMAGES}},
+            "the data set .street and camvid",
+        ),
+        ({"classes": ["a", "b", "c", "d"]}, "the classes"),
+        ({"confusion_matrix": [[1] * 4] * 4}, "the labels of the images"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_by_name(change, message, tmp_path):
+    write_run(tmp_path / "a", "none")
+    write_run(tmp_path / "b", "ema", report=change)
+    with pytest.raises(DataError, match=message) as caught:
+        compare(read_folder(tmp_path))
+    assert str(tmp_path / "a") in str(caught.value)
+    assert str(tmp_path / "b") in str(caught.value)
+
+
+def test_costs_measured_otherwise_are_noted(tmp_path):
+    write_run(tmp_path / "a", "none")
+    write_run(tmp_path / "b", "ema", batch_sizes=(1, 4))
+    comparison = compare(read_folder(tmp_path))
+    assert any("same batch size (8, 4)" in note for note in comparison["notes"])
+    assert [row["cost_batch_size"] for row in comparison["rows"]] == [8, 4]
+
+
+def test_a_sweep_whose_jobs_changed_under_one_name_is_noted(tmp_path):
+    write_run(tmp_path / "a", "none", 0)
+    write_run(tmp_path / "b", "none", 1, optimizer={"name": "adamw", "lr": 0.01})
+    jobs = [plan_job("a", seed="0"), plan_job("b", seed="1")]
+    comparison = compare(read_folder(write_plan(tmp_path, jobs)))
+    assert any("differ in more than the seed" in note and "optimizer.lr" in note for note in comparison["notes"])
+
+
+@pytest.mark.parametrize("state", ["nothing", "empty", "no runs", "unfinished"])
+def test_a_folder_with_nothing_to_compare_is_one_sentence(state, tmp_path):
+    folder = tmp_path / "sweep"
+    if state != "nothing":
+        folder.mkdir()
+    if state == "unfinished":
+        write_plan(folder, [plan_job("a", attention="ema", seed="0")])
+    with pytest.raises(DataError, match="no such folder" if state == "nothing" else "nothing to compare"):
+        read_folder(folder)
+
+
+def test_a_report_that_lacks_something_is_named(tmp_path):
+    run = write_run(tmp_path / "a", "none")
+    path = run / "report" / "report.json"
+    report = json.loads(path.read_text())
+    for broken in (
+        {key: value for key, value in report.items() if key != "config"},
+        report | {"images": [{"name": "x"}]},
+        report | {"images": [image | {"union": [1]} for image in report["images"]]},
+        report | {"images": None},
+    ):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(DataError, match=r"is no whole report.*write it again with eval\.py"):
+            read_runs([run])
+
+
+def write_street_like(root):
+    """A data set in the layout of data=folder with the images that ``write_run`` predicts."""
+    from PIL import Image
+
+    for kind in ("images", "masks"):
+        (root / "val" / kind / "ride").mkdir(parents=True)
+    (root / "classes.yaml").write_text("[road, car, 'traffic light | sign', sky]")
+    for index, mask in enumerate(make_truth()):
+        Image.fromarray(np.dstack([mask] * 3)).save(root / "val" / "images" / "ride" / f"{index:03d}.png")
+        Image.fromarray(mask).save(root / "val" / "masks" / "ride" / f"{index:03d}.png")
+    return root
+
+
+def test_examples_are_the_images_of_most_gain_and_most_loss(tmp_path):
+    from PIL import Image
+
+    root = write_street_like(tmp_path / "data")
+    data = {"data": {"name": "folder", "root": str(root), "split": "val", "images": IMAGES}}
+    config = {"data": make_config()["data"] | {"name": "folder"}}
+    for seed in range(2):
+        write_run(tmp_path / "runs" / f"n{seed}", "none", seed, wrong=0.3, report=data, **config)
+        write_run(tmp_path / "runs" / f"e{seed}", "ema", seed, wrong=0.31, report=data, **config)
+    runs = read_folder(tmp_path / "runs")
+    comparison = compare(runs)
+    matches = match_runs(runs)[2]
+    gains = np.mean([matches[0].results[s].miou - matches[1].results[s].miou for s in (0, 1)], axis=0)
+    best, worst = comparison["examples"]
+    assert (best["row"], best["baseline"], best["kind"], worst["kind"]) == ("ema", "none", "best", "worst")
+    assert best["difference"] == pytest.approx(gains.max())
+    assert best["name"] == f"ride/{gains.argmax():03d}"
+    assert worst["difference"] == pytest.approx(gains.min())
+
+    drawn, notes = draw_examples(comparison["examples"], matches, tmp_path / "out")
+    assert notes == []
+    palette = np.array(comparison["palette"], np.uint8)
+    for example in drawn:
+        pictures = {}
+        for key, path in example["files"].items():
+            with Image.open(tmp_path / "out" / path) as picture:
+                pictures[key] = np.array(picture.convert("RGB"))
+        assert len({picture.shape for picture in pictures.values()}) == 1
+        truth = make_truth()[int(example["name"][-3:])]
+        assert np.array_equal(pictures["truth"][truth != 255], palette[truth[truth != 255]])
+        assert (pictures["truth"][truth == 255] == 0).all()
+        kept = tmp_path / "runs" / "e0" / "report" / "predictions" / f"{example['name'].replace('/', '_')}.png"
+        assert np.array_equal(pictures["prediction"], np.array(Image.open(kept).convert("RGB")))
+
+
+def test_pictures_that_cannot_be_had_are_noted(sweep, tmp_path):
+    runs = read_folder(sweep)
+    comparison, matches = compare(runs), match_runs(runs)[2]
+    drawn, notes = draw_examples(comparison["examples"], matches, tmp_path)
+    assert all(example["files"]["image"] is None and example["files"]["truth"] is None for example in drawn)
+    assert all(example["files"]["prediction"] for example in drawn)
+    assert notes == ["No photographs and no truth: the data set is not in /data/street here."]
