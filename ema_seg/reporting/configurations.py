@@ -182,7 +182,8 @@ def _differing_settings(runs: Sequence[Run], keys: Sequence[Mapping[str, Any]]) 
             values.setdefault(_frozen(name.get(section)), set()).add(_frozen(settings.get(key)))
         if any(len(found) > 1 for found in values.values()):
             shown.append(key)
-    return shown
+    order = list(_SECTION_NAMES)
+    return sorted(shown, key=lambda key: [*order, key.partition(".")[0]].index(key.partition(".")[0]))
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
