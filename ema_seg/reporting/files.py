@@ -4,17 +4,26 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from ema_seg.errors import DataError
+
 __all__ = ["file_names", "write_file"]
 
 _LONGEST_NAME = 100
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it appears whole or not at all; its folder is made if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file so that it appears whole or not at all; its folder is made if missing.
+
+    Raises:
+        DataError: it cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}).") from error
 
 
 def file_names(names: Iterable[str]) -> list[str]:
