@@ -56,5 +56,5 @@ def job_name(overrides: Mapping[str, str], identity: str) -> str:
     """
     text = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in overrides.items())
     # Nothing that a shell or a command line of Hydra takes for more than a letter.
-    clean = re.sub(r"[^\w.+-]+", "-", text)[:_LONGEST_NAME].strip("_-.")
+    clean = re.sub(r"[^\w.+]+", "-", text)[:_LONGEST_NAME].strip("_-.")
     return f"{clean}_{identity}" if clean else identity

@@ -133,18 +133,20 @@ class SweepView:
     def _watch(self) -> None:
         if self.console.is_terminal:
             with Live(console=self.console, auto_refresh=False, vertical_overflow="crop") as live:
-                while True:
+                while not self._stop.wait(1):
                     live.update(render(self._survey()), refresh=True)
-                    if self._stop.wait(1):
-                        break
-        else:
-            shown: list[str] | None = None
-            while not self._stop.wait(1):
-                overview = self._survey()
-                states = [state.name for state in overview.states]
-                if states != shown:
-                    shown = states
-                    print(describe(overview), file=sys.stderr, flush=True)
+                live.update(render(self._survey()), refresh=True)
+            return
+        shown: list[str] | None = None
+        ended = False
+        while not ended:
+            # The last look is after the end: what happened in the last second counts too.
+            ended = self._stop.wait(0 if shown is None else 1)
+            overview = self._survey()
+            states = [state.name for state in overview.states]
+            if states != shown:
+                shown = states
+                print(describe(overview), file=sys.stderr, flush=True)
 
     def _survey(self) -> Overview:
         return survey(self.folder, self.jobs)

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from configs.command_line import plain_config
 from ema_seg.errors import ConfigError, EmaSegError, one_line
-from ema_seg.sweeps import Plan, PlannedJob, identity, job_name, job_state, record_failure, write_plan
+from ema_seg.sweeps import Plan, PlannedJob, identity, job_name, job_state, read_plan, record_failure, write_plan
 from ema_seg.sweeps.view import SweepView, render, survey
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +44,7 @@ class FolderSweeper(Sweeper):
         self.hydra_context: HydraContext | None = None
         self.task_function: TaskFunction | None = None
         self.folder = Path()
+        self.earlier: dict[str, PlannedJob] = {}  # the jobs that the folder has a plan of, by identity
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what Hydra hands over; the launcher is made when the folder is known, which its settings may name."""
@@ -60,6 +61,8 @@ class FolderSweeper(Sweeper):
         with open_dict(self.config):
             self.config.hydra.sweep.dir = str(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / "sweep.json").is_file():
+            self.earlier = {job.identity: job for job in read_plan(self.folder).jobs}
         # For launchers whose processes start from a bare interpreter, which does not know where train.py lies.
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
@@ -92,7 +95,8 @@ class FolderSweeper(Sweeper):
             impossible = str(error)
         except (HydraException, OmegaConfBaseException) as error:
             impossible = one_line(error)
-        return PlannedJob(key, job_name(told_apart_by, key), dict(told_apart_by), epochs, impossible)
+        folder = self.earlier[key].folder if key in self.earlier else job_name(told_apart_by, key)
+        return PlannedJob(key, folder, dict(told_apart_by), epochs, impossible)
 
     def write_plan(self, jobs: Sequence[PlannedJob]) -> Plan:
         """Write down what is going to be run; every job once, also if two combinations mean the same."""

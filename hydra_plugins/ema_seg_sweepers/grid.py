@@ -52,9 +52,9 @@ class GridSweeper(FolderSweeper):
             axes.append(_variants(settings["variants"]))
         # The seed turns slowest, so that every configuration has been run once before any is run twice.
         axes.sort(key=lambda axis: axis[0] != "seed")
-        swept = [name for name, values in axes if len(values) > 1]
-        if not swept:
-            swept = [name for name, _ in axes]
+        # What the folder's earlier jobs differ in tells these from them, too.
+        known = {name for job in self.earlier.values() for name in job.overrides}
+        swept = [name for name, values in axes if len(values) > 1 or name in known]
         for values in itertools.product(*(values for _, values in axes)):
             chosen = {name: label for (name, _), (label, _) in zip(axes, values, strict=True)}
             told_apart = {name: label for name, label in chosen.items() if name in swept}

@@ -1,0 +1,75 @@
+import copy
+
+import pytest
+
+from ema_seg.sweeps import identity, job_name
+
+CONFIG = {
+    "seed": 0,
+    "epochs": 4,
+    "data": {"name": "camvid", "root": "/a", "workers": 2, "batch_size": 4},
+    "attention": {"name": "ema", "factor": "auto"},
+    "trainer": {"accelerator": "cpu", "precision": "32-true"},
+    "training": {"progress_bar": "auto", "compile": False},
+    "evaluation": {"device": "auto", "budget": 10.0, "precision": "32-true"},
+    "report": {"dir": None},
+    "logger": {"name": "none"},
+    "resume": None,
+}
+
+
+def with_change(key, value):
+    config = copy.deepcopy(CONFIG)
+    node = config
+    *path, last = key.split(".")
+    for part in path:
+        node = node[part]
+    node[last] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.root", "/b"),
+        ("data.workers", 0),
+        ("trainer.accelerator", "gpu"),
+        ("training.progress_bar", False),
+        ("evaluation.device", "cuda:1"),
+        ("evaluation.budget", 1.0),
+        ("report.dir", "elsewhere"),
+        ("logger.name", "wandb"),
+    ],
+)
+def test_where_and_how_a_job_runs_is_no_part_of_it(key, value):
+    assert identity(with_change(key, value)) == identity(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("seed", 1), ("epochs", 5), ("attention.factor", 8), ("data.batch_size", 8), ("trainer.precision", "bf16-mixed")],
+)
+def test_what_changes_the_result_is_part_of_it(key, value):
+    assert identity(with_change(key, value)) != identity(CONFIG)
+
+
+def test_the_folder_of_data_folder_names_the_data():
+    folder = with_change("data.name", "folder")
+    other = copy.deepcopy(folder)
+    other["data"]["root"] = "/b"
+
+    assert identity(folder) != identity(other)
+
+
+def test_the_order_of_keys_does_not_matter():
+    assert identity(dict(reversed(CONFIG.items()))) == identity(CONFIG)
+
+
+def test_a_jobs_folder_can_be_read_and_typed():
+    name = job_name(
+        {"attention": "ema", "placement.encoder_stages": "[3, 4]", "model.encoder": "tu-a/b", "seed": "0"}, "1f"
+    )
+
+    assert name == "attention-ema_encoder_stages-3-4-_encoder-tu-a-b_seed-0_1f"
+    assert job_name({}, "1f") == "1f"
+    assert len(job_name({"key": "x" * 500}, "1f")) < 100

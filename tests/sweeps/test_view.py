@@ -1,0 +1,75 @@
+import io
+
+from rich.console import Console
+
+from ema_seg.sweeps import JobState, Plan, PlannedJob, record_failure, write_plan
+from ema_seg.sweeps.__main__ import main
+from ema_seg.sweeps.view import Overview, SweepView, describe, render
+
+JOBS = [
+    PlannedJob(str(index), f"job_{index}", {"attention": name, "seed": "0"}, 4) for index, name in enumerate("abcde")
+]
+STATES = [
+    JobState("finished", epoch=4, seconds=40, miou=0.5),
+    JobState("running", epoch=2, seconds=20, miou=0.625),
+    JobState("failed", "the loss is nan", 1, epoch=0),
+    JobState("missing"),
+    JobState("interrupted", epoch=1, seconds=10, miou=0.25),
+]
+
+
+def shown(renderable):
+    console = Console(file=io.StringIO(), width=100)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def test_the_line_says_what_is_done_failed_and_left_and_the_best():
+    # 2 + 4 + 3 epochs at 10 seconds, one after the other.
+    assert describe(Overview(JOBS, STATES)) == (
+        "1 of 5 jobs finished, 1 running, 1 failed, 2 left, about 0:01:30 to go, "
+        "best so far: val mIoU 0.6250, attention=b seed=0"
+    )
+
+
+def test_jobs_at_a_time_divide_the_time_to_go():
+    states = [STATES[1], STATES[1], *STATES[2:]]
+
+    assert Overview(JOBS, states).remaining.total_seconds() == (2 + 2 + 4 + 3) * 10 / 2
+
+
+def test_nothing_is_promised_before_anything_is_known():
+    assert describe(Overview(JOBS, [JobState("missing")] * 5)) == "0 of 5 jobs finished, 0 running, 5 left"
+
+
+def test_the_table_has_every_job_and_every_reason():
+    text = shown(render(Overview(JOBS, STATES)))
+
+    assert "attention=b seed=0  running" in text
+    assert "2/4    0.6250" in text
+    assert "failed: attention=c seed=0: the loss is nan" in text
+
+
+def test_names_with_brackets_are_shown_as_they_are():
+    job = PlannedJob("1", "job", {"placement.encoder_stages": "[3,4]"}, 4)
+
+    assert "placement.encoder_stages=[3,4]" in shown(render(Overview([job], [JobState("missing")])))
+
+
+def test_without_a_terminal_a_change_is_a_line(tmp_path, capsys):
+    with SweepView(tmp_path, JOBS[:1], Console(file=io.StringIO())):
+        pass
+
+    assert capsys.readouterr().err == "0 of 1 jobs finished, 0 running, 1 left\n"
+
+
+def test_a_sweep_can_be_looked_at_from_elsewhere(tmp_path, capsys):
+    write_plan(tmp_path, Plan("grid", [], None, JOBS[:2]))
+    (tmp_path / "job_0").mkdir()
+    record_failure(tmp_path / "job_0", "out of memory")
+
+    assert main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "failed: attention=a seed=0: out of memory" in out
+    assert main([str(tmp_path / "job_0")]) == 1
+    assert "give the folder of a sweep" in capsys.readouterr().err
