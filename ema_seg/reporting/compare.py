@@ -18,6 +18,7 @@ from ema_seg.reporting.comparison import Comparison, Contrast, Curve, Disagreeme
 from ema_seg.reporting.configurations import Configuration, find_baselines, group_runs, setting_text
 from ema_seg.reporting.runs import Result, Run, Runs
 from ema_seg.reporting.statistics import (
+    add_whole,
     adjust_holm,
     draw_weights,
     estimate_difference,
@@ -239,33 +240,33 @@ def _contrasts(matches: Sequence[Match], replicates: int, seed: int) -> dict[str
         By label a list for the whole image and one for each stratum, of the contrasts of the mean and of each class.
     """
     pairs = [match for match in matches if match.common_seeds]
-    needed = {
-        id(side.results[key]): side.results[key]
-        for match in pairs
-        for key in match.common_seeds
-        for side in (match, match.baseline)
-        if side is not None
-    }
-    if not needed:
+    if not pairs:
         return {}
-    counts = {key: result.counts.astype(float) for key, result in needed.items()}
-    full = {key: score_sums(array.sum(axis=0)) for key, array in counts.items()}
-    images = len(next(iter(counts.values())))
-    spreads = {match.label: _PairSpread(match, full) for match in pairs}
-    for weights in draw_weights(images, replicates, seed):
-        scores = {key: score_sums(weigh_counts(weights, array)) for key, array in counts.items()}
+    needed: dict[int, Result] = {}
+    for match in pairs:
+        for side in (match, match.baseline):
+            needed |= {id(side.results[key]): side.results[key] for key in match.common_seeds} if side else {}
+    # All runs in one product of matrices: many small ones take several times as long where others use the cores too.
+    counts = np.stack([result.counts for result in needed.values()], axis=1).astype(float)
+    full = score_sums(add_whole(counts.sum(axis=0)))
+    places = {key: place for place, key in enumerate(needed)}
+    spreads = {match.label: _PairSpread(match, places, full) for match in pairs}
+    for weights in draw_weights(len(counts), replicates, seed):
+        scores = score_sums(add_whole(weigh_counts(weights, counts)))
         for spread in spreads.values():
             spread.add(scores)
-    return {label: spread.contrasts(images) for label, spread in spreads.items()}
+    return {label: spread.contrasts(len(counts)) for label, spread in spreads.items()}
 
 
 class _PairSpread:
     """Gathers how the difference of a configuration and its baseline varies over replicates."""
 
-    def __init__(self, match: Match, full: Mapping[int, Array]) -> None:
+    def __init__(self, match: Match, places: Mapping[int, int], full: Array) -> None:
+        """Start with the scores (runs, 1 + strata, 1 + K) of all images, and the place of each result in them."""
         assert match.baseline is not None
         self._baseline = match.baseline.label
-        self._pairs = [(id(match.results[key]), id(match.baseline.results[key])) for key in match.common_seeds]
+        self._ours = [places[id(match.results[key])] for key in match.common_seeds]
+        self._theirs = [places[id(match.baseline.results[key])] for key in match.common_seeds]
         self._differences = self._subtract(full)  # (n, 1 + strata, 1 + K)
         # A class that a seed has no score of takes part with the other seeds.
         self._valid = np.isfinite(self._differences)
@@ -275,8 +276,8 @@ class _PairSpread:
         self._sum = np.zeros(self._mean.shape)
         self._squares = np.zeros(self._mean.shape)
 
-    def add(self, scores: Mapping[int, Array]) -> None:
-        """Take some replicates: the scores (r, 1 + strata, 1 + K) of every result."""
+    def add(self, scores: Array) -> None:
+        """Take the scores (r, runs, 1 + strata, 1 + K) of some replicates."""
         # Around the difference of all images, so that nothing cancels.
         deviation = self._over_seeds(self._subtract(scores)) - self._mean
         defined = np.isfinite(deviation)  # a replicate without a rare class says nothing about it
@@ -310,8 +311,8 @@ class _PairSpread:
             p_holm=None,
         )
 
-    def _subtract(self, scores: Mapping[int, Array]) -> Array:
-        return np.stack([scores[one] - scores[other] for one, other in self._pairs], axis=-3)
+    def _subtract(self, scores: Array) -> Array:
+        return scores[..., self._ours, :, :] - scores[..., self._theirs, :, :]
 
     def _over_seeds(self, differences: Array) -> Array:
         with np.errstate(invalid="ignore"):

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from ema_seg.errors import DataError
 from ema_seg.reporting.comparison import Comparison
 from ema_seg.reporting.comparison_tables import comparison_as_csv, comparison_as_latex, comparison_as_markdown
 from ema_seg.reporting.files import write_file
@@ -29,18 +28,15 @@ def write_comparison(comparison: Comparison, directory: str | Path) -> Path:
     from ema_seg.reporting.page import write_page
 
     directory = Path(directory)
-    try:
-        draw_comparison(comparison, directory)
-        figures = sorted(path.relative_to(directory).as_posix() for path in (directory / "figures").glob("*.png"))
-        texts = {
-            "csv": comparison_as_csv(comparison),
-            "tex": comparison_as_latex(comparison),
-            "md": comparison_as_markdown(comparison, figures),
-            "json": json.dumps(comparison, indent=1, allow_nan=False, ensure_ascii=False) + "\n",
-        }
-        for suffix, text in texts.items():
-            write_file(directory / f"comparison.{suffix}", text.encode())
-        write_page(comparison, directory)
-    except OSError as error:
-        raise DataError(f"{error.filename or directory}: cannot be written ({error.strerror}).") from error
+    draw_comparison(comparison, directory)
+    figures = sorted(path.relative_to(directory).as_posix() for path in (directory / "figures").glob("*.png"))
+    texts = {
+        "csv": comparison_as_csv(comparison),
+        "tex": comparison_as_latex(comparison),
+        "md": comparison_as_markdown(comparison, figures),
+        "json": json.dumps(comparison, indent=1, allow_nan=False, ensure_ascii=False) + "\n",
+    }
+    for suffix, text in texts.items():
+        write_file(directory / f"comparison.{suffix}", text.encode())
+    write_page(comparison, directory)
     return directory / "comparison.json"

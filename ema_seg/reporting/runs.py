@@ -26,8 +26,8 @@ class Result:
         report: what it holds, but for the images.
         names: of the N images.
         miou: of each image, ``nan`` where it has none.
-        counts: int32 (N, 1 + strata, 2, K): pixels of intersection and union of each class, of the whole image and
-            of each stratum.
+        counts: int32 (N, strata, 2, K): pixels of intersection and union of each class in each stratum, which add up
+            to those of the whole image.
         predictions: path of each image's predicted mask relative to ``report.json``, or None.
     """
 
@@ -144,8 +144,7 @@ def load_result(path: Path) -> Result:
         images = report.pop("images")
         strata = list(report["strata"])
         counts = [
-            [[group[key] for key in ("intersection", "union")] for group in (image, *map(image["strata"].get, strata))]
-            for image in images
+            [[image["strata"][name][key] for key in ("intersection", "union")] for name in strata] for image in images
         ]
         result = Result(
             path=path,
@@ -155,9 +154,9 @@ def load_result(path: Path) -> Result:
             counts=np.array(counts, dtype=np.int32),
             predictions=[image["prediction"] for image in images],
         )
-        expected = (len(images), 1 + len(strata), 2, len(report["classes"]))
-        if result.counts.shape != expected:
-            raise ValueError(f"counts of shape {result.counts.shape} instead of {expected}")
+        whole = np.array([[image["intersection"], image["union"]] for image in images], dtype=np.int32)
+        if whole.shape != (len(images), 2, len(report["classes"])) or (result.counts.sum(axis=1) != whole).any():
+            raise ValueError("the counts of the images do not fit together")
         if missing := sorted(_NEEDED.difference(report)):
             raise KeyError(f"{missing[0]} is missing")
     except (AttributeError, KeyError, TypeError, ValueError) as error:

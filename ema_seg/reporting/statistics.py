@@ -31,12 +31,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-__all__ = ["Estimate", "adjust_holm", "draw_weights", "estimate_difference", "score_sums", "weigh_counts"]
+__all__ = ["Estimate", "add_whole", "adjust_holm", "draw_weights", "estimate_difference", "score_sums", "weigh_counts"]
 
 Array = NDArray[np.float64]
 
 # The memory of a chunk of weights; that of the scores of many jobs, all of one chunk, grows with it.
-_CHUNK_BYTES = 2**22
+_CHUNK_BYTES = 2**20
 
 
 class Estimate(NamedTuple):
@@ -86,6 +86,11 @@ def weigh_counts(weights: Array, counts: Array) -> Array:
         The sums, (r, ...).
     """
     return (weights @ counts.reshape(len(counts), -1)).reshape(len(weights), *counts.shape[1:])
+
+
+def add_whole(sums: Array) -> Array:
+    """Put what strata add up to, the whole, before them: (..., strata, 2, K) to (..., 1 + strata, 2, K)."""
+    return np.concatenate([sums.sum(axis=-3, keepdims=True), sums], axis=-3)
 
 
 def score_sums(sums: Array) -> Array:

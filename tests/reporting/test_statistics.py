@@ -167,7 +167,7 @@ def test_weights_are_draws_of_one_image_fewer_and_follow_the_seed():
 def test_weights_come_in_chunks_of_bounded_memory():
     chunks = list(draw_weights(100_000, 100, seed=0))
     assert len(chunks) > 1
-    assert max(chunk.nbytes for chunk in chunks) <= 2**22
+    assert max(chunk.nbytes for chunk in chunks) <= 2**20
     assert sum(map(len, chunks)) == 100
 
 
