@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ema_seg.reporting.assessment import assess_checkpoint, check_settings
+    from ema_seg.reporting.compare import compare_runs
+    from ema_seg.reporting.comparison_files import report_comparison, write_comparison
     from ema_seg.reporting.figures import colourise, draw_class_iou, draw_confusion_matrix, draw_samples
     from ema_seg.reporting.report import build_report, load_report, write_report
+    from ema_seg.reporting.runs import read_folder, read_runs
     from ema_seg.reporting.tables import print_report, render_markdown
 
 __all__ = [
@@ -14,12 +17,17 @@ __all__ = [
     "build_report",
     "check_settings",
     "colourise",
+    "compare_runs",
     "draw_class_iou",
     "draw_confusion_matrix",
     "draw_samples",
     "load_report",
     "print_report",
+    "read_folder",
+    "read_runs",
     "render_markdown",
+    "report_comparison",
+    "write_comparison",
     "write_report",
 ]
 
@@ -29,12 +37,17 @@ _MODULES = {
     "build_report": "report",
     "check_settings": "assessment",
     "colourise": "figures",
+    "compare_runs": "compare",
     "draw_class_iou": "figures",
     "draw_confusion_matrix": "figures",
     "draw_samples": "figures",
     "load_report": "report",
     "print_report": "tables",
+    "read_folder": "runs",
+    "read_runs": "runs",
     "render_markdown": "tables",
+    "report_comparison": "comparison_files",
+    "write_comparison": "comparison_files",
     "write_report": "report",
 }
 

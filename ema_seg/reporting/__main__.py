@@ -8,34 +8,12 @@ from pathlib import Path
 from rich.console import Console
 
 from ema_seg.errors import ConfigError, EmaSegError
-from ema_seg.reporting.compare import compare_runs, match_runs
-from ema_seg.reporting.comparison_files import write_comparison
-from ema_seg.reporting.comparison_tables import print_comparison
-from ema_seg.reporting.pictures import draw_examples
-from ema_seg.reporting.runs import Runs, read_folder, read_runs
+from ema_seg.reporting.comparison_files import report_comparison
+from ema_seg.reporting.runs import read_folder, read_runs
 
-__all__ = ["main", "report_comparison"]
+__all__ = ["main"]
 
 _DESCRIPTION = "Compare the runs of a sweep, or single runs: differences with intervals, costs, figures, a page."
-
-
-def report_comparison(runs: Runs, directory: Path, baseline: dict[str, str] | None = None) -> Path:
-    """Compare runs, write everything into a directory, and print the table.
-
-    Args:
-        runs: see ``read_folder`` and ``read_runs``.
-        directory: where ``comparison.*``, ``figures/`` and ``examples/`` go.
-        baseline: see ``ema_seg.reporting.compare.match_runs``.
-
-    Returns:
-        The path of ``comparison.json``.
-    """
-    comparison = compare_runs(runs, baseline=baseline)
-    examples, notes = draw_examples(comparison["examples"], match_runs(runs, baseline)[2], directory)
-    comparison["examples"], comparison["notes"] = examples, [*comparison["notes"], *notes]
-    path = write_comparison(comparison, directory)
-    print_comparison(comparison)
-    return path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

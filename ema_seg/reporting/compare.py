@@ -92,7 +92,8 @@ def match_runs(
             first; else no attention, if that is among them.
 
     Returns:
-        The keys that differ, the settings that name the baseline (or None), the configurations, and notes.
+        The keys that differ, the settings that name the baseline (or None), the configurations with baselines first,
+        and notes.
 
     Raises:
         ConfigError: the baseline fits no configuration.
@@ -124,7 +125,7 @@ def match_runs(
             )
         return matches[configuration.label]
 
-    matched = [match(configuration) for configuration in configurations]
+    matched = sorted(map(match, configurations), key=lambda one: not one.is_baseline)
     notes += _notes_on_matches(matched, has_baseline=chosen is not None)
     return settings, chosen, matched, notes
 

@@ -3,11 +3,38 @@
 import json
 from pathlib import Path
 
+from ema_seg.reporting.compare import compare_runs, match_runs
 from ema_seg.reporting.comparison import Comparison
-from ema_seg.reporting.comparison_tables import comparison_as_csv, comparison_as_latex, comparison_as_markdown
+from ema_seg.reporting.comparison_tables import (
+    comparison_as_csv,
+    comparison_as_latex,
+    comparison_as_markdown,
+    print_comparison,
+)
 from ema_seg.reporting.files import write_file
+from ema_seg.reporting.pictures import draw_examples
+from ema_seg.reporting.runs import Runs
 
-__all__ = ["write_comparison"]
+__all__ = ["report_comparison", "write_comparison"]
+
+
+def report_comparison(runs: Runs, directory: Path, baseline: dict[str, str] | None = None) -> Path:
+    """Compare runs, write everything into a directory, and print the table.
+
+    Args:
+        runs: see ``read_folder`` and ``read_runs``.
+        directory: where ``comparison.*``, ``figures/`` and ``examples/`` go.
+        baseline: see ``ema_seg.reporting.compare.match_runs``.
+
+    Returns:
+        The path of ``comparison.json``.
+    """
+    comparison = compare_runs(runs, baseline=baseline)
+    examples, notes = draw_examples(comparison["examples"], match_runs(runs, baseline)[2], directory)
+    comparison["examples"], comparison["notes"] = examples, [*comparison["notes"], *notes]
+    path = write_comparison(comparison, directory)
+    print_comparison(comparison)
+    return path
 
 
 def write_comparison(comparison: Comparison, directory: str | Path) -> Path:

@@ -54,6 +54,7 @@ def draw_examples(
             "baseline": album.prediction(by_label[example["baseline"]].results[seed], name, example["baseline"], seed),
         }
         drawn.append(Disagreement(**{**example, "files": files}))
+    album.remove_others()
     return drawn, list(dict.fromkeys(album.notes))
 
 
@@ -79,6 +80,12 @@ class _Album:
         # No name of a file has a plus sign in it, so that no two of these are the same.
         file = f"{self._names[name]}+{self._labels[label]}+{seed}.png"
         return self._once(file, lambda: self._read_prediction(result, name))
+
+    def remove_others(self) -> None:
+        """Remove the pictures of an earlier comparison, which show other images or other models."""
+        for path in (self._directory / _FOLDER).glob("*+*"):
+            if path.name not in self._written:
+                path.unlink()
 
     def _once(self, file: str, read: Callable[[], bytes | None]) -> str | None:
         if file not in self._written:

@@ -344,6 +344,15 @@ def test_examples_are_the_images_of_most_gain_and_most_loss(tmp_path):
         assert np.array_equal(pictures["prediction"], np.array(Image.open(kept).convert("RGB")))
 
 
+def test_pictures_of_an_earlier_comparison_go(sweep, tmp_path):
+    runs = read_folder(sweep)
+    comparison, matches = compare(runs), match_runs(runs)[2]
+    draw_examples(comparison["examples"], matches, tmp_path)
+    draw_examples(comparison["examples"][:1], matches, tmp_path)
+    kept = {example["row"] for example in comparison["examples"][:1]} | {"none"}
+    assert {path.name.split("+")[1] for path in (tmp_path / "examples").iterdir()} == kept
+
+
 def test_pictures_that_cannot_be_had_are_noted(sweep, tmp_path):
     runs = read_folder(sweep)
     comparison, matches = compare(runs), match_runs(runs)[2]

@@ -123,7 +123,7 @@ def test_the_comparison_goes_into_the_folder_of_the_sweep_and_is_no_run_of_it(tm
     for _ in range(2):
         assert main([str(tmp_path), "--baseline", "attention=ema"]) == 0
     comparison = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
-    assert [row["baseline"] for row in comparison["rows"]] == [False, True]
+    assert [(row["label"], row["baseline"]) for row in comparison["rows"]] == [("ema", True), ("none", False)]
 
 
 def test_two_runs_are_compared_by_one_command(sweep, tmp_path, capsys):
