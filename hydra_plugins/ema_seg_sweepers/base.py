@@ -162,9 +162,15 @@ class FolderSweeper(Sweeper):
         ]
 
     def close(self, jobs: Sequence[PlannedJob]) -> None:
-        """Say what has become of every job; exits with status 1 unless each is finished or was pruned."""
+        """Compare, and say what has become of every job; exits with status 1 unless each is finished or was pruned."""
+        from ema_seg.reporting.comparison_files import report_comparison
+        from ema_seg.reporting.runs import read_folder
+
         overview = survey(self.folder, jobs)
         Console(stderr=True).print(render(overview))
+        if overview.counts["finished"]:
+            page = report_comparison(read_folder(self.folder), self.folder / "comparison").with_suffix(".html")
+            print(f"comparison: {page}")
         print(f"sweep: {self.folder}")
         if overview.counts.keys() - {"finished", "pruned"}:
             sys.exit(1)
