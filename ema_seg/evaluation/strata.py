@@ -93,8 +93,10 @@ def _by_size(mask: NDArray[np.bool_], chosen: NDArray[np.bool_]) -> tuple[NDArra
     box = np.s_[top : top + height, left : left + width]
     # OpenCV's own statistics would take ten times as long as the labels: they hold more than sizes.
     count, labels = cv2.connectedComponents(pixels[box], connectivity=8)
-    sizes = np.bincount(labels[mask[box]], minlength=count)
-    hits = np.bincount(labels[mask[box] & chosen[box]], minlength=count)
+    inside = np.flatnonzero(mask[box])
+    found = labels.ravel()[inside]
+    sizes = np.bincount(found, minlength=count)
+    hits = np.bincount(found[chosen[box].ravel()[inside]], minlength=count)
     stratum = np.searchsorted(_LIMITS, sizes, side="right")
     return _totals(stratum, sizes), _totals(stratum, hits)
 

@@ -321,7 +321,8 @@ def test_examples_are_the_images_of_most_gain_and_most_loss(tmp_path):
     runs = read_folder(tmp_path / "runs")
     comparison = compare(runs)
     matches = match_runs(runs)[2]
-    gains = np.mean([matches[0].results[s].miou - matches[1].results[s].miou for s in (0, 1)], axis=0)
+    base, row = matches
+    gains = np.mean([row.results[seed].miou - base.results[seed].miou for seed in (0, 1)], axis=0)
     best, worst = comparison["examples"]
     assert (best["row"], best["baseline"], best["kind"], worst["kind"]) == ("ema", "none", "best", "worst")
     assert best["difference"] == pytest.approx(gains.max())
