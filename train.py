@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from configs.command_line import argument, expand_home, plain_config, reports_errors, saved_config
 from ema_seg.errors import ConfigError
 from ema_seg.host_memory import keep_freed_memory
-from ema_seg.sweeps import count_devices, deal_device, read_plan, run_job
+from ema_seg.sweeps import count_devices, deal_device, read_job, read_plan, run_job
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -56,7 +56,7 @@ def _train(composed: DictConfig) -> float | None:
         A job's best validation mIoU; None of a run, and of a job that has none.
     """
     run = Path(HydraConfig.get().runtime.output_dir)
-    if composed.sweep.job is None:
+    if OmegaConf.select(composed, "sweep.job") is None:
         reports_errors(_train_run)(composed, run)
         return None
     return _train_job(composed, run)
@@ -69,7 +69,7 @@ def _train_run(composed: DictConfig, run: Path) -> None:
 
     from ema_seg.reporting import print_report
 
-    report = _produce(config, run, resume=bool(config["resume"]))
+    report = _produce(config, run, resume=bool(config["resume"]), job=read_job(run))
     print_report(report)
     print(f"run: {run}")
 
@@ -77,14 +77,14 @@ def _train_run(composed: DictConfig, run: Path) -> None:
 def _train_job(composed: DictConfig, run: Path) -> float | None:
     """A job of a sweep: what goes wrong is written to its folder, and never ends the sweep."""
     (planned,) = (job for job in read_plan(run.parent).jobs if job.folder == run.name)
-
     job = {"identity": planned.identity, "overrides": planned.overrides}
 
     def work(resume: bool) -> None:
         if composed.sweep.deal_devices:
             deal_device(run.parent)
         try:
-            _produce(_settings(composed), run, resume=resume, job=job, callbacks=_search_callbacks(composed, run))
+            callbacks = _search_callbacks(composed, run)
+            _produce(_settings(composed), run, resume=resume, job=job, quiet=True, callbacks=callbacks)
         finally:
             _free_memory()
 
@@ -102,8 +102,9 @@ def _search_callbacks(composed: DictConfig, run: Path) -> list[Any]:
 
 
 def _settings(composed: DictConfig) -> dict[str, Any]:
+    """What describes a run: the configuration without that of the sweep which it may be part of."""
     config = plain_config(composed)
-    del config["sweep"]
+    config.pop("sweep", None)
     return config
 
 
@@ -112,7 +113,8 @@ def _produce(
     run: Path,
     *,
     resume: bool,
-    job: dict[str, Any] | None = None,
+    job: dict[str, Any] | None,
+    quiet: bool = False,
     callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Train what the configuration describes, test the best checkpoint, and write the report."""
@@ -128,7 +130,7 @@ def _produce(
     seed_everything(config["seed"], workers=True, verbose=False)
     _complete(config["data"], config["model"])
     OmegaConf.save(config, run / "config.yaml")
-    best = fit(config, run, resume=resume, quiet=job is not None, callbacks=callbacks)
+    best = fit(config, run, resume=resume, quiet=quiet, callbacks=callbacks)
     directory = Path(config["report"]["dir"] or run / "report")
     return assess_checkpoint(best, config["data"], config["evaluation"], directory, run=str(run), job=job)
 

@@ -263,3 +263,29 @@ def test_an_interval_is_no_grid(camvid_root, tmp_path, run_script):
     assert status == 1
     assert "search with sweep=search" in err
     assert "Traceback" not in err
+
+
+def test_an_interrupted_sweep_says_how_it_goes_on(camvid_root, tmp_path):
+    folder = tmp_path / "sweep"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *command(camvid_root, folder, "attention=none,se", "epochs=200")],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    while not list(folder.glob("*/metrics.csv")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert err.rstrip().splitlines()[-2].startswith("interrupted; the same command goes on")
+    assert names(folder)["none"] == "interrupted"
+    assert "Traceback" not in err
+
+
+def test_one_place_for_the_reports_of_all_jobs_is_refused(camvid_root, tmp_path, run_script):
+    status, _, err = run_script("train", *command(camvid_root, tmp_path / "sweep", "report.dir=elsewhere"))
+
+    assert status == 1
+    assert "report.dir=elsewhere: the jobs of a sweep each keep their own" in err

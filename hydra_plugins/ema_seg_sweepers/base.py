@@ -53,6 +53,10 @@ class FolderSweeper(Sweeper):
     def open_folder(self, arguments: Sequence[str]) -> None:
         """Name the folder after the sweep and what it fixes, and make the launcher."""
         assert self.config is not None and self.hydra_context is not None and self.task_function is not None
+        if self.config.report.dir is not None:
+            raise ConfigError(
+                f"report.dir={self.config.report.dir}: the jobs of a sweep each keep their own; leave it out."
+            )
         if self.config.sweep.id is None:
             named = sorted(text for text in arguments if not re.match(_NOT_OF_THE_NAME, text.lstrip("+~")))
             with open_dict(self.config):
@@ -126,6 +130,9 @@ class FolderSweeper(Sweeper):
                 try:
                     batch = [self._arguments(name, overrides) for name, overrides in waiting.items()]
                     results = self.launcher.launch(batch, initial_job_idx=0)
+                except (KeyboardInterrupt, SystemExit):  # Lightning turns the one into the other
+                    print("interrupted; the same command goes on where it was left.", file=sys.stderr)
+                    sys.exit(130)
                 except Exception as error:  # whatever a launcher says when one of its processes is killed
                     death = f"its process was ended ({type(error).__name__}: {one_line(error)[:300]})"
                 for name, result in zip(waiting, results, strict=False):
@@ -161,18 +168,21 @@ class FolderSweeper(Sweeper):
             f"hydra.sweep.subdir='{name}'",
         ]
 
-    def close(self, jobs: Sequence[PlannedJob]) -> None:
-        """Compare, and say what has become of every job; exits with status 1 unless each is finished or was pruned."""
+    def close(self, jobs: Sequence[PlannedJob], plan: Plan) -> None:
+        """Compare all that the folder has, and say what has become of it.
+
+        Exits with status 1 unless each of ``jobs``, the command's own, is finished or was pruned.
+        """
         from ema_seg.reporting.comparison_files import report_comparison
         from ema_seg.reporting.runs import read_folder
 
-        overview = survey(self.folder, jobs)
+        overview = survey(self.folder, plan.jobs)
         Console(stderr=True).print(render(overview))
         if overview.counts["finished"]:
             page = report_comparison(read_folder(self.folder), self.folder / "comparison").with_suffix(".html")
             print(f"comparison: {page}")
         print(f"sweep: {self.folder}")
-        if overview.counts.keys() - {"finished", "pruned"}:
+        if survey(self.folder, jobs).counts.keys() - {"finished", "pruned"}:
             sys.exit(1)
 
 

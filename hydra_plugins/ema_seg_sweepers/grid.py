@@ -38,7 +38,7 @@ class GridSweeper(FolderSweeper):
             if not is_settled(job_state(self.folder / job.folder, job.impossible))
         }
         self.launch(to_do, plan.jobs)
-        self.close(plan.jobs)
+        self.close(planned, plan)
 
     def _combinations(self, arguments: Sequence[str]) -> Iterator[tuple[list[str], dict[str, str]]]:
         """The overrides of each job, and those that tell it from the others."""

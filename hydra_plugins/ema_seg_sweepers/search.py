@@ -60,7 +60,7 @@ class SearchSweeper(FolderSweeper):
                 verdict = outcome.get(state.name, optuna.trial.TrialState.FAIL)
                 value = state.miou if verdict is optuna.trial.TrialState.COMPLETE else None
                 study.tell(number, value, state=verdict)
-        self.close(plan.jobs)
+        self.close(jobs, plan)
 
     def _split(self, arguments: Sequence[str], space: dict[str, str]) -> tuple[list[str], list[Override]]:
         """What all trials share, and what is searched; the command line goes before the configuration."""
