@@ -89,7 +89,7 @@ def render(overview: Overview) -> Group:
     for job, state in zip(overview.jobs, overview.states, strict=True):
         table.add_row(
             Text(_name(job)),
-            Text(state.name, style=_STYLES.get(state.name, "")),
+            Text("waiting" if state.name == "missing" else state.name, style=_STYLES.get(state.name, "")),
             f"{state.epoch}/{job.epochs or '?'}" if state.epoch else "",
             "" if state.miou is None else f"{state.miou:.4f}",
         )
