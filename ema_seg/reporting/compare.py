@@ -111,21 +111,14 @@ def match_runs(
     else:
         bases = find_baselines(configurations, chosen)
     results = [_results_by_seed(configuration, notes) for configuration in configurations]
+    compared_with = {base.label for base in bases if base is not None}
     matches: dict[str, Match] = {}
-
-    def match(configuration: Configuration) -> Match:
-        if configuration.label not in matches:
-            index = configurations.index(configuration)
-            base = bases[index]
-            matches[configuration.label] = Match(
-                configuration,
-                results[index],
-                None if base is None else match(base),
-                is_baseline=any(other is configuration for other in bases),
-            )
-        return matches[configuration.label]
-
-    matched = sorted(map(match, configurations), key=lambda one: not one.is_baseline)
+    # Baselines, which have none themselves, before what is compared with them.
+    for index, configuration in sorted(enumerate(configurations), key=lambda item: item[1].label not in compared_with):
+        base, label = bases[index], configuration.label
+        baseline_match = None if base is None else matches[base.label]
+        matches[label] = Match(configuration, results[index], baseline_match, is_baseline=label in compared_with)
+    matched = list(matches.values())
     notes += _notes_on_matches(matched, has_baseline=chosen is not None)
     return settings, chosen, matched, notes
 

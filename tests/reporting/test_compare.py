@@ -361,3 +361,27 @@ def test_pictures_that_cannot_be_had_are_noted(sweep, tmp_path):
     assert all(example["files"]["image"] is None and example["files"]["truth"] is None for example in drawn)
     assert all(example["files"]["prediction"] for example in drawn)
     assert notes == ["No photographs and no truth: the data set is not in /data/street here."]
+
+
+def test_variants_and_options_compare_with_the_baseline_of_their_sweep(tmp_path):
+    for name in ("none", "ema", "factor_2"):
+        write_run(tmp_path / "variants" / name, name)
+    jobs = [plan_job(name, variant=name, seed="0") for name in ("none", "ema", "factor_2")]
+    comparison = compare(read_folder(write_plan(tmp_path / "variants", jobs, {"variant": "ema"})))
+    assert [(row["label"], row["baseline"]) for row in comparison["rows"]] == [
+        ("ema", True),
+        ("none", False),
+        ("factor_2", False),
+    ]
+
+    jobs = []
+    for attention, factor in (("none", None), ("ema", "auto"), ("ema", "2")):
+        write_run(tmp_path / "options" / f"{attention}{factor}", attention)
+        options = {} if factor is None else {"attention.factor": factor}
+        jobs.append(plan_job(f"{attention}{factor}", attention=attention, seed="0", **options))
+    folder = write_plan(tmp_path / "options", jobs)
+    rows = rows_of(compare(read_folder(folder)))
+    assert [rows[f"ema, factor={factor}"]["contrast"]["baseline"] for factor in ("auto", "2")] == ["none", "none"]
+    rows = rows_of(compare(read_folder(folder), baseline={"attention.factor": "auto"}))
+    assert rows["ema, factor=2"]["contrast"]["baseline"] == "ema, factor=auto"
+    assert rows["none"]["contrast"] is None
