@@ -22,14 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from ema_seg.reporting.page import write_page
 from measuring import describe_run, markdown_table, number, positive_int, run_as_markdown, write_result
 
 from ema_seg.evaluation import STRATA, ConfusionMatrix, Evaluation
 from ema_seg.reporting import build_report
 from ema_seg.reporting.compare import REPLICATES, compare_runs, match_runs
-from ema_seg.reporting.comparison_figures import draw_comparison
-from ema_seg.reporting.comparison_tables import comparison_as_csv, comparison_as_latex, comparison_as_markdown
+from ema_seg.reporting.comparison_files import write_comparison
 from ema_seg.reporting.pictures import draw_examples
 from ema_seg.reporting.predictions import encode_mask
 from ema_seg.reporting.runs import Result, read_folder
@@ -184,10 +182,7 @@ def measure(folder: Path, literal_replicates: int) -> dict[str, Any]:
     comparison = timed("statistics", lambda: compare_runs(runs))
     matches = match_runs(runs)[2]
     comparison["examples"], _ = timed("pictures", lambda: draw_examples(comparison["examples"], matches, output))
-    timed("figures", lambda: draw_comparison(comparison, output))
-    tables: list[Callable[[Any], str]] = [comparison_as_csv, comparison_as_latex, comparison_as_markdown, json.dumps]
-    timed("tables", lambda: [table(comparison) for table in tables])
-    timed("page", lambda: write_page(comparison, output))
+    timed("figures, tables and page", lambda: write_comparison(comparison, output))
     command = [sys.executable, "-m", "ema_seg.reporting", str(folder), "--output", str(folder / "again")]
     timed("whole command", lambda: subprocess.run(command, check=True, capture_output=True))
     results = [run.result for run in runs.runs if run.result is not None]
