@@ -18,6 +18,7 @@ from ema_seg.reporting.comparison import Comparison, Contrast, Curve, Disagreeme
 from ema_seg.reporting.configurations import Configuration, find_baselines, group_runs, setting_text
 from ema_seg.reporting.runs import Result, Run, Runs
 from ema_seg.reporting.statistics import (
+    add_groups,
     add_whole,
     adjust_holm,
     draw_weights,
@@ -150,8 +151,9 @@ def compare_runs(
     first = results[0]
     if len(first.names) < 2:
         raise DataError(f"{first.path}: has a single image, of which nothing can be said about others; compare more.")
-    contrasts = _contrasts(matches, replicates, seed)
-    rows = [_row(match, contrasts.get(match.label), first, runs.folder) for match in matches]
+    groups = _groups(runs.groups, first.report["classes"])
+    contrasts = _contrasts(matches, list(groups.values()), replicates, seed)
+    rows = [_row(match, contrasts.get(match.label), first, runs.folder, groups) for match in matches]
     adjusted = adjust_holm([row["contrast"] and row["contrast"]["p"] for row in rows])
     for row, p in zip(rows, adjusted, strict=True):
         if row["contrast"] is not None:
@@ -166,7 +168,10 @@ def compare_runs(
         data={"name": first.report["data"]["name"], "split": first.report["data"]["split"], "images": len(first.names)},
         classes=list(first.report["classes"]),
         palette=[list(colour) for colour in first.report["palette"]],
-        strata=dict(first.report["strata"]),
+        strata={
+            **first.report["strata"],
+            **{name: ", ".join(first.report["classes"][index] for index in group) for name, group in groups.items()},
+        },
         settings=settings,
         baseline=chosen,
         bootstrap={"replicates": replicates, "confidence": CONFIDENCE, "seed": seed},
@@ -227,11 +232,21 @@ def _results_by_seed(configuration: Configuration, notes: list[str]) -> dict[int
     return results
 
 
-def _contrasts(matches: Sequence[Match], replicates: int, seed: int) -> dict[str, list[list[Contrast | None]]]:
+def _groups(named: Mapping[str, Sequence[str]], classes: Sequence[str]) -> dict[str, list[int]]:
+    """The groups that have classes here, with the numbers of these."""
+    places = {name: index for index, name in enumerate(classes)}
+    groups = {group: [places[name] for name in names if name in places] for group, names in named.items()}
+    return {group: members for group, members in groups.items() if members}
+
+
+def _contrasts(
+    matches: Sequence[Match], groups: Sequence[Sequence[int]], replicates: int, seed: int
+) -> dict[str, list[list[Contrast | None]]]:
     """The contrasts of every configuration that has a baseline and a seed in common with it.
 
     Returns:
-        By label a list for the whole image and one for each stratum, of the contrasts of the mean and of each class.
+        By label a list for the whole image and one for each stratum, of the contrasts of the mean, of each class and
+        of each group of classes.
     """
     pairs = [match for match in matches if match.common_seeds]
     if not pairs:
@@ -242,11 +257,11 @@ def _contrasts(matches: Sequence[Match], replicates: int, seed: int) -> dict[str
             needed |= {id(side.results[key]): side.results[key] for key in match.common_seeds} if side else {}
     # All runs in one product of matrices: many small ones take several times as long where others use the cores too.
     counts = np.stack([result.counts for result in needed.values()], axis=1).astype(float)
-    full = score_sums(add_whole(counts.sum(axis=0)))
+    full = add_groups(score_sums(add_whole(counts.sum(axis=0))), groups)
     places = {key: place for place, key in enumerate(needed)}
     spreads = {match.label: _PairSpread(match, places, full) for match in pairs}
     for weights in draw_weights(len(counts), replicates, seed):
-        scores = score_sums(add_whole(weigh_counts(weights, counts)))
+        scores = add_groups(score_sums(add_whole(weigh_counts(weights, counts))), groups)
         for spread in spreads.values():
             spread.add(scores)
     return {label: spread.contrasts(len(counts)) for label, spread in spreads.items()}
@@ -313,7 +328,13 @@ class _PairSpread:
             return np.where(self._valid, differences, 0).sum(axis=-3) / self._count
 
 
-def _row(match: Match, contrasts: list[list[Contrast | None]] | None, first: Result, folder: Path | None) -> Row:
+def _row(
+    match: Match,
+    contrasts: list[list[Contrast | None]] | None,
+    first: Result,
+    folder: Path | None,
+    groups: Mapping[str, Sequence[int]],
+) -> Row:
     results = list(match.results.values())
     reports = [result.report for result in results]
     classes, strata = first.report["classes"], list(first.report["strata"])
@@ -339,11 +360,23 @@ def _row(match: Match, contrasts: list[list[Contrast | None]] | None, first: Res
                 "contrast": contrasts[1 + index][0] if contrasts else None,
             }
             for index, name in enumerate(strata)
+        }
+        | {
+            name: {
+                "score": _summary(_mean([report["iou"][index] for index in group]) for report in reports),
+                "contrast": contrasts[0][1 + len(classes) + place] if contrasts else None,
+            }
+            for place, (name, group) in enumerate(groups.items())
         },
         cost={name: _summary(cost(report) for report in reports) for name, cost in _COSTS.items()},
         cost_batch_size=batches.pop() if len(batches) == 1 else None,
         curves=_curves([report["curves"] for report in reports if report["curves"]]),
     )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _job(run: Run, folder: Path | None) -> Job:

@@ -12,7 +12,7 @@ bytes, and null stands for what is not known.
 ``data``          ``name``, ``split``, ``images``
 ``classes``       the K names
 ``palette``       K colours
-``strata``        what each size stratum means, by its name
+``strata``        what is scored apart, by its name: objects of a size, and groups of classes that the sweep names
 ``settings``      the keys that differ between the rows, in the order of the columns
 ``baseline``      the settings that name the baseline, such as {"attention": "none"}; null: no differences
 ``bootstrap``     ``replicates``, ``confidence``, ``seed``

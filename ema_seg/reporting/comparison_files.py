@@ -1,8 +1,6 @@
 """Comparisons as files: everything that a folder of one holds."""
 
 import json
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 from ema_seg.reporting.compare import compare_runs, match_runs
@@ -14,6 +12,7 @@ from ema_seg.reporting.comparison_tables import (
     print_comparison,
 )
 from ema_seg.reporting.files import write_file
+from ema_seg.reporting.page import write_page
 from ema_seg.reporting.pictures import draw_examples
 from ema_seg.reporting.runs import Runs
 
@@ -53,7 +52,9 @@ def write_comparison(comparison: Comparison, directory: str | Path) -> Path:
         DataError: the directory cannot be written to.
     """
     directory = Path(directory)
-    _draw("comparison_figures", "draw_comparison", comparison, directory)
+    from ema_seg.reporting.comparison_figures import draw_comparison  # brings Matplotlib, which takes a while
+
+    draw_comparison(comparison, directory)
     figures = sorted(path.relative_to(directory).as_posix() for path in (directory / "figures").glob("*.png"))
     texts = {
         "csv": comparison_as_csv(comparison),
@@ -63,11 +64,5 @@ def write_comparison(comparison: Comparison, directory: str | Path) -> Path:
     }
     for suffix, text in texts.items():
         write_file(directory / f"comparison.{suffix}", text.encode())
-    _draw("page", "write_page", comparison, directory)
+    write_page(comparison, directory)
     return directory / "comparison.json"
-
-
-def _draw(module: str, function: str, comparison: Comparison, directory: Path) -> None:
-    """Call a part that draws from the comparison alone, and which brings Matplotlib; none where it is not there."""
-    if find_spec(f"ema_seg.reporting.{module}"):
-        getattr(import_module(f"ema_seg.reporting.{module}"), function)(comparison, directory)

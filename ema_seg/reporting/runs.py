@@ -1,7 +1,7 @@
 """The runs that a comparison is drawn up from: finished ones with their report, others with the reason why not."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ class Runs:
         runs: in the order of their rows.
         baseline: settings that name the baseline; None leaves it open.
         notes: sentences about runs that had to be left out.
+        groups: classes by the name of a group that is scored apart; those that the data do not have are passed over.
     """
 
     title: str
@@ -83,6 +84,7 @@ class Runs:
     runs: Sequence[Run]
     baseline: Mapping[str, str] | None = None
     notes: Sequence[str] = ()
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def read_folder(folder: Path) -> Runs:
@@ -100,7 +102,7 @@ def read_folder(folder: Path) -> Runs:
     if (folder / "sweep.json").is_file():
         plan = read_plan(folder)
         runs = [_read_job(folder / job.folder, job.impossible, job.overrides, notes) for job in plan.jobs]
-        found = Runs(plan.name, folder, runs, plan.baseline, notes)
+        found = Runs(plan.name, folder, runs, plan.baseline, notes, plan.groups)
     else:
         paths = sorted({*folder.glob("*/report/report.json"), *folder.glob("*/*/report/report.json")})
         runs = [_read_job(path.parents[1], None, None, notes) for path in paths]

@@ -31,7 +31,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-__all__ = ["Estimate", "add_whole", "adjust_holm", "draw_weights", "estimate_difference", "score_sums", "weigh_counts"]
+__all__ = [
+    "Estimate",
+    "add_groups",
+    "add_whole",
+    "adjust_holm",
+    "draw_weights",
+    "estimate_difference",
+    "score_sums",
+    "weigh_counts",
+]
 
 Array = NDArray[np.float64]
 
@@ -109,6 +118,22 @@ def score_sums(sums: Array) -> Array:
         mean = iou.sum(axis=-1) / has_union.sum(axis=-1)
     iou[~has_union] = np.nan
     return np.concatenate([mean[..., None], iou], axis=-1)
+
+
+def add_groups(scores: Array, groups: Sequence[Sequence[int]]) -> Array:
+    """Put the mean IoU of groups of classes behind the scores: (..., 1 + K) to (..., 1 + K + groups).
+
+    Args:
+        scores: see ``score_sums``.
+        groups: the classes of each group, by their numbers; those without an IoU are left out of its mean.
+    """
+    means = []
+    for group in groups:
+        members = scores[..., [1 + index for index in group]]
+        scored = np.isfinite(members)
+        with np.errstate(invalid="ignore"):
+            means.append(np.where(scored, members, 0).sum(axis=-1) / scored.sum(axis=-1))
+    return np.stack([*np.moveaxis(scores, -1, 0), *means], axis=-1) if means else scores
 
 
 def estimate_difference(

@@ -7,6 +7,7 @@
 ``name``      of the sweep
 ``command``   the command line that planned it last
 ``baseline``  the settings that name the baseline of comparisons, such as {"attention": "none"}; or null
+``groups``    classes by the name of a group, which comparisons score apart
 ``jobs``      for each ``identity``, ``folder``, ``overrides`` (text by key), ``epochs``, and
               ``impossible``: why it cannot be trained, or null
 ============  ========================================================================================
@@ -19,7 +20,7 @@ import csv
 import json
 import os
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ class Plan:
     command: list[str]
     baseline: dict[str, str] | None
     jobs: list[PlannedJob]
+    groups: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def write_plan(folder: Path, plan: Plan) -> Plan:
     earlier = read_plan(folder).jobs if path.is_file() else []
     planned = {job.identity for job in plan.jobs}
     jobs = [*plan.jobs, *(job for job in earlier if job.identity not in planned)]
-    merged = Plan(plan.name, plan.command, plan.baseline, jobs)
+    merged = replace(plan, jobs=jobs)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({"schema": SCHEMA, **asdict(merged)}, indent=1, ensure_ascii=False) + "\n")
     return merged

@@ -108,7 +108,8 @@ class FolderSweeper(Sweeper):
         unique = list({job.identity: job for job in jobs}.values())
         settings = OmegaConf.to_container(self.config.sweep)
         assert isinstance(settings, dict)
-        return write_plan(self.folder, Plan(str(settings["name"]), sys.argv, settings["baseline"], unique))
+        plan = Plan(str(settings["name"]), sys.argv, settings["baseline"], unique, settings["groups"])
+        return write_plan(self.folder, plan)
 
     def launch(self, jobs: Mapping[str, Sequence[str]], shown: Sequence[PlannedJob]) -> None:
         """Run jobs, and see that each ends in a report or a reason, also if its process is killed.

@@ -385,3 +385,23 @@ def test_variants_and_options_compare_with_the_baseline_of_their_sweep(tmp_path)
     rows = rows_of(compare(read_folder(folder), baseline={"attention.factor": "auto"}))
     assert rows["ema, factor=2"]["contrast"]["baseline"] == "ema, factor=auto"
     assert rows["none"]["contrast"] is None
+
+
+def test_groups_of_classes_that_a_sweep_names_are_scored_apart(tmp_path):
+    folder = write_sweep(tmp_path / "sweep")
+    plan = json.loads((folder / "sweep.json").read_text())
+    groups = {"movable": ["car", "tractor"], "elsewhere": ["yak"], "both": ["road", "car"]}
+    (folder / "sweep.json").write_text(json.dumps({**plan, "groups": groups}))
+
+    comparison = compare(read_folder(folder))
+
+    row = rows_of(comparison)["ema"]
+    assert comparison["strata"]["movable"] == "car"
+    assert comparison["strata"]["both"] == "road, car"
+    assert "elsewhere" not in comparison["strata"]
+    assert row["strata"]["movable"] == row["classes"]["car"]
+    known = [row["classes"][name] for name in ("road", "car")]
+    assert row["strata"]["both"]["score"]["mean"] == pytest.approx(np.mean([part["score"]["mean"] for part in known]))
+    assert row["strata"]["both"]["contrast"]["difference"] == pytest.approx(
+        np.mean([part["contrast"]["difference"] for part in known])
+    )

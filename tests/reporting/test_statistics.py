@@ -12,7 +12,14 @@ import pytest
 from scipy import stats
 
 from ema_seg.evaluation import ConfusionMatrix
-from ema_seg.reporting.statistics import adjust_holm, draw_weights, estimate_difference, score_sums, weigh_counts
+from ema_seg.reporting.statistics import (
+    add_groups,
+    adjust_holm,
+    draw_weights,
+    estimate_difference,
+    score_sums,
+    weigh_counts,
+)
 
 IMAGES = 120
 # The deviation of the effects of seeds, of images, and of their interaction on the share of pixels that is found.
@@ -217,3 +224,13 @@ def test_holm_by_hand():
     assert adjust_holm([0.01, None, 0.04, 0.03, 0.005]) == pytest.approx([0.03, None, 0.06, 0.06, 0.02], nan_ok=True)
     assert adjust_holm([0.9, 0.8]) == [1.0, 1.0]
     assert adjust_holm([]) == []
+
+
+def test_groups_of_classes_have_the_mean_of_those_that_have_a_score():
+    scores = np.array([[0.5, 0.2, 0.4, np.nan], [0.5, np.nan, 0.6, np.nan]])
+
+    with_groups = add_groups(scores, [[0, 1], [2], [1, 2]])
+
+    np.testing.assert_array_equal(with_groups[:, :4], scores)
+    np.testing.assert_allclose(with_groups[:, 4:], [[0.3, np.nan, 0.4], [0.6, np.nan, 0.6]])
+    assert add_groups(scores, []) is scores

@@ -1,0 +1,480 @@
+"""Figures of a comparison: scores against speed, differences, curves, classes, and the images that differ most.
+
+Drawn from ``comparison.json`` and the pictures beside it alone, see ``ema_seg.reporting.comparison``.
+"""
+
+import math
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.transforms import Bbox
+from PIL import Image
+
+from ema_seg.errors import DataError
+from ema_seg.reporting.comparison import Comparison, Contrast, Disagreement, Row
+from ema_seg.reporting.files import write_file
+
+__all__ = ["draw_comparison", "front_rows"]
+
+# From Okabe and Ito's palette, which every kind of colour vision tells apart: better is blue and worse vermillion.
+_BETTER, _WORSE, _UNDECIDED = "#0072B2", "#D55E00", "#6b6b6b"
+_LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a6d00")
+_GAINS = LinearSegmentedColormap.from_list(
+    "gains", ["#a33c00", _WORSE, "#f5cdb4", "white", "#b7d7ea", _BETTER, "#00395a"]
+)
+_GAINS.set_bad("0.9")
+
+_SHOWN_CLASSES = 40
+_NUMBERED_COLUMNS = 24
+_SHOWN_EXAMPLES = 6
+_PICTURE_PIXELS = 640
+_PANELS = {"val/miou": ("validation mIoU, %", 100), "train/loss": ("training loss", 1)}
+_POINTS = "percentage points"
+
+Columns = list[tuple[str, list[Contrast | None]]]
+
+
+def draw_comparison(comparison: Comparison, directory: Path) -> list[str]:
+    """Write the figures of a comparison as PNG and PDF; the same comparison gives the same PDF to the byte.
+
+    ======================  =====================================================================================
+    ``pareto``              mIoU against images per second with their deviations over seeds, and the Pareto front
+    ``differences``         each row's difference to its baseline with the interval, seeds and Holm's p
+    ``curves``              validation mIoU and training loss over the epochs, with the range over seeds
+    ``class_differences``   the difference of each class, and of what else is scored apart
+    ``examples``            of the rows that differ most the images that differ most
+    ======================  =====================================================================================
+
+    A figure that the comparison has no data for is left out, and an earlier one of its name removed.
+
+    Args:
+        comparison: what ``comparison.json`` holds.
+        directory: its folder; the figures go to ``figures/`` in it.
+
+    Returns:
+        The names of the figures, without suffix.
+
+    Raises:
+        DataError: a picture of an example cannot be read.
+    """
+    # Fonts as TrueType: text in a PDF can then be searched and edited, and publishers take it.
+    with rc_context({"pdf.fonttype": 42}):
+        figures = {
+            "pareto": _draw_pareto(comparison),
+            "differences": _draw_differences(comparison),
+            "curves": _draw_curves(comparison),
+            "class_differences": _draw_class_differences(comparison),
+            "examples": _draw_examples(comparison, directory),
+        }
+        formats: dict[str, dict[str, Any]] = {"png": {"dpi": 150}, "pdf": {"metadata": {"CreationDate": None}}}
+        for name, figure in figures.items():
+            for suffix, options in formats.items():
+                path = directory / "figures" / f"{name}.{suffix}"
+                if figure is None:
+                    path.unlink(missing_ok=True)
+                    continue
+                content = BytesIO()
+                figure.savefig(content, format=suffix, bbox_inches="tight", **options)
+                write_file(path, content.getvalue())
+    return [name for name, figure in figures.items() if figure is not None]
+
+
+def front_rows(rows: Sequence[Row]) -> list[Row]:
+    """The rows that no other beats in mIoU without being slower, from the slowest to the fastest."""
+    best = -math.inf
+    front: list[Row] = []
+    for row in sorted(rows, key=_point, reverse=True):
+        if _point(row)[1] > best:
+            best = _point(row)[1]
+            front.append(row)
+    return front[::-1]
+
+
+def _draw_pareto(comparison: Comparison) -> Figure | None:
+    rows = [row for row in comparison["rows"] if _is_measured(row)]
+    if not rows:
+        return None
+    figure = _new_figure(8.4, 5.4)
+    axes = figure.add_subplot()
+    _style(axes)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    batches = {row["cost_batch_size"] for row in rows}
+    batch = f", batch of {batches.pop()}" if len(batches) == 1 and None not in batches else ""
+    axes.set(xlabel=f"throughput, images/s{batch}", ylabel="mIoU, %")
+    axes.margins(0.09, 0.12)
+
+    front = front_rows(rows)
+    for row in rows:
+        speed, score = _point(row)
+        on_front = any(row is other for other in front)
+        colour = "black" if row["baseline"] else _BETTER if on_front else _UNDECIDED
+        sds = [row["cost"]["images_per_second"]["sd"], row["miou"]["sd"]]
+        axes.errorbar(
+            speed,
+            100 * score,
+            xerr=sds[0],
+            yerr=None if sds[1] is None else 100 * sds[1],
+            fmt="D" if row["baseline"] else "o",
+            markersize=7,
+            color=colour,
+            markerfacecolor=colour if row["miou"]["n"] > 1 else "white",
+            markeredgewidth=1.4,
+            ecolor=colour,
+            elinewidth=1,
+            capsize=2,
+            zorder=3,
+        )
+    left, bottom = axes.get_xlim()[0], axes.get_ylim()[0]
+    points = [_point(row) for row in front]
+    corners = [(left, points[0][1]), *points, (points[-1][0], bottom)]
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
+    axes.plot(
+        [speed for speed, _ in corners],
+        [100 * score for _, score in corners[:-1]] + [bottom],
+        drawstyle="steps-pre",
+        color=_BETTER,
+        linewidth=1.2,
+        alpha=0.6,
+        zorder=1,
+    )
+    handles = [
+        _marker("D", "black", "baseline"),
+        _marker("o", _BETTER, "on the Pareto front"),
+        _marker("o", _UNDECIDED, "another row is faster and better"),
+    ]
+    if any(row["miou"]["n"] == 1 for row in rows):
+        handles.append(_marker("o", _UNDECIDED, "one seed", hollow=True))
+    if any(row["miou"]["n"] > 1 for row in rows):
+        handles.append(Line2D([], [], color="0.4", linewidth=1, marker="|", markersize=7, label="± sd over seeds"))
+    if not any(row["baseline"] for row in rows):
+        del handles[0]
+    _legend_below(figure, handles)
+    # The most telling labels choose their places first.
+    order = sorted(rows, key=lambda row: not (row["baseline"] or any(row is other for other in front)))
+    _place_labels(figure, axes, [(_point(row)[0], 100 * _point(row)[1], row["label"]) for row in order])
+    return figure
+
+
+def _draw_differences(comparison: Comparison) -> Figure | None:
+    pairs = sorted(_contrasted(comparison), key=lambda pair: pair[1]["difference"])
+    rows = [row for row, _ in pairs]
+    if not rows:
+        return None
+    figure = _new_figure(8.4, 1.5 + 0.32 * len(rows))
+    axes = figure.add_subplot()
+    _style(axes)
+    axes.grid(axis="x", alpha=0.25, linewidth=0.6)
+    axes.axvline(0, color="black", linewidth=1, zorder=1)
+    for place, (_, contrast) in enumerate(pairs):
+        colour = _verdict_colour(contrast)
+        axes.plot([100 * contrast["low"], 100 * contrast["high"]], [place, place], color=colour, linewidth=2)
+        axes.plot(
+            100 * contrast["difference"],
+            place,
+            "o",
+            markersize=7,
+            color=colour,
+            markerfacecolor="white" if contrast["covers"] == "images" else colour,
+            markeredgewidth=1.6,
+        )
+        numbers = (f"{100 * contrast['difference']:+.2f}", str(contrast["n"]), _p_text(contrast["p_holm"]))
+        for offset, text in zip((1.09, 1.13, 1.25), numbers, strict=True):
+            axes.text(offset, place, text, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=9)
+    for offset, text in zip((1.09, 1.13, 1.25), ("points", "n", "p (Holm)"), strict=True):
+        axes.annotate(
+            text, (offset, 1), (0, 4), "axes fraction", textcoords="offset points", ha="right", fontsize=9, color="0.35"
+        )
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows], parse_math=False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_xlabel(f"difference of mIoU to {_baseline_name(rows)}, {_POINTS}", parse_math=False)
+    confidence = f"{100 * comparison['bootstrap']['confidence']:g} % interval"
+    handles = [_marker("o", _UNDECIDED, f"{confidence} over seeds and images", line=True)]
+    if any(contrast["covers"] == "images" for _, contrast in pairs):
+        handles.append(_marker("o", _UNDECIDED, "over images only (one seed)", hollow=True, line=True))
+    handles += [_marker("s", _BETTER, "above 0"), _marker("s", _WORSE, "below 0")]
+    _legend_below(figure, handles)
+    return figure
+
+
+def _draw_curves(comparison: Comparison) -> Figure | None:
+    panels = {key: panel for key, panel in _PANELS.items() if any(key in row["curves"] for row in comparison["rows"])}
+    rows = [row for row in comparison["rows"] if any(key in row["curves"] for key in panels)]
+    if not panels:
+        return None
+    coloured = _coloured_rows(rows)
+    figure = _new_figure(4.8 * len(panels), 4.4)
+    for axes, (key, (label, scale)) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
+        _style(axes)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.set(xlabel="epoch", ylabel=label)
+        for row in rows:
+            if key not in row["curves"]:
+                continue
+            curve = row["curves"][key]
+            colour = coloured.get(row["label"], "0.8")
+            front = 2 + (row["label"] in coloured)
+            epochs = np.array(curve["epoch"]) + 1
+            low, mean, high = (scale * np.array(curve[name]) for name in ("low", "mean", "high"))
+            axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0, zorder=front)
+            marker = "." if len(epochs) == 1 else ""
+            axes.plot(epochs, mean, color=colour, linewidth=1.5, marker=marker, zorder=front)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    handles: list[Line2D | Rectangle] = [
+        Line2D([], [], color=colour, linewidth=2, label=label) for label, colour in coloured.items()
+    ]
+    if len(rows) > len(coloured):
+        handles.append(Line2D([], [], color="0.8", linewidth=2, label=f"{len(rows) - len(coloured)} other rows"))
+    handles.append(Rectangle((0, 0), 1, 1, color="0.5", alpha=0.25, linewidth=0, label="lowest to highest seed"))
+    _legend_below(figure, handles)
+    return figure
+
+
+def _draw_class_differences(comparison: Comparison) -> Figure | None:
+    rows = [row for row, _ in _contrasted(comparison)]
+    classes = _contrast_columns(rows, comparison["classes"], "classes")
+    if not classes:
+        return None
+    known = len(classes)
+    # In their own order, so that a class is found where the reader expects it.
+    largest = sorted(range(known), key=lambda index: -_largest(classes[index]))[:_SHOWN_CLASSES]
+    shown = [classes[index] for index in sorted(largest)]
+    strata = _contrast_columns(rows, list(comparison["strata"]), "strata")
+    groups = [group for group in (shown, strata) if group]
+    columns = sum(map(len, groups))
+    numbered = columns <= _NUMBERED_COLUMNS
+    cell = 0.46 if numbered else 0.3
+    figure = _new_figure(2.6 + cell * (columns + 1), 2.4 + 0.3 * len(rows))
+    values = np.abs([100 * contrast["difference"] for _, cells in shown + strata for contrast in cells if contrast])
+    # A single extreme class would bleach all others.
+    limit = max(float(np.percentile(values, 98)), 0.1)
+    norm = Normalize(-limit, limit)
+    grid = figure.subplots(1, len(groups), squeeze=False, width_ratios=[len(group) for group in groups])[0]
+    for axes, group in zip(grid, groups, strict=True):
+        _draw_cells(axes, group, norm, numbered)
+    grid[0].set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=9, parse_math=False)
+    title = "classes" if known == len(shown) else f"the {len(shown)} of {known} classes with the largest differences"
+    for axes, text in zip(grid, (title, "sizes of objects, groups"), strict=False):
+        axes.set_title(text, fontsize=10, pad=8)
+    for axes in grid[1:]:
+        axes.set_yticks([])
+    bar = figure.colorbar(
+        ScalarMappable(norm, _GAINS), ax=list(grid), fraction=0.04, aspect=24, pad=0.02, extend="both"
+    )
+    bar.set_label(f"difference of IoU to {_baseline_name(rows)}, {_POINTS}", fontsize=9, parse_math=False)
+    bar.ax.tick_params(labelsize=8)
+    frame = Rectangle((0, 0), 1, 1, facecolor="none", edgecolor="black", linewidth=1.2)
+    frame.set_label(
+        f"{100 * comparison['bootstrap']['confidence']:g} % interval excludes 0 (not corrected for many classes)"
+    )
+    _legend_below(figure, [frame])
+    return figure
+
+
+def _draw_examples(comparison: Comparison, directory: Path) -> Figure | None:
+    examples = _chosen_examples(comparison)
+    if not examples:
+        return None
+    pictures = [{key: _read_picture(directory, path) for key, path in one["files"].items()} for one in examples]
+    keys = {"image": "photograph", "truth": "truth", "baseline": "baseline's prediction", "prediction": "prediction"}
+    width = 2.5
+    heights = [
+        next(width * picture.shape[0] / picture.shape[1] for picture in panels.values() if picture is not None)
+        for panels in pictures
+    ]
+    figure = _new_figure(width * len(keys) + 0.2, sum(heights) + 0.36 * len(examples) + 0.3, layout="compressed")
+    grid = figure.subplots(len(examples), len(keys), squeeze=False, height_ratios=heights)
+    for axes, heading in zip(grid[0], keys.values(), strict=True):
+        axes.annotate(heading, (0.5, 1), (0, 20), "axes fraction", textcoords="offset points", ha="center", fontsize=10)
+    for axes_row, example, panels in zip(grid, examples, pictures, strict=True):
+        for axes, key in zip(axes_row, keys, strict=True):
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set(color="0.7", linewidth=0.6)
+            picture = panels[key]
+            if picture is None:
+                axes.text(0.5, 0.5, "not kept", transform=axes.transAxes, ha="center", va="center", color="0.5")
+            else:
+                axes.imshow(picture, interpolation="nearest")
+        points = f"{100 * example['difference']:+.1f} points of the image's mIoU"
+        text = f"{example['row']}, {example['kind']}: {points} to {example['baseline']} · {example['name']}"
+        axes_row[0].set_title(text, loc="left", fontsize=8.5, pad=4, parse_math=False)
+    return figure
+
+
+def _new_figure(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> Figure:
+    figure = Figure(figsize=(width, height), layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _style(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+
+
+def _marker(shape: str, colour: str, label: str, *, hollow: bool = False, line: bool = False) -> Line2D:
+    return Line2D(
+        [],
+        [],
+        linestyle="-" if line else "",
+        linewidth=2,
+        marker=shape,
+        markersize=7,
+        color=colour,
+        markerfacecolor="white" if hollow else colour,
+        markeredgewidth=1.4,
+        label=label,
+    )
+
+
+def _legend_below(figure: Figure, handles: Sequence[Line2D | Rectangle]) -> None:
+    columns = max(1, int(figure.get_figwidth() // 2))
+    legend = figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), fontsize=9, frameon=False
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _is_measured(row: Row) -> bool:
+    return row["miou"]["mean"] is not None and row["cost"]["images_per_second"]["mean"] is not None
+
+
+def _point(row: Row) -> tuple[float, float]:
+    return row["cost"]["images_per_second"]["mean"] or 0, row["miou"]["mean"] or 0
+
+
+def _contrasted(comparison: Comparison) -> list[tuple[Row, Contrast]]:
+    return [(row, row["contrast"]) for row in comparison["rows"] if row["contrast"] is not None]
+
+
+def _baseline_name(rows: Sequence[Row]) -> str:
+    names = {row["contrast"]["baseline"] for row in rows if row["contrast"]}
+    return names.pop() if len(names) == 1 else "the baseline"
+
+
+def _verdict_colour(contrast: Contrast) -> str:
+    return _BETTER if contrast["low"] > 0 else _WORSE if contrast["high"] < 0 else _UNDECIDED
+
+
+def _p_text(p: float | None) -> str:
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _coloured_rows(rows: Sequence[Row]) -> dict[str, str]:
+    """Label and colour of the baselines, in black, and the best of the others; more could not be told apart."""
+    bases = [row for row in rows if row["baseline"]][:1]
+    others = [row for row in rows if not any(row is base for base in bases)]
+    best = sorted(others, key=lambda row: -(row["miou"]["mean"] or 0))[: len(_LINES)]
+    colours = {row["label"]: "black" for row in bases}
+    return colours | {row["label"]: colour for row, colour in zip(best, _LINES, strict=False)}
+
+
+def _contrast_columns(rows: Sequence[Row], names: Sequence[str], part: str) -> Columns:
+    """The contrasts of all rows for each name that has any."""
+    columns = [(name, [row[part][name]["contrast"] for row in rows]) for name in names]  # type: ignore[literal-required]
+    return [column for column in columns if any(column[1])]
+
+
+def _largest(column: tuple[str, list[Contrast | None]]) -> float:
+    return max(abs(contrast["difference"]) for contrast in column[1] if contrast)
+
+
+def _draw_cells(axes: Axes, columns: Columns, norm: Normalize, numbered: bool) -> None:
+    cells = [[100 * contrast["difference"] if contrast else np.nan for contrast in each] for _, each in columns]
+    values = np.ma.masked_invalid(np.array(cells).T)
+    axes.imshow(values, cmap=_GAINS, norm=norm, aspect="auto", interpolation="nearest")
+    axes.set_xticks(range(len(columns)), [name for name, _ in columns], rotation=90, fontsize=8.5, parse_math=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    # White gaps between the cells keep neighbours apart whatever their colours.
+    axes.set_xticks(np.arange(len(columns) - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(len(values) - 1) + 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1)
+    axes.tick_params(which="minor", length=0)
+    for column, (_, contrasts) in enumerate(columns):
+        for row, contrast in enumerate(contrasts):
+            if contrast is None:
+                continue
+            if contrast["low"] > 0 or contrast["high"] < 0:
+                corner = (column - 0.44, row - 0.42)
+                axes.add_patch(Rectangle(corner, 0.88, 0.84, facecolor="none", edgecolor="black", linewidth=1.2))
+            if numbered:
+                colour = "white" if abs(norm(100 * contrast["difference"]) - 0.5) > 0.3 else "black"
+                text = f"{100 * contrast['difference']:+.1f}"
+                axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
+
+
+def _chosen_examples(comparison: Comparison) -> list[Disagreement]:
+    """The examples with pictures of the rows that differ most from their baseline, the largest difference first."""
+    ranked = sorted(_contrasted(comparison), key=lambda pair: -abs(pair[1]["difference"]))
+    pictured = [example for example in comparison["examples"] if any(example["files"].values())]
+    of_row = [[example for example in pictured if example["row"] == row["label"]] for row, _ in ranked]
+    return [example for examples in list(filter(None, of_row))[:_SHOWN_EXAMPLES] for example in examples]
+
+
+def _read_picture(directory: Path, path: str | None) -> np.ndarray | None:
+    """A picture no larger than it is shown, so that the PDF stays small."""
+    if path is None:
+        return None
+    try:
+        with Image.open(directory / path) as file:
+            picture = file.convert("RGB")
+    except OSError as error:
+        raise DataError(f"{directory / path}: cannot be read ({error}); draw up the comparison again.") from error
+    step = math.ceil(max(picture.size) / _PICTURE_PIXELS)
+    return np.asarray(picture)[::step, ::step]
+
+
+def _place_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, float, str]]) -> None:
+    """Write each label near its point where it covers no point and no other label, with a line if it is further off.
+
+    Places are tried around the point, the nearest first; of several at one distance the one with the most free room
+    is taken. What cannot be placed within reach is written right beside its point.
+    """
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the room is given away now
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    pixel = figure.dpi / 72
+    frame = axes.get_window_extent(renderer).expanded(1.02, 1.02)
+    points = axes.transData.transform([(x, y) for x, y, _ in labels])
+    taken = [Bbox.from_bounds(x - 5 * pixel, y - 5 * pixel, 10 * pixel, 10 * pixel) for x, y in points]
+    for (x, y), (_, _, label) in zip(points, labels, strict=True):
+        text = axes.text(0, 0, label, fontsize=9, ha="center", va="center", transform=None, zorder=4, parse_math=False)
+        size = text.get_window_extent(renderer)
+        box = _free_place(x, y, size.width, size.height, pixel, frame, taken)
+        taken.append(box)
+        centre = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
+        text.set_transform(axes.transData)
+        across, up = axes.transData.inverted().transform(centre)
+        text.set_position((float(across), float(up)))
+        nearest = (float(np.clip(x, box.x0, box.x1)), float(np.clip(y, box.y0, box.y1)))
+        if math.dist(nearest, (x, y)) > 12 * pixel:
+            ends = axes.transData.inverted().transform([(x, y), nearest])
+            axes.plot(*ends.T, color="0.6", linewidth=0.7, zorder=2)
+
+
+def _free_place(
+    x: float, y: float, width: float, height: float, pixel: float, frame: Bbox, taken: Sequence[Bbox]
+) -> Bbox:
+    for distance in (7, 11, 16, 22, 30, 40, 52, 66, 82, 100):
+        for angle in np.deg2rad((90, 45, 135, -45, -135, -90, 0, 180, 67, 113, 22, 158, -67, -113, -22, -158)):
+            across, up = math.cos(angle), math.sin(angle)
+            left = x + across * (distance * pixel + width / 2) - width / 2
+            bottom = y + up * (distance * pixel + height / 2) - height / 2
+            box = Bbox.from_bounds(left, bottom, width, height)
+            inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                return box
+    return Bbox.from_bounds(x + 7 * pixel, y, width, height)
