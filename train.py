@@ -77,14 +77,16 @@ def _train_run(composed: DictConfig, run: Path) -> None:
 def _train_job(composed: DictConfig, run: Path) -> float | None:
     """A job of a sweep: what goes wrong is written to its folder, and never ends the sweep."""
     (planned,) = (job for job in read_plan(run.parent).jobs if job.folder == run.name)
-    job = {"identity": planned.identity, "overrides": planned.overrides}
+    job: dict[str, Any] = {"identity": planned.identity, "overrides": planned.overrides}
+    launcher = HydraConfig.get().runtime.choices["launcher"]
 
     def work(resume: bool) -> None:
         if composed.sweep.deal_devices:
             deal_device(run.parent)
         try:
             callbacks = _search_callbacks(composed, run)
-            _produce(_settings(composed), run, resume=resume, job=job, quiet=True, callbacks=callbacks)
+            told = {**job, "launcher": launcher}
+            _produce(_settings(composed), run, resume=resume, job=told, quiet=True, callbacks=callbacks)
         finally:
             _free_memory()
 

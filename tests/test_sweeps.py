@@ -214,6 +214,9 @@ def test_launchers_run_the_same_jobs(launcher, undisturbed, camvid_root, tmp_pat
     for label, report in reports(folder).items():
         assert report["miou"] == pytest.approx(expected[f"{label} 0"]["miou"], abs=1e-3)
         assert report["job"]["overrides"] == {"attention": label}
+        assert report["job"]["launcher"] == launcher
+    comparison = json.loads((folder / "comparison" / "comparison.json").read_text())
+    assert any(f"launcher {launcher}" in note for note in comparison["notes"])
 
 
 def test_a_killed_process_of_a_launcher_does_not_end_the_sweep(camvid_root, tmp_path):

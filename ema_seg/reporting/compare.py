@@ -520,6 +520,12 @@ def _notes_on_costs(results: Sequence[Result]) -> list[str]:
         found = list(dict.fromkeys(setting_text(value(result.report)) for result in results))
         if len(found) > 1:
             notes.append(f"Not all costs were measured with the same {name} ({', '.join(found)}): compare with care.")
+    launchers = {(result.report["job"] or {}).get("launcher", "serial") for result in results} - {"serial"}
+    if launchers:
+        notes.append(
+            f"Costs were measured while other jobs may have used the same machine (launcher {', '.join(launchers)}); "
+            "measure them again with eval.py, one run after the other."
+        )
     return notes
 
 

@@ -16,9 +16,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Bbox, Transform
 from PIL import Image
 
 from ema_seg.errors import DataError
@@ -39,6 +40,8 @@ _SHOWN_CLASSES = 40
 _NUMBERED_COLUMNS = 24
 _SHOWN_EXAMPLES = 6
 _PICTURE_PIXELS = 640
+# Of the columns of numbers right of the differences, in points of 1/72 inch.
+_NUMBER_OFFSETS = (48, 70, 124)
 _PANELS = {"val/miou": ("validation mIoU, %", 100), "train/loss": ("training loss", 1)}
 _POINTS = "percentage points"
 
@@ -188,13 +191,11 @@ def _draw_differences(comparison: Comparison) -> Figure | None:
             markerfacecolor="white" if contrast["covers"] == "images" else colour,
             markeredgewidth=1.6,
         )
-        numbers = (f"{100 * contrast['difference']:+.2f}", str(contrast["n"]), _p_text(contrast["p_holm"]))
-        for offset, text in zip((1.09, 1.13, 1.25), numbers, strict=True):
-            axes.text(offset, place, text, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=9)
-    for offset, text in zip((1.09, 1.13, 1.25), ("points", "n", "p (Holm)"), strict=True):
-        axes.annotate(
-            text, (offset, 1), (0, 4), "axes fraction", textcoords="offset points", ha="right", fontsize=9, color="0.35"
-        )
+        numbers = (_signed(contrast["difference"], 2), str(contrast["n"]), _p_text(contrast["p_holm"]))
+        for offset, text in zip(_NUMBER_OFFSETS, numbers, strict=True):
+            _annotate(axes, text, (1, place), (offset, 0), axes.get_yaxis_transform(), ha="right", va="center")
+    for offset, text in zip(_NUMBER_OFFSETS, ("points", "n", "p (Holm)"), strict=True):
+        _annotate(axes, text, (1, 1), (offset, 4), axes.transAxes, ha="right", va="bottom", color="0.35")
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows], parse_math=False)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(-0.6, len(rows) - 0.4)
@@ -288,27 +289,36 @@ def _draw_examples(comparison: Comparison, directory: Path) -> Figure | None:
         return None
     pictures = [{key: _read_picture(directory, path) for key, path in one["files"].items()} for one in examples]
     keys = {"image": "photograph", "truth": "truth", "baseline": "baseline's prediction", "prediction": "prediction"}
-    width = 2.5
+    # Laid out by hand: rows of pictures of different shapes, all as wide as the figure, and none of its height wasted.
+    width, gap, margin, caption, heading = 2.5, 0.06, 0.12, 0.3, 0.3
     heights = [
         next(width * picture.shape[0] / picture.shape[1] for picture in panels.values() if picture is not None)
         for panels in pictures
     ]
-    figure = _new_figure(width * len(keys) + 0.2, sum(heights) + 0.36 * len(examples) + 0.3, layout="compressed")
-    grid = figure.subplots(len(examples), len(keys), squeeze=False, height_ratios=heights)
-    for axes, heading in zip(grid[0], keys.values(), strict=True):
-        axes.annotate(heading, (0.5, 1), (0, 20), "axes fraction", textcoords="offset points", ha="center", fontsize=10)
-    for axes_row, example, panels in zip(grid, examples, pictures, strict=True):
-        for axes, key in zip(axes_row, keys, strict=True):
+    across = len(keys) * (width + gap) - gap + 2 * margin
+    down = heading + sum(heights) + caption * len(examples) + margin
+    figure = Figure(figsize=(across, down))
+    FigureCanvasAgg(figure)
+    for column, text in enumerate(keys.values()):
+        centre = margin + column * (width + gap) + width / 2
+        figure.text(centre / across, 1 - 0.6 * heading / down, text, ha="center", va="center", fontsize=10)
+    top = heading
+    for example, panels, height in zip(examples, pictures, heights, strict=True):
+        change = f"{_signed(example['difference'], 1)} points of the image's mIoU"
+        text = f"{example['row']}, {example['kind']}: {change} to {example['baseline']} · {example['name']}"
+        baseline = 1 - (top + caption - 0.07) / down
+        figure.text(margin / across, baseline, text, va="baseline", fontsize=8.5, parse_math=False)
+        top += caption + height
+        for column, key in enumerate(keys):
+            left = margin + column * (width + gap)
+            axes = figure.add_axes((left / across, 1 - top / down, width / across, height / down))
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set(color="0.7", linewidth=0.6)
             picture = panels[key]
             if picture is None:
                 axes.text(0.5, 0.5, "not kept", transform=axes.transAxes, ha="center", va="center", color="0.5")
             else:
-                axes.imshow(picture, interpolation="nearest")
-        points = f"{100 * example['difference']:+.1f} points of the image's mIoU"
-        text = f"{example['row']}, {example['kind']}: {points} to {example['baseline']} · {example['name']}"
-        axes_row[0].set_title(text, loc="left", fontsize=8.5, pad=4, parse_math=False)
+                axes.imshow(picture, interpolation="nearest", aspect="auto")
     return figure
 
 
@@ -316,6 +326,12 @@ def _new_figure(width: float, height: float, layout: Literal["constrained", "com
     figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
+
+
+def _annotate(
+    axes: Axes, text: str, place: tuple[float, float], offset: tuple[float, float], coords: Transform, **style: str
+) -> None:
+    axes.annotate(text, place, offset, xycoords=coords, textcoords="offset points", fontsize=9, **style)
 
 
 def _style(axes: Axes) -> None:
@@ -368,6 +384,12 @@ def _verdict_colour(contrast: Contrast) -> str:
     return _BETTER if contrast["low"] > 0 else _WORSE if contrast["high"] < 0 else _UNDECIDED
 
 
+def _signed(fraction: float, digits: int) -> str:
+    """Percentage points with a sign, minus as in print; what rounds to zero has none."""
+    text = f"{100 * fraction:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
+
+
 def _p_text(p: float | None) -> str:
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
@@ -412,7 +434,7 @@ def _draw_cells(axes: Axes, columns: Columns, norm: Normalize, numbered: bool) -
                 axes.add_patch(Rectangle(corner, 0.88, 0.84, facecolor="none", edgecolor="black", linewidth=1.2))
             if numbered:
                 colour = "white" if abs(norm(100 * contrast["difference"]) - 0.5) > 0.3 else "black"
-                text = f"{100 * contrast['difference']:+.1f}"
+                text = _signed(contrast["difference"], 1)
                 axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
 
 
@@ -450,6 +472,7 @@ def _place_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, floa
     frame = axes.get_window_extent(renderer).expanded(1.02, 1.02)
     points = axes.transData.transform([(x, y) for x, y, _ in labels])
     taken = [Bbox.from_bounds(x - 5 * pixel, y - 5 * pixel, 10 * pixel, 10 * pixel) for x, y in points]
+    taken += [bar.padded(pixel) for bar in bars]
     for (x, y), (_, _, label) in zip(points, labels, strict=True):
         text = axes.text(0, 0, label, fontsize=9, ha="center", va="center", transform=None, zorder=4, parse_math=False)
         size = text.get_window_extent(renderer)
@@ -468,10 +491,10 @@ def _place_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, floa
 def _free_place(
     x: float, y: float, width: float, height: float, pixel: float, frame: Bbox, taken: Sequence[Bbox]
 ) -> Bbox:
-    for distance in (7, 11, 16, 22, 30, 40, 52, 66, 82, 100):
-        for angle in np.deg2rad((90, 45, 135, -45, -135, -90, 0, 180, 67, 113, 22, 158, -67, -113, -22, -158)):
+    for distance in (4, 7, 11, 16, 22, 30, 40, 52, 66, 82, 100):
+        for angle in np.deg2rad((45, -45, 135, -135, 90, -90, 0, 180, 67, 113, 22, 158, -67, -113, -22, -158)):
             across, up = math.cos(angle), math.sin(angle)
-            left = x + across * (distance * pixel + width / 2) - width / 2
+            left = x + across * distance * pixel + (np.sign(round(across, 1)) - 1) * width / 2
             bottom = y + up * (distance * pixel + height / 2) - height / 2
             box = Bbox.from_bounds(left, bottom, width, height)
             inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1

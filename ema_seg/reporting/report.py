@@ -10,7 +10,8 @@
 ``checkpoint``      path of the checkpoint, or null
 ``seed``            the seed of the training, or null
 ``config``          the run's whole resolved configuration, as in its checkpoint
-``job``             of a run inside a sweep: ``identity``, ``overrides`` (texts by key); else null
+``job``             of a run inside a sweep: ``identity``, ``overrides`` (texts by key) and, if the report was
+                    written by the sweep itself, its ``launcher``; else null
 ``data``            ``name``, ``root``, ``split``, ``images`` (how many)
 ``model``           ``decoder``, ``encoder``, and whatever else the model was built with
 ``attention``       ``name``, and whatever else the attention block was built with

@@ -1,4 +1,4 @@
-"""A comparison as a finished sweep gives it: most rows complete, one short of a seed, one of a single seed, one of none.
+"""A comparison as a finished sweep gives it: most rows complete, one lacks a seed, one has but one, one has none.
 
 Names hold what breaks careless pages and figures: ``<``, ``&``, quotes, ``$``, and JavaScript's own keys.
 """

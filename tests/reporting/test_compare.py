@@ -262,6 +262,14 @@ def test_costs_measured_otherwise_are_noted(tmp_path):
     assert [row["cost_batch_size"] for row in comparison["rows"]] == [8, 4]
 
 
+def test_costs_measured_side_by_side_are_noted(tmp_path):
+    for name, launcher in (("none", "serial"), ("ema", "joblib")):
+        job = {"identity": name, "overrides": {"attention": name}, "launcher": launcher}
+        write_run(tmp_path / name, name, report={"job": job})
+    notes = compare(read_folder(tmp_path))["notes"]
+    assert any("launcher joblib" in note and "measure them again" in note for note in notes)
+
+
 def test_a_sweep_whose_jobs_changed_under_one_name_is_noted(tmp_path):
     write_run(tmp_path / "a", "none", 0)
     write_run(tmp_path / "b", "none", 1, optimizer={"name": "adamw", "lr": 0.01})
