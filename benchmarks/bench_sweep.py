@@ -51,8 +51,10 @@ OVERRIDES = (
 def train(*overrides: str) -> float:
     """Seconds that ``python train.py`` takes."""
     start = time.perf_counter()
-    command = [sys.executable, str(ROOT / "train.py"), *OVERRIDES, *overrides]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    command = [sys.executable, str(ROOT / "train.py"), *overrides, *OVERRIDES]  # -m comes first, if at all
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(command)} ends with status {done.returncode}:\n{done.stderr}")
     return time.perf_counter() - start
 
 
