@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -16,10 +16,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.transforms import Bbox, Transform
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from ema_seg.errors import DataError
@@ -33,8 +32,7 @@ _BETTER, _WORSE, _UNDECIDED = "#0072B2", "#D55E00", "#6b6b6b"
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a6d00")
 _GAINS = LinearSegmentedColormap.from_list(
     "gains", ["#a33c00", _WORSE, "#f5cdb4", "white", "#b7d7ea", _BETTER, "#00395a"]
-)
-_GAINS.set_bad("0.9")
+).with_extremes(bad="0.9")
 
 _SHOWN_CLASSES = 40
 _NUMBERED_COLUMNS = 24
@@ -46,6 +44,7 @@ _PANELS = {"val/miou": ("validation mIoU, %", 100), "train/loss": ("training los
 _POINTS = "percentage points"
 
 Columns = list[tuple[str, list[Contrast | None]]]
+Extent = tuple[float, float, float, float]
 
 
 def draw_comparison(comparison: Comparison, directory: Path) -> list[str]:
@@ -118,16 +117,19 @@ def _draw_pareto(comparison: Comparison) -> Figure | None:
     axes.margins(0.09, 0.12)
 
     front = front_rows(rows)
+    bars: list[Extent] = []
     for row in rows:
         speed, score = _point(row)
         on_front = any(row is other for other in front)
         colour = "black" if row["baseline"] else _BETTER if on_front else _UNDECIDED
-        sds = [row["cost"]["images_per_second"]["sd"], row["miou"]["sd"]]
+        across, up = row["cost"]["images_per_second"]["sd"] or 0, 100 * (row["miou"]["sd"] or 0)
+        bars += [(speed - across, 100 * score, speed + across, 100 * score)] if across else []
+        bars += [(speed, 100 * score - up, speed, 100 * score + up)] if up else []
         axes.errorbar(
             speed,
             100 * score,
-            xerr=sds[0],
-            yerr=None if sds[1] is None else 100 * sds[1],
+            xerr=across or None,
+            yerr=up or None,
             fmt="D" if row["baseline"] else "o",
             markersize=7,
             color=colour,
@@ -165,7 +167,7 @@ def _draw_pareto(comparison: Comparison) -> Figure | None:
     _legend_below(figure, handles)
     # The most telling labels choose their places first.
     order = sorted(rows, key=lambda row: not (row["baseline"] or any(row is other for other in front)))
-    _place_labels(figure, axes, [(_point(row)[0], 100 * _point(row)[1], row["label"]) for row in order])
+    _place_labels(figure, axes, [(_point(row)[0], 100 * _point(row)[1], row["label"]) for row in order], bars)
     return figure
 
 
@@ -192,10 +194,8 @@ def _draw_differences(comparison: Comparison) -> Figure | None:
             markeredgewidth=1.6,
         )
         numbers = (_signed(contrast["difference"], 2), str(contrast["n"]), _p_text(contrast["p_holm"]))
-        for offset, text in zip(_NUMBER_OFFSETS, numbers, strict=True):
-            _annotate(axes, text, (1, place), (offset, 0), axes.get_yaxis_transform(), ha="right", va="center")
-    for offset, text in zip(_NUMBER_OFFSETS, ("points", "n", "p (Holm)"), strict=True):
-        _annotate(axes, text, (1, 1), (offset, 4), axes.transAxes, ha="right", va="bottom", color="0.35")
+        _write_beside(axes, place, numbers, "black")
+    _write_beside(axes, len(rows) - 0.2, ("points", "n", "p (Holm)"), "0.35")
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows], parse_math=False)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(-0.6, len(rows) - 0.4)
@@ -322,16 +322,28 @@ def _draw_examples(comparison: Comparison, directory: Path) -> Figure | None:
     return figure
 
 
-def _new_figure(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> Figure:
-    figure = Figure(figsize=(width, height), layout=layout)
+def _new_figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _annotate(
-    axes: Axes, text: str, place: tuple[float, float], offset: tuple[float, float], coords: Transform, **style: str
-) -> None:
-    axes.annotate(text, place, offset, xycoords=coords, textcoords="offset points", fontsize=9, **style)
+def _write_beside(axes: Axes, height: float, texts: Sequence[str], colour: str) -> None:
+    """Right of the axes, in columns of fixed widths however wide the axes become."""
+    coordinates = axes.get_yaxis_transform()
+    for offset, text in zip(_NUMBER_OFFSETS, texts, strict=True):
+        axes.annotate(
+            text,
+            (1, height),
+            (offset, 0),
+            xycoords=coordinates,
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=9,
+            color=colour,
+            annotation_clip=False,
+        )
 
 
 def _style(axes: Axes) -> None:
@@ -387,7 +399,7 @@ def _verdict_colour(contrast: Contrast) -> str:
 def _signed(fraction: float, digits: int) -> str:
     """Percentage points with a sign, minus as in print; what rounds to zero has none."""
     text = f"{100 * fraction:+.{digits}f}"
-    return text[1:] if float(text) == 0 else text.replace("-", "−")
+    return text[1:] if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
 def _p_text(p: float | None) -> str:
@@ -459,8 +471,10 @@ def _read_picture(directory: Path, path: str | None) -> np.ndarray | None:
     return np.asarray(picture)[::step, ::step]
 
 
-def _place_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, float, str]]) -> None:
-    """Write each label near its point where it covers no point and no other label, with a line if it is further off.
+def _place_labels(
+    figure: Figure, axes: Axes, labels: Sequence[tuple[float, float, str]], bars: Sequence[Extent]
+) -> None:
+    """Write each label near its point where it covers no point, bar or other label, with a line if it is further off.
 
     Places are tried around the point, the nearest first; of several at one distance the one with the most free room
     is taken. What cannot be placed within reach is written right beside its point.
@@ -472,7 +486,7 @@ def _place_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, floa
     frame = axes.get_window_extent(renderer).expanded(1.02, 1.02)
     points = axes.transData.transform([(x, y) for x, y, _ in labels])
     taken = [Bbox.from_bounds(x - 5 * pixel, y - 5 * pixel, 10 * pixel, 10 * pixel) for x, y in points]
-    taken += [bar.padded(pixel) for bar in bars]
+    taken += [axes.transData.transform_bbox(Bbox.from_extents(*bar)).padded(pixel) for bar in bars]
     for (x, y), (_, _, label) in zip(points, labels, strict=True):
         text = axes.text(0, 0, label, fontsize=9, ha="center", va="center", transform=None, zorder=4, parse_math=False)
         size = text.get_window_extent(renderer)
