@@ -4,8 +4,10 @@ Drawn from ``comparison.json`` and the pictures beside it alone, see ``ema_seg.r
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from ema_seg.errors import DataError
+from ema_seg.evaluation.strata import STRATA
 from ema_seg.reporting.comparison import Comparison, Contrast, Disagreement, Row
+from ema_seg.reporting.comparison_tables import SIGNIFICANT
 from ema_seg.reporting.files import write_file
 
 __all__ = ["draw_comparison", "front_rows"]
@@ -31,16 +35,17 @@ __all__ = ["draw_comparison", "front_rows"]
 _BETTER, _WORSE, _UNDECIDED = "#0072B2", "#D55E00", "#6b6b6b"
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a6d00")
 _GAINS = LinearSegmentedColormap.from_list(
-    "gains", ["#a33c00", _WORSE, "#f5cdb4", "white", "#b7d7ea", _BETTER, "#00395a"]
+    "gains", [_WORSE, "#e8935c", "#f7dac8", "white", "#c6dfee", "#5fa6d1", _BETTER]
 ).with_extremes(bad="0.9")
 
 _SHOWN_CLASSES = 40
 _NUMBERED_COLUMNS = 24
-_SHOWN_EXAMPLES = 6
+_ILLUSTRATED_ROWS = 3
+_LEGEND_CLASSES = 32
 _PICTURE_PIXELS = 640
 # Of the columns of numbers right of the differences, in points of 1/72 inch.
-_NUMBER_OFFSETS = (48, 70, 124)
-_PANELS = {"val/miou": ("validation mIoU, %", 100), "train/loss": ("training loss", 1)}
+_NUMBER_OFFSETS = (48, 84, 138)
+_SCALES = {"val/miou": 100.0, "train/loss": 1.0}
 _POINTS = "percentage points"
 
 Columns = list[tuple[str, list[Contrast | None]]]
@@ -53,7 +58,7 @@ def draw_comparison(comparison: Comparison, directory: Path) -> list[str]:
     ======================  =====================================================================================
     ``pareto``              mIoU against images per second with their deviations over seeds, and the Pareto front
     ``differences``         each row's difference to its baseline with the interval, seeds and Holm's p
-    ``curves``              validation mIoU and training loss over the epochs, with the range over seeds
+    ``curves``              validation mIoU, its last third closer, and training loss, with the range over seeds
     ``class_differences``   the difference of each class, and of what else is scored apart
     ``examples``            of the rows that differ most the images that differ most
     ======================  =====================================================================================
@@ -113,7 +118,8 @@ def _draw_pareto(comparison: Comparison) -> Figure | None:
     axes.grid(alpha=0.25, linewidth=0.6)
     batches = {row["cost_batch_size"] for row in rows}
     batch = f", batch of {batches.pop()}" if len(batches) == 1 and None not in batches else ""
-    axes.set(xlabel=f"throughput, images/s{batch}", ylabel="mIoU, %")
+    axes.set_xlabel(f"throughput, images/s{batch}")
+    axes.set_ylabel(_score_name(comparison) + ", %", parse_math=False)
     axes.margins(0.09, 0.12)
 
     front = front_rows(rows)
@@ -140,9 +146,12 @@ def _draw_pareto(comparison: Comparison) -> Figure | None:
             capsize=2,
             zorder=3,
         )
+    bars_of_seeds = len(bars)
     left, bottom = axes.get_xlim()[0], axes.get_ylim()[0]
     points = [_point(row) for row in front]
     corners = [(left, points[0][1]), *points, (points[-1][0], bottom)]
+    bars += [(left, 100 * up, right, 100 * up) for (left, _), (right, up) in pairwise(corners[:-1])]
+    bars += [(across, 100 * down, across, 100 * up) for (across, up), (_, down) in pairwise(points)]
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
     axes.plot(
         [speed for speed, _ in corners],
@@ -153,17 +162,15 @@ def _draw_pareto(comparison: Comparison) -> Figure | None:
         alpha=0.6,
         zorder=1,
     )
-    handles = [
-        _marker("D", "black", "baseline"),
-        _marker("o", _BETTER, "on the Pareto front"),
-        _marker("o", _UNDECIDED, "another row is faster and better"),
-    ]
+    handles = [_marker("o", _BETTER, "on the Pareto front")]
+    if any(row["baseline"] for row in rows):
+        handles.insert(0, _marker("D", "black", "baseline"))
+    if len(front) < len(rows):
+        handles.append(_marker("o", _UNDECIDED, "another is faster and better"))
     if any(row["miou"]["n"] == 1 for row in rows):
         handles.append(_marker("o", _UNDECIDED, "one seed", hollow=True))
-    if any(row["miou"]["n"] > 1 for row in rows):
+    if bars_of_seeds:
         handles.append(Line2D([], [], color="0.4", linewidth=1, marker="|", markersize=7, label="± sd over seeds"))
-    if not any(row["baseline"] for row in rows):
-        del handles[0]
     _legend_below(figure, handles)
     # The most telling labels choose their places first.
     order = sorted(rows, key=lambda row: not (row["baseline"] or any(row is other for other in front)))
@@ -176,7 +183,7 @@ def _draw_differences(comparison: Comparison) -> Figure | None:
     rows = [row for row, _ in pairs]
     if not rows:
         return None
-    figure = _new_figure(8.4, 1.5 + 0.32 * len(rows))
+    figure = _new_figure(8.4 + _extra_width(rows), 1.5 + 0.32 * len(rows))
     axes = figure.add_subplot()
     _style(axes)
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)
@@ -194,29 +201,39 @@ def _draw_differences(comparison: Comparison) -> Figure | None:
             markeredgewidth=1.6,
         )
         numbers = (_signed(contrast["difference"], 2), str(contrast["n"]), _p_text(contrast["p_holm"]))
-        _write_beside(axes, place, numbers, "black")
-    _write_beside(axes, len(rows) - 0.2, ("points", "n", "p (Holm)"), "0.35")
+        clear = contrast["p_holm"] is not None and contrast["p_holm"] < SIGNIFICANT
+        _write_beside(axes, place, numbers, "black", weight="bold" if clear else "normal")
+    _write_beside(axes, len(rows) - 0.2, ("points", "seeds", "p (Holm)"), "0.35")
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows], parse_math=False)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set_xlabel(f"difference of mIoU to {_baseline_name(rows)}, {_POINTS}", parse_math=False)
-    confidence = f"{100 * comparison['bootstrap']['confidence']:g} % interval"
-    handles = [_marker("o", _UNDECIDED, f"{confidence} over seeds and images", line=True)]
-    if any(contrast["covers"] == "images" for _, contrast in pairs):
-        handles.append(_marker("o", _UNDECIDED, "over images only (one seed)", hollow=True, line=True))
-    handles += [_marker("s", _BETTER, "above 0"), _marker("s", _WORSE, "below 0")]
+    axes.set_xlabel(f"{_score_name(comparison)}, difference to {_baseline_name(rows)}, {_POINTS}", parse_math=False)
+    handles = [
+        _marker("o", _UNDECIDED, f"{_confidence(comparison)} {over}", hollow=covers == "images", line=True)
+        for covers, over in {
+            "seeds and images": "over seeds and images",
+            "images": "over images only: one seed",
+        }.items()
+        if any(contrast["covers"] == covers for _, contrast in pairs)
+    ]
+    colours = {_verdict_colour(contrast) for _, contrast in pairs}
+    texts = {_BETTER: "above 0", _WORSE: "below 0"}
+    handles += [_marker("s", colour, text) for colour, text in texts.items() if colour in colours]
+    if any(contrast["p_holm"] is not None and contrast["p_holm"] < SIGNIFICANT for _, contrast in pairs):
+        handles.append(Line2D([], [], linestyle="", label=f"bold: p < {SIGNIFICANT:g}"))
     _legend_below(figure, handles)
     return figure
 
 
 def _draw_curves(comparison: Comparison) -> Figure | None:
-    panels = {key: panel for key, panel in _PANELS.items() if any(key in row["curves"] for row in comparison["rows"])}
-    rows = [row for row in comparison["rows"] if any(key in row["curves"] for key in panels)]
-    if not panels:
+    rows = [row for row in comparison["rows"] if any(key in row["curves"] for key in _SCALES)]
+    if not rows:
         return None
+    panels = _curve_panels(rows)
     coloured = _coloured_rows(rows)
-    figure = _new_figure(4.8 * len(panels), 4.4)
-    for axes, (key, (label, scale)) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
+    figure = _new_figure(4.4 * len(panels), 4.4)
+    ranges = False
+    for axes, (key, first, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _style(axes)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.set(xlabel="epoch", ylabel=label)
@@ -224,11 +241,14 @@ def _draw_curves(comparison: Comparison) -> Figure | None:
             if key not in row["curves"]:
                 continue
             curve = row["curves"][key]
+            shown = np.array(curve["epoch"]) >= first
+            epochs = np.array(curve["epoch"])[shown] + 1
+            low, mean, high = (_SCALES[key] * np.array(curve[name])[shown] for name in ("low", "mean", "high"))
             colour = coloured.get(row["label"], "0.8")
             front = 2 + (row["label"] in coloured)
-            epochs = np.array(curve["epoch"]) + 1
-            low, mean, high = (scale * np.array(curve[name]) for name in ("low", "mean", "high"))
-            axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0, zorder=front)
+            if row["label"] in coloured and (low < high).any():
+                ranges = True
+                axes.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0, zorder=front)
             marker = "." if len(epochs) == 1 else ""
             axes.plot(epochs, mean, color=colour, linewidth=1.5, marker=marker, zorder=front)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -236,10 +256,24 @@ def _draw_curves(comparison: Comparison) -> Figure | None:
         Line2D([], [], color=colour, linewidth=2, label=label) for label, colour in coloured.items()
     ]
     if len(rows) > len(coloured):
-        handles.append(Line2D([], [], color="0.8", linewidth=2, label=f"{len(rows) - len(coloured)} other rows"))
-    handles.append(Rectangle((0, 0), 1, 1, color="0.5", alpha=0.25, linewidth=0, label="lowest to highest seed"))
+        handles.append(Line2D([], [], color="0.8", linewidth=2, label=f"{len(rows) - len(coloured)} others"))
+    if ranges:
+        handles.append(Rectangle((0, 0), 1, 1, color="0.5", alpha=0.25, linewidth=0, label="lowest to highest seed"))
     _legend_below(figure, handles)
     return figure
+
+
+def _curve_panels(rows: Sequence[Row]) -> list[tuple[str, int, str]]:
+    """Column, first epoch shown, and label of each panel."""
+    scored = [epoch for row in rows if "val/miou" in row["curves"] for epoch in row["curves"]["val/miou"]["epoch"]]
+    panels = [("val/miou", 0, "validation mIoU, %")] if scored else []
+    # What sets the rows apart in the end is too small to be seen beside the rise from the first epochs.
+    late = math.ceil(2 / 3 * (max(scored, default=0) + 1))
+    if len({epoch for epoch in scored if epoch >= late}) > 2:
+        panels.append(("val/miou", late, "validation mIoU, %, last third"))
+    if any("train/loss" in row["curves"] for row in rows):
+        panels.append(("train/loss", 0, "training loss"))
+    return panels
 
 
 def _draw_class_differences(comparison: Comparison) -> Figure | None:
@@ -256,7 +290,7 @@ def _draw_class_differences(comparison: Comparison) -> Figure | None:
     columns = sum(map(len, groups))
     numbered = columns <= _NUMBERED_COLUMNS
     cell = 0.46 if numbered else 0.3
-    figure = _new_figure(2.6 + cell * (columns + 1), 2.4 + 0.3 * len(rows))
+    figure = _new_figure(2.6 + cell * (columns + 1) + _extra_width(rows), 2.4 + 0.3 * len(rows))
     values = np.abs([100 * contrast["difference"] for _, cells in shown + strata for contrast in cells if contrast])
     # A single extreme class would bleach all others.
     limit = max(float(np.percentile(values, 98)), 0.1)
@@ -265,21 +299,29 @@ def _draw_class_differences(comparison: Comparison) -> Figure | None:
     for axes, group in zip(grid, groups, strict=True):
         _draw_cells(axes, group, norm, numbered)
     grid[0].set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=9, parse_math=False)
-    title = "classes" if known == len(shown) else f"the {len(shown)} of {known} classes with the largest differences"
-    for axes, text in zip(grid, (title, "sizes of objects, groups"), strict=False):
-        axes.set_title(text, fontsize=10, pad=8)
+    some = "classes" if known == len(shown) else f"the {len(shown)} of {known} classes with the largest differences"
+    grid[0].set_title(f"IoU of {some}", fontsize=10, pad=8, loc="left")
+    if strata:
+        sizes = all(name in STRATA for name, _ in strata)
+        grid[1].set_title("mIoU by object size" if sizes else "mIoU by size, group", fontsize=10, pad=8, loc="right")
     for axes in grid[1:]:
         axes.set_yticks([])
     bar = figure.colorbar(
-        ScalarMappable(norm, _GAINS), ax=list(grid), fraction=0.04, aspect=24, pad=0.02, extend="both"
+        ScalarMappable(norm, _GAINS),
+        ax=list(grid),
+        fraction=0.04,
+        aspect=24,
+        pad=0.02,
+        extend="both" if values.max() > limit else "neither",
     )
-    bar.set_label(f"difference of IoU to {_baseline_name(rows)}, {_POINTS}", fontsize=9, parse_math=False)
+    bar.set_label(f"difference to {_baseline_name(rows)},\n{_POINTS}", fontsize=9, parse_math=False)
     bar.ax.tick_params(labelsize=8)
     frame = Rectangle((0, 0), 1, 1, facecolor="none", edgecolor="black", linewidth=1.2)
-    frame.set_label(
-        f"{100 * comparison['bootstrap']['confidence']:g} % interval excludes 0 (not corrected for many classes)"
-    )
-    _legend_below(figure, [frame])
+    frame.set_label(f"{_confidence(comparison)} excludes 0 (not corrected for the number of cells)")
+    handles = [frame]
+    if not all(contrast for _, cells in shown + strata for contrast in cells):
+        handles.append(Rectangle((0, 0), 1, 1, facecolor=_GAINS.get_bad(), label="no score"))
+    _legend_below(figure, handles)
     return figure
 
 
@@ -296,16 +338,21 @@ def _draw_examples(comparison: Comparison, directory: Path) -> Figure | None:
         for panels in pictures
     ]
     across = len(keys) * (width + gap) - gap + 2 * margin
+    legend = _class_patches(comparison, [panels[key] for panels in pictures for key in keys if key != "image"])
     down = heading + sum(heights) + caption * len(examples) + margin
     figure = Figure(figsize=(across, down))
     FigureCanvasAgg(figure)
+    if legend:
+        _legend_below(figure, legend, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=0)
     for column, text in enumerate(keys.values()):
         centre = margin + column * (width + gap) + width / 2
         figure.text(centre / across, 1 - 0.6 * heading / down, text, ha="center", va="center", fontsize=10)
     top = heading
     for example, panels, height in zip(examples, pictures, heights, strict=True):
-        change = f"{_signed(example['difference'], 1)} points of the image's mIoU"
-        text = f"{example['row']}, {example['kind']}: {change} to {example['baseline']} · {example['name']}"
+        text = (
+            f"{example['row']} against {example['baseline']}, {example['kind']} image: "
+            f"{_signed(example['difference'], 1)} points of mIoU · {example['name']}"
+        )
         baseline = 1 - (top + caption - 0.07) / down
         figure.text(margin / across, baseline, text, va="baseline", fontsize=8.5, parse_math=False)
         top += caption + height
@@ -328,7 +375,7 @@ def _new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _write_beside(axes: Axes, height: float, texts: Sequence[str], colour: str) -> None:
+def _write_beside(axes: Axes, height: float, texts: Sequence[str], colour: str, weight: str = "normal") -> None:
     """Right of the axes, in columns of fixed widths however wide the axes become."""
     coordinates = axes.get_yaxis_transform()
     for offset, text in zip(_NUMBER_OFFSETS, texts, strict=True):
@@ -342,6 +389,7 @@ def _write_beside(axes: Axes, height: float, texts: Sequence[str], colour: str) 
             va="center",
             fontsize=9,
             color=colour,
+            weight=weight,
             annotation_clip=False,
         )
 
@@ -366,13 +414,48 @@ def _marker(shape: str, colour: str, label: str, *, hollow: bool = False, line: 
     )
 
 
-def _legend_below(figure: Figure, handles: Sequence[Line2D | Rectangle]) -> None:
-    columns = max(1, int(figure.get_figwidth() // 2))
-    legend = figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), fontsize=9, frameon=False
-    )
-    for text in legend.get_texts():
+def _legend_below(figure: Figure, handles: Sequence[Line2D | Rectangle], **place: Any) -> None:
+    widths = [0.075 * len(str(handle.get_label())) + 0.6 for handle in handles]  # of the letters and the symbol, inches
+    columns = len(handles)
+    while columns > 1 and sum(max(column) for column in np.array_split(widths, columns)) > figure.get_figwidth():
+        columns -= 1
+    # A label that begins with an underscore would be left out, and one with two dollar signs be read as mathematics.
+    place = place or {"loc": "outside lower center"}
+    legend = figure.legend(handles, ["."] * len(handles), ncols=columns, fontsize=9, frameon=False, **place)
+    for text, handle in zip(legend.get_texts(), handles, strict=True):
         text.set_parse_math(False)
+        text.set_text(str(handle.get_label()))
+
+
+def _class_patches(comparison: Comparison, masks: Sequence[np.ndarray | None]) -> list[Rectangle]:
+    """The classes whose colours the masks show, in their order; of very many those with the most pixels."""
+    pixels: Counter[tuple[int, ...]] = Counter()
+    for mask in masks:
+        if mask is not None:
+            colours, counts = np.unique(mask.reshape(-1, 3), axis=0, return_counts=True)
+            pixels.update(dict(zip(map(tuple, colours.tolist()), counts.tolist(), strict=True)))
+    classes = list(zip(map(tuple, comparison["palette"]), comparison["classes"], strict=True))
+    shown = sorted((each for each in classes if pixels[each[0]]), key=lambda each: -pixels[each[0]])[:_LEGEND_CLASSES]
+    patches = [each for each in classes if each in shown]
+    if pixels[(0, 0, 0)] and (0, 0, 0) not in dict(classes):
+        patches.append(((0, 0, 0), "ignored"))
+    return [
+        Rectangle((0, 0), 1, 1, facecolor=np.divide(colour, 255), edgecolor="0.25", linewidth=0.6, label=name)
+        for colour, name in patches
+    ]
+
+
+def _score_name(comparison: Comparison) -> str:
+    return f"mIoU on {comparison['data']['name']} ({comparison['data']['split']})"
+
+
+def _confidence(comparison: Comparison) -> str:
+    return f"{100 * comparison['bootstrap']['confidence']:g} % interval"
+
+
+def _extra_width(rows: Sequence[Row]) -> float:
+    """What long labels take, in inches, so that they do not take it from what they label."""
+    return 0.075 * max(max(len(row["label"]) for row in rows) - 18, 0)
 
 
 def _is_measured(row: Row) -> bool:
@@ -445,7 +528,7 @@ def _draw_cells(axes: Axes, columns: Columns, norm: Normalize, numbered: bool) -
                 corner = (column - 0.44, row - 0.42)
                 axes.add_patch(Rectangle(corner, 0.88, 0.84, facecolor="none", edgecolor="black", linewidth=1.2))
             if numbered:
-                colour = "white" if abs(norm(100 * contrast["difference"]) - 0.5) > 0.3 else "black"
+                colour = "white" if norm(100 * contrast["difference"]) > 0.85 else "black"  # blue is the darker end
                 text = _signed(contrast["difference"], 1)
                 axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
 
@@ -455,7 +538,7 @@ def _chosen_examples(comparison: Comparison) -> list[Disagreement]:
     ranked = sorted(_contrasted(comparison), key=lambda pair: -abs(pair[1]["difference"]))
     pictured = [example for example in comparison["examples"] if any(example["files"].values())]
     of_row = [[example for example in pictured if example["row"] == row["label"]] for row, _ in ranked]
-    return [example for examples in list(filter(None, of_row))[:_SHOWN_EXAMPLES] for example in examples]
+    return [example for examples in list(filter(None, of_row))[:_ILLUSTRATED_ROWS] for example in examples]
 
 
 def _read_picture(directory: Path, path: str | None) -> np.ndarray | None:

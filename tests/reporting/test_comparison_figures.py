@@ -1,4 +1,6 @@
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from ema_seg.errors import DataError
@@ -64,6 +66,47 @@ def test_many_rows_and_classes_are_drawn(tmp_path):
     comparison["examples"] = []
 
     assert draw_comparison(comparison, tmp_path) == NAMES[:-1]
+
+
+def test_one_configuration_has_no_differences(tmp_path):
+    comparison = make_comparison(tmp_path, rows=1)
+    comparison["baseline"] = None
+    comparison["rows"][0]["baseline"] = False
+
+    assert draw_comparison(comparison, tmp_path) == ["pareto", "curves"]
+
+
+def test_one_seed_each_is_drawn_and_what_has_none_left_out(tmp_path):
+    comparison = make_comparison(tmp_path)
+    comparison["examples"] = []
+    # "coord" has one seed, "gam" none.
+    comparison["rows"] = [each for each in comparison["rows"] if len(each["seeds"]) < 2]
+
+    assert draw_comparison(comparison, tmp_path) == NAMES[:-1]
+
+
+def test_names_are_written_as_they_are(tmp_path, monkeypatch):
+    odd = r"_<a> $\nosuch$ b_1^ & %"  # fails if it is read as mathematics
+    comparison = make_comparison(tmp_path, rows=2, classes=9)
+    comparison["data"]["name"] = odd
+    comparison["classes"][0] = odd
+    comparison["rows"][1]["label"] = odd
+    for each in comparison["rows"]:
+        each["classes"] = {odd if name == "sky" else name: scored for name, scored in each["classes"].items()}
+    comparison["rows"][1]["contrast"]["baseline"] = odd
+    for example in comparison["examples"]:
+        example.update(row=odd, baseline=odd, name=odd)
+    texts = {}
+    save = Figure.savefig
+
+    def spy(figure, target, **options):
+        save(figure, target, **options)
+        texts[figure] = [text.get_text() for text in figure.findobj(Text)]
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+
+    assert draw_comparison(comparison, tmp_path) == NAMES
+    assert [odd in written for written in texts.values()] == [True] * len(NAMES)
 
 
 def test_examples_without_a_photograph_are_drawn_and_unreadable_ones_named(tmp_path):
