@@ -1,5 +1,6 @@
 """Sweeps through the entry point, as a user runs them."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 import pytest
 import torch
 
+from ema_seg.reporting import compare_runs, read_folder
 from ema_seg.sweeps import job_state, read_plan
 from tests.conftest import QUICK, ROOT
 
@@ -49,6 +51,14 @@ def reports(folder):
     }
 
 
+def comparison_rows(folder):
+    """What the comparison says of each configuration with the seeds 0 and 1, drawn up anew."""
+    runs = read_folder(folder)
+    chosen = [run for run in runs.runs if run.seed in (0, 1)]
+    comparison = compare_runs(dataclasses.replace(runs, runs=chosen), replicates=100)
+    return {row["label"]: row for row in comparison["rows"]}
+
+
 @pytest.fixture(scope="module")
 def undisturbed(camvid_root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "sweep"
@@ -62,7 +72,10 @@ def test_a_grid_leaves_a_plan_and_a_report_of_every_job(undisturbed):
 
     assert names(folder) == dict.fromkeys(("none 0", "se 0", "none 1", "se 1"), "finished")
     assert "4 of 4 jobs finished, 0 running, 0 left" in done.stderr
-    assert done.stdout.rstrip().endswith(f"sweep: {folder}")
+    assert done.stdout.rstrip().endswith(f"comparison: {folder}/comparison/comparison.html\nsweep: {folder}")
+    assert {"comparison.html", "comparison.json", "comparison.md", "comparison.csv", "comparison.tex", "figures"} <= {
+        path.name for path in (folder / "comparison").iterdir()
+    }
     for label, report in reports(folder).items():
         assert " ".join(report["job"]["overrides"].values()) == label
         assert report["config"]["attention"]["name"] == report["job"]["overrides"]["attention"]
@@ -120,6 +133,10 @@ def test_kills_at_any_moment_change_nothing_in_the_result(undisturbed, camvid_ro
     for label, report in reports(folder).items():
         for key in ("confusion_matrix", "miou", "images", "size_miou"):
             assert report[key] == expected[label][key], (label, key)
+    rows, expected_rows = (comparison_rows(sweep) for sweep in (folder, undisturbed[0]))
+    for label, row in rows.items():
+        for key in ("miou", "contrast", "classes", "strata"):
+            assert row[key] == expected_rows[label][key], (label, key)
     for job in read_plan(folder).jobs:
         ours, theirs = (
             torch.load(sweep / job.folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
