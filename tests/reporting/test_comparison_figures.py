@@ -28,7 +28,7 @@ def test_every_figure_is_a_png_and_a_pdf(tmp_path):
 
 
 def test_the_same_comparison_gives_the_same_pdf(tmp_path):
-    comparison = make_comparison(tmp_path, rows=3, classes=4)
+    comparison = make_comparison(tmp_path, rows=2, classes=3)
     comparison["examples"] = []
     draw_comparison(comparison, tmp_path)
     first = {path.name: path.read_bytes() for path in (tmp_path / "figures").glob("*.pdf")}
@@ -41,7 +41,9 @@ def test_the_same_comparison_gives_the_same_pdf(tmp_path):
 
 def test_a_figure_without_data_is_left_out_and_an_earlier_one_removed(tmp_path):
     comparison = make_comparison(tmp_path, rows=2)
-    draw_comparison(comparison, tmp_path)
+    (tmp_path / "figures").mkdir()
+    for name in NAMES:
+        (tmp_path / "figures" / f"{name}.png").write_bytes(b"earlier")
     comparison["examples"] = []
     for each in comparison["rows"]:
         each.update(contrast=None, curves={})
