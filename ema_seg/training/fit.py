@@ -75,7 +75,10 @@ def fit(
         schedule=config["schedule"],
         config=config,
     )
-    best = RunCheckpoint(run, "best", monitor=_MONITORED, mode="max")
+    # Nothing goes on from the best: without the optimiser's state it is a third of the size. Lightning leaves the
+    # averaged weights, too, out of a checkpoint of weights alone.
+    weights_only = not settings["weight_averaging"]
+    best = RunCheckpoint(run, "best", monitor=_MONITORED, mode="max", save_weights_only=weights_only)
     last = run / "checkpoints" / "last.ckpt"
     if resume:
         load_checkpoint(last)  # for its complaint: Lightning's is a traceback
