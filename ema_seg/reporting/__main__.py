@@ -1,6 +1,7 @@
 """Compare runs: ``python -m ema_seg.reporting <sweep folder>``, ``python -m ema_seg.reporting compare RUN RUN``."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="key=value[,key=value]",
         help="what to compare with; default: what the sweep names, the first run, or attention=none",
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write; default: comparison/ in the folder")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="where to write; default: comparison/ in the folder, or here"
+    )
     options = parser.parse_args(texts)
     try:
         baseline = _parse_baseline(options.baseline)
@@ -58,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse_baseline(text: str | None) -> dict[str, str] | None:
     if text is None:
         return None
-    pairs = [part.partition("=") for part in text.split(",")]
+    # A comma within brackets belongs to a value.
+    pairs = [part.partition("=") for part in re.split(r",(?![^\[{(]*[\])}])", text)]
     if not all(key and separator and value for key, separator, value in pairs):
         raise ConfigError(f"--baseline {text}: give it as key=value, for example attention=none.")
     return {key: value for key, _, value in pairs}

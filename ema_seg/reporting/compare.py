@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ema_seg.errors import DataError
+from ema_seg.errors import ConfigError, DataError
 from ema_seg.reporting.comparison import Comparison, Contrast, Curve, Disagreement, Job, Row, Summary
 from ema_seg.reporting.configurations import Configuration, find_baselines, group_runs, setting_text
 from ema_seg.reporting.runs import Result, Run, Runs
@@ -43,6 +43,8 @@ _COSTS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "parameters": lambda report: report["parameters"]["total"],
     "gmacs": lambda report: report["gmacs"],
 }
+# What a group of classes cannot be called: a size of objects, or what a table calls a column beside the mIoU.
+_TAKEN_NAMES = {"small", "medium", "large", "sd", "difference", "low", "high", "n", "covers", "p", "p_holm"}
 # What costs have to have in common to be compared, with how a reader is told of it.
 _COST_SETTINGS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "device": lambda report: report["throughput"]["device"],
@@ -104,6 +106,12 @@ def match_runs(
     notes = list(runs.notes)
     # Runs of one sweep are told apart by its overrides; runs that were named one by one may come from several.
     settings, configurations = group_runs(runs.runs)
+    if runs.folder is None and len(configurations) == 1 and len(runs.runs) > 1:
+        named = " and ".join(str(run.folder) for run in runs.runs)
+        raise ConfigError(
+            f"{named}: these runs have the same settings, so that there is nothing to compare; they differ at most in "
+            "their seed or in how they were evaluated. Name runs of two configurations."
+        )
     chosen = dict(baseline) if baseline else _default_baseline(runs, settings, configurations)
     if chosen is None:
         bases: list[Configuration | None] = [None] * len(configurations)
@@ -234,6 +242,9 @@ def _results_by_seed(configuration: Configuration, notes: list[str]) -> dict[int
 
 def _groups(named: Mapping[str, Sequence[str]], classes: Sequence[str]) -> dict[str, list[int]]:
     """The groups that have classes here, with the numbers of these."""
+    for group in named:
+        if group in _TAKEN_NAMES:
+            raise ConfigError(f"sweep.groups.{group}: this name has a meaning of its own here; choose another.")
     places = {name: index for index, name in enumerate(classes)}
     groups = {group: [places[name] for name in names if name in places] for group, names in named.items()}
     return {group: members for group, members in groups.items() if members}
@@ -264,7 +275,26 @@ def _contrasts(
         scores = add_groups(score_sums(add_whole(weigh_counts(weights, counts))), groups)
         for spread in spreads.values():
             spread.add(scores)
-    return {label: spread.contrasts(len(counts)) for label, spread in spreads.items()}
+    union = counts[:, :, :, 1] > 0  # (images, runs, strata, K)
+    return {label: spread.contrasts(_images_with(union[:, spread.runs], groups)) for label, spread in spreads.items()}
+
+
+def _images_with(union: NDArray[np.bool_], groups: Sequence[Sequence[int]]) -> NDArray[np.intp]:
+    """The number of images that a score rests on: those in which a run has a pixel of it, or the truth.
+
+    Args:
+        union: whether there is such a pixel, (images, runs, strata, K).
+        groups: classes of each group.
+
+    Returns:
+        For the whole and each stratum, of the mean, each class and each group: (1 + strata, 1 + K + groups).
+    """
+    any_of = np.logical_or.reduce
+    strata = any_of(union, axis=1)
+    parts = np.concatenate([any_of(strata, axis=1, keepdims=True), strata], axis=1)  # (images, 1 + strata, K)
+    columns = [any_of(parts, axis=-1), *np.moveaxis(parts, -1, 0)]
+    columns += [any_of(parts[..., list(group)], axis=-1) for group in groups]
+    return np.stack(columns, axis=-1).sum(axis=0)
 
 
 class _PairSpread:
@@ -276,6 +306,7 @@ class _PairSpread:
         self._baseline = match.baseline.label
         self._ours = [places[id(match.results[key])] for key in match.common_seeds]
         self._theirs = [places[id(match.baseline.results[key])] for key in match.common_seeds]
+        self.runs = [*self._ours, *self._theirs]
         self._differences = self._subtract(full)  # (n, 1 + strata, 1 + K)
         # A class that a seed has no score of takes part with the other seeds.
         self._valid = np.isfinite(self._differences)
@@ -295,8 +326,12 @@ class _PairSpread:
         self._sum += deviation.sum(axis=0)
         self._squares += (deviation**2).sum(axis=0)
 
-    def contrasts(self, images: int) -> list[list[Contrast | None]]:
-        """The contrasts of each stratum's mean and classes; None where there is no difference."""
+    def contrasts(self, images: NDArray[np.intp]) -> list[list[Contrast | None]]:
+        """The contrasts of each stratum's mean and classes; None where there is no difference.
+
+        Args:
+            images: that each of them rests on. What a single image says has no interval, and gets no contrast.
+        """
         used = np.maximum(self._replicates, 2)
         variance = np.maximum(self._squares - self._sum**2 / used, 0) / (used - 1)
         groups, scores = self._mean.shape
@@ -304,11 +339,11 @@ class _PairSpread:
             [self._contrast((group, score), variance, images) for score in range(scores)] for group in range(groups)
         ]
 
-    def _contrast(self, place: tuple[int, int], variance: Array, images: int) -> Contrast | None:
-        if not self._count[place]:
+    def _contrast(self, place: tuple[int, int], variance: Array, images: NDArray[np.intp]) -> Contrast | None:
+        if not self._count[place] or images[place] < 2:
             return None
         values = self._differences[:, *place][self._valid[:, *place]]
-        estimate = estimate_difference(values, float(variance[place]), images, CONFIDENCE)
+        estimate = estimate_difference(values, float(variance[place]), int(images[place]), CONFIDENCE)
         return Contrast(
             baseline=self._baseline,
             difference=estimate.difference,
@@ -399,22 +434,27 @@ def _summary(values: Iterable[float | None]) -> Summary:
 
 
 def _curves(runs: Sequence[Mapping[str, Sequence[float | None]]]) -> dict[str, Curve]:
-    """Each column but the epoch, over the runs that have a value of an epoch."""
+    """Each column but the epoch, as far as all runs that have the column have a value.
+
+    Where some have ended earlier the mean over the others would jump, for no reason that lies in the training.
+    """
     points: dict[str, dict[int, list[float]]] = {}
     for columns in runs:
         for name, values in columns.items():
             for epoch, value in zip(columns["epoch"], values, strict=True):
                 if name != "epoch" and epoch is not None and value is not None:
                     points.setdefault(name, {}).setdefault(int(epoch), []).append(value)
-    return {
-        name: Curve(
-            epoch=sorted(by_epoch),
-            mean=[float(np.mean(by_epoch[epoch])) for epoch in sorted(by_epoch)],
-            low=[min(by_epoch[epoch]) for epoch in sorted(by_epoch)],
-            high=[max(by_epoch[epoch]) for epoch in sorted(by_epoch)],
+    curves = {}
+    for name, by_epoch in points.items():
+        number = max(map(len, by_epoch.values()))
+        epochs = sorted(epoch for epoch, values in by_epoch.items() if len(values) == number)
+        curves[name] = Curve(
+            epoch=epochs,
+            mean=[float(np.mean(by_epoch[epoch])) for epoch in epochs],
+            low=[min(by_epoch[epoch]) for epoch in epochs],
+            high=[max(by_epoch[epoch]) for epoch in epochs],
         )
-        for name, by_epoch in points.items()
-    }
+    return curves
 
 
 def _disagreements(match: Match) -> list[Disagreement]:
@@ -486,7 +526,7 @@ def _notes_on_matches(matches: Sequence[Match], *, has_baseline: bool) -> list[s
             if apart:
                 notes.append(
                     f"{match.label}: the difference to {match.baseline.label} is over the seeds that both have, "
-                    f"without {_seeds(sorted(map(str, apart)))}."
+                    f"without {_seeds([str(seed) for seed in sorted(apart, key=_order)])}."
                 )
     if any(len(match.common_seeds) == 1 for match in matches):
         notes.append(
@@ -503,6 +543,10 @@ def _tell(runs: Sequence[Run]) -> list[str]:
         fate = run.state + (f": {run.reason.rstrip('.')}" if run.reason else "")
         fates.setdefault(fate, []).append("unknown" if run.seed is None else str(run.seed))
     return [f"{_seeds(seeds)} {fate}" for fate, seeds in fates.items()]
+
+
+def _order(seed: int | None) -> int:
+    return -1 if seed is None else seed
 
 
 def _seeds(seeds: Sequence[str]) -> str:

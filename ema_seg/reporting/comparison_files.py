@@ -54,8 +54,7 @@ def write_comparison(comparison: Comparison, directory: str | Path) -> Path:
     directory = Path(directory)
     from ema_seg.reporting.comparison_figures import draw_comparison  # brings Matplotlib, which takes a while
 
-    draw_comparison(comparison, directory)
-    figures = sorted(path.relative_to(directory).as_posix() for path in (directory / "figures").glob("*.png"))
+    figures = [f"figures/{name}.png" for name in draw_comparison(comparison, directory)]
     texts = {
         "csv": comparison_as_csv(comparison),
         "tex": comparison_as_latex(comparison),

@@ -7,26 +7,13 @@ from typing import Any
 
 from ema_seg.errors import ConfigError, did_you_mean
 from ema_seg.reporting.runs import Run
+from ema_seg.sweeps import machine_keys
 
 __all__ = ["Configuration", "find_baselines", "group_runs", "setting_text"]
 
-# Keys that change where and how a run is run and watched, and not what it learns. What it was evaluated with stands
-# in its report, whatever the configuration of the training says.
-_MACHINE_KEYS = (
-    "resume",
-    "report",
-    "logger",
-    "sweep",
-    "evaluation",
-    "data.root",
-    "data.workers",
-    "trainer.accelerator",
-    "trainer.log_every_n_steps",
-    "training.progress_bar",
-    "training.pictures_every",
-)
-# These follow another key, of which they would only repeat the difference.
-_FOLLOWING_KEYS = ("trainer.max_epochs",)
+# Keys that no row is told apart by. What a run was evaluated with stands in its report, whatever the configuration of
+# the training says; the number of epochs is that of ``epochs``.
+_LEFT_OUT = ("seed", "evaluation", "trainer.log_every_n_steps", "trainer.max_epochs")
 
 
 def _placement_name(options: Mapping[str, Any]) -> str:
@@ -149,13 +136,14 @@ def _override_settings(run: Run) -> dict[str, Any]:
 
 
 def _config_settings(run: Run) -> dict[str, Any]:
-    """The leaves of a run's configuration by dotted key, but for seed and machine."""
+    """The leaves of a run's configuration by dotted key, but for seed and machine; null is the same as no key."""
     assert run.result is not None
-    left_out = [*_MACHINE_KEYS, *_FOLLOWING_KEYS, "seed"]
+    config = run.result.report["config"]
+    left_out = [*machine_keys(config), *_LEFT_OUT]
     return {
         key: value
-        for key, value in _flatten(run.result.report["config"]).items()
-        if not any(key == name or key.startswith(f"{name}.") for name in left_out)
+        for key, value in _flatten(config).items()
+        if value is not None and not any(key == name or key.startswith(f"{name}.") for name in left_out)
     }
 
 
@@ -167,7 +155,7 @@ def _section_names(run: Run) -> dict[str, Any]:
 
 def _differing_overrides(keys: Sequence[Mapping[str, Any]]) -> list[str]:
     known = dict.fromkeys(key for settings in keys for key in settings)
-    return [key for key in known if len({setting_text(settings.get(key)) for settings in keys}) > 1]
+    return [key for key in known if len({_frozen(settings.get(key)) for settings in keys}) > 1]
 
 
 def _differing_settings(runs: Sequence[Run], keys: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -212,6 +200,11 @@ def _set_labels(configurations: Sequence[Configuration]) -> None:
             configuration.label = label
         if len(set(labels)) == len(labels):
             return
+    seen: dict[str, int] = {}
+    for configuration, label in zip(configurations, labels, strict=True):
+        seen[label] = seen.get(label, 0) + 1
+        if seen[label] > 1:
+            configuration.label = f"{label} ({seen[label]})"
 
 
 def _short_part(key: str, value: Any) -> str:

@@ -1,6 +1,7 @@
 """The pictures of a comparison's examples: photograph, truth, and the masks of a configuration and of its baseline."""
 
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -82,10 +83,16 @@ class _Album:
         return self._once(file, lambda: self._read_prediction(result, name))
 
     def remove_others(self) -> None:
-        """Remove the pictures of an earlier comparison, which show other images or other models."""
-        for path in (self._directory / _FOLDER).glob("*+*"):
-            if path.name not in self._written:
-                path.unlink()
+        """Remove the pictures of an earlier comparison, which show other images or other models; nothing else."""
+        try:
+            earlier = json.loads((self._directory / "comparison.json").read_text(encoding="utf-8"))
+            files = {file for example in earlier["examples"] for file in example["files"].values() if file}
+        except (OSError, AttributeError, KeyError, TypeError, ValueError):
+            return
+        for file in files - set(self._written.values()):
+            path = self._directory / file
+            if path.parent == self._directory / _FOLDER:
+                path.unlink(missing_ok=True)
 
     def _once(self, file: str, read: Callable[[], bytes | None]) -> str | None:
         if file not in self._written:

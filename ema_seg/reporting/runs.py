@@ -14,7 +14,10 @@ from ema_seg.sweeps.folder import job_state, read_plan
 
 __all__ = ["Result", "Run", "Runs", "load_result", "read_folder", "read_runs"]
 
-_NEEDED = {"config", "curves", "data", "environment", "gmacs", "palette", "parameters", "seed", "throughput"}
+_NEEDED = {
+    *("attention", "config", "created", "curves", "data", "environment", "gmacs", "iou", "job", "miou", "palette"),
+    *("parameters", "seed", "size_miou", "throughput"),
+}
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,9 @@ def read_folder(folder: Path) -> Runs:
         found = Runs(folder.resolve().name, folder, [run for run in runs if run.result], None, notes)
     if not any(run.result for run in found.runs):
         states = ", ".join(f"{sum(run.state == state for run in found.runs)} {state}" for state in _states(found.runs))
-        jobs = f"none of its jobs is finished ({states})" if found.runs else "it has no */report/report.json"
-        raise DataError(f"{folder}: there is nothing to compare, for {jobs}.")
+        jobs = f"none of its jobs is finished ({states})" if found.runs else "no */report/report.json in it can be read"
+        told = f" {notes[0]}" if notes else ""
+        raise DataError(f"{folder}: there is nothing to compare, for {jobs}.{told}")
     return found
 
 
@@ -161,6 +165,10 @@ def load_result(path: Path) -> Result:
             raise ValueError("the counts of the images do not fit together")
         if missing := sorted(_NEEDED.difference(report)):
             raise KeyError(f"{missing[0]} is missing")
+        if not report["throughput"]["forward"]:
+            raise ValueError("throughput.forward is empty")
+        if len({len(column) for column in (report["curves"] or {}).values()}) > 1:
+            raise ValueError("the curves are of different lengths")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: is no whole report ({one_line(error)}); write it again with eval.py.") from error
     return result

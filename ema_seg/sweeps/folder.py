@@ -156,6 +156,8 @@ def _is_running(folder: Path) -> bool:
             return False
     except Timeout:
         return True
+    except OSError:  # a folder that cannot be written to: nobody runs there
+        return False
 
 
 def _progress(folder: Path) -> dict[str, Any]:

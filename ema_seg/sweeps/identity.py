@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["identity", "job_name"]
+__all__ = ["identity", "job_name", "machine_keys"]
 
 # Keys that say on which machine, from which path and with what on the screen, and change no result but the timings.
 _MACHINE_KEYS = (
@@ -28,16 +28,21 @@ _LONGEST_NAME = 80
 def identity(config: Mapping[str, Any]) -> str:
     """Twelve hexadecimal digits that two resolved configurations of ``train.py`` share if they describe the same job.
 
-    The folder of the data set counts as a matter of the machine, except for ``data=folder``, where it is what names
-    the data.
-
     Args:
         config: the resolved configuration as plain data.
     """
-    machine_keys = [key for key in _MACHINE_KEYS if not (key == "data.root" and config["data"]["name"] == "folder")]
-    kept = _without(config, "", machine_keys)
+    kept = _without(config, "", machine_keys(config))
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def machine_keys(config: Mapping[str, Any]) -> list[str]:
+    """The keys of a configuration that concern the machine alone.
+
+    The folder of the data set is one, except for ``data=folder``, where it is what names the data.
+    """
+    names_data = config.get("data", {}).get("name") == "folder"
+    return [key for key in _MACHINE_KEYS if not (key == "data.root" and names_data)]
 
 
 def _without(value: Any, path: str, left_out: list[str]) -> Any:

@@ -2,12 +2,15 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from ema_seg.errors import ConfigError, DataError
 from ema_seg.reporting.compare import compare_runs, match_runs
+from ema_seg.reporting.comparison_files import report_comparison
 from ema_seg.reporting.pictures import draw_examples
 from ema_seg.reporting.runs import read_folder, read_runs
 from tests.reporting.runs_on_disk import IMAGES, make_config, make_truth, plan_job, write_plan, write_run, write_sweep
@@ -353,13 +356,18 @@ def test_examples_are_the_images_of_most_gain_and_most_loss(tmp_path):
         assert np.array_equal(pictures["prediction"], np.array(Image.open(kept).convert("RGB")))
 
 
-def test_pictures_of_an_earlier_comparison_go(sweep, tmp_path):
+def test_pictures_of_an_earlier_comparison_go_and_nothing_else(sweep, tmp_path):
     runs = read_folder(sweep)
-    comparison, matches = compare(runs), match_runs(runs)[2]
-    draw_examples(comparison["examples"], matches, tmp_path)
-    draw_examples(comparison["examples"][:1], matches, tmp_path)
-    kept = {example["row"] for example in comparison["examples"][:1]} | {"none"}
-    assert {path.name.split("+")[1] for path in (tmp_path / "examples").iterdir()} == kept
+    report_comparison(runs, tmp_path)
+    own = [tmp_path / "examples" / "c++notes.txt", tmp_path / "figures" / "mine.png"]
+    for path in own:
+        path.write_text("mine")
+    fewer = replace(runs, runs=[run for run in runs.runs if (run.overrides or {})["attention"] != "cbam"])
+    report_comparison(fewer, tmp_path)
+    pictures = {path.name.split("+")[1] for path in (tmp_path / "examples").glob("*.png")}
+    assert pictures == {"ema", "none"}
+    assert all(path.read_text() == "mine" for path in own)
+    assert "mine.png" not in (tmp_path / "comparison.md").read_text()
 
 
 def test_pictures_that_cannot_be_had_are_noted(sweep, tmp_path):
@@ -413,3 +421,136 @@ def test_groups_of_classes_that_a_sweep_names_are_scored_apart(tmp_path):
     assert row["strata"]["both"]["contrast"]["difference"] == pytest.approx(
         np.mean([part["contrast"]["difference"] for part in known])
     )
+
+
+def drawn_differences(sweep, seeds, replicates=2000):
+    """mIoU of "ema" less that of "none" for every seed: of all images, and of each of some drawn N - 1 of N times."""
+    counts = np.array(
+        [
+            [
+                [[image["intersection"], image["union"]] for image in json.loads(path.read_text())["images"]]
+                for path in (sweep / f"{name}_seed{seed}" / "report" / "report.json" for seed in seeds)
+            ]
+            for name in ("ema", "none")
+        ],
+        dtype=float,
+    )  # (2, seeds, images, 2, K)
+
+    def differences(chosen):
+        intersection, union = np.moveaxis(counts[:, :, chosen].sum(axis=2), -2, 0)
+        with np.errstate(invalid="ignore"):
+            return -np.diff(np.nanmean(intersection / union, axis=-1), axis=0)[0]
+
+    rng = np.random.default_rng(1)
+    drawn = [differences(rng.integers(0, IMAGES, IMAGES - 1)).mean() for _ in range(replicates)]
+    return differences(np.arange(IMAGES)), np.var(drawn, ddof=1)
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
+def test_the_interval_is_that_of_a_bootstrap_written_down(seeds, sweep):
+    runs = read_folder(sweep)
+    runs = replace(runs, runs=[run for run in runs.runs if run.seed in seeds])
+    contrast = rows_of(compare_runs(runs, replicates=4000))["ema"]["contrast"]
+    differences, of_images = drawn_differences(sweep, seeds)
+    n = len(seeds)
+    of_seeds = np.var(differences, ddof=1) / n if n > 1 else 0.0
+    total = of_seeds + of_images
+    freedom = total**2 / ((of_seeds**2 / (n - 1) if n > 1 else 0) + of_images**2 / (IMAGES - 1))
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(total)
+    if n > 1:
+        half = max(half, stats.t.ppf(0.975, n - 1) * np.sqrt(of_seeds))
+    assert contrast["difference"] == pytest.approx(differences.mean())
+    assert contrast["high"] - contrast["difference"] == pytest.approx(half, rel=0.1)
+    assert contrast["difference"] - contrast["low"] == pytest.approx(half, rel=0.1)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_a_class_of_few_images_has_no_more_certainty_than_these_give(images, tmp_path):
+    write_run(tmp_path / "none0", "none", 0)
+    write_run(tmp_path / "ema0", "ema", 0, wrong=0.2)
+    for path in tmp_path.glob("*/report/report.json"):
+        report = json.loads(path.read_text())
+        for image in report["images"][images:]:  # "car" is in the first images alone
+            for counts in (image, *image["strata"].values()):
+                counts["intersection"][1] = counts["union"][1] = 0
+        path.write_text(json.dumps(report))
+    contrast = rows_of(compare(read_folder(tmp_path)))["ema"]["classes"]["car"]["contrast"]
+    if images == 1:
+        assert contrast is None
+        return
+    differences = []
+    for name in ("ema", "none"):
+        held = json.loads((tmp_path / f"{name}0" / "report" / "report.json").read_text())["images"][:images]
+        counts = np.array([[image["intersection"][1], image["union"][1]] for image in held])
+        rng = np.random.default_rng(0)
+        drawn = [rng.integers(0, IMAGES, IMAGES - 1) for _ in range(4000)]
+        sums = np.array([counts[chosen[chosen < images]].sum(axis=0) for chosen in drawn])
+        with np.errstate(invalid="ignore"):
+            differences.append(sums[:, 0] / sums[:, 1])
+    spread = np.nanstd(differences[0] - differences[1], ddof=1)
+    half = stats.t.ppf(0.975, images - 1) * spread
+    assert contrast["high"] - contrast["difference"] == pytest.approx(half, rel=0.25)
+
+
+def test_a_setting_that_is_null_is_one_that_is_not_there(tmp_path):
+    for attention, seed in itertools.product(("none", "ema"), range(3)):
+        extra = {"training": {"early_stopping": None}} if seed == 2 else {}
+        write_run(tmp_path / f"{attention}{seed}", attention, seed, **extra)
+    rows = rows_of(compare(read_folder(tmp_path)))
+    assert {label: row["seeds"] for label, row in rows.items()} == {"none": [0, 1, 2], "ema": [0, 1, 2]}
+
+
+def test_an_override_to_null_is_a_row_of_its_own(tmp_path):
+    jobs = []
+    for seed, other in itertools.product(range(2), ({}, {"loss.dice": "null"})):
+        name = f"{seed}{len(other)}"
+        write_run(tmp_path / name, "none", seed, wrong=0.2 + 0.1 * len(other))
+        jobs.append(plan_job(name, seed=str(seed), **other))
+    rows = rows_of(compare(read_folder(write_plan(tmp_path, jobs))))
+    assert {label: row["seeds"] for label, row in rows.items()} == {"none": [0, 1], "dice=null": [0, 1]}
+
+
+def test_a_folder_of_data_names_its_data(tmp_path):
+    for root, seed in itertools.product(("small", "full"), range(2)):
+        data = {"name": "folder", "root": f"/data/{root}", "batch_size": 4, "workers": 2}
+        write_run(tmp_path / f"{root}{seed}", "none", seed, data=data)
+    rows = rows_of(compare(read_folder(tmp_path)))
+    assert {label: row["seeds"] for label, row in rows.items()} == {
+        "root=/data/full": [0, 1],
+        "root=/data/small": [0, 1],
+    }
+
+
+def test_named_runs_of_one_configuration_are_nothing_to_compare(tmp_path):
+    runs = [write_run(tmp_path / f"none{seed}", "none", seed) for seed in range(2)]
+    with pytest.raises(ConfigError, match=r"none0 and .*none1: these runs have the same settings"):
+        compare(read_runs(runs))
+
+
+def test_curves_go_as_far_as_all_seeds(tmp_path):
+    for seed, scores in enumerate(([0.25, 0.25, 0.25], [0.75])):
+        curves = {"epoch": [float(epoch) for epoch in range(len(scores))], "val/miou": scores}
+        write_run(tmp_path / f"none{seed}", "none", seed, report={"curves": curves})
+    (row,) = compare(read_folder(tmp_path))["rows"]
+    assert row["curves"]["val/miou"] == {"epoch": [0], "mean": [0.5], "low": [0.25], "high": [0.75]}
+
+
+def test_a_group_cannot_take_the_name_of_a_size(sweep):
+    runs = replace(read_folder(sweep), groups={"small": ["car"]})
+    with pytest.raises(ConfigError, match=r"sweep\.groups\.small: this name has a meaning"):
+        compare(runs)
+
+
+def test_a_sweep_whose_locks_cannot_be_taken_is_read(sweep, tmp_path):
+    folder = write_sweep(tmp_path / "copied")
+    job = folder / "se_seed0"
+    (job / "job.lock").mkdir(parents=True)
+    rows = rows_of(compare(read_folder(folder)))
+    assert rows["se"]["jobs"][0]["state"] == "missing"
+
+
+def test_why_no_report_can_be_read_is_said(tmp_path):
+    path = write_run(tmp_path / "old") / "report" / "report.json"
+    path.write_text(path.read_text().replace("ema-seg.report/", "ema-seg.report/0"))
+    with pytest.raises(DataError, match=r"nothing to compare.*schema"):
+        read_folder(tmp_path)

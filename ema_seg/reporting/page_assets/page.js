@@ -1,6 +1,6 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
-const baselineRow = data.rows.find((row) => row.baseline);
+const baselineRows = data.rows.filter((row) => row.baseline);
 const SVG = "http://www.w3.org/2000/svg";
 // Okabe and Ito's colours, which are told apart with every kind of colour vision; further rows are grey.
 const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6761d"];
@@ -74,7 +74,7 @@ byId("title").textContent = data.title;
 const replicates = data.bootstrap.replicates.toLocaleString("en");
 byId("summary").textContent =
   `${data.rows.length} configurations on ${data.data.name}, ${data.data.split} split, ${data.data.images} images. ` +
-  (baselineRow ? `Differences are to ${baselineRow.label}. ` : "") + `${data.created.slice(0, 10)}.`;
+  (baselineRows.length ? `Differences are to ${baselineRows.map((row) => row.label).join("; ")}. ` : "") + `${data.created.slice(0, 10)}.`;
 if (data.notes.length) {
   byId("notes").hidden = false;
   byId("notes").querySelector("ul").append(...data.notes.map((note) => el("li", {}, note)));
@@ -208,7 +208,7 @@ function drawFilters() {
 const batches = [...new Set(data.rows.map((row) => row.cost_batch_size).filter(Boolean))];
 byId("table-note").textContent =
   "mIoU: mean \u00b1 standard deviation over the seeds. " +
-  (baselineRow ? `Difference: paired by seed and image; the interval covers both (${replicates} replicates of the images); bold where p, corrected for the number of rows, is below 0.05. ` : "") +
+  (baselineRows.length ? `Difference: paired by seed and image; the interval covers both (${replicates} replicates of the images); bold where p, corrected for the number of rows, is below 0.05. ` : "") +
   (batches.length ? `Speed, latency and memory: of the forward pass, batch ${batches.join(" or ")}. ` : "") +
   Object.entries(data.strata).map(([name, text]) => `${name}: ${text}`).join("; ") + ".";
 
