@@ -24,11 +24,14 @@ const byId = (id) => document.getElementById(id);
 
 const MINUS = "\u2212";
 const points = (fraction, digits = 2) => (100 * fraction).toFixed(digits).replace("-", MINUS);
-const signed = (fraction, digits = 2) => (fraction > 0 ? "+" : "") + points(fraction, digits);
+// What rounds to nothing has no sign.
+const signOf = (number) => (number > 0 ? "+" : number < 0 ? MINUS : "");
+const signed = (fraction, digits = 2) => signOf(Number((100 * fraction).toFixed(digits))) + Math.abs(100 * fraction).toFixed(digits);
 // Three significant digits at least, without an exponent.
 const decimals = (value) => Math.max(0, 2 - Math.floor(Math.log10(Math.abs(value) || 1)));
 const plain = (value) => value.toFixed(decimals(value));
 const probability = (p) => (p === null ? "" : p < 0.001 ? "< 0.001" : p.toFixed(3));
+const seedsOf = (contrast) => `${contrast.n} seed${contrast.n > 1 ? "s" : ""}`;
 const interval = (contrast, digits = 2) => `[${signed(contrast.low, digits)}, ${signed(contrast.high, digits)}]`;
 const isSure = (contrast) => contrast && contrast.p_holm !== null && contrast.p_holm < 0.05;
 const leavesZeroOut = (contrast) => contrast.low > 0 || contrast.high < 0;
@@ -93,8 +96,10 @@ const COSTS = {
 /* The mean, and the deviation to the same decimal: one further at most where it would read zero. */
 function withDeviation({ mean, sd }, factor, digits = decimals(factor * mean)) {
   if (mean === null) return "";
-  if (sd && factor * sd < 0.5 * 10 ** -digits) digits += 1;
-  return (factor * mean).toFixed(digits) + (sd ? ` \u00b1 ${(factor * sd).toFixed(digits)}` : "");
+  // Equal numbers leave a spread of rounding errors, which no further decimal brings out.
+  const spreadAt = (places) => (sd === null ? 0 : Number((factor * sd).toFixed(places)));
+  if (!spreadAt(digits) && spreadAt(digits + 1)) digits += 1;
+  return (factor * mean).toFixed(digits) + (spreadAt(digits) ? ` \u00b1 ${(factor * sd).toFixed(digits)}` : "");
 }
 
 function columns() {
@@ -377,7 +382,7 @@ function drawClasses() {
       const first = index === strata.length ? "first" : "";
       if (!found?.contrast) return el("td", { class: first, title: `${row.label}, ${part[1]}: not known` }, "\u2013");
       const { contrast, score } = found;
-      const text = `${row.label}, ${part[1]}\nIoU ${points(score.mean)} %\n${signed(contrast.difference)} points, ${interval(contrast)}`;
+      const text = `${row.label}, ${part[1]}\nIoU ${points(score.mean)} %\n${signed(contrast.difference)} points, ${interval(contrast)}, ${seedsOf(contrast)}`;
       const node = el(
         "td", { class: `${first} ${leavesZeroOut(contrast) ? "sure" : ""}`, style: `background:${shade(contrast.difference, largest)}` },
         signed(contrast.difference, 1),
@@ -419,6 +424,7 @@ function drawCurves() {
     const curve = all[index];
     const at = (values) => values.map((value, place) => `${plot.x(curve.epoch[place] + 1)},${plot.y(factor * value)}`);
     const last = curve.mean.length - 1;
+    if (last === 0) plot.node.append(svg("circle", { cx: plot.x(curve.epoch[0] + 1), cy: plot.y(factor * curve.mean[0]), r: 3, fill: colourOf(row) }));
     plot.node.append(
       svg("polygon", { points: [...at(curve.high), ...at(curve.low).reverse()].join(" "), fill: colourOf(row), opacity: 0.15 }),
       explain(svg("polyline", { points: at(curve.mean).join(" "), fill: "none", stroke: colourOf(row), "stroke-width": 2, "data-label": row.label }),
