@@ -158,7 +158,7 @@ def _markdown_lines(comparison: Comparison, figures: Sequence[str]) -> Iterator[
         yield from _markdown_table(("configuration", "seed", "state", "reason"), unfinished)
     if comparison["notes"]:
         yield "\n## Notes\n"
-        yield from (f"- {note}" for note in comparison["notes"])
+        yield from (f"- {_one_line(note).replace('<', '&lt;')}" for note in comparison["notes"])
     if figures:
         yield "\n## Figures\n"
         yield "\n\n".join(f"![{PurePosixPath(path).stem.replace('_', ' ')}]({path})" for path in figures)
@@ -195,7 +195,8 @@ def _explain(comparison: Comparison) -> str:
 
 
 def _score_cells(row: Row) -> tuple[str, str, str]:
-    planned, finished = len(row["jobs"]), row["miou"]["n"]
+    # A seed that was run twice counts once.
+    planned, finished = len({job["seed"] for job in row["jobs"]}), row["miou"]["n"]
     seeds = str(finished) if finished == planned else f"{finished} of {planned}"
     contrast = row["contrast"]
     p = _NOTHING if contrast is None or contrast["p_holm"] is None else _probability(contrast["p_holm"])

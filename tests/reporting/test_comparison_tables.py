@@ -160,3 +160,9 @@ def test_comparing_needs_no_torch():
 
     program = "import sys, ema_seg.reporting.__main__; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_a_note_stays_one_item_of_plain_text(tmp_path):
+    comparison = compare_runs(read_folder(write_sweep(tmp_path / "blocks")), replicates=100)
+    comparison["notes"] = ["ema: seed 1 failed: first line\nsecond <img src=x>"]
+    assert "- ema: seed 1 failed: first line second &lt;img src=x>\n" in comparison_as_markdown(comparison, [])
