@@ -125,7 +125,9 @@ def match_runs(
     # Baselines, which have none themselves, before what is compared with them.
     for index, configuration in sorted(enumerate(configurations), key=lambda item: item[1].label not in compared_with):
         base, label = bases[index], configuration.label
-        baseline_match = None if base is None else matches[base.label]
+        # Of a mixture of trainings a difference would be one of nothing in particular.
+        comparable = base is not None and not base.mixed_keys and not configuration.mixed_keys
+        baseline_match = matches[base.label] if base is not None and comparable else None
         matches[label] = Match(configuration, results[index], baseline_match, is_baseline=label in compared_with)
     matched = list(matches.values())
     notes += _notes_on_matches(matched, has_baseline=chosen is not None)
@@ -504,21 +506,22 @@ def _commit(environment: Mapping[str, Any]) -> str | None:
 
 def _notes_on_matches(matches: Sequence[Match], *, has_baseline: bool) -> list[str]:
     notes = []
+    mixed_bases = any(match.is_baseline and match.configuration.mixed_keys for match in matches)
     for match in matches:
         runs = match.configuration.runs
         unfinished = [run for run in runs if run.result is None]
         if unfinished:
             told = "; ".join(_tell(unfinished))
             notes.append(f"{match.label}: {len(runs) - len(unfinished)} of {len(runs)} seeds; {told}.")
-        differing = _differing_keys([run.result for run in runs if run.result is not None])
-        if differing:
+        if match.configuration.mixed_keys:
             notes.append(
                 f"{match.label}: its runs differ in more than the seed, though the sweep calls them the same: "
-                f"{', '.join(differing)}."
+                f"{', '.join(match.configuration.mixed_keys)}. No difference is given to it or from it."
             )
-        if match.baseline is None:
+        elif match.baseline is None:
             if has_baseline and not match.is_baseline and match.results:
-                notes.append(f"{match.label}: no difference, for no baseline has its other settings.")
+                usable = " whose runs agree" if mixed_bases else ""
+                notes.append(f"{match.label}: no difference, for no baseline{usable} has its other settings.")
         elif match.results and not match.common_seeds:
             notes.append(f"{match.label}: no difference, for it and {match.baseline.label} share no finished seed.")
         else:
@@ -551,11 +554,6 @@ def _order(seed: int | None) -> int:
 
 def _seeds(seeds: Sequence[str]) -> str:
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
-
-
-def _differing_keys(results: Sequence[Result]) -> list[str]:
-    runs = [Run(result.path, "finished", result=result) for result in results]
-    return group_runs(runs)[0] if len(runs) > 1 else []
 
 
 def _notes_on_costs(results: Sequence[Result]) -> list[str]:

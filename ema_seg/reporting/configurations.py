@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from ema_seg.errors import ConfigError, did_you_mean
@@ -49,6 +50,12 @@ class Configuration:
     settings: dict[str, Any]
     runs: list[Run] = field(default_factory=list)
     label: str = ""
+
+    @cached_property
+    def mixed_keys(self) -> list[str]:
+        """The keys in which its finished runs differ, though the overrides of the sweep do not tell them apart."""
+        finished = [replace(run, overrides=None) for run in self.runs if run.result is not None]
+        return group_runs(finished)[0] if len(finished) > 1 else []
 
 
 def group_runs(runs: Sequence[Run]) -> tuple[list[str], list[Configuration]]:

@@ -276,9 +276,16 @@ def test_costs_measured_side_by_side_are_noted(tmp_path):
 def test_a_sweep_whose_jobs_changed_under_one_name_is_noted(tmp_path):
     write_run(tmp_path / "a", "none", 0)
     write_run(tmp_path / "b", "none", 1, optimizer={"name": "adamw", "lr": 0.01})
-    jobs = [plan_job("a", seed="0"), plan_job("b", seed="1")]
-    comparison = compare(read_folder(write_plan(tmp_path, jobs)))
+    write_run(tmp_path / "c", "ema", 0)
+    jobs = [
+        plan_job("a", attention="none", seed="0"),
+        plan_job("b", attention="none", seed="1"),
+        plan_job("c", attention="ema", seed="0"),
+    ]
+    comparison = compare(read_folder(write_plan(tmp_path, jobs, {"attention": "none"})))
     assert any("differ in more than the seed" in note and "optimizer.lr" in note for note in comparison["notes"])
+    assert rows_of(comparison)["ema"]["contrast"] is None
+    assert any(note.startswith("ema: no difference, for no baseline whose runs agree") for note in comparison["notes"])
 
 
 @pytest.mark.parametrize("state", ["nothing", "empty", "no runs", "unfinished"])
