@@ -84,14 +84,13 @@ def _train_job(composed: DictConfig, run: Path) -> float | None:
         if composed.sweep.deal_devices:
             deal_device(run.parent)
         _freeze_libraries()
-        try:
-            callbacks = _search_callbacks(composed, run)
-            told = {**job, "launcher": launcher}
-            _produce(_settings(composed), run, resume=resume, job=told, quiet=True, callbacks=callbacks)
-        finally:
-            _free_memory()
+        callbacks = _search_callbacks(composed, run)
+        told = {**job, "launcher": launcher}
+        _produce(_settings(composed), run, resume=resume, job=told, quiet=True, callbacks=callbacks)
 
-    return run_job(run, job, work).miou
+    state = run_job(run, job, work)
+    _free_memory()  # not earlier: what a job has raised holds on to all that it had
+    return state.miou
 
 
 def _search_callbacks(composed: DictConfig, run: Path) -> list[Any]:

@@ -224,7 +224,9 @@ def test_launchers_run_the_same_jobs(launcher, undisturbed, camvid_root, tmp_pat
     folder = tmp_path / "sweep"
     options = {"ray": ["+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false"]}
 
-    done = run(camvid_root, folder, "attention=none,se", "epochs=3", f"launcher={launcher}", *options.get(launcher, []))
+    # With a worker for the data, which each launcher's processes have to be able to start.
+    overrides = ["attention=none,se", "epochs=3", f"launcher={launcher}", *options.get(launcher, []), "data.workers=1"]
+    done = run(camvid_root, folder, *overrides)
 
     assert done.returncode == 0, done.stderr
     expected = reports(undisturbed[0])

@@ -1,6 +1,7 @@
 """Samples to batches: the Lightning data module."""
 
 import math
+import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -148,6 +149,7 @@ class SegmentationDataModule(LightningDataModule):
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_start_worker,
+            multiprocessing_context=_start_method() if self.workers > 0 else None,
             **arguments,
         )
 
@@ -159,6 +161,13 @@ class SegmentationDataModule(LightningDataModule):
                 f"data.batch_size={self.batch_size} is more than the {images} training images in"
                 f" {self.train_dataset.root}{share}; choose a smaller batch size."
             )
+
+
+def _start_method() -> str | None:
+    """How the workers are started: the platform's own way, where joblib's processes have put theirs in its place."""
+    current = multiprocessing.get_start_method(allow_none=True)
+    own = multiprocessing.get_all_start_methods()
+    return None if current is None or current in own else own[0]
 
 
 class _Draws(Sampler[tuple[int, int]]):

@@ -99,6 +99,8 @@ class FolderSweeper(Sweeper):
             impossible = str(error)
         except (HydraException, OmegaConfBaseException) as error:
             impossible = one_line(error)
+        except Exception as error:  # whatever else a combination brings about is no reason to lose the others
+            impossible = f"{type(error).__name__}: {one_line(error)}"
         folder = self.earlier[key].folder if key in self.earlier else job_name(told_apart_by, key)
         return PlannedJob(key, folder, dict(told_apart_by), epochs, impossible)
 
