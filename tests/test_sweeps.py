@@ -311,3 +311,11 @@ def test_one_place_for_the_reports_of_all_jobs_is_refused(camvid_root, tmp_path,
 
     assert status == 1
     assert "report.dir=elsewhere: the jobs of a sweep each keep their own" in err
+
+
+def test_combinations_that_mean_the_same_are_one_job(camvid_root, tmp_path):
+    folder = tmp_path / "sweep"
+    done = run(camvid_root, folder, "attention=none", "epochs=1", "data.workers=0,1")
+    assert done.returncode == 0, done.stderr
+    (job,) = json.loads((folder / "sweep.json").read_text())["jobs"]
+    assert [path.parents[1].name for path in folder.glob("*/report/report.json")] == [job["folder"]]

@@ -102,12 +102,14 @@ class FolderSweeper(Sweeper):
         except Exception as error:  # whatever else a combination brings about is no reason to lose the others
             impossible = f"{type(error).__name__}: {one_line(error)}"
         folder = self.earlier[key].folder if key in self.earlier else job_name(told_apart_by, key)
-        return PlannedJob(key, folder, dict(told_apart_by), epochs, impossible)
+        job = PlannedJob(key, folder, dict(told_apart_by), epochs, impossible)
+        self.earlier.setdefault(key, job)  # another combination that means the same is this job, in this folder
+        return job
 
     def write_plan(self, jobs: Sequence[PlannedJob]) -> Plan:
         """Write down what is going to be run; every job once, also if two combinations mean the same."""
         assert self.config is not None
-        unique = list({job.identity: job for job in jobs}.values())
+        unique = list({job.identity: job for job in reversed(jobs)}.values())[::-1]
         settings = OmegaConf.to_container(self.config.sweep)
         assert isinstance(settings, dict)
         plan = Plan(str(settings["name"]), sys.argv, settings["baseline"], unique, settings["groups"])
