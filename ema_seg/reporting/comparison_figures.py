@@ -26,7 +26,7 @@ from PIL import Image
 from ema_seg.errors import DataError
 from ema_seg.evaluation.strata import STRATA
 from ema_seg.reporting.comparison import Comparison, Contrast, Disagreement, Row
-from ema_seg.reporting.comparison_tables import SIGNIFICANT
+from ema_seg.reporting.comparison_tables import SIGNIFICANT, probability_text
 from ema_seg.reporting.files import write_file
 
 __all__ = ["draw_comparison", "front_rows"]
@@ -200,7 +200,7 @@ def _draw_differences(comparison: Comparison) -> Figure | None:
             markerfacecolor="white" if contrast["covers"] == "images" else colour,
             markeredgewidth=1.6,
         )
-        numbers = (_signed(contrast["difference"], 2), str(contrast["n"]), _p_text(contrast["p_holm"]))
+        numbers = (_signed(contrast["difference"], 2), str(contrast["n"]), probability_text(contrast["p_holm"]))
         clear = contrast["p_holm"] is not None and contrast["p_holm"] < SIGNIFICANT
         _write_beside(axes, place, numbers, "black", weight="bold" if clear else "normal")
     _write_beside(axes, len(rows) - 0.2, ("points", "seeds", "p (Holm)"), "0.35")
@@ -483,10 +483,6 @@ def _signed(fraction: float, digits: int) -> str:
     """Percentage points with a sign, minus as in print; what rounds to zero has none."""
     text = f"{100 * fraction:+.{digits}f}"
     return text[1:] if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
-
-
-def _p_text(p: float | None) -> str:
-    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _coloured_rows(rows: Sequence[Row]) -> dict[str, str]:

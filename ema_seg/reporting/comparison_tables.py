@@ -25,6 +25,7 @@ __all__ = [
     "comparison_as_latex",
     "comparison_as_markdown",
     "print_comparison",
+    "probability_text",
 ]
 
 SIGNIFICANT = 0.05
@@ -199,7 +200,7 @@ def _score_cells(row: Row) -> tuple[str, str, str]:
     planned, finished = len({job["seed"] for job in row["jobs"]}), row["miou"]["n"]
     seeds = str(finished) if finished == planned else f"{finished} of {planned}"
     contrast = row["contrast"]
-    p = _NOTHING if contrast is None or contrast["p_holm"] is None else _probability(contrast["p_holm"])
+    p = probability_text(contrast and contrast["p_holm"])
     difference = "baseline" if row["baseline"] else _difference(contrast)
     return f"{_mean_and_sd(row['miou'])} ({seeds})", difference, p
 
@@ -232,8 +233,9 @@ def _points(fraction: float, sign: str = "-") -> str:
     return f"{round(100 * fraction, 2) + 0.0:{sign}.2f}".replace("-", _MINUS)
 
 
-def _probability(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+def probability_text(p: float | None) -> str:
+    """A p as tables and figures show it; a dash for None."""
+    return _NOTHING if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _is_significant(contrast: Contrast | None) -> bool:

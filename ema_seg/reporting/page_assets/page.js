@@ -271,9 +271,8 @@ function drawPareto() {
   const best = shown.filter((row) => !shown.some((other) =>
     other.miou.mean >= row.miou.mean && speed(other).mean >= speed(row).mean && (other.miou.mean > row.miou.mean || speed(other).mean > speed(row).mean)));
   best.sort((a, b) => speed(a).mean - speed(b).mean);
-  const corners = best.map((row, index) => (index ? `H${x(speed(row).mean)}V${y(100 * row.miou.mean)}` : `M${x(speed(row).mean)} ${y(100 * row.miou.mean)}`));
   // From the slow and accurate to the fast: at each speed the best that is at least as fast.
-  const steps = best.map((row, index) => (index ? `V${y(100 * row.miou.mean)}H${x(speed(row).mean)}` : corners[0])).join("");
+  const steps = best.map((row, index) => (index ? `V${y(100 * row.miou.mean)}H${x(speed(row).mean)}` : `M${x(speed(row).mean)} ${y(100 * row.miou.mean)}`)).join("");
   if (best.length > 1) plot.node.append(svg("path", { class: "front", d: steps }));
   const taken = rows.flatMap((row) => {
     const [[x1, x2], [y1, y2]] = [spread(speed(row)).map(x), spread(row.miou).map((value) => y(100 * value))];
