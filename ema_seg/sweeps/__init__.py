@@ -5,17 +5,19 @@ job follows from the files in its own folder, so that a kill at any moment leave
 """
 
 from ema_seg.sweeps.devices import count_devices, deal_device
-from ema_seg.sweeps.folder import JobState, Plan, PlannedJob, job_state, read_plan, record_failure, write_plan
+from ema_seg.sweeps.folder import ANY, JobState, Plan, PlannedJob, job_state, read_plan, record_failure, write_plan
 from ema_seg.sweeps.identity import identity, job_name, machine_keys
-from ema_seg.sweeps.job import Pruned, is_settled, read_job, run_job
+from ema_seg.sweeps.job import Pruned, hold_job, is_settled, read_job, run_job
 
 __all__ = [
+    "ANY",
     "JobState",
     "Plan",
     "PlannedJob",
     "Pruned",
     "count_devices",
     "deal_device",
+    "hold_job",
     "identity",
     "is_settled",
     "job_name",

@@ -1,8 +1,10 @@
 """One GPU to each process of a sweep on one machine."""
 
+import itertools
 import os
-import time
+import re
 from pathlib import Path
+from socket import gethostname
 
 from filelock import FileLock, Timeout
 
@@ -19,10 +21,9 @@ def count_devices() -> int:
 
 
 def deal_device(folder: Path) -> str | None:
-    """Take a CUDA device that no other process of the sweep has, and keep it until this process ends.
+    """Take the CUDA device that the fewest other processes of the sweep have, and keep it until this process ends.
 
-    To be called before anything is computed on a device: a process cannot change its device later. Where there are
-    more processes than devices, one waits for another to end.
+    To be called before anything is computed on a device: a process cannot change its device later.
 
     Args:
         folder: of the sweep, where a lock for each device is.
@@ -32,17 +33,23 @@ def deal_device(folder: Path) -> str | None:
     """
     if _held:
         return os.environ["CUDA_VISIBLE_DEVICES"]
+    count = count_devices()
+    if not count:
+        return None
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = listed.split(",") if listed else [str(index) for index in range(count_devices())]
-    while devices:
-        for device in devices:
-            lock = FileLock(folder / f"device-{device.strip()}.lock")
+    devices = listed.split(",") if listed else map(str, range(count))
+    # CUDA takes names up to the first that is no device.
+    names = [device.strip() for device in devices][:count]
+    # A second process on a device only where each device has one, and so on: as many processes as the user asked for.
+    for turn in itertools.count():
+        for name in names:
+            file = re.sub(r"[^\w-]", "-", f"device-{gethostname()}-{name}-{turn}")
+            lock = FileLock(folder / f"{file}.lock")
             try:
                 lock.acquire(timeout=0)
             except Timeout:
                 continue
             _held.append(lock)
-            os.environ["CUDA_VISIBLE_DEVICES"] = device
-            return device
-        time.sleep(1)
-    return None
+            os.environ["CUDA_VISIBLE_DEVICES"] = name
+            return name
+    raise AssertionError("there is always one more turn")

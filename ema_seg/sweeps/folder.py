@@ -17,6 +17,7 @@ failed or pruned; a lock on ``job.lock``, which the system frees when its holder
 """
 
 import csv
+import fcntl
 import json
 import os
 import traceback
@@ -24,13 +25,28 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from ema_seg.errors import DataError, EmaSegError, one_line
 
-__all__ = ["JobState", "Plan", "PlannedJob", "job_lock", "job_state", "read_plan", "record_failure", "write_plan"]
+__all__ = [
+    "ANY",
+    "JobState",
+    "Plan",
+    "PlannedJob",
+    "job_lock",
+    "job_state",
+    "read_failure",
+    "read_plan",
+    "record_failure",
+    "write_plan",
+    "write_text",
+]
 
 SCHEMA = "ema-seg.sweep/1"
+
+# In the overrides of a job: more than one value of the key means this job.
+ANY = "*"
 
 
 @dataclass(frozen=True)
@@ -40,7 +56,8 @@ class PlannedJob:
     Attributes:
         identity: see ``ema_seg.sweeps.identity``.
         folder: its name in the sweep's folder.
-        overrides: what tells it from the sweep's other jobs, as on the command line.
+        overrides: what tells it from the sweep's other jobs, as on the command line; ``ANY`` for a key whose value
+            makes no difference to this job.
         epochs: that it is to train; None if that is not known.
         impossible: why it cannot be trained; None if it can.
     """
@@ -85,18 +102,20 @@ class JobState:
 
 
 def write_plan(folder: Path, plan: Plan) -> Plan:
-    """Write ``sweep.json``; jobs of an earlier plan in this folder stay in it.
+    """Write ``sweep.json``; jobs of an earlier plan in this folder stay in it, but for those that could not be tried.
 
     Returns:
         The plan as written.
     """
     path = folder / "sweep.json"
-    earlier = read_plan(folder).jobs if path.is_file() else []
-    planned = {job.identity for job in plan.jobs}
-    jobs = [*plan.jobs, *(job for job in earlier if job.identity not in planned)]
-    merged = replace(plan, jobs=jobs)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({"schema": SCHEMA, **asdict(merged)}, indent=1, ensure_ascii=False) + "\n")
+    with FileLock(folder / "sweep.lock"):
+        earlier = read_plan(folder).jobs if path.is_file() else []
+        planned = {job.identity for job in plan.jobs}
+        tried = [job for job in earlier if not job.impossible or (folder / job.folder).is_dir()]
+        kept = [job for job in tried if job.identity not in planned]
+        merged = replace(plan, jobs=[*plan.jobs, *kept])
+        write_text(path, json.dumps({"schema": SCHEMA, **asdict(merged)}, indent=1, ensure_ascii=False) + "\n")
     return merged
 
 
@@ -149,15 +168,17 @@ def job_state(folder: Path, impossible: str | None = None, *, locked_by_us: bool
 
 
 def _is_running(folder: Path) -> bool:
-    if not (folder / "job.lock").exists():
-        return False
     try:
-        with job_lock(folder).acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:  # a folder that cannot be written to: nobody runs there
+        with (folder / "job.lock").open("rb") as file:
+            # Shared: who only looks must not be taken for a job by another who looks, nor keep a job from starting.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
         return False
+    except BlockingIOError:
+        return True
+    except OSError:  # a file that cannot be read, or a disk without locks
+        return False
+    return False
 
 
 def _progress(folder: Path) -> dict[str, Any]:

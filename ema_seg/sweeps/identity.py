@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ema_seg.sweeps.folder import ANY
+
 __all__ = ["identity", "job_name", "machine_keys"]
 
 # Keys that say on which machine, from which path and with what on the screen, and change no result but the timings.
@@ -59,7 +61,8 @@ def job_name(overrides: Mapping[str, str], identity: str) -> str:
         overrides: what tells the job from the others of its sweep.
         identity: see ``identity``; it keeps names apart that have to be cut or cleaned.
     """
-    text = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in overrides.items())
+    told = {key: value for key, value in overrides.items() if value != ANY}
+    text = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in told.items())
     # Nothing that a shell or a command line of Hydra takes for more than a letter.
     clean = re.sub(r"[^\w.+]+", "-", text)[:_LONGEST_NAME].strip("_-.")
     return f"{clean}_{identity}" if clean else identity

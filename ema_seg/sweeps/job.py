@@ -2,16 +2,19 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from socket import gethostname
 from typing import Any
 
-from ema_seg.errors import DataError, one_line
+from filelock import Timeout
+
+from ema_seg.errors import ConfigError, DataError, one_line
 from ema_seg.sweeps.folder import JobState, job_lock, job_state, record_failure, write_text
 
-__all__ = ["MOST_ATTEMPTS", "Pruned", "is_settled", "read_job", "run_job"]
+__all__ = ["MOST_ATTEMPTS", "Pruned", "hold_job", "is_settled", "read_job", "run_job"]
 
 # A job that has failed is tried once more when the sweep's command is given again.
 MOST_ATTEMPTS = 2
@@ -21,10 +24,15 @@ class Pruned(Exception):
     """Raised by a search that gives up a job early; the message says why."""
 
 
-def is_settled(state: JobState) -> bool:
-    """Whether a job in this state is not to be run: it is done, or would fail again."""
+def is_settled(state: JobState, *, retry: bool = False) -> bool:
+    """Whether a job in this state is not to be run: it is done, or would fail again.
+
+    Args:
+        state: of the job.
+        retry: a failed job is to be run again, however often it has failed.
+    """
     return state.name in ("finished", "pruned", "impossible") or (
-        state.name == "failed" and state.attempts >= MOST_ATTEMPTS
+        state.name == "failed" and state.attempts >= MOST_ATTEMPTS and not retry
     )
 
 
@@ -39,7 +47,25 @@ def read_job(run: Path) -> dict[str, Any] | None:
         raise DataError(f"{run / 'job.json'}: is not what a sweep wrote ({one_line(error)}); remove it.") from error
 
 
-def run_job(folder: Path, job: Mapping[str, Any], work: Callable[[bool], None]) -> JobState:
+@contextmanager
+def hold_job(folder: Path) -> Iterator[None]:
+    """Keep the job in this folder from being run by a sweep meanwhile.
+
+    Raises:
+        ConfigError: a sweep is running it.
+    """
+    lock = job_lock(folder)
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        raise ConfigError(f"resume={folder}: a sweep is running this job; wait for it.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def run_job(folder: Path, job: Mapping[str, Any], work: Callable[[bool], None], *, retry: bool = False) -> JobState:
     """Do the work of a job unless it is done already, and keep whatever goes wrong to the job.
 
     A job that another process runs is waited for: that process may be what is left of a killed launcher.
@@ -49,6 +75,7 @@ def run_job(folder: Path, job: Mapping[str, Any], work: Callable[[bool], None]) 
         job: ``identity`` and ``overrides``, which ``job.json`` keeps with the run.
         work: does it, and leaves a report; its argument says whether there is a checkpoint to go on from. What it
             raises is written to ``failure.json``, but for what ends the whole process, such as KeyboardInterrupt.
+        retry: see ``is_settled``.
 
     Returns:
         The state in which the job is left.
@@ -61,7 +88,7 @@ def run_job(folder: Path, job: Mapping[str, Any], work: Callable[[bool], None]) 
             "process": os.getpid(),
         }
         write_text(folder / "job.json", json.dumps({**job, **start}, ensure_ascii=False) + "\n")
-        if not is_settled(job_state(folder, locked_by_us=True)):
+        if not is_settled(job_state(folder, locked_by_us=True), retry=retry):
             try:
                 work((folder / "checkpoints" / "last.ckpt").is_file())
                 (folder / "failure.json").unlink(missing_ok=True)

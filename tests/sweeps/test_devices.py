@@ -1,40 +1,67 @@
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
+
+import pytest
 
 from ema_seg.sweeps import deal_device
 
+# Devices that are not there: what torch would count is told to it.
 PROGRAM = (
-    "import os, sys; from pathlib import Path; from ema_seg.sweeps import deal_device\n"
+    "import os, sys; from pathlib import Path; from ema_seg.sweeps import deal_device, devices\n"
+    "devices.count_devices = lambda: int(sys.argv[2])\n"
     "first = deal_device(Path(sys.argv[1]))\n"
-    "assert deal_device(Path(sys.argv[1])) == first == os.environ['CUDA_VISIBLE_DEVICES']\n"
+    "assert deal_device(Path(sys.argv[1])) == first == os.environ.get('CUDA_VISIBLE_DEVICES', first)\n"
     "print(first, flush=True); sys.stdin.read()"
 )
 
 
-def start(folder):
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(folder)],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "4,7"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def start(tmp_path):
+    """Starts a process that takes a device, tells which, and lives until it is killed."""
+    with ExitStack() as stack:
+
+        def run(count, visible="4,7"):
+            process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, str(tmp_path), str(count)],
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": visible},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process, process.stdout.readline().strip()
+
+        yield run
 
 
-def test_each_process_has_a_device_of_its_own_and_leaves_it_when_it_ends(tmp_path):
-    with start(tmp_path) as first, start(tmp_path) as second:
-        assert {first.stdout.readline(), second.stdout.readline()} == {"4\n", "7\n"}
-        first.kill()
-        first.wait()
-        with start(tmp_path) as third:
-            assert third.stdout.readline() in ("4\n", "7\n")
-            third.kill()
-        second.kill()
+def test_each_process_has_a_device_of_its_own_and_leaves_it_when_it_ends(start):
+    (first, left), (_, kept) = start(2), start(2)
+    assert {left, kept} == {"4", "7"}
+
+    first.kill()
+    first.wait()
+
+    assert start(2)[1] == left
 
 
-def test_without_devices_none_is_dealt(tmp_path, monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+def test_more_processes_than_devices_share_them_evenly(start):
+    assert [start(2)[1] for _ in range(5)] == ["4", "7", "4", "7", "4"]
+
+
+def test_names_behind_the_last_device_that_cuda_finds_are_not_dealt(start):
+    assert [start(1)[1] for _ in range(2)] == ["4", "4"]
+
+
+def test_names_that_are_no_file_names_are_dealt(start):
+    assert start(1, "MIG-GPU-1a/2/0")[1] == "MIG-GPU-1a/2/0"
+
+
+def test_where_cuda_finds_no_device_none_is_dealt(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     monkeypatch.setattr("ema_seg.sweeps.devices.count_devices", lambda: 0)
 
     assert deal_device(tmp_path) is None
+    assert not list(tmp_path.iterdir())
