@@ -7,6 +7,7 @@ import gc
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from configs.command_line import argument, expand_home, plain_config, reports_errors, saved_config
 from ema_seg.errors import ConfigError
 from ema_seg.host_memory import keep_freed_memory
-from ema_seg.sweeps import count_devices, deal_device, read_job, read_plan, run_job
+from ema_seg.sweeps import count_devices, deal_device, hold_job, identity, read_job, read_plan, run_job
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -31,6 +32,8 @@ def main() -> None:
     OmegaConf.register_new_resolver("parallel_jobs", lambda: count_devices() or 2, replace=True)
     config_name = "train"
     if run := argument("resume"):
+        if {"-m", "--multirun"} & set(sys.argv):
+            raise ConfigError(f"resume={run}: a sweep goes on by itself when its command is given again; leave it out.")
         config_name = _register_resumed(Path(run))
     hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(_train)()
 
@@ -63,15 +66,32 @@ def _train(composed: DictConfig) -> float | None:
 
 
 def _train_run(composed: DictConfig, run: Path) -> None:
+    for text in HydraConfig.get().overrides.task:
+        if text.lstrip("+~").startswith(("sweep=", "sweep.", "launcher=")):
+            raise ConfigError(f"{text} is for sweeps: python train.py -m {text} …; leave it out to train one run.")
     config = _settings(composed)
-    if not config["resume"] and (run / "checkpoints").exists():
+    job = read_job(run)
+    if not config["resume"] and (job or (run / "checkpoints").exists()):
         raise ConfigError(f"{run} holds a run already; continue it with resume={run}, or choose another hydra.run.dir.")
 
     from ema_seg.reporting import print_report
 
-    report = _produce(config, run, resume=bool(config["resume"]), job=read_job(run))
+    with hold_job(run) if job else nullcontext():
+        if job:
+            _require_same_job(config, run)
+        report = _produce(config, run, resume=bool(config["resume"]), job=job)
     print_report(report)
     print(f"run: {run}")
+
+
+def _require_same_job(config: dict[str, Any], run: Path) -> None:
+    """A ConfigError if a job of a sweep, which is known by its configuration, is to go on as something else."""
+    saved = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+    if identity(config) != identity(saved):  # type: ignore[arg-type]  # plain data of text keys
+        raise ConfigError(
+            f"resume={run}: this job of a sweep would be another one with the given overrides; leave them out, or add "
+            "them to the sweep's command."
+        )
 
 
 def _train_job(composed: DictConfig, run: Path) -> float | None:
@@ -81,14 +101,14 @@ def _train_job(composed: DictConfig, run: Path) -> float | None:
     launcher = HydraConfig.get().runtime.choices["launcher"]
 
     def work(resume: bool) -> None:
-        if composed.sweep.deal_devices:
+        if composed.sweep.deal_devices and composed.trainer.accelerator != "cpu":
             deal_device(run.parent)
         _freeze_libraries()
         callbacks = _search_callbacks(composed, run)
         told = {**job, "launcher": launcher}
         _produce(_settings(composed), run, resume=resume, job=told, quiet=True, callbacks=callbacks)
 
-    state = run_job(run, job, work)
+    state = run_job(run, job, work, retry=composed.sweep.retry)
     _free_memory()  # not earlier: what a job has raised holds on to all that it had
     return state.miou
 
@@ -97,10 +117,10 @@ def _search_callbacks(composed: DictConfig, run: Path) -> list[Any]:
     """What a trial of a search needs to be given up early."""
     if composed.sweep.get("trial") is None:
         return []
-    from ema_seg.sweeps.search import GiveUp, open_study
+    from ema_seg.sweeps.search import GiveUp, Search
 
-    settings, trial = composed.sweep, composed.sweep.trial
-    return [GiveUp(open_study(run.parent, seed=settings.seed, grace=settings.grace, trial=trial), trial)]
+    search = Search(run.parent, seed=composed.sweep.seed, grace=composed.sweep.grace)
+    return [GiveUp(search, composed.sweep.trial)]
 
 
 def _settings(composed: DictConfig) -> dict[str, Any]:
@@ -123,12 +143,12 @@ def _produce(
     # Heavy libraries only now, so that --help and --cfg answer at once.
     from lightning import seed_everything
 
-    from ema_seg.reporting import assess_checkpoint, check_settings
-    from ema_seg.training import check_seed, fit
+    from ema_seg.reporting import assess_checkpoint, find_device
+    from ema_seg.training import check_config, fit
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    check_settings(config["evaluation"])
-    check_seed(config["seed"])
+    check_config(config)
+    find_device(config["evaluation"]["device"])
     seed_everything(config["seed"], workers=True, verbose=False)
     _complete(config["data"], config["model"])
     OmegaConf.save(config, run / "config.yaml")

@@ -26,7 +26,10 @@ R = TypeVar("R")
 
 
 def reports_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn an error that the user can correct into one sentence on standard error and exit status 1."""
+    """Turn an error that the user can correct into one sentence on standard error and exit status 1.
+
+    Ctrl-C ends with a word and status 130.
+    """
 
     @wraps(function)
     def wrapped(*arguments: P.args, **keywords: P.kwargs) -> R:
@@ -34,6 +37,9 @@ def reports_errors(function: Callable[P, R]) -> Callable[P, R]:
             return function(*arguments, **keywords)
         except EmaSegError as error:
             sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            print("interrupted.", file=sys.stderr)
+            sys.exit(130)
 
     return wrapped
 

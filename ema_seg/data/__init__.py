@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ __all__ = [
     "SegmentationDataset",
     "StreetDataset",
     "build_dataset",
+    "check_dataset",
     "find_dataset_class",
 ]
 
@@ -70,6 +71,12 @@ def build_dataset(
         ConfigError: The name, the split or an option is unknown, or the root is not given.
         DataError: The files are not a data set of this kind.
     """
+    check_dataset(name, root, options)
+    return find_dataset_class(name)(root, split, transform, **options)  # type: ignore[arg-type]  # some take no root
+
+
+def check_dataset(name: str, root: str | os.PathLike[str] | None, options: Mapping[str, Any]) -> None:
+    """A ConfigError if ``build_dataset`` could not take these arguments, whatever the files are."""
     dataset_class = find_dataset_class(name)
     parameters = inspect.signature(dataset_class).parameters
     if root is None and parameters["root"].default is inspect.Parameter.empty:
@@ -81,7 +88,6 @@ def build_dataset(
                 f"data.{option}={options[option]!r} is not an option of the data set {name!r};"
                 f" its options: {', '.join(known)}."
             )
-    return dataset_class(root, split, transform, **options)  # type: ignore[arg-type]  # some take a root of None
 
 
 def find_dataset_class(name: str) -> "type[SegmentationDataset]":

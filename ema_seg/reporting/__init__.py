@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ema_seg.reporting.assessment import assess_checkpoint, check_settings
+    from ema_seg.reporting.assessment import assess_checkpoint, check_settings, find_device
     from ema_seg.reporting.compare import compare_runs
     from ema_seg.reporting.comparison_files import report_comparison, write_comparison
     from ema_seg.reporting.figures import colourise, draw_class_iou, draw_confusion_matrix, draw_samples
@@ -21,6 +21,7 @@ __all__ = [
     "draw_class_iou",
     "draw_confusion_matrix",
     "draw_samples",
+    "find_device",
     "load_report",
     "print_report",
     "read_folder",
@@ -41,6 +42,7 @@ _MODULES = {
     "draw_class_iou": "figures",
     "draw_confusion_matrix": "figures",
     "draw_samples": "figures",
+    "find_device": "assessment",
     "load_report": "report",
     "print_report": "tables",
     "read_folder": "runs",

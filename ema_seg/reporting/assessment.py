@@ -15,7 +15,7 @@ from ema_seg.reporting.curves import read_metrics
 from ema_seg.reporting.predictions import PredictionWriter
 from ema_seg.reporting.report import build_report, write_report
 
-__all__ = ["assess_checkpoint", "check_settings"]
+__all__ = ["assess_checkpoint", "check_settings", "find_device"]
 
 
 def assess_checkpoint(
@@ -45,7 +45,8 @@ def assess_checkpoint(
     Raises:
         EmaSegError: whatever a user can correct, from the parts that find it.
     """
-    device = check_settings(settings)
+    check_settings(settings)
+    device = find_device(settings["device"])
     curves = _read_curves(run)
     model, saved = load_segmenter(checkpoint)
     # The normalisation belongs to the model, not to the data that it is evaluated on.
@@ -118,23 +119,20 @@ def assess_checkpoint(
     return report
 
 
-def check_settings(settings: Mapping[str, Any]) -> torch.device:
-    """The device that an evaluation will run on; a ConfigError if any of its settings cannot work.
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """A ConfigError if an evaluation with these settings cannot work, whatever the machine.
 
     Called before a training too, so that its evaluation does not fail for a mistake that was there from the start.
     """
-    device = _device(settings["device"])
-    with autocast(device, settings["precision"]):
-        pass
+    autocast("cpu", settings["precision"])  # for its complaint
     size = settings["size"]
     if size is not None and not (
         isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
     ):
         raise ConfigError(f"evaluation.size={size} is no [height,width] in pixels, such as [512,1024].")
-    for key in ("batch_size", "budget"):
-        if not isinstance(settings[key], int | float) or settings[key] <= 0:
+    for key, kind in {"batch_size": int, "budget": int | float}.items():
+        if not isinstance(settings[key], kind) or settings[key] <= 0:
             raise ConfigError(f"evaluation.{key}={settings[key]!r} is no positive number.")
-    return device
 
 
 def _read_curves(run: str | None) -> dict[str, list[float | None]] | None:
@@ -146,7 +144,8 @@ def _read_curves(run: str | None) -> dict[str, list[float | None]] | None:
     return {column: [row.get(column) for row in rows] for column in columns}
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device that a configuration calls ``name``; a ConfigError if this machine does not have it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     try:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ema_seg.errors import EmaSegError
 from ema_seg.sweeps.folder import read_plan
-from ema_seg.sweeps.view import SweepView, render, survey
+from ema_seg.sweeps.view import Overview, SweepView, render, survey
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,17 +22,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="the folder of a sweep")
     parser.add_argument("--watch", action="store_true", help="until no job is running or left; end it with Ctrl-C")
     options = parser.parse_args(arguments)
+
+    def look() -> Overview:
+        return survey(options.folder, read_plan(options.folder).jobs)
+
     try:
-        jobs = read_plan(options.folder).jobs
+        if options.watch and look().is_open:
+            with SweepView(look, Console()):
+                while look().is_open:
+                    time.sleep(1)
+        Console().print(render(look()))
     except EmaSegError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if options.watch:
-        with SweepView(options.folder, jobs, Console()):
-            while survey(options.folder, jobs).is_open:
-                time.sleep(1)
-    else:
-        Console().print(render(survey(options.folder, jobs)))
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

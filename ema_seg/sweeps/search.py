@@ -1,21 +1,26 @@
 """A search for good settings with Optuna: the study lies in the sweep's folder, and gives hopeless trials up early."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import optuna
 from lightning import Callback, LightningModule, Trainer
+from optuna.distributions import BaseDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 
-from ema_seg.sweeps.job import Pruned
+from ema_seg.errors import ConfigError
+from ema_seg.sweeps.folder import JobState
+from ema_seg.sweeps.job import Pruned, is_settled
 
-__all__ = ["GiveUp", "open_study"]
+__all__ = ["GiveUp", "Search"]
 
 
-def open_study(folder: Path, *, seed: int, trial: int, grace: int) -> optuna.Study:
-    """The study of a search, made if there is none yet, that maximises the best validation mIoU.
+class Search:
+    """The study of a sweep, made if there is none yet, that maximises the best validation mIoU.
 
     The sampler (TPE) starts from its seed anew at every trial, so that a search that was interrupted goes on as it
     would have.
@@ -23,33 +28,67 @@ def open_study(folder: Path, *, seed: int, trial: int, grace: int) -> optuna.Stu
     Args:
         folder: of the sweep.
         seed: of the sampler.
-        trial: number of the trial that the study is opened for.
         grace: number of trials, and of epochs in each, before a trial is given up for being worse than the median of
             the earlier trials at the same epoch.
     """
-    optuna.logging.set_verbosity(logging.WARNING)
-    folder.mkdir(parents=True, exist_ok=True)
-    return optuna.create_study(
-        study_name="search",
-        storage=JournalStorage(JournalFileBackend(str(folder / "search.journal"))),
-        sampler=optuna.samplers.TPESampler(seed=seed + trial, n_startup_trials=max(grace, 1)),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=grace, n_warmup_steps=grace),
-        direction="maximize",
-        load_if_exists=True,
-    )
+
+    def __init__(self, folder: Path, *, seed: int, grace: int) -> None:
+        optuna.logging.set_verbosity(logging.WARNING)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.seed, self.grace = seed, grace
+        self.study = optuna.create_study(
+            study_name="search",
+            storage=JournalStorage(JournalFileBackend(str(folder / "search.journal"))),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=grace, n_warmup_steps=grace),
+            direction="maximize",
+            load_if_exists=True,
+        )
+        self.folder = folder
+
+    def check_space(self, space: Mapping[str, BaseDistribution]) -> None:
+        """A ConfigError if the trials that are there already searched another space."""
+        for trial in self.study.trials[:1]:
+            if trial.distributions != space:
+                raise ConfigError(
+                    f"{self.folder}: the {len(self.study.trials)} trials in this folder searched "
+                    f"{_described(trial.distributions)}, and not {_described(space)}; choose another sweep.id."
+                )
+
+    def ask(self, number: int, space: Mapping[str, BaseDistribution]) -> dict[str, Any]:
+        """The settings of a trial: those that it has already, or new ones."""
+        if number < len(self.study.trials):
+            return self.study.trials[number].params
+        # The sampler is asked beside the study, to which the trial then comes with all its settings at once: a kill
+        # between two of them would leave a trial that nobody can finish.
+        sampler = optuna.samplers.TPESampler(seed=self.seed + number, n_startup_trials=max(self.grace, 1))
+        beside = optuna.create_study(sampler=sampler, direction="maximize")
+        beside.add_trials(self.study.trials)
+        chosen = beside.ask(dict(space)).params
+        self.study.add_trial(
+            optuna.trial.create_trial(state=TrialState.RUNNING, params=chosen, distributions=dict(space))
+        )
+        return chosen
+
+    def tell(self, number: int, state: JobState) -> None:
+        """Let the study know what has become of a trial, once that is final and unless it knows."""
+        if self.study.trials[number].state.is_finished() or not is_settled(state):
+            return
+        if state.name == "finished" and state.miou is not None:
+            self.study.tell(number, state.miou)
+        else:
+            self.study.tell(number, state=TrialState.PRUNED if state.name == "pruned" else TrialState.FAIL)
 
 
 class GiveUp(Callback):
     """Tells the study the score of every epoch, and ends the trial that it calls hopeless.
 
     Args:
-        study: see ``open_study``.
-        trial: the trial's number.
+        search: the search that the trial is of.
+        number: the trial's.
     """
 
-    def __init__(self, study: optuna.Study, trial: int) -> None:
-        self.trial = optuna.trial.Trial(study, study.trials[trial]._trial_id)
-        self.reported = set(study.trials[trial].intermediate_values)
+    def __init__(self, search: Search, number: int) -> None:
+        self.study, self.number = search.study, number
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report, and ask.
@@ -57,11 +96,17 @@ class GiveUp(Callback):
         Raises:
             Pruned: the trial is to be given up.
         """
-        epoch = trainer.current_epoch
-        score: Any = trainer.callback_metrics["val/miou"]
-        if epoch not in self.reported:  # by an earlier part of a resumed trial
-            self.trial.report(float(score), epoch)
-        if self.trial.should_prune():
-            raise Pruned(
-                f"given up after epoch {epoch + 1} with val mIoU {float(score):.4f}, below earlier trials' median"
-            )
+        known = self.study.trials[self.number]
+        if known.state.is_finished():  # it has failed for good before, and is tried again all the same
+            return
+        trial = optuna.trial.Trial(self.study, known._trial_id)
+        epoch, score = trainer.current_epoch, float(trainer.callback_metrics["val/miou"])
+        if epoch not in known.intermediate_values:  # by an earlier part of a resumed trial
+            trial.report(score, epoch)
+        if trial.should_prune():
+            best = max(score, *known.intermediate_values.values())
+            raise Pruned(f"given up after epoch {epoch + 1}: at best val mIoU {best:.4f}, below earlier trials' median")
+
+
+def _described(space: Mapping[str, BaseDistribution]) -> str:
+    return ", ".join(f"{key}={distribution}" for key, distribution in space.items())

@@ -1,9 +1,8 @@
 """What a sweep is doing: jobs done, running, failed and left, the time that they will take, and the best so far."""
 
-import sys
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -14,12 +13,15 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ema_seg.sweeps.folder import JobState, PlannedJob, job_state
+from ema_seg.sweeps.folder import ANY, JobState, PlannedJob, job_state
+from ema_seg.sweeps.job import MOST_ATTEMPTS
 
 __all__ = ["Overview", "SweepView", "describe", "render", "survey"]
 
 _STYLES = {"finished": "green", "failed": "red", "impossible": "red", "running": "cyan", "pruned": "yellow"}
 _LEFT = ("missing", "interrupted")
+# Of more jobs than fit a terminal those are shown that one looks for.
+_IMPORTANCE = ("running", "failed", "interrupted", "impossible", "pruned", "missing", "finished")
 
 
 class Overview(NamedTuple):
@@ -80,13 +82,18 @@ def describe(overview: Overview) -> str:
     return ", ".join(parts)
 
 
-def render(overview: Overview) -> Group:
-    """The overview as a table of jobs, the reasons of those that will give no result, and a line."""
+def render(overview: Overview, most: int | None = None) -> Group:
+    """The overview as a table of jobs, the reasons of those that will give no result, and a line.
+
+    Args:
+        overview: what is shown.
+        most: number of jobs in the table, and again of reasons, of which each then has one line; None shows all.
+    """
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column, justify in (("job", "left"), ("state", "left"), ("epoch", "right"), ("val mIoU", "right")):
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
     reasons = []
-    for job, state in zip(overview.jobs, overview.states, strict=True):
+    for job, state in _most_important(overview, most):
         table.add_row(
             Text(_name(job)),
             Text("waiting" if state.name == "missing" else state.name, style=_STYLES.get(state.name, "")),
@@ -94,26 +101,44 @@ def render(overview: Overview) -> Group:
             "" if state.miou is None else f"{state.miou:.4f}",
         )
         if state.reason:
-            reasons.append(Text(f"{state.name}: {_name(job)}: {state.reason}", style=_STYLES[state.name]))
-    return Group(table, *reasons, Text(describe(overview), style="bold"))
+            text = f"{state.name}: {_name(job)}: {_reason(state)}"
+            one_line = {} if most is None else {"no_wrap": True, "overflow": "ellipsis"}
+            reasons.append(Text(text, style=_STYLES[state.name], **one_line))  # type: ignore[arg-type]
+    hidden = len(overview.jobs) - table.row_count
+    more = [Text(f"… and {hidden} more", style="dim")] if hidden else []
+    return Group(table, *more, *reasons, Text(describe(overview), style="bold"))
+
+
+def _most_important(overview: Overview, most: int | None) -> list[tuple[PlannedJob, JobState]]:
+    """Jobs with their states, in the plan's order."""
+    pairs = list(enumerate(zip(overview.jobs, overview.states, strict=True)))
+    chosen = sorted(pairs, key=lambda pair: _IMPORTANCE.index(pair[1][1].name))[:most]
+    return [pair for _, pair in sorted(chosen, key=lambda pair: pair[0])]
+
+
+def _reason(state: JobState) -> str:
+    if state.name != "failed":
+        return str(state.reason)
+    if state.attempts < MOST_ATTEMPTS:
+        return f"{state.reason} (The same command tries it once more.)"
+    return f"{state.reason} (Tried {state.attempts} times; with sweep.retry=true the same command tries it again.)"
 
 
 def _name(job: PlannedJob) -> str:
-    return " ".join(f"{key}={value}" for key, value in job.overrides.items()) or job.folder
+    told = (f"{key}={value}" for key, value in job.overrides.items() if value != ANY)
+    return " ".join(told) or job.folder
 
 
 class SweepView:
     """Shows a sweep while it runs: a live table on a terminal, otherwise a line whenever a job changes its state.
 
     Args:
-        folder: of the sweep.
-        jobs: of the plan.
+        look: surveys the sweep.
         console: where to show it; standard error by default, because standard output carries results.
     """
 
-    def __init__(self, folder: Path, jobs: Sequence[PlannedJob], console: Console | None = None) -> None:
-        self.folder = folder
-        self.jobs = jobs
+    def __init__(self, look: Callable[[], Overview], console: Console | None = None) -> None:
+        self.look = look
         self.console = console or Console(stderr=True)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -134,19 +159,17 @@ class SweepView:
         if self.console.is_terminal:
             with Live(console=self.console, auto_refresh=False, vertical_overflow="crop") as live:
                 while not self._stop.wait(1):
-                    live.update(render(self._survey()), refresh=True)
-                live.update(render(self._survey()), refresh=True)
+                    # Half of the lines for jobs, the others for what may be said of them, and the last line.
+                    live.update(render(self.look(), most=max(self.console.height // 2 - 3, 1)), refresh=True)
+                live.update(Text(describe(self.look()), style="bold"), refresh=True)
             return
         shown: list[str] | None = None
         ended = False
         while not ended:
             # The last look is after the end: what happened in the last second counts too.
             ended = self._stop.wait(0 if shown is None else 1)
-            overview = self._survey()
+            overview = self.look()
             states = [state.name for state in overview.states]
             if states != shown:
                 shown = states
-                print(describe(overview), file=sys.stderr, flush=True)
-
-    def _survey(self) -> Overview:
-        return survey(self.folder, self.jobs)
+                self.console.print(describe(overview), soft_wrap=True, markup=False, highlight=False)

@@ -1,6 +1,6 @@
 """Training: losses, optimisation, the Lightning module and its callbacks, and ``fit``, which joins them."""
 
-from ema_seg.training.check import check_config, check_seed
+from ema_seg.training.check import check_config, check_model
 from ema_seg.training.fit import fit
 
-__all__ = ["check_config", "check_seed", "fit"]
+__all__ = ["check_config", "check_model", "fit"]

@@ -1,49 +1,110 @@
 """What can be said against a configuration before anything of it is trained."""
 
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from ema_seg.data import SegmentationDataModule
-from ema_seg.errors import ConfigError
-from ema_seg.models import segmenter_from_config
+from lightning import Trainer
+from torch import nn
 
-__all__ = ["check_config", "check_seed"]
+from ema_seg.data import SegmentationDataModule, check_dataset
+from ema_seg.errors import ConfigError, did_you_mean
+from ema_seg.models import segmenter_from_config
+from ema_seg.reporting import check_settings
+from ema_seg.training.loggers import check_logger
+from ema_seg.training.losses import build_loss
+from ema_seg.training.optimisation import build_optimizer, build_schedule
+
+__all__ = ["check_config", "check_model"]
 
 # Of a model's parts only the head depends on the number of classes, which is not known without the data.
 _CLASSES = 2
+# More than any warm-up: how many steps a training has is not known without the data.
+_STEPS = 2**40
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Build the model without its pretrained weights, and the augmentation, as ``fit`` would.
-
-    What has been built before in this process is not built again, so that a sweep's seeds cost nothing.
+    """Check all that neither the data's files nor the model nor the machine are needed for.
 
     Args:
         config: the resolved configuration of ``train.py``; the mean and deviation of the data may be None.
 
     Raises:
+        ConfigError: what the user has to correct.
+    """
+    _check_seed(config["seed"])
+    _check_data(config["data"])
+    _check_training(config["training"])
+    _check_trainer(config["trainer"])
+    build_loss(config["loss"], _CLASSES)
+    build_schedule(build_optimizer(nn.Linear(1, 1), **config["optimizer"]), _STEPS, **config["schedule"])
+    check_logger(config["logger"]["name"])
+    check_settings(config["evaluation"])
+
+
+def check_model(config: Mapping[str, Any]) -> None:
+    """Build the model as ``fit`` would, with its encoder's weights unless they are those of the model hub.
+
+    What has been built before in this process is not built again, so that a sweep's seeds cost nothing.
+
+    Raises:
         EmaSegError: what the user has to correct.
     """
-    check_seed(config["seed"])
-    _check_data(json.dumps(config["data"]))
-    _check_model(json.dumps({key: config[key] for key in ("model", "attention", "placement")}))
+    _build_model(json.dumps({key: config[key] for key in ("model", "attention", "placement")}))
 
 
-def check_seed(seed: Any) -> None:
-    """A ConfigError if this is no seed."""
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+@cache
+def _build_model(text: str) -> None:
+    config = json.loads(text)
+    segmenter_from_config(config, _CLASSES, pretrained=config["model"].get("encoder_weights") != "imagenet")
+
+
+def _check_seed(seed: Any) -> None:
+    if not _is_whole(seed, 0) or seed >= 2**32:
         raise ConfigError(f"seed={seed!r} is no whole number from 0 to 4294967295.")
 
 
-@cache
-def _check_data(text: str) -> None:
-    settings = json.loads(text)
-    settings |= {key: settings[key] or [0.5, 0.5, 0.5] for key in ("mean", "std")}
-    SegmentationDataModule(**settings)
+def _check_data(settings: Mapping[str, Any]) -> None:
+    complete = {key: settings[key] or [0.5, 0.5, 0.5] for key in ("mean", "std")}
+    module = SegmentationDataModule(**{**settings, **complete})
+    check_dataset(module.dataset_name, module.root, module.options)
 
 
-@cache
-def _check_model(text: str) -> None:
-    segmenter_from_config(json.loads(text), _CLASSES, pretrained=False)
+def _check_training(settings: Mapping[str, Any]) -> None:
+    decay, patience, every = (settings[key] for key in ("weight_averaging", "early_stopping", "pictures_every"))
+    if decay is not None and not (isinstance(decay, float) and 0 < decay < 1):
+        raise ConfigError(f"training.weight_averaging={decay!r} is no decay between 0 and 1, such as 0.999.")
+    if patience is not None and not _is_whole(patience, 1):
+        raise ConfigError(f"training.early_stopping={patience!r} is no number of validations, such as 10.")
+    if not _is_whole(every, 0):
+        raise ConfigError(f"training.pictures_every={every!r} is no number of epochs; 0 draws none.")
+    for key in ("channels_last", "compile"):
+        if not isinstance(settings[key], bool):
+            raise ConfigError(f"training.{key}={settings[key]!r} is neither true nor false.")
+
+
+def _check_trainer(settings: Mapping[str, Any]) -> None:
+    """The names of all of Lightning's options, and the values of those that every run has."""
+    known = list(inspect.signature(Trainer).parameters)
+    for key in settings:
+        if key not in known:
+            raise ConfigError(f"trainer.{key}: Lightning's Trainer has no such option.{did_you_mean(key, known)}")
+    epochs = settings["max_epochs"]
+    # -1 is Lightning's way to say that something else, such as max_steps, is the end.
+    if not _is_whole(epochs, 1) and epochs != -1:
+        raise ConfigError(f"epochs={epochs!r} is no whole number of 1 or more.")
+    least: dict[str, Callable[[Any], bool]] = {
+        "accumulate_grad_batches": lambda value: _is_whole(value, 1),
+        "check_val_every_n_epoch": lambda value: _is_whole(value, 1),
+        "num_sanity_val_steps": lambda value: _is_whole(value, -1),
+        "log_every_n_steps": lambda value: _is_whole(value, 0),
+    }
+    for key, is_possible in least.items():
+        if key in settings and not is_possible(settings[key]):
+            raise ConfigError(f"trainer.{key}={settings[key]!r} is not possible; give a whole number.")
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

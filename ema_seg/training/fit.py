@@ -80,8 +80,7 @@ def fit(
     weights_only = not settings["weight_averaging"]
     best = RunCheckpoint(run, "best", monitor=_MONITORED, mode="max", save_weights_only=weights_only)
     last = run / "checkpoints" / "last.ckpt"
-    if resume:
-        load_checkpoint(last)  # for its complaint: Lightning's is a traceback
+    saved = load_checkpoint(last) if resume else None  # also for its complaint: Lightning's is a traceback
     progress = not quiet and _shows_progress(settings["progress_bar"])
     last_keeper = RunCheckpoint(run, "last", save_on_train_epoch_end=True)
     own = [best, last_keeper, EpochLog(run / "metrics.csv", quiet=quiet), *_callbacks(settings, run)]
@@ -90,6 +89,9 @@ def fit(
     trainer = _build_trainer(config, run, [*own, *callbacks], progress)
     _log_configuration(trainer, config)
     _write_environment(run, trainer)
+    if saved is not None and _has_stopped(saved, trainer):
+        best.load_state_dict(saved["callbacks"][best.state_key])
+        return _best(best, run)
     try:
         trainer.fit(module, data, ckpt_path=str(last) if resume else None, weights_only=True)
     except torch.OutOfMemoryError as error:
@@ -132,6 +134,14 @@ class RunCheckpoint(ModelCheckpoint):
         super().load_state_dict(_relocate(state_dict, str(state_dict["dirpath"]), str(self.dirpath)))
 
 
+class RunEarlyStopping(EarlyStopping):
+    """Goes on with the patience that a resumed run is given, where Lightning's would take that of the earlier part."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take all but the patience."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+
 def _relocate(value: Any, old: str, new: str) -> Any:
     """The same record with every path in the folder ``old`` in the folder ``new`` instead."""
     if isinstance(value, str):
@@ -146,16 +156,10 @@ def _callbacks(settings: Mapping[str, Any], run: Path) -> list[Callback]:
     if settings["pictures_every"]:
         callbacks.append(Pictures(run / "pictures", every=settings["pictures_every"]))
     if settings["weight_averaging"]:
-        _check_decay(settings["weight_averaging"])
         callbacks.append(EMAWeightAveraging(decay=settings["weight_averaging"]))
     if settings["early_stopping"]:
-        callbacks.append(EarlyStopping(_MONITORED, patience=settings["early_stopping"], mode="max"))
+        callbacks.append(RunEarlyStopping(_MONITORED, patience=settings["early_stopping"], mode="max"))
     return callbacks
-
-
-def _check_decay(decay: Any) -> None:
-    if not isinstance(decay, float) or not 0 < decay < 1:
-        raise ConfigError(f"training.weight_averaging={decay!r} is no decay between 0 and 1, such as 0.999.")
 
 
 def _shows_progress(setting: bool | str) -> bool:
@@ -192,6 +196,14 @@ def _write_environment(run: Path, trainer: Trainer) -> None:
     if trainer.is_global_zero:
         environment = describe_environment(trainer.strategy.root_device)
         (run / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def _has_stopped(saved: Mapping[str, Any], trainer: Trainer) -> bool:
+    """Whether the training ended early before this checkpoint was made; Lightning would train one epoch more."""
+    return any(
+        saved["callbacks"].get(stopper.state_key, {}).get("wait_count", 0) >= stopper.patience
+        for stopper in trainer.early_stopping_callbacks
+    )
 
 
 def _best(keeper: ModelCheckpoint, run: Path) -> Path:

@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import Logger
 
 from ema_seg.errors import ConfigError
 
-__all__ = ["build_logger"]
+__all__ = ["build_logger", "check_logger"]
 
 # Name: the class, and its fixed arguments. Loaded only when named.
 _LOGGERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -16,6 +16,12 @@ _LOGGERS: dict[str, tuple[str, dict[str, Any]]] = {
     "wandb": ("WandbLogger", {}),
     "mlflow": ("MLFlowLogger", {}),
 }
+
+
+def check_logger(name: str | None) -> None:
+    """A ConfigError if there is no logger of this name."""
+    if name not in (None, "none", *_LOGGERS):
+        raise ConfigError(f"logger.name: unknown logger {name!r}; choose among {', '.join(_LOGGERS)}, none.")
 
 
 def build_logger(run: Path, *, name: str | None, **options: Any) -> Logger | bool:
@@ -29,10 +35,9 @@ def build_logger(run: Path, *, name: str | None, **options: Any) -> Logger | boo
     Raises:
         ConfigError: the name or an option is unknown, or the logger's package is not installed.
     """
+    check_logger(name)
     if name in (None, "none"):
         return False
-    if name not in _LOGGERS:
-        raise ConfigError(f"logger.name: unknown logger {name!r}; choose among {', '.join(_LOGGERS)}, none.")
     class_name, fixed = _LOGGERS[name]
     if name == "mlflow" and options.get("tracking_uri") is None:
         # Lightning's default, a folder of files, is one that MLflow itself refuses by now.

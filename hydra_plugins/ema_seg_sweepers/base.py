@@ -1,11 +1,13 @@
 """What the sweepers share: a folder that the same command finds again, jobs known by what they are, their launch."""
 
 import hashlib
+import json
 import os
-import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,28 @@ from rich.console import Console
 
 from configs.command_line import plain_config
 from ema_seg.errors import ConfigError, EmaSegError, one_line
-from ema_seg.sweeps import Plan, PlannedJob, identity, job_name, job_state, read_plan, record_failure, write_plan
+from ema_seg.sweeps import (
+    ANY,
+    Plan,
+    PlannedJob,
+    identity,
+    is_settled,
+    job_name,
+    job_state,
+    machine_keys,
+    read_plan,
+    record_failure,
+    write_plan,
+)
 from ema_seg.sweeps.view import SweepView, render, survey
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Overrides that change where or how far a sweep goes, but not which sweep it is: its folder's name leaves them out.
+# Keys that, like those of the machine, change where or how far a sweep goes, or how it is compared, but not which sweep
+# it is: the name of its folder leaves them out. Of the sweep's own the others are a part of the name.
 _NOT_OF_THE_NAME = (
-    r"(seed|resume|launcher|logger|data\.root|data\.workers|trainer\.accelerator|training\.progress_bar|sweep|"
-    r"sweep\.trials|evaluation\.(device|budget)|hydra[./].*)="
+    *("seed", "launcher", "hydra"),
+    *("sweep.trials", "sweep.parallel", "sweep.retry", "sweep.baseline", "sweep.groups", "sweep.deal_devices"),
 )
 
 
@@ -53,12 +68,13 @@ class FolderSweeper(Sweeper):
     def open_folder(self, arguments: Sequence[str]) -> None:
         """Name the folder after the sweep and what it fixes, and make the launcher."""
         assert self.config is not None and self.hydra_context is not None and self.task_function is not None
-        if self.config.report.dir is not None:
-            raise ConfigError(
-                f"report.dir={self.config.report.dir}: the jobs of a sweep each keep their own; leave it out."
-            )
+        overrides = self.parse(arguments)
+        for override in overrides:
+            if override.key_or_group == "report.dir":
+                raise ConfigError(f"{override.input_line}: the jobs of a sweep each keep their own; leave it out.")
+        self._check_settings()
         if self.config.sweep.id is None:
-            named = sorted(text for text in arguments if not re.match(_NOT_OF_THE_NAME, text.lstrip("+~")))
+            named = sorted(str(override.input_line) for override in overrides if self._is_of_the_name(override))
             with open_dict(self.config):
                 self.config.sweep.id = hashlib.sha256("\n".join(named).encode()).hexdigest()[:6]
         self.folder = Path(str(self.config.hydra.sweep.dir)).absolute()
@@ -73,6 +89,35 @@ class FolderSweeper(Sweeper):
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=self.hydra_context, task_function=self.task_function, config=self.config
         )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration of the sweep as plain data."""
+        assert self.config is not None
+        settings = OmegaConf.to_container(self.config.sweep)
+        assert isinstance(settings, dict)
+        return settings  # type: ignore[return-value]  # all of its keys are texts
+
+    def _check_settings(self) -> None:
+        """A ConfigError if the sweep's settings are not what its end will need."""
+        baseline, groups, retry = (self.settings[key] for key in ("baseline", "groups", "retry"))
+        if baseline is not None and not (isinstance(baseline, dict) and baseline):
+            raise ConfigError(
+                f"sweep.baseline={baseline!r} names no settings; give them as 'sweep.baseline={{attention: none}}'."
+            )
+        if not isinstance(groups, dict) or not all(isinstance(classes, list) for classes in groups.values()):
+            raise ConfigError(
+                f"sweep.groups={groups!r} are no lists of classes by a name; give them as "
+                "'sweep.groups={thin: [pole, fence]}'."
+            )
+        if not isinstance(retry, bool):
+            raise ConfigError(f"sweep.retry={retry!r} is neither true nor false.")
+
+    def _is_of_the_name(self, override: Override) -> bool:
+        assert self.config is not None
+        left_out = [*_NOT_OF_THE_NAME, *(key for key in machine_keys(self.config) if key != "sweep")]
+        key = override.key_or_group.replace("/", ".")
+        return key != "sweep" and not any(key == name or key.startswith(f"{name}.") for name in left_out)
 
     def parse(self, texts: Sequence[str]) -> list[Override]:
         """Overrides as Hydra reads them."""
@@ -102,62 +147,86 @@ class FolderSweeper(Sweeper):
         except Exception as error:  # whatever else a combination brings about is no reason to lose the others
             impossible = f"{type(error).__name__}: {one_line(error)}"
         folder = self.earlier[key].folder if key in self.earlier else job_name(told_apart_by, key)
-        job = PlannedJob(key, folder, dict(told_apart_by), epochs, impossible)
-        self.earlier.setdefault(key, job)  # another combination that means the same is this job, in this folder
-        return job
+        return PlannedJob(key, folder, dict(told_apart_by), epochs, impossible)
 
-    def write_plan(self, jobs: Sequence[PlannedJob]) -> Plan:
-        """Write down what is going to be run; every job once, also if two combinations mean the same."""
-        assert self.config is not None
-        unique = list({job.identity: job for job in reversed(jobs)}.values())[::-1]
-        settings = OmegaConf.to_container(self.config.sweep)
-        assert isinstance(settings, dict)
-        plan = Plan(str(settings["name"]), sys.argv, settings["baseline"], unique, settings["groups"])
-        return write_plan(self.folder, plan)
+    def unite(self, jobs: Sequence[PlannedJob]) -> list[PlannedJob]:
+        """Every job once, in the first one's place, where several combinations of a sweep mean the same."""
+        united: dict[str, PlannedJob] = {}
+        for job in jobs:
+            known = united.setdefault(job.identity, job)
+            if known.overrides != job.overrides:
+                told = {
+                    key: value if job.overrides.get(key) == value else ANY for key, value in known.overrides.items()
+                }
+                folder = known.folder if job.identity in self.earlier else job_name(told, job.identity)
+                united[job.identity] = replace(known, overrides=told, folder=folder)
+        return list(united.values())
+
+    def is_settled(self, job: PlannedJob) -> bool:
+        """Whether there is nothing left to be run of a job."""
+        return is_settled(job_state(self.folder / job.folder, job.impossible), retry=self.settings["retry"])
+
+    def write_plan(self, jobs: Sequence[PlannedJob]) -> None:
+        """Write down what is going to be run."""
+        settings = self.settings
+        baseline = settings["baseline"] and {
+            str(key): value if isinstance(value, str) else json.dumps(value)
+            for key, value in settings["baseline"].items()
+        }
+        write_plan(self.folder, Plan(str(settings["name"]), sys.argv, baseline, list(jobs), settings["groups"]))
 
     def launch(self, jobs: Mapping[str, Sequence[str]], shown: Sequence[PlannedJob]) -> None:
         """Run jobs, and see that each ends in a report or a reason, also if its process is killed.
 
         Args:
             jobs: the overrides of each, by the name of its folder.
-            shown: the jobs that the live view shows.
+            shown: the jobs of the command, which the live view shows.
 
         Raises:
             ConfigError: the launcher cannot start any.
         """
-        assert self.launcher is not None
         waiting, deaths = dict(jobs), Counter[str]()
-        with SweepView(self.folder, shown):
-            while waiting:
-                before = {name: self._start_of(name) for name in waiting}
-                results: Sequence[JobReturn] = []
-                death = "its process ended without a word"
-                try:
-                    batch = [self._arguments(name, overrides) for name, overrides in waiting.items()]
-                    results = self.launcher.launch(batch, initial_job_idx=0)
-                except (KeyboardInterrupt, SystemExit):  # Lightning turns the one into the other
-                    print("interrupted; the same command goes on where it was left.", file=sys.stderr)
-                    sys.exit(130)
-                except Exception as error:  # whatever a launcher says when one of its processes is killed
-                    death = f"its process was ended ({type(error).__name__}: {one_line(error)[:300]})"
-                for name, result in zip(waiting, results, strict=False):
-                    if result.status is JobStatus.FAILED:  # before the job could take care of itself
-                        record_failure(self.folder / name, result._return_value)
-                started = [name for name in waiting if self._start_of(name) != before[name]]
-                if not started and not results:
-                    raise ConfigError(f"the launcher could not start any job: {death}.")
-                ended = [name for name in started if job_state(self.folder / name).name in ("interrupted", "missing")]
-                deaths.update(ended)
-                # A launcher whose process is killed may end its others too: only the second time it was the job.
-                for name in ended:
-                    if deaths[name] > 1:
-                        record_failure(self.folder / name, death)
-                again = [name for name in ended if deaths[name] == 1]
-                waiting = {
-                    name: overrides
-                    for name, overrides in waiting.items()
-                    if name in again or (name not in started and not results)
-                }
+        try:
+            with SweepView(lambda: survey(self.folder, shown)):
+                while waiting:
+                    again = self._launch_once(waiting, deaths)
+                    waiting = {name: overrides for name, overrides in waiting.items() if name in again}
+        except (KeyboardInterrupt, SystemExit):  # Lightning turns the one into the other
+            print("interrupted; the same command goes on where it was left.", file=sys.stderr)
+            sys.exit(130)
+
+    def _launch_once(self, jobs: Mapping[str, Sequence[str]], deaths: Counter[str]) -> set[str]:
+        """Hand jobs to the launcher, and wait for them; returns those that it has to be handed again.
+
+        Args:
+            jobs: see ``launch``.
+            deaths: how often each was running when its process died; updated.
+        """
+        assert self.launcher is not None
+        before = {name: self._start_of(name) for name in jobs}
+        results: Sequence[JobReturn] = []
+        death = "its process ended without a word"
+        try:
+            batch = [self._arguments(name, overrides) for name, overrides in jobs.items()]
+            results = self.launcher.launch(batch, initial_job_idx=0)
+        except Exception as error:  # whatever a launcher says when one of its processes is killed
+            death = f"its process was ended ({type(error).__name__}: {one_line(error)[:300]})"
+        for name, result in zip(jobs, results, strict=False):
+            if result.status is JobStatus.FAILED:  # before the job could take care of itself
+                record_failure(self.folder / name, result._return_value)
+        # A launcher may give up at the first death, while other jobs of its own still run.
+        while any(job_state(self.folder / name).name == "running" for name in jobs):
+            time.sleep(1)
+        started = {name for name in jobs if self._start_of(name) != before[name]}
+        if not started and not results:
+            raise ConfigError(f"the launcher could not start any job: {death}.")
+        ended = {name for name in started if job_state(self.folder / name).name in ("interrupted", "missing")}
+        deaths.update(ended)
+        # A launcher whose process is killed may end its others too: only the second time it was the job.
+        for name in ended:
+            if deaths[name] > 1:
+                record_failure(self.folder / name, death)
+        return {name for name in ended if deaths[name] == 1} | (set() if results else jobs.keys() - started)
 
     def _start_of(self, name: str) -> int | None:
         try:
@@ -166,33 +235,41 @@ class FolderSweeper(Sweeper):
             return None
 
     def _arguments(self, name: str, overrides: Sequence[str]) -> list[str]:
+        folder = str(self.folder).replace("'", "\\'")
         return [
             *overrides,
             f"sweep.job='{name}'",
-            f"hydra.sweep.dir='{self.folder}'",
+            f"hydra.sweep.dir='{folder}'",
             f"hydra.sweep.subdir='{name}'",
         ]
 
-    def close(self, jobs: Sequence[PlannedJob], plan: Plan) -> None:
-        """Compare all that the folder has, and say what has become of it.
+    def close(self, jobs: Sequence[PlannedJob]) -> None:
+        """Say what has become of the command's jobs, and compare all that the folder has.
 
-        Exits with status 1 unless each of ``jobs``, the command's own, is finished or was pruned.
+        Exits with status 1 unless each of the jobs is finished or was pruned.
         """
         from ema_seg.reporting.comparison_files import report_comparison
         from ema_seg.reporting.runs import read_folder
 
-        overview = survey(self.folder, plan.jobs)
+        overview, plan = survey(self.folder, jobs), read_plan(self.folder)
         Console(stderr=True).print(render(overview))
-        if overview.counts["finished"]:
+        if others := len(plan.jobs) - len(jobs):
+            print(
+                f"The folder has {others} more {'job' if others == 1 else 'jobs'} of earlier commands: "
+                f"python -m ema_seg.sweeps {self.folder}",
+                file=sys.stderr,
+            )
+        if survey(self.folder, plan.jobs).counts["finished"]:
             page = report_comparison(read_folder(self.folder), self.folder / "comparison").with_suffix(".html")
             print(f"comparison: {page}")
         print(f"sweep: {self.folder}")
-        if survey(self.folder, jobs).counts.keys() - {"finished", "pruned"}:
+        if overview.counts.keys() - {"finished", "pruned"}:
             sys.exit(1)
 
 
 def check(config: dict[str, Any]) -> None:
-    """See ``ema_seg.training.check_config``; imported late, for ``--help`` to answer at once."""
-    from ema_seg.training import check_config
+    """Raise what can be said against a job's configuration; imported late, for ``--help`` to answer at once."""
+    from ema_seg.training import check_config, check_model
 
     check_config(config)
+    check_model(config)

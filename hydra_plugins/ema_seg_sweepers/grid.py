@@ -1,16 +1,15 @@
 """``python train.py -m``: a grid of jobs that resumes, outlives its failures, and ends in a comparison."""
 
 import itertools
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra.core.override_parser.types import Override
-from omegaconf import OmegaConf
 
 from configs.command_line import reports_errors
 from ema_seg.errors import ConfigError
-from ema_seg.sweeps import is_settled, job_state
 
 from .base import FolderSweeper
 
@@ -27,26 +26,23 @@ class GridSweeper(FolderSweeper):
         self.open_folder(arguments)
         combinations = list(self._combinations(arguments))
         planned = [self.plan_job(overrides, told_apart_by) for overrides, told_apart_by in combinations]
-        plan = self.write_plan(planned)
-        for job in planned:
+        overrides_of: dict[str, list[str]] = {}
+        for job, (overrides, _) in zip(planned, combinations, strict=True):
+            overrides_of.setdefault(job.identity, overrides)
+        jobs = self.unite(planned)
+        self.write_plan(jobs)
+        for job in jobs:
             if job.impossible:
                 chosen = " ".join(f"{key}={value}" for key, value in job.overrides.items())
                 print(f"impossible: {chosen}: {job.impossible}", file=sys.stderr)
-        to_do = {
-            job.folder: overrides
-            for job, (overrides, _) in zip(planned, combinations, strict=True)
-            if not is_settled(job_state(self.folder / job.folder, job.impossible))
-        }
-        self.launch(to_do, plan.jobs)
-        self.close(planned, plan)
+        self.launch({job.folder: overrides_of[job.identity] for job in jobs if not self.is_settled(job)}, jobs)
+        self.close(jobs)
 
     def _combinations(self, arguments: Sequence[str]) -> Iterator[tuple[list[str], dict[str, str]]]:
         """The overrides of each job, and those that tell it from the others."""
-        assert self.config is not None
-        given = self.parse(arguments)
-        settings: Any = OmegaConf.to_container(self.config.sweep)
+        given, settings = self.parse(arguments), self.settings
         own = {override.key_or_group for override in given}
-        grid = [f"{key}={_joined(values)}" for key, values in settings["grid"].items() if key not in own]
+        grid = [f"{key}={_joined(key, values)}" for key, values in settings["grid"].items() if key not in own]
         axes = [_axis(override) for override in [*self.parse(grid), *given]]
         if settings["variants"]:
             axes.append(_variants(settings["variants"]))
@@ -71,7 +67,8 @@ def _axis(override: Override) -> Axis:
     if override.is_delete():
         return key, [("", [key])]
     if not override.is_sweep_override():
-        return key.lstrip("+"), [(str(override.value()), [f"{key}={override.get_value_element_as_str()}"])]
+        text = override.get_value_element_as_str()
+        return key.lstrip("+"), [(_unquoted(text), [f"{key}={text}"])]
     if not override.is_discrete_sweep():
         raise ConfigError(
             f"{override.input_line}: an interval has no end of values; name them, or search with sweep=search."
@@ -85,8 +82,17 @@ def _variants(variants: Mapping[str, str | Sequence[str]]) -> Axis:
     ]
 
 
-def _joined(values: Any) -> str:
-    return ",".join(map(str, values)) if isinstance(values, list) else str(values)
+def _joined(key: str, values: Any) -> str:
+    """The values of ``sweep.grid`` as on the command line; a text there may be a sweep such as ``range(1,4)``."""
+    if values == []:
+        raise ConfigError(f"sweep.grid.{key} is empty; give it values, or leave it out.")
+    if not isinstance(values, list):
+        return _text(values)
+    return ",".join(f"'{value}'" if isinstance(value, str) and "," in value else _text(value) for value in values)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _unquoted(text: str) -> str:
