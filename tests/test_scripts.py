@@ -252,6 +252,27 @@ def test_options_of_training_work_together(camvid_root, run_script, tmp_path):
     assert "current_model_state" in checkpoint
 
 
+def test_a_run_that_has_stopped_early_does_not_train_on(camvid_root, run_script, tmp_path):
+    """Killed between its last epoch and its report, it goes on to the report alone."""
+    run = tmp_path / "run"
+    status, _, err = run_script(
+        "train",
+        *(*QUICK, "data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={run}"),
+        *("epochs=9", "training.early_stopping=1", "optimizer.lr=1e-12"),
+    )
+    assert status == 0, err
+    epochs, report = rows_of(run), json.loads((run / "report" / "report.json").read_text())
+    assert len(epochs) < 9
+    shutil.rmtree(run / "report")
+
+    assert run_script("train", f"resume={run}")[0] == 0
+    assert rows_of(run) == epochs
+    assert json.loads((run / "report" / "report.json").read_text())["confusion_matrix"] == report["confusion_matrix"]
+
+    assert run_script("train", f"resume={run}", "training.early_stopping=2")[0] == 0
+    assert len(rows_of(run)) > len(epochs)
+
+
 def make_cityscapes(root):
     for split in ("train", "val"):
         for index in range(3):
@@ -361,7 +382,12 @@ def test_the_default_data_are_generated_and_read(run_script, tmp_path):
         (("loss.dise.weight=1",), "Key 'loss.dise' is not in struct|Could not override 'loss.dise.weight'"),
         (("+loss.dise.weight=1",), "loss.dise: there is no such loss"),
         (("trainer.precision=bf17", "evaluation.precision=32"), "trainer: Lightning refuses"),
-        (("+trainer.max_epoch=3",), "trainer: Lightning refuses"),
+        (("+trainer.max_epoch=3",), "trainer.max_epoch: .* no such option. Did you mean 'max_epochs'"),
+        (("+trainer.callbacks=3",), "trainer: Lightning refuses"),
+        (("launcher=joblib",), "launcher=joblib is for sweeps: python train.py -m launcher=joblib"),
+        (("sweep=attention",), "sweep=attention is for sweeps"),
+        (("sweep.id=mine",), "sweep.id=mine is for sweeps"),
+        (("-m", "resume=runs/one"), "resume=runs/one: a sweep goes on by itself"),
         (("data.batch_size=0",), "data.batch_size=0 must be a whole number of at least 1"),
         (("data.mean=0.5",), "data.mean=0.5 must be three numbers"),
         (("data.augmentation.crop.height=50",), "crops of 50 x 64 pixels, but the model takes multiples of 32"),

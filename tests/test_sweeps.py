@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +12,11 @@ import time
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
 from ema_seg.reporting import compare_runs, read_folder
 from ema_seg.sweeps import job_state, read_plan
+from ema_seg.sweeps.search import Search
 from tests.conftest import QUICK, ROOT
 
 TINY = (*QUICK, "data=camvid", "+model.decoder_segmentation_channels=32", "+model.decoder_pyramid_channels=32")
@@ -130,10 +134,12 @@ def test_kills_at_any_moment_change_nothing_in_the_result(undisturbed, camvid_ro
 
     assert done.returncode == 0, done.stderr
     expected = reports(undisturbed[0])
+    assert reports(folder).keys() == {"none 0", "se 0", "none 1", "se 1"}
     for label, report in reports(folder).items():
         for key in ("confusion_matrix", "miou", "images", "size_miou"):
             assert report[key] == expected[label][key], (label, key)
     rows, expected_rows = (comparison_rows(sweep) for sweep in (folder, undisturbed[0]))
+    assert rows.keys() == expected_rows.keys()
     for label, row in rows.items():
         for key in ("miou", "contrast", "classes", "strata"):
             assert row[key] == expected_rows[label][key], (label, key)
@@ -146,12 +152,12 @@ def test_kills_at_any_moment_change_nothing_in_the_result(undisturbed, camvid_ro
 
 
 def test_a_failing_job_is_recorded_and_the_sweep_goes_on(camvid_root, tmp_path, run_script):
-    folder = tmp_path / "sweep"
-    arguments = command(camvid_root, folder, "optimizer.lr=1e-3,1e30", "epochs=1")
+    folder = tmp_path / "it's a sweep"
+    arguments = command(camvid_root, f'"{folder}"', "optimizer.lr=1e-3,1e30", "epochs=1")
 
     status, _, err = run_script("train", *arguments)
 
-    assert status == 1
+    assert status == 1, err
     assert names(folder) == {"0.001": "finished", "1e+30": "failed"}
     failed = states(folder)["1e+30"]
     assert (failed.attempts, failed.reason[:11]) == (1, "the loss is")
@@ -159,8 +165,12 @@ def test_a_failing_job_is_recorded_and_the_sweep_goes_on(camvid_root, tmp_path, 
 
     assert run_script("train", *arguments)[0] == 1
     assert states(folder)["1e+30"].attempts == 2
-    assert run_script("train", *arguments)[0] == 1
+    status, _, err = run_script("train", *arguments)
+    assert status == 1
     assert states(folder)["1e+30"].attempts == 2
+    assert "with sweep.retry=true the same command tries it again" in " ".join(err.split())
+    assert run_script("train", *arguments, "sweep.retry=true")[0] == 1
+    assert states(folder)["1e+30"].attempts == 3
 
 
 def test_impossible_combinations_are_told_before_anything_trains(camvid_root, tmp_path, run_script):
@@ -238,13 +248,22 @@ def test_launchers_run_the_same_jobs(launcher, undisturbed, camvid_root, tmp_pat
     assert any(f"launcher {launcher}" in note for note in comparison["notes"])
 
 
-def test_a_killed_process_of_a_launcher_does_not_end_the_sweep(camvid_root, tmp_path):
+def test_slurm_queues_a_job_again_that_reaches_its_time_limit():
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        settings = compose("train", ["launcher=submitit"], return_hydra_config=True).hydra.launcher
+
+    assert settings._target_.endswith("SlurmLauncher")
+    assert (settings.timeout_min, settings.max_num_timeout) == (24 * 60, 100)
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_a_killed_process_of_a_launcher_does_not_end_the_sweep(launcher, camvid_root, tmp_path):
     folder = tmp_path / "sweep"
     process = subprocess.Popen(
         [
             sys.executable,
             ROOT / "train.py",
-            *command(camvid_root, folder, "attention=none,se", "epochs=3", "launcher=joblib"),
+            *command(camvid_root, folder, "attention=none,se", "epochs=3", f"launcher={launcher}"),
         ],
         stderr=subprocess.PIPE,
         text=True,
@@ -275,8 +294,59 @@ def test_a_search_gives_up_what_is_hopeless_and_goes_on_where_it_was_left(camvid
 
     plan = read_plan(folder).jobs
     assert [job for job in plan if job in first] == first
-    assert {state.name for state in states(folder).values()} <= {"finished", "pruned"}
-    assert (folder / "search.journal").exists()
+    # Two values for six trials: one job each, whatever the number of trials that chose it.
+    assert set(names(folder)) <= {"0.001", "1e-09"}
+    assert set(names(folder).values()) <= {"finished", "pruned"}
+    trials = Search(folder, seed=0, grace=1).study.trials
+    assert [trial.state.is_finished() for trial in trials] == [True] * 6
+    assert run_script("train", *arguments, "sweep.trials=6")[0] == 0
+    assert Search(folder, seed=0, grace=1).study.trials == trials
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("sweep.trials=0",), "sweep.trials=0 is no whole number of 1 or more"),
+        (("sweep.parallel=0",), "sweep.parallel=0 is no whole number"),
+        (("seed=0,1",), "seed=0,1: a search would choose the luckiest seed"),
+        (("+sweep.space.epochs=1",), "sweep.space.epochs=1: this is one value"),
+        (("sweep.space=null",), "sweep.space is empty"),
+        (("optimizer.lr=interval(1,0)",), r"optimizer.lr=interval\(1,0\): cannot be searched"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(camvid_root, tmp_path, run_script, overrides, message):
+    status, _, err = run_script("train", *command(camvid_root, tmp_path / "sweep", "sweep=search", *overrides))
+
+    assert status == 1
+    assert re.search(f"error: {message}", err), err
+
+
+def test_a_search_takes_whole_numbers(camvid_root, tmp_path, run_script):
+    status, _, err = run_script(
+        "train",
+        *command(camvid_root, tmp_path / "sweep", "sweep=search", "sweep.trials=1", "sweep.space=null"),
+        *("data.batch_size=int(interval(1,4))", "attention=none", "epochs=1"),
+    )
+
+    assert status == 0, err
+    (job,) = read_plan(tmp_path / "sweep").jobs
+    assert job.overrides["data.batch_size"] in {"1", "2", "3", "4"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("sweep.baseline=none",), "sweep.baseline='none' names no settings"),
+        (("+sweep.groups.thin=pole",), r"sweep.groups=\{'thin': 'pole'\} are no lists of classes by a name"),
+        (("sweep.retry=maybe",), "sweep.retry='maybe' is neither true nor false"),
+        (("+sweep.grid.attention=[]",), "sweep.grid.attention is empty"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(camvid_root, tmp_path, run_script, overrides, message):
+    status, _, err = run_script("train", *command(camvid_root, tmp_path / "sweep", *overrides))
+
+    assert status == 1
+    assert re.search(f"error: {message}", err), err
 
 
 def test_an_interval_is_no_grid(camvid_root, tmp_path, run_script):
@@ -301,21 +371,64 @@ def test_an_interrupted_sweep_says_how_it_goes_on(camvid_root, tmp_path):
     _, err = process.communicate(timeout=60)
 
     assert process.returncode == 130
-    assert err.rstrip().splitlines()[-2].startswith("interrupted; the same command goes on")
+    assert err.rstrip().splitlines()[-1].startswith("interrupted; the same command goes on")
     assert names(folder)["none"] == "interrupted"
     assert "Traceback" not in err
 
 
 def test_one_place_for_the_reports_of_all_jobs_is_refused(camvid_root, tmp_path, run_script):
-    status, _, err = run_script("train", *command(camvid_root, tmp_path / "sweep", "report.dir=elsewhere"))
+    status, _, err = run_script("train", *command(camvid_root, tmp_path / "sweep", "report.dir=here,there"))
 
     assert status == 1
-    assert "report.dir=elsewhere: the jobs of a sweep each keep their own" in err
+    assert "report.dir=here,there: the jobs of a sweep each keep their own" in err
 
 
-def test_combinations_that_mean_the_same_are_one_job(camvid_root, tmp_path):
+def test_combinations_that_mean_the_same_are_one_job_and_one_row(camvid_root, tmp_path, run_script):
+    """The plain model is the same whatever block it does not have, and is the baseline of all of them."""
     folder = tmp_path / "sweep"
-    done = run(camvid_root, folder, "attention=none", "epochs=1", "data.workers=0,1")
-    assert done.returncode == 0, done.stderr
-    (job,) = json.loads((folder / "sweep.json").read_text())["jobs"]
-    assert [path.parents[1].name for path in folder.glob("*/report/report.json")] == [job["folder"]]
+    arguments = command(camvid_root, folder, "sweep=placement", "attention=se,eca", "epochs=1")
+    variants = "+sweep.variants={none: 'attention=none', head: 'placement=head'}"
+
+    status, _, err = run_script("train", *arguments, "~sweep.variants", variants)
+
+    assert status == 0, err
+    shared, *others = read_plan(folder).jobs
+    assert (shared.overrides, shared.folder) == (
+        {"attention": "*", "variant": "none"},
+        f"variant-none_{shared.identity}",
+    )
+    assert len(list(folder.glob("*/report/report.json"))) == len(others) + 1 == 3
+    rows = {row["label"]: row for row in json.loads((folder / "comparison" / "comparison.json").read_text())["rows"]}
+    assert [row["contrast"]["baseline"] for row in rows.values() if row["contrast"]] == ["attention=*, none"] * 2
+
+
+def test_a_job_of_a_sweep_is_resumed_only_as_itself(camvid_root, tmp_path, run_script):
+    folder = tmp_path / "sweep"
+    assert run_script("train", *command(camvid_root, folder, "attention=none", "epochs=1"))[0] == 0
+    (job,) = read_plan(folder).jobs
+    shutil.rmtree(folder / job.folder / "report")
+
+    status, _, err = run_script("train", f"resume={folder / job.folder}", "epochs=2")
+    assert status == 1
+    assert "this job of a sweep would be another one with the given overrides" in err
+
+    status, _, err = run_script("train", *TINY, f"data.root={camvid_root}", f"hydra.run.dir={folder / job.folder}")
+    assert status == 1
+    assert "holds a run already" in err
+
+    assert run_script("train", f"resume={folder / job.folder}", "data.workers=1")[0] == 0
+    assert names(folder) == {"": "finished"}
+
+
+def test_the_final_view_is_of_the_commands_own_jobs(camvid_root, tmp_path, run_script):
+    folder = tmp_path / "sweep"
+    assert run_script("train", *command(camvid_root, folder, "attention=none,emma", "epochs=1"))[0] == 1
+
+    status, _, err = run_script("train", *command(camvid_root, folder, "attention=none,se", "epochs=1"))
+    assert status == 0, err
+    assert "2 of 2 jobs finished" in err
+    assert names(folder) == {"none": "finished", "se": "finished"}
+
+    status, _, err = run_script("train", *command(camvid_root, folder, "attention=se", "epochs=1"))
+    assert "1 of 1 jobs finished" in err
+    assert "The folder has 1 more job of earlier commands" in err

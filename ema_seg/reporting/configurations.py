@@ -8,7 +8,7 @@ from typing import Any
 
 from ema_seg.errors import ConfigError, did_you_mean
 from ema_seg.reporting.runs import Run
-from ema_seg.sweeps import machine_keys
+from ema_seg.sweeps import ANY, machine_keys
 
 __all__ = ["Configuration", "find_baselines", "group_runs", "setting_text"]
 
@@ -128,8 +128,13 @@ def _first_match(
     configuration: Configuration, bases: Sequence[Configuration], compared: Sequence[Sequence[str]]
 ) -> Configuration | None:
     for keys in compared:
-        for base in bases:
-            if all(setting_text(base.settings[key]) == setting_text(configuration.settings[key]) for key in keys):
+        wanted = [setting_text(configuration.settings[key]) for key in keys]
+        known = [(base, [setting_text(base.settings[key]) for key in keys]) for base in bases]
+        for base, values in known:
+            if values == wanted:
+                return base
+        for base, values in known:  # for some values of a key a sweep may have one job, such as the plain model
+            if all(value in (ANY, text) for value, text in zip(values, wanted, strict=True)):
                 return base
     return None
 

@@ -42,7 +42,7 @@ class GridSweeper(FolderSweeper):
         """The overrides of each job, and those that tell it from the others."""
         given, settings = self.parse(arguments), self.settings
         own = {override.key_or_group for override in given}
-        grid = [f"{key}={_joined(key, values)}" for key, values in settings["grid"].items() if key not in own]
+        grid = [f"{key}={_joined(key, values)}" for key, values in (settings["grid"] or {}).items() if key not in own]
         axes = [_axis(override) for override in [*self.parse(grid), *given]]
         if settings["variants"]:
             axes.append(_variants(settings["variants"]))

@@ -34,6 +34,13 @@ def test_a_plan_keeps_the_jobs_of_an_earlier_one_in_its_folder(tmp_path):
     assert read_plan(tmp_path).jobs == [TWO, ONE]
 
 
+def test_a_plan_forgets_what_could_not_be_tried(tmp_path):
+    write_plan(tmp_path, Plan("grid", [], None, [TWO]))
+    write_plan(tmp_path, Plan("grid", [], None, [ONE]))
+
+    assert read_plan(tmp_path).jobs == [ONE]
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema": "other"}', '{"schema": "ema-seg.sweep/1", "jobs": [1]}'])
 def test_what_is_no_plan_is_named(tmp_path, content):
     (tmp_path / "sweep.json").write_text(content)
@@ -96,6 +103,22 @@ def test_a_killed_job_no_longer_runs(tmp_path):
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
         assert job_state(tmp_path).name == "running"
+        assert job_state(tmp_path, locked_by_us=True).name == "interrupted"
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()
     assert job_state(tmp_path).name == "interrupted"
+
+
+def test_who_looks_is_not_taken_for_a_job(tmp_path):
+    write_metrics(tmp_path)
+    (tmp_path / "job.lock").touch()
+    program = (
+        "import fcntl, sys, time\n"
+        "with open(sys.argv[1]) as file:\n"
+        "    fcntl.flock(file, fcntl.LOCK_SH); print('looks', flush=True); time.sleep(60)"
+    )
+    lock = str(tmp_path / "job.lock")
+    with subprocess.Popen([sys.executable, "-c", program, lock], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "looks\n"
+        assert job_state(tmp_path).name == "interrupted"
+        other.kill()

@@ -35,6 +35,7 @@ def with_change(key, value):
         ("data.workers", 0),
         ("trainer.accelerator", "gpu"),
         ("training.progress_bar", False),
+        ("training.pictures_every", 3),
         ("evaluation.device", "cuda:1"),
         ("evaluation.budget", 1.0),
         ("report.dir", "elsewhere"),

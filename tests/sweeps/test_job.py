@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from ema_seg.errors import DataError, TrainingError
-from ema_seg.sweeps import Pruned, job_state, read_job, run_job
+from ema_seg.errors import ConfigError, DataError, TrainingError
+from ema_seg.sweeps import Pruned, hold_job, job_state, read_job, run_job
 
 JOB = {"identity": "1a", "overrides": {"attention": "ema"}}
 
@@ -52,6 +52,15 @@ def test_a_failed_job_is_tried_once_more(tmp_path):
         ("failed", "the loss is nan", 2),
     ]
     assert len(calls) == 2
+    assert run_job(tmp_path, JOB, work, retry=True).attempts == 3
+
+
+def test_a_job_that_is_held_is_not_run(tmp_path):
+    with hold_job(tmp_path):
+        assert job_state(tmp_path).name == "running"
+        with pytest.raises(ConfigError, match="a sweep is running this job"), hold_job(tmp_path):
+            pass
+    assert job_state(tmp_path).name == "missing"
 
 
 def test_a_job_that_succeeds_the_second_time_is_finished_without_a_trace(tmp_path):

@@ -1,0 +1,78 @@
+import copy
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from configs.command_line import plain_config
+from ema_seg.errors import CheckpointError, ConfigError, ModelError
+from ema_seg.training import check_config, check_model
+from tests.conftest import QUICK, ROOT
+
+
+@pytest.fixture(scope="module")
+def config():
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return plain_config(compose("train", [*QUICK, "data=camvid", "data.root=/nowhere"]))
+
+
+def changed(config, **values):
+    config = copy.deepcopy(config)
+    for key, value in values.items():
+        *path, last = key.split("__")
+        node = config
+        for part in path:
+            node = node[part]
+        node[last] = value
+    return config
+
+
+def test_what_can_be_trained_passes(config):
+    check_config(config)
+    check_config(changed(config, training__early_stopping=3, training__weight_averaging=0.9, trainer__strategy="ddp"))
+    check_model(config)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": True}, "seed=True"),
+        ({"data__root": None}, r"data\.root is not set"),
+        ({"data__name": "camvit"}, r"data\.name='camvit'"),
+        ({"data__classs": 3}, r"data\.classs=3 is not an option"),
+        ({"data__batch_size": 0}, "batch_size"),
+        ({"data__augmentation": {"crop": {"transform": "Cropp"}}}, "augmentation"),
+        ({"training__weight_averaging": 1.5}, r"training\.weight_averaging=1\.5"),
+        ({"training__early_stopping": 0}, r"training\.early_stopping=0"),
+        ({"training__pictures_every": -1}, r"training\.pictures_every=-1"),
+        ({"training__compile": "maybe"}, r"training\.compile='maybe'"),
+        ({"trainer__max_epochs": 2.5}, r"epochs=2\.5"),
+        ({"trainer__max_epochs": 0}, "epochs=0"),
+        ({"trainer__accumulate_grad_batches": 0}, r"trainer\.accumulate_grad_batches=0"),
+        ({"trainer__acumulate_grad_batches": 2}, "Did you mean 'accumulate_grad_batches'"),
+        ({"loss": {"diec": {"weight": 1}}}, r"loss\.diec"),
+        ({"optimizer__momentun": 0.9}, "optimizer"),
+        ({"optimizer__lr": "fast"}, r"optimizer\.lr='fast'"),
+        ({"schedule__power": "steep", "schedule__powr": 1}, r"schedule\.powr"),
+        ({"logger__name": "paper"}, r"logger\.name"),
+        ({"evaluation__batch_size": 2.5}, r"evaluation\.batch_size=2\.5"),
+        ({"evaluation__budget": "long"}, r"evaluation\.budget='long'"),
+        ({"evaluation__size": [4]}, r"evaluation\.size=\[4\]"),
+        ({"evaluation__precision": "8"}, "precision='8'"),
+    ],
+)
+def test_what_cannot_is_named_without_data_or_model(config, values, message):
+    with pytest.raises(ConfigError, match=message):
+        check_config(changed(config, **values))
+
+
+def test_another_machines_device_is_no_mistake(config):
+    check_config(changed(config, trainer__accelerator="gpu", evaluation__device="cuda:7"))
+
+
+def test_a_model_that_cannot_be_built_is_named(config):
+    with pytest.raises(ModelError, match="factor"):
+        check_model(changed(config, attention__factor=7))
+    with pytest.raises(CheckpointError, match=r"model\.encoder_weights=/nowhere\.pth: no such file"):
+        check_model(changed(config, model__encoder_weights="/nowhere.pth"))
+    check_model(changed(config, model__encoder_weights="imagenet"))  # which are on the hub
