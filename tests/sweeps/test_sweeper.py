@@ -87,5 +87,5 @@ def test_a_launcher_that_starts_nothing_is_a_mistake(tmp_path):
 
     sweeper = GridSweeper()
     sweeper.folder, sweeper.launcher = tmp_path, Broken()
-    with pytest.raises(ConfigError, match="could not start any job: .*no such partition"):
+    with pytest.raises(ConfigError, match=r"could not start any job: .*no such partition"):
         sweeper.launch({"a": []}, [])
