@@ -180,7 +180,7 @@ def measure(folder: Path, literal_replicates: int) -> dict[str, Any]:
     output = folder / "comparison"
     runs = timed("read", lambda: read_folder(folder))
     comparison = timed("statistics", lambda: compare_runs(runs))
-    matches = match_runs(runs)[2]
+    matches = match_runs(runs).rows
     comparison["examples"], _ = timed("pictures", lambda: draw_examples(comparison["examples"], matches, output))
     timed("figures, tables and page", lambda: write_comparison(comparison, output))
     command = [sys.executable, "-m", "ema_seg.reporting", str(folder), "--output", str(folder / "again")]

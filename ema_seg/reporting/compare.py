@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ema_seg.errors import ConfigError, DataError
-from ema_seg.reporting.comparison import Comparison, Contrast, Curve, Disagreement, Job, Row, Summary
-from ema_seg.reporting.configurations import Configuration, find_baselines, group_runs, setting_text
+from ema_seg.reporting.comparison import SIZES, Comparison, Contrast, Curve, Disagreement, Job, Row, Summary
+from ema_seg.reporting.configurations import Configuration, find_baselines, group_runs, has_settings, setting_text
 from ema_seg.reporting.runs import Result, Run, Runs
 from ema_seg.reporting.statistics import (
     add_groups,
@@ -27,7 +27,7 @@ from ema_seg.reporting.statistics import (
     weigh_counts,
 )
 
-__all__ = ["CONFIDENCE", "REPLICATES", "SCHEMA", "Match", "compare_runs", "match_runs"]
+__all__ = ["CONFIDENCE", "REPLICATES", "SCHEMA", "Match", "Matches", "compare_matches", "compare_runs", "match_runs"]
 
 SCHEMA = "ema-seg.comparison/1"
 REPLICATES = 10_000
@@ -43,8 +43,10 @@ _COSTS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "parameters": lambda report: report["parameters"]["total"],
     "gmacs": lambda report: report["gmacs"],
 }
+# Of more rows that have the same to be said of them, such as the trials of a search, the others are counted.
+_NAMED = 5
 # What a group of classes cannot be called: a size of objects, or what a table calls a column beside the mIoU.
-_TAKEN_NAMES = {"small", "medium", "large", "sd", "difference", "low", "high", "n", "covers", "p", "p_holm"}
+_TAKEN_NAMES = {*SIZES, "sd", "difference", "low", "high", "n", "covers", "p", "p_holm"}
 # What costs have to have in common to be compared, with how a reader is told of it.
 _COST_SETTINGS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "device": lambda report: report["throughput"]["device"],
@@ -84,19 +86,29 @@ class Match:
         return [] if self.baseline is None else [seed for seed in self.results if seed in self.baseline.results]
 
 
-def match_runs(
-    runs: Runs, baseline: Mapping[str, str] | None = None
-) -> tuple[list[str], dict[str, str] | None, list[Match], list[str]]:
+class Matches(NamedTuple):
+    """Runs as rows of a comparison.
+
+    Attributes:
+        settings: the keys that differ.
+        baseline: the settings that name the baseline, or None.
+        rows: the configurations, baselines first.
+        notes: what a reader has to know.
+    """
+
+    settings: list[str]
+    baseline: dict[str, str] | None
+    rows: list[Match]
+    notes: list[str]
+
+
+def match_runs(runs: Runs, baseline: Mapping[str, str] | None = None) -> Matches:
     """Group runs into configurations and find their baselines.
 
     Args:
         runs: what was read.
         baseline: settings that name the baseline. By default those of the sweep; of runs that were named one by one the
             first; else no attention, if that is among them.
-
-    Returns:
-        The keys that differ, the settings that name the baseline (or None), the configurations with baselines first,
-        and notes.
 
     Raises:
         ConfigError: the baseline fits no configuration.
@@ -130,8 +142,8 @@ def match_runs(
         baseline_match = matches[base.label] if base is not None and comparable else None
         matches[label] = Match(configuration, results[index], baseline_match, is_baseline=label in compared_with)
     matched = list(matches.values())
-    notes += _notes_on_matches(matched, has_baseline=chosen is not None)
-    return settings, chosen, matched, notes
+    notes += _notes_on_matches(matched, chosen)
+    return Matches(settings, chosen, matched, notes)
 
 
 def compare_runs(
@@ -141,11 +153,16 @@ def compare_runs(
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> Comparison:
+    """Draw up a comparison: ``match_runs`` and ``compare_matches`` in one."""
+    return compare_matches(runs, match_runs(runs, baseline), replicates=replicates, seed=seed)
+
+
+def compare_matches(runs: Runs, matches: Matches, *, replicates: int = REPLICATES, seed: int = 0) -> Comparison:
     """Draw up a comparison.
 
     Args:
         runs: see ``ema_seg.reporting.runs``.
-        baseline: see ``match_runs``.
+        matches: what ``match_runs`` made of them.
         replicates: of the bootstrap over images, see ``ema_seg.reporting.statistics``.
         seed: of its draws.
 
@@ -153,23 +170,26 @@ def compare_runs(
         What ``comparison.json`` holds. ``examples`` name the images, without files: see ``ema_seg.reporting.pictures``.
 
     Raises:
-        ConfigError: the baseline fits no configuration.
-        DataError: the reports are not of the same images and classes, or of a single image.
+        DataError: the reports are of a single image.
     """
-    settings, chosen, matches, notes = match_runs(runs, baseline)
-    results = [result for match in matches for result in match.results.values()]
+    settings, baseline, rows_matched, notes = matches
+    results = [result for match in rows_matched for result in match.results.values()]
     first = results[0]
     if len(first.names) < 2:
         raise DataError(f"{first.path}: has a single image, of which nothing can be said about others; compare more.")
     groups = _groups(runs.groups, first.report["classes"])
-    contrasts = _contrasts(matches, list(groups.values()), replicates, seed)
-    rows = [_row(match, contrasts.get(match.label), first, runs.folder, groups) for match in matches]
+    contrasts = _contrasts(rows_matched, list(groups.values()), replicates, seed)
+    rows = [_row(match, contrasts.get(match.label), first, runs.folder, groups) for match in rows_matched]
     adjusted = adjust_holm([row["contrast"] and row["contrast"]["p"] for row in rows])
     for row, p in zip(rows, adjusted, strict=True):
         if row["contrast"] is not None:
             row["contrast"]["p_holm"] = p
-    notes += _notes_on_costs(results)
-    notes += _notes_on_code(results)
+    notes = [
+        *notes,
+        *_notes_on_groups(runs.groups, first.report["classes"]),
+        *_notes_on_costs(results),
+        *_notes_on_code(results),
+    ]
     return Comparison(
         schema=SCHEMA,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -183,10 +203,10 @@ def compare_runs(
             **{name: ", ".join(first.report["classes"][index] for index in group) for name, group in groups.items()},
         },
         settings=settings,
-        baseline=chosen,
+        baseline=baseline,
         bootstrap={"replicates": replicates, "confidence": CONFIDENCE, "seed": seed},
         rows=rows,
-        examples=[example for match in matches for example in _disagreements(match)],
+        examples=[example for match in rows_matched for example in _disagreements(match)],
         environment=_environment(results),
         notes=notes,
     )
@@ -504,8 +524,9 @@ def _commit(environment: Mapping[str, Any]) -> str | None:
     return git and git["commit"] + (" with changes" if git["dirty"] else "")
 
 
-def _notes_on_matches(matches: Sequence[Match], *, has_baseline: bool) -> list[str]:
-    notes = []
+def _notes_on_matches(matches: Sequence[Match], baseline: Mapping[str, str] | None) -> list[str]:
+    notes: list[str] = []
+    alone: list[str] = []
     mixed_bases = any(match.is_baseline and match.configuration.mixed_keys for match in matches)
     for match in matches:
         runs = match.configuration.runs
@@ -519,9 +540,8 @@ def _notes_on_matches(matches: Sequence[Match], *, has_baseline: bool) -> list[s
                 f"{', '.join(match.configuration.mixed_keys)}. No difference is given to it or from it."
             )
         elif match.baseline is None:
-            if has_baseline and not match.is_baseline and match.results:
-                usable = " whose runs agree" if mixed_bases else ""
-                notes.append(f"{match.label}: no difference, for no baseline{usable} has its other settings.")
+            if baseline and match.results and not has_settings(match.configuration, baseline):
+                alone.append(match.label)
         elif match.results and not match.common_seeds:
             notes.append(f"{match.label}: no difference, for it and {match.baseline.label} share no finished seed.")
         else:
@@ -531,6 +551,10 @@ def _notes_on_matches(matches: Sequence[Match], *, has_baseline: bool) -> list[s
                     f"{match.label}: the difference to {match.baseline.label} is over the seeds that both have, "
                     f"without {_seeds([str(seed) for seed in sorted(apart, key=_order)])}."
                 )
+    if alone:
+        shown = "; ".join(alone[:_NAMED]) + (f" and {len(alone) - _NAMED} more" if len(alone) > _NAMED else "")
+        usable = " whose runs agree" if mixed_bases else ""
+        notes.append(f"{shown}: no difference, for no baseline{usable} has the same other settings.")
     if any(len(match.common_seeds) == 1 for match in matches):
         notes.append(
             "Where there is one seed the interval covers the images alone: it says nothing about training anew, "
@@ -554,6 +578,17 @@ def _order(seed: int | None) -> int:
 
 def _seeds(seeds: Sequence[str]) -> str:
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
+
+
+def _notes_on_groups(named: Mapping[str, Sequence[str]], classes: Sequence[str]) -> list[str]:
+    notes = []
+    for group, names in named.items():
+        absent = [name for name in names if name not in classes]
+        if len(absent) == len(names):
+            notes.append(f"{group}: not scored, for the data has none of its classes ({', '.join(absent)}).")
+        elif absent:
+            notes.append(f"{group}: without {', '.join(absent)}, which the data does not have.")
+    return notes
 
 
 def _notes_on_costs(results: Sequence[Result]) -> list[str]:

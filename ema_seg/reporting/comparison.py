@@ -25,7 +25,10 @@ bytes, and null stands for what is not known.
 
 from typing import Any, TypedDict
 
-__all__ = ["Comparison", "Contrast", "Curve", "Disagreement", "Job", "Row", "Summary"]
+__all__ = ["SIZES", "Comparison", "Contrast", "Curve", "Disagreement", "Job", "Row", "Summary"]
+
+SIZES = ("small", "medium", "large")
+"""The strata that are sizes of objects; others are groups of classes."""
 
 
 class Summary(TypedDict):

@@ -24,9 +24,8 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from ema_seg.errors import DataError
-from ema_seg.evaluation.strata import STRATA
-from ema_seg.reporting.comparison import Comparison, Contrast, Disagreement, Row
-from ema_seg.reporting.comparison_tables import SIGNIFICANT, probability_text
+from ema_seg.reporting.comparison import SIZES, Comparison, Contrast, Disagreement, Row
+from ema_seg.reporting.comparison_tables import SIGNIFICANT, points_text, probability_text
 from ema_seg.reporting.files import write_file
 
 __all__ = ["draw_comparison", "front_rows"]
@@ -200,7 +199,11 @@ def _draw_differences(comparison: Comparison) -> Figure | None:
             markerfacecolor="white" if contrast["covers"] == "images" else colour,
             markeredgewidth=1.6,
         )
-        numbers = (_signed(contrast["difference"], 2), str(contrast["n"]), probability_text(contrast["p_holm"]))
+        numbers = (
+            points_text(contrast["difference"], digits=2, signed=True),
+            str(contrast["n"]),
+            probability_text(contrast["p_holm"]),
+        )
         clear = contrast["p_holm"] is not None and contrast["p_holm"] < SIGNIFICANT
         _write_beside(axes, place, numbers, "black", weight="bold" if clear else "normal")
     _write_beside(axes, len(rows) - 0.2, ("points", "seeds", "p (Holm)"), "0.35")
@@ -302,7 +305,7 @@ def _draw_class_differences(comparison: Comparison) -> Figure | None:
     some = "classes" if known == len(shown) else f"the {len(shown)} of {known} classes with the largest differences"
     grid[0].set_title(f"IoU of {some}", fontsize=10, pad=8, loc="left")
     if strata:
-        sizes = all(name in STRATA for name, _ in strata)
+        sizes = all(name in SIZES for name, _ in strata)
         grid[1].set_title("mIoU by object size" if sizes else "mIoU by size, group", fontsize=10, pad=8, loc="right")
     for axes in grid[1:]:
         axes.set_yticks([])
@@ -351,7 +354,7 @@ def _draw_examples(comparison: Comparison, directory: Path) -> Figure | None:
     for example, panels, height in zip(examples, pictures, heights, strict=True):
         text = (
             f"{example['row']} against {example['baseline']}, {example['kind']} image: "
-            f"{_signed(example['difference'], 1)} points of mIoU · {example['name']}"
+            f"{points_text(example['difference'], digits=1, signed=True)} points of mIoU · {example['name']}"
         )
         baseline = 1 - (top + caption - 0.07) / down
         figure.text(margin / across, baseline, text, va="baseline", fontsize=8.5, parse_math=False)
@@ -479,12 +482,6 @@ def _verdict_colour(contrast: Contrast) -> str:
     return _BETTER if contrast["low"] > 0 else _WORSE if contrast["high"] < 0 else _UNDECIDED
 
 
-def _signed(fraction: float, digits: int) -> str:
-    """Percentage points with a sign, minus as in print; what rounds to zero has none."""
-    text = f"{100 * fraction:+.{digits}f}"
-    return text[1:] if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
-
-
 def _coloured_rows(rows: Sequence[Row]) -> dict[str, str]:
     """Label and colour of the baselines, in black, and the best of the others; more could not be told apart."""
     bases = [row for row in rows if row["baseline"]][:1]
@@ -525,7 +522,7 @@ def _draw_cells(axes: Axes, columns: Columns, norm: Normalize, numbered: bool) -
                 axes.add_patch(Rectangle(corner, 0.88, 0.84, facecolor="none", edgecolor="black", linewidth=1.2))
             if numbered:
                 colour = "white" if norm(100 * contrast["difference"]) > 0.85 else "black"  # blue is the darker end
-                text = _signed(contrast["difference"], 1)
+                text = points_text(contrast["difference"], digits=1, signed=True)
                 axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
 
 

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from ema_seg.reporting.compare import compare_runs, match_runs
+from ema_seg.errors import DataError
+from ema_seg.reporting.compare import compare_matches, match_runs
 from ema_seg.reporting.comparison import Comparison
 from ema_seg.reporting.comparison_tables import (
     comparison_as_csv,
@@ -30,8 +31,11 @@ def report_comparison(runs: Runs, directory: Path, baseline: dict[str, str] | No
     Returns:
         The path of ``comparison.json``.
     """
-    comparison = compare_runs(runs, baseline=baseline)
-    examples, notes = draw_examples(comparison["examples"], match_runs(runs, baseline)[2], directory)
+    if directory.exists() and not directory.is_dir():
+        raise DataError(f"{directory}: is a file, and no folder that a comparison could be written to.")
+    matches = match_runs(runs, baseline)
+    comparison = compare_matches(runs, matches)
+    examples, notes = draw_examples(comparison["examples"], matches.rows, directory)
     comparison["examples"], comparison["notes"] = examples, [*comparison["notes"], *notes]
     path = write_comparison(comparison, directory)
     print_comparison(comparison)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ema_seg.reporting.comparison import Comparison, Contrast, Row, Summary
+from ema_seg.reporting.comparison import SIZES, Comparison, Contrast, Row, Summary
 from ema_seg.reporting.configurations import setting_text
 from ema_seg.reporting.tables import format_number
 
@@ -24,6 +24,7 @@ __all__ = [
     "comparison_as_csv",
     "comparison_as_latex",
     "comparison_as_markdown",
+    "points_text",
     "print_comparison",
     "probability_text",
 ]
@@ -133,18 +134,20 @@ def _markdown_lines(comparison: Comparison, figures: Sequence[str]) -> Iterator[
     batches = {row["cost_batch_size"] for row in rows if row["seeds"]}
     if len(batches) == 1 and None not in batches:
         yield f"\nImages/s, latency and memory: of a forward pass of a batch of {batches.pop()}."
-    yield "\n## By the size of objects\n"
+    groups = " and by group of classes" if comparison["strata"].keys() - set(SIZES) else ""
+    yield f"\n## By the size of objects{groups}\n"
     yield "; ".join(f"{name}: {meaning}" for name, meaning in comparison["strata"].items()) + ".\n"
     header_of_strata = ("configuration", *(f"mIoU, {name}, %" for name in comparison["strata"]))
     yield from _markdown_table(
-        header_of_strata, [(row["label"], *map(_scored, row["strata"].values())) for row in rows]
+        header_of_strata,
+        [(row["label"], *(_scored(row, part) for part in row["strata"].values())) for row in rows],
     )
     compared = [row for row in rows if row["contrast"]]
     if compared:
         yield "\n## By class\n"
         yield "Difference to the baseline in points of IoU, not corrected for the number of classes.\n"
         lines = [
-            (name, *(_difference(row["classes"][name]["contrast"]) for row in compared))
+            (name, *(_part_difference(row, row["classes"][name]["contrast"]) for row in compared))
             for name in comparison["classes"]
         ]
         yield from _markdown_table(("class", *(row["label"] for row in compared)), lines)
@@ -184,7 +187,7 @@ def _title(comparison: Comparison) -> str:
 
 def _explain(comparison: Comparison) -> str:
     """How the numbers of the main table are to be read."""
-    if comparison["baseline"] is None:
+    if comparison["baseline"] is None or not any(row["contrast"] for row in comparison["rows"]):
         return "Scores: mean ± standard deviation over seeds."
     baseline = ", ".join(f"{key}={value}" for key, value in comparison["baseline"].items())
     bootstrap = comparison["bootstrap"]
@@ -210,9 +213,9 @@ def _cost_cells(row: Row) -> list[str]:
     return [_NOTHING if mean is None else format_number(mean * _COST_SCALES[name]) for name, mean in means.items()]
 
 
-def _scored(part: Mapping[str, Any]) -> str:
+def _scored(row: Row, part: Mapping[str, Any]) -> str:
     text = _mean_and_sd(part["score"])
-    return f"{text}, {_difference(part['contrast'])}" if part["contrast"] else text
+    return f"{text}, {_part_difference(row, part['contrast'])}" if part["contrast"] else text
 
 
 def _mean_and_sd(summary: Summary) -> str:
@@ -225,12 +228,21 @@ def _mean_and_sd(summary: Summary) -> str:
 def _difference(contrast: Contrast | None) -> str:
     if contrast is None:
         return _NOTHING
-    return f"{_points(contrast['difference'], '+')} [{_points(contrast['low'])}, {_points(contrast['high'])}]"
+    difference = points_text(contrast["difference"], signed=True)
+    return f"{difference} [{points_text(contrast['low'])}, {points_text(contrast['high'])}]"
 
 
-def _points(fraction: float, sign: str = "-") -> str:
-    # Zero is added for the sign of -0.00.
-    return f"{round(100 * fraction, 2) + 0.0:{sign}.2f}".replace("-", _MINUS)
+def _part_difference(row: Row, contrast: Contrast | None) -> str:
+    """The difference in a class or stratum; with its seeds where they are not those of the whole row."""
+    text = _difference(contrast)
+    whole = row["contrast"]
+    return text if contrast is None or whole is None or contrast["n"] == whole["n"] else f"{text} (n={contrast['n']})"
+
+
+def points_text(fraction: float, *, digits: int = 2, signed: bool = False) -> str:
+    """A fraction in percentage points, minus as in print; what rounds to zero has no sign."""
+    text = f"{100 * fraction:{'+' if signed else '-'}.{digits}f}"
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", _MINUS)
 
 
 def probability_text(p: float | None) -> str:
@@ -258,7 +270,8 @@ def _flat_row(comparison: Comparison, row: Row) -> dict[str, Any]:
 
 
 def _flat_score(name: str, score: Summary, contrast: Contrast | None) -> dict[str, Any]:
-    keys = ("difference", "low", "high", "n", "covers", "p") if name == "miou" else ("difference", "low", "high")
+    # Of classes and strata no p: it would have to be corrected for their number.
+    keys = ("difference", "low", "high", "n", "covers", *(("p",) if name == "miou" else ()))
     return {name: score["mean"], f"{name}_sd": score["sd"]} | {
         f"{name}_{key}": contrast and contrast[key]  # type: ignore[literal-required]
         for key in keys

@@ -10,7 +10,7 @@ from ema_seg.errors import ConfigError, did_you_mean
 from ema_seg.reporting.runs import Run
 from ema_seg.sweeps import ANY, machine_keys
 
-__all__ = ["Configuration", "find_baselines", "group_runs", "setting_text"]
+__all__ = ["Configuration", "find_baselines", "group_runs", "has_settings", "setting_text"]
 
 # Keys that no row is told apart by. What a run was evaluated with stands in its report, whatever the configuration of
 # the training says; the number of epochs is that of ``epochs``.
@@ -103,7 +103,7 @@ def find_baselines(configurations: Sequence[Configuration], baseline: Mapping[st
         if key not in keys:
             known = f"what differs is {', '.join(keys)}" if keys else "nothing differs"
             raise ConfigError(f"--baseline {key}={baseline[key]}: {known}.{did_you_mean(key, keys)}")
-    bases = [candidate for candidate in configurations if _has(candidate, baseline)]
+    bases = [candidate for candidate in configurations if has_settings(candidate, baseline)]
     if not bases:
         key = next(iter(baseline))
         values = dict.fromkeys(setting_text(configuration.settings[key]) for configuration in configurations)
@@ -139,7 +139,8 @@ def _first_match(
     return None
 
 
-def _has(configuration: Configuration, values: Mapping[str, str]) -> bool:
+def has_settings(configuration: Configuration, values: Mapping[str, str]) -> bool:
+    """Whether a configuration has these values, given as on the command line, of keys that differ."""
     return all(setting_text(configuration.settings[key]) == value for key, value in values.items())
 
 

@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,8 @@ def draw_examples(
 ) -> tuple[list[Disagreement], list[str]]:
     """Write the pictures of examples into ``examples/``, as large as they are or with their longer side 1024.
 
-    Photograph and truth are read from the data set, if it is where the evaluation had it; the masks from the reports.
+    Photograph and truth are read from the data set, if it is where one of the evaluations had it; the masks from the
+    reports.
 
     Args:
         examples: of a comparison.
@@ -43,14 +45,15 @@ def draw_examples(
         The examples with their ``files``, each None where it cannot be had, and sentences that say which and why.
     """
     by_label = {match.label: match for match in matches}
-    album = _Album(directory, [match.label for match in matches], [example["name"] for example in examples])
+    results = [result for match in matches for result in match.results.values()]
+    album = _Album(directory, results, [match.label for match in matches], [example["name"] for example in examples])
     drawn = []
     for example in examples:
         name, seed = example["name"], example["seed"]
         row = by_label[example["row"]].results[seed]
         files = {
-            "image": album.photograph(row, name),
-            "truth": album.truth(row, name),
+            "image": album.photograph(name),
+            "truth": album.truth(name),
             "prediction": album.prediction(row, name, example["row"], seed),
             "baseline": album.prediction(by_label[example["baseline"]].results[seed], name, example["baseline"], seed),
         }
@@ -62,20 +65,20 @@ def draw_examples(
 class _Album:
     """Writes each picture once, however many examples show it."""
 
-    def __init__(self, directory: Path, labels: Sequence[str], names: Sequence[str]) -> None:
+    def __init__(self, directory: Path, results: Sequence[Result], labels: Sequence[str], names: Sequence[str]) -> None:
         self.notes: list[str] = []
         self._directory = directory
+        self._results = results
         self._labels = dict(zip(labels, file_names(labels), strict=True))
         unique = list(dict.fromkeys(names))
         self._names = dict(zip(unique, file_names(unique), strict=True))
-        self._datasets: dict[str, tuple[SegmentationDataset, dict[str, int]] | None] = {}
         self._written: dict[str, str | None] = {}
 
-    def photograph(self, result: Result, name: str) -> str | None:
-        return self._once(f"{self._names[name]}+image.jpg", lambda: self._read_photograph(result, name))
+    def photograph(self, name: str) -> str | None:
+        return self._once(f"{self._names[name]}+image.jpg", lambda: self._read_photograph(name))
 
-    def truth(self, result: Result, name: str) -> str | None:
-        return self._once(f"{self._names[name]}+truth.png", lambda: self._read_truth(result, name))
+    def truth(self, name: str) -> str | None:
+        return self._once(f"{self._names[name]}+truth.png", lambda: self._read_truth(name))
 
     def prediction(self, result: Result, name: str, label: str, seed: int | None) -> str | None:
         # No name of a file has a plus sign in it, so that no two of these are the same.
@@ -102,12 +105,11 @@ class _Album:
             self._written[file] = None if content is None else f"{_FOLDER}/{file}"
         return self._written[file]
 
-    def _read_photograph(self, result: Result, name: str) -> bytes | None:
-        if (place := self._find(result, name)) is None:
+    def _read_photograph(self, name: str) -> bytes | None:
+        if self._dataset is None or name not in self._places:
             return None
-        dataset, index = place
         try:
-            image = _shrink(Image.fromarray(dataset.read_image(index)), Image.Resampling.LANCZOS)
+            image = _shrink(Image.fromarray(self._dataset.read_image(self._places[name])), Image.Resampling.LANCZOS)
         except EmaSegError as error:
             self.notes.append(f"No picture of {name}: {error}")
             return None
@@ -115,16 +117,15 @@ class _Album:
         image.save(content, "JPEG", quality=90)
         return content.getvalue()
 
-    def _read_truth(self, result: Result, name: str) -> bytes | None:
-        if (place := self._find(result, name)) is None:
+    def _read_truth(self, name: str) -> bytes | None:
+        if self._dataset is None or name not in self._places:
             return None
-        dataset, index = place
         try:
-            mask = Image.fromarray(dataset.read_mask(index))
+            mask = Image.fromarray(self._dataset.read_mask(self._places[name]))
         except EmaSegError as error:
             self.notes.append(f"No truth of {name}: {error}")
             return None
-        return _encode(mask, result.report["palette"])
+        return _encode(mask, self._results[0].report["palette"])
 
     def _read_prediction(self, result: Result, name: str) -> bytes | None:
         path = result.predictions[result.names.index(name)]
@@ -138,24 +139,26 @@ class _Album:
             self.notes.append(f"No prediction of {name}: {result.path.parent / path} ({one_line(error)}).")
             return None
 
-    def _find(self, result: Result, name: str) -> "tuple[SegmentationDataset, int] | None":
-        """The data set and the image's place in it; None if it cannot be read here."""
-        data = result.report["data"]
-        if data["root"] not in self._datasets:
-            self._datasets[data["root"]] = None
-            if not Path(data["root"]).exists():
-                self.notes.append(f"No photographs and no truth: the data set is not in {data['root']} here.")
-            else:
-                try:
-                    dataset = _open_dataset(data, result.report["config"].get("data", {}))
-                    places = {dataset.name(index): index for index in range(len(dataset))}
-                    self._datasets[data["root"]] = dataset, places
-                except Exception as error:  # a picture is no reason to lose the comparison
-                    self.notes.append(f"No photographs and no truth: {one_line(error)}")
-        entry = self._datasets[data["root"]]
-        if entry is None or name not in entry[1]:
-            return None
-        return entry[0], entry[1][name]
+    @cached_property
+    def _dataset(self) -> "SegmentationDataset | None":
+        """The data set, which is the same for all results; None if it cannot be read in any of their places."""
+        reports = {result.report["data"]["root"]: result.report for result in self._results}
+        reasons = []
+        for root, report in reports.items():
+            if not Path(root).exists():
+                reasons.append(f"the data set is not in {root} here.")
+                continue
+            try:
+                return _open_dataset(report["data"], report["config"].get("data", {}))
+            except Exception as error:  # a picture is no reason to lose the comparison
+                reasons.append(one_line(error))
+        self.notes.append(f"No photographs and no truth: {' '.join(reasons)}")
+        return None
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        dataset = self._dataset
+        return {} if dataset is None else {dataset.name(index): index for index in range(len(dataset))}
 
 
 def _open_dataset(data: Mapping[str, Any], options: Mapping[str, Any]) -> "SegmentationDataset":

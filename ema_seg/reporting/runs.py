@@ -110,6 +110,11 @@ def read_folder(folder: Path) -> Runs:
         paths = sorted({*folder.glob("*/report/report.json"), *folder.glob("*/*/report/report.json")})
         runs = [_read_job(path.parents[1], None, None, notes) for path in paths]
         # Of what cannot be read the configuration is unknown, and so its row.
+        for plan_path in sorted(folder.glob("*/sweep.json")):
+            notes.append(
+                f"{plan_path.parent} is a sweep: its finished jobs are told apart by their settings here, the others "
+                "are not shown, and its own baseline and groups are not used."
+            )
         found = Runs(folder.resolve().name, folder, [run for run in runs if run.result], None, notes)
     if not any(run.result for run in found.runs):
         states = ", ".join(f"{sum(run.state == state for run in found.runs)} {state}" for state in _states(found.runs))

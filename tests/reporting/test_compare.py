@@ -11,6 +11,7 @@ from scipy import stats
 from ema_seg.errors import ConfigError, DataError
 from ema_seg.reporting.compare import compare_runs, match_runs
 from ema_seg.reporting.comparison_files import report_comparison
+from ema_seg.reporting.comparison_tables import comparison_as_markdown
 from ema_seg.reporting.pictures import draw_examples
 from ema_seg.reporting.runs import read_folder, read_runs
 from tests.reporting.runs_on_disk import IMAGES, make_config, make_truth, plan_job, write_plan, write_run, write_sweep
@@ -338,7 +339,7 @@ def test_examples_are_the_images_of_most_gain_and_most_loss(tmp_path):
         write_run(tmp_path / "runs" / f"e{seed}", "ema", seed, wrong=0.31, report=data, **config)
     runs = read_folder(tmp_path / "runs")
     comparison = compare(runs)
-    matches = match_runs(runs)[2]
+    matches = match_runs(runs).rows
     base, row = matches
     gains = np.mean([row.results[seed].miou - base.results[seed].miou for seed in (0, 1)], axis=0)
     best, worst = comparison["examples"]
@@ -379,11 +380,56 @@ def test_pictures_of_an_earlier_comparison_go_and_nothing_else(sweep, tmp_path):
 
 def test_pictures_that_cannot_be_had_are_noted(sweep, tmp_path):
     runs = read_folder(sweep)
-    comparison, matches = compare(runs), match_runs(runs)[2]
+    comparison, matches = compare(runs), match_runs(runs).rows
     drawn, notes = draw_examples(comparison["examples"], matches, tmp_path)
     assert all(example["files"]["image"] is None and example["files"]["truth"] is None for example in drawn)
     assert all(example["files"]["prediction"] for example in drawn)
     assert notes == ["No photographs and no truth: the data set is not in /data/street here."]
+
+
+def test_photographs_are_found_wherever_one_of_the_runs_had_them(tmp_path):
+    root = write_street_like(tmp_path / "data")
+    config = {"data": make_config()["data"] | {"name": "folder"}}
+    for attention, place in (("none", "/gone"), ("ema", str(root))):
+        data = {"data": {"name": "folder", "root": place, "split": "val", "images": IMAGES}}
+        write_run(tmp_path / "runs" / attention, attention, report=data, **config)
+    runs = read_runs([tmp_path / "runs" / "none", tmp_path / "runs" / "ema"])
+    drawn, notes = draw_examples(compare(runs)["examples"], match_runs(runs).rows, tmp_path / "out")
+    assert notes == []
+    assert all(all(example["files"].values()) for example in drawn)
+
+
+def test_rows_without_a_baseline_share_a_note(tmp_path):
+    jobs = [plan_job("base", attention="none", lr="1", seed="0")]
+    write_run(tmp_path / "base", "none")
+    for index in range(8):
+        write_run(tmp_path / f"t{index}", "ema")
+        jobs.append(plan_job(f"t{index}", attention="ema", lr=str(index + 2), seed="0"))
+    comparison = compare(read_folder(write_plan(tmp_path, jobs)))
+    (note,) = [note for note in comparison["notes"] if "no baseline" in note]
+    assert note.startswith("ema, lr=2; ema, lr=3; ")
+    assert note.endswith(" and 3 more: no difference, for no baseline has the same other settings.")
+
+
+def test_one_job_for_many_values_is_the_baseline_of_all(tmp_path):
+    jobs = [plan_job("shared", attention="*", variant="none", seed="0")]
+    write_run(tmp_path / "shared", "none")
+    for attention in ("se", "ema"):
+        write_run(tmp_path / attention, attention)
+        jobs.append(plan_job(attention, attention=attention, variant="head", seed="0"))
+    rows = rows_of(compare(read_folder(write_plan(tmp_path, jobs, {"variant": "none"}))))
+    assert [row["contrast"] and row["contrast"]["baseline"] for row in rows.values()] == [
+        None,
+        "attention=*, none",
+        "attention=*, none",
+    ]
+
+
+def test_sweeps_in_a_folder_are_compared_as_runs_with_a_note(tmp_path):
+    write_sweep(tmp_path / "one")
+    comparison = compare(read_folder(tmp_path))
+    assert [row["label"] for row in comparison["rows"]] == ["none", "cbam", "ema"]
+    assert any(note.startswith(f"{tmp_path / 'one'} is a sweep: its finished jobs") for note in comparison["notes"])
 
 
 def test_variants_and_options_compare_with_the_baseline_of_their_sweep(tmp_path):
@@ -422,6 +468,9 @@ def test_groups_of_classes_that_a_sweep_names_are_scored_apart(tmp_path):
     assert comparison["strata"]["movable"] == "car"
     assert comparison["strata"]["both"] == "road, car"
     assert "elsewhere" not in comparison["strata"]
+    assert "elsewhere: not scored, for the data has none of its classes (yak)." in comparison["notes"]
+    assert "movable: without tractor, which the data does not have." in comparison["notes"]
+    assert "## By the size of objects and by group of classes" in comparison_as_markdown(comparison)
     assert row["strata"]["movable"] == row["classes"]["car"]
     known = [row["classes"][name] for name in ("road", "car")]
     assert row["strata"]["both"]["score"]["mean"] == pytest.approx(np.mean([part["score"]["mean"] for part in known]))

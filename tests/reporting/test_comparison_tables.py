@@ -14,6 +14,7 @@ from ema_seg.reporting.comparison_tables import (
     comparison_as_csv,
     comparison_as_latex,
     comparison_as_markdown,
+    points_text,
     print_comparison,
 )
 from ema_seg.reporting.runs import read_folder
@@ -84,6 +85,35 @@ def test_csv_holds_plain_numbers(comparison):
     assert rows[1]["attention"] == "ema"
     assert rows[1]["seeds"] == "0 1 2"
     assert rows[0]["miou_difference"] == rows[3]["miou"] == ""
+    assert (rows[1]["iou_car_n"], rows[1]["iou_car_covers"]) == ("3", "seeds and images")
+    assert (rows[2]["miou_small_n"], rows[2]["miou_n"]) == ("2", "2")
+
+
+def test_a_class_that_fewer_seeds_have_says_so(comparison):
+    changed = json.loads(json.dumps(comparison))
+    row = changed["rows"][1]
+    stratum = next(part for part in row["strata"].values() if part["contrast"])
+    row["classes"]["car"]["contrast"]["n"] = stratum["contrast"]["n"] = 2
+    text = comparison_as_markdown(changed)
+    assert [line.count("(n=2)") for line in text.splitlines() if "(n=" in line] == [1, 1]
+    assert row_of(text, "car").split("|")[2].endswith("] (n=2) ")
+
+
+def test_a_baseline_that_nothing_is_compared_with_is_not_told_of(comparison):
+    changed = json.loads(json.dumps(comparison))
+    for row in changed["rows"]:
+        row["contrast"] = None
+    text = comparison_as_markdown(changed)
+    assert "Scores: mean ± standard deviation over seeds.\n" in text
+    assert "Differences" not in text
+
+
+@pytest.mark.parametrize(
+    ("points", "text"), [(0.00004, "0.00"), (-0.00004, "0.00"), (0.0125, "+1.25"), (-0.5, "\N{MINUS SIGN}50.00")]
+)
+def test_what_rounds_to_zero_has_no_sign(points, text):
+    assert points_text(points, signed=True) == text
+    assert points_text(points) == text.lstrip("+")
 
 
 def test_latex_is_escaped(comparison):
@@ -144,6 +174,7 @@ def test_two_runs_are_compared_by_one_command(sweep, tmp_path, capsys):
         (["compare", "{sweep}/none_seed0"], "two runs"),
         (["compare", "{sweep}/none_seed0", "{sweep}/se_seed0"], "cannot be read"),
         (["{sweep}", "--output", "{sweep}/sweep.json/x"], "cannot be written"),
+        (["{sweep}", "--output", "{sweep}/sweep.json"], "is a file, and no folder"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments, message, sweep, capsys):

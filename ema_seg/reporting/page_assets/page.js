@@ -33,7 +33,9 @@ const plain = (value) => value.toFixed(decimals(value));
 const probability = (p) => (p === null ? "" : p < 0.001 ? "< 0.001" : p.toFixed(3));
 const seedsOf = (contrast) => `${contrast.n} seed${contrast.n > 1 ? "s" : ""}`;
 const interval = (contrast, digits = 2) => `[${signed(contrast.low, digits)}, ${signed(contrast.high, digits)}]`;
-const isSure = (contrast) => contrast && contrast.p_holm !== null && contrast.p_holm < 0.05;
+const SIGNIFICANT = 0.05;
+const confidence = `${+(100 * data.bootstrap.confidence).toFixed(3)} %`;
+const isSure = (contrast) => contrast && contrast.p_holm !== null && contrast.p_holm < SIGNIFICANT;
 const leavesZeroOut = (contrast) => contrast.low > 0 || contrast.high < 0;
 
 /* What the filters let through decides what every part shows. */
@@ -122,7 +124,7 @@ function columns() {
   if (data.rows.some((row) => row.contrast)) {
     scores.push(
       {
-        name: "difference", unit: "points, 95 % interval", value: (row) => row.contrast?.difference ?? null,
+        name: "difference", unit: `points, ${confidence} interval`, value: (row) => row.contrast?.difference ?? null,
         cell: (row) => row.contrast && [
           el("span", { class: isSure(row.contrast) ? "significant" : null }, signed(row.contrast.difference)),
           el("span", { class: "sub" }, interval(row.contrast) + (row.contrast.n === 1 ? ", images only" : "")),
@@ -213,7 +215,7 @@ function drawFilters() {
 const batches = [...new Set(data.rows.map((row) => row.cost_batch_size).filter(Boolean))];
 byId("table-note").textContent =
   "mIoU: mean \u00b1 standard deviation over the seeds. " +
-  (baselineRows.length ? `Difference: paired by seed and image; the interval covers both (${replicates} replicates of the images); bold where p, corrected for the number of rows, is below 0.05. ` : "") +
+  (baselineRows.length ? `Difference: paired by seed and image; the interval covers both (${replicates} replicates of the images); bold where p, corrected for the number of rows, is below ${SIGNIFICANT}. ` : "") +
   (batches.length ? `Speed, latency and memory: of the forward pass, batch ${batches.join(" or ")}. ` : "") +
   Object.entries(data.strata).map(([name, text]) => `${name}: ${text}`).join("; ") + ".";
 
@@ -355,7 +357,7 @@ function drawForest() {
   });
   byId("forest").replaceChildren(node);
   byId("forest-note").textContent =
-    `95 % intervals, to ${[...new Set(rows.map((row) => row.contrast.baseline))].join(", ")}.` +
+    `${confidence} intervals, to ${[...new Set(rows.map((row) => row.contrast.baseline))].join(", ")}.` +
     (rows.some((row) => row.contrast.n === 1) ? " Hollow and dashed: one seed, so that the interval covers the images only." : "");
 }
 listeners.push(drawPareto, drawForest);
