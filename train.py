@@ -52,17 +52,13 @@ def _register_resumed(run: Path) -> str:
     return "resumed"
 
 
-def _train(composed: DictConfig) -> float | None:
-    """Train, test and report one run, or one job of a sweep.
-
-    Returns:
-        A job's best validation mIoU; None of a run, and of a job that has none.
-    """
+def _train(composed: DictConfig) -> None:
+    """Train, test and report one run, or one job of a sweep."""
     run = Path(HydraConfig.get().runtime.output_dir)
     if OmegaConf.select(composed, "sweep.job") is None:
         reports_errors(_train_run)(composed, run)
-        return None
-    return _train_job(composed, run)
+    else:
+        _train_job(composed, run)
 
 
 def _train_run(composed: DictConfig, run: Path) -> None:
@@ -94,7 +90,7 @@ def _require_same_job(config: dict[str, Any], run: Path) -> None:
         )
 
 
-def _train_job(composed: DictConfig, run: Path) -> float | None:
+def _train_job(composed: DictConfig, run: Path) -> None:
     """A job of a sweep: what goes wrong is written to its folder, and never ends the sweep."""
     (planned,) = (job for job in read_plan(run.parent).jobs if job.folder == run.name)
     job: dict[str, Any] = {"identity": planned.identity, "overrides": planned.overrides}
@@ -108,9 +104,8 @@ def _train_job(composed: DictConfig, run: Path) -> float | None:
         told = {**job, "launcher": launcher}
         _produce(_settings(composed), run, resume=resume, job=told, quiet=True, callbacks=callbacks)
 
-    state = run_job(run, job, work, retry=composed.sweep.retry)
+    run_job(run, job, work, retry=composed.sweep.retry)
     _free_memory()  # not earlier: what a job has raised holds on to all that it had
-    return state.miou
 
 
 def _search_callbacks(composed: DictConfig, run: Path) -> list[Any]:
@@ -154,7 +149,7 @@ def _produce(
     OmegaConf.save(config, run / "config.yaml")
     best = fit(config, run, resume=resume, quiet=quiet, callbacks=callbacks)
     directory = Path(config["report"]["dir"] or run / "report")
-    return assess_checkpoint(best, config["data"], config["evaluation"], directory, run=str(run), job=job)
+    return assess_checkpoint(best, config["data"], config["evaluation"], directory, run=str(run), job=job, quiet=quiet)
 
 
 def _freeze_libraries() -> None:

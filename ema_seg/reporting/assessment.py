@@ -26,6 +26,7 @@ def assess_checkpoint(
     *,
     run: str | None = None,
     job: Mapping[str, Any] | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Score a checkpoint on its evaluation split, measure what the model costs, and write the report.
 
@@ -38,6 +39,7 @@ def assess_checkpoint(
         directory: where ``report.json``, ``report.md``, ``figures/`` and ``predictions/`` go.
         run: the run's folder, for the record; its ``metrics.csv``, if there is one, becomes the report's curves.
         job: of a run inside a sweep its ``identity`` and ``overrides`` (texts by key), for the record.
+        quiet: show no progress bar.
 
     Returns:
         The report, as ``report.json`` holds it.
@@ -82,6 +84,7 @@ def assess_checkpoint(
             device=device,
             precision=precision,
             on_prediction=write_prediction,
+            progress=not quiet,
         )
         if not evaluation.confusion.matrix.any():
             raise DataError(

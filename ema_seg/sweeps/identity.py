@@ -33,7 +33,10 @@ def identity(config: Mapping[str, Any]) -> str:
     Args:
         config: the resolved configuration as plain data.
     """
-    kept = _without(config, "", machine_keys(config))
+    left_out = machine_keys(config)
+    if config.get("attention", {}).get("name") == "none":
+        left_out.append("placement")  # of nothing
+    kept = _without(config, "", left_out)
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -87,7 +87,7 @@ def render(overview: Overview, most: int | None = None) -> Group:
 
     Args:
         overview: what is shown.
-        most: number of jobs in the table, and again of reasons, of which each then has one line; None shows all.
+        most: number of jobs in the table; of reasons each then has one line. None shows all of both.
     """
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column, justify in (("job", "left"), ("state", "left"), ("epoch", "right"), ("val mIoU", "right")):
@@ -159,10 +159,19 @@ class SweepView:
         if self.console.is_terminal:
             with Live(console=self.console, auto_refresh=False, vertical_overflow="crop") as live:
                 while not self._stop.wait(1):
-                    # Half of the lines for jobs, the others for what may be said of them, and the last line.
-                    live.update(render(self.look(), most=max(self.console.height // 2 - 3, 1)), refresh=True)
+                    live.update(self._fitting(self.look()), refresh=True)
                 live.update(Text(describe(self.look()), style="bold"), refresh=True)
-            return
+        else:
+            self._print_changes()
+
+    def _fitting(self, overview: Overview) -> Group:
+        """As many jobs as there are lines for, and at least one."""
+        most = len(overview.jobs)
+        while most > 1 and len(self.console.render_lines(render(overview, most))) >= self.console.height:
+            most = 3 * most // 4
+        return render(overview, most)
+
+    def _print_changes(self) -> None:
         shown: list[str] | None = None
         ended = False
         while not ended:

@@ -62,6 +62,15 @@ def test_the_folder_of_data_folder_names_the_data():
     assert identity(folder) != identity(other)
 
 
+def test_where_no_block_sits_is_no_part_of_a_job():
+    def identity_of(attention, place):
+        changed = with_change("attention.name", attention)
+        return identity({**changed, "placement": {"decoder": place == "decoder", "head": place == "head"}})
+
+    assert identity_of("none", "head") == identity_of("none", "decoder")
+    assert identity_of("ema", "head") != identity_of("ema", "decoder")
+
+
 def test_the_order_of_keys_does_not_matter():
     assert identity(dict(reversed(CONFIG.items()))) == identity(CONFIG)
 
