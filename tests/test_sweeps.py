@@ -309,7 +309,7 @@ def test_a_search_gives_up_what_is_hopeless_and_goes_on_where_it_was_left(camvid
         (("sweep.trials=0",), "sweep.trials=0 is no whole number of 1 or more"),
         (("sweep.parallel=0",), "sweep.parallel=0 is no whole number"),
         (("seed=0,1",), "seed=0,1: a search would choose the luckiest seed"),
-        (("+sweep.space.epochs=1",), "sweep.space.epochs=1: this is one value"),
+        (("+sweep.space.optimizer.weight_decay=1",), "sweep.space.optimizer.weight_decay=1: this is one value"),
         (("sweep.space=null",), "sweep.space is empty"),
         (("optimizer.lr=interval(1,0)",), r"optimizer.lr=interval\(1,0\): cannot be searched"),
     ],

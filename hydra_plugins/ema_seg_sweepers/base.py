@@ -267,6 +267,14 @@ class FolderSweeper(Sweeper):
             sys.exit(1)
 
 
+def by_dotted_key(settings: Mapping[str, Any] | None, prefix: str = "") -> dict[str, Any]:
+    """Values by key, also where ``+sweep.grid.optimizer.lr=…`` has made a section of what is one key."""
+    flat: dict[str, Any] = {}
+    for key, value in (settings or {}).items():
+        flat |= by_dotted_key(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
 def check(config: dict[str, Any]) -> None:
     """Raise what can be said against a job's configuration; imported late, for ``--help`` to answer at once."""
     from ema_seg.training import check_config, check_model

@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import Override
 from configs.command_line import reports_errors
 from ema_seg.errors import ConfigError
 
-from .base import FolderSweeper
+from .base import FolderSweeper, by_dotted_key
 
 
 class GridSweeper(FolderSweeper):
@@ -42,7 +42,9 @@ class GridSweeper(FolderSweeper):
         """The overrides of each job, and those that tell it from the others."""
         given, settings = self.parse(arguments), self.settings
         own = {override.key_or_group for override in given}
-        grid = [f"{key}={_joined(key, values)}" for key, values in (settings["grid"] or {}).items() if key not in own]
+        grid = [
+            f"{key}={_joined(key, values)}" for key, values in by_dotted_key(settings["grid"]).items() if key not in own
+        ]
         axes = [_axis(override) for override in [*self.parse(grid), *given]]
         if settings["variants"]:
             axes.append(_variants(settings["variants"]))

@@ -9,7 +9,7 @@ from configs.command_line import reports_errors
 from ema_seg.errors import ConfigError, one_line
 from ema_seg.sweeps import PlannedJob, job_state
 
-from .base import FolderSweeper
+from .base import FolderSweeper, by_dotted_key
 
 
 class SearchSweeper(FolderSweeper):
@@ -30,7 +30,7 @@ class SearchSweeper(FolderSweeper):
         for key, least in {"trials": 1, "parallel": 1, "grace": 0, "seed": 0}.items():
             if type(settings[key]) is not int or settings[key] < least:
                 raise ConfigError(f"sweep.{key}={settings[key]!r} is no whole number of {least} or more.")
-        fixed, space = self._split(arguments, settings["space"] or {})
+        fixed, space = self._split(arguments, by_dotted_key(settings["space"]))
         search = Search(self.folder, seed=settings["seed"], grace=settings["grace"])
         search.check_space(_distributions(space))
 
