@@ -273,6 +273,21 @@ def test_a_run_that_has_stopped_early_does_not_train_on(camvid_root, run_script,
     assert len(rows_of(run)) > len(epochs)
 
 
+def test_a_resumed_run_reaches_its_least_number_of_epochs(camvid_root, run_script, tmp_path):
+    run = tmp_path / "run"
+    status, _, err = run_script(
+        "train",
+        *(*QUICK, "data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={run}"),
+        *("epochs=9", "training.early_stopping=1", "optimizer.lr=1e-12"),
+    )
+    assert status == 0, err
+    epochs = len(rows_of(run))
+    assert epochs < 8
+
+    assert run_script("train", f"resume={run}", "+trainer.min_epochs=8")[0] == 0
+    assert len(rows_of(run)) >= 8
+
+
 def make_cityscapes(root):
     for split in ("train", "val"):
         for index in range(3):

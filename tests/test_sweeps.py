@@ -184,6 +184,13 @@ def test_impossible_combinations_are_told_before_anything_trains(camvid_root, tm
     assert not (folder / next(job.folder for job in read_plan(folder).jobs if job.impossible)).exists()
 
 
+def test_a_job_on_several_devices_is_impossible(camvid_root, tmp_path, run_script):
+    status, _, err = run_script("train", *command(camvid_root, tmp_path / "sweep", "trainer.devices=2"))
+
+    assert status == 1
+    assert "trainer.devices=2: a job of a sweep trains on one device" in " ".join(err.split())
+
+
 def test_a_value_that_does_not_exist_is_impossible_and_the_others_run(camvid_root, tmp_path, run_script):
     folder = tmp_path / "sweep"
 
@@ -321,6 +328,24 @@ def test_a_search_that_cannot_be_is_refused(camvid_root, tmp_path, run_script, o
     assert re.search(f"error: {message}", err), err
 
 
+def test_trials_that_mean_the_same_are_one_job(camvid_root, tmp_path, run_script):
+    """The plain model is the same wherever no block sits; here all trials are it, two at a time."""
+    folder = tmp_path / "sweep"
+    arguments = command(
+        *(camvid_root, folder, "sweep=search", "sweep.space=null", "attention=none", "epochs=1"),
+        *("placement=encoder,decoder,head", "sweep.parallel=2", "sweep.grace=9"),
+    )
+
+    status, _, err = run_script("train", *arguments, "sweep.trials=4")
+    assert status == 0, err
+    status, _, err = run_script("train", *arguments, "sweep.trials=6")
+
+    assert status == 0, err
+    (job,) = read_plan(folder).jobs
+    assert [path.parents[1].name for path in folder.glob("*/report/report.json")] == [job.folder]
+    assert all(trial.state.is_finished() for trial in Search(folder, seed=0, grace=9).study.trials)
+
+
 def test_a_search_takes_whole_numbers(camvid_root, tmp_path, run_script):
     status, _, err = run_script(
         "train",
@@ -399,7 +424,7 @@ def test_combinations_that_mean_the_same_are_one_job_and_one_row(camvid_root, tm
     )
     assert len(list(folder.glob("*/report/report.json"))) == len(others) + 1 == 3
     rows = {row["label"]: row for row in json.loads((folder / "comparison" / "comparison.json").read_text())["rows"]}
-    assert [row["contrast"]["baseline"] for row in rows.values() if row["contrast"]] == ["attention=*, none"] * 2
+    assert [row["contrast"]["baseline"] for row in rows.values() if row["contrast"]] == ["none"] * 2
 
 
 def test_a_job_of_a_sweep_is_resumed_only_as_itself(camvid_root, tmp_path, run_script):

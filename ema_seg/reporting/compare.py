@@ -218,9 +218,10 @@ def _default_baseline(
     if runs.folder is None:
         return {key: setting_text(value) for key, value in configurations[0].settings.items()} or None
     for candidate in (runs.baseline, {"attention": "none"}):
-        if candidate and all(
-            key in settings and any(setting_text(other.settings[key]) == value for other in configurations)
-            for key, value in candidate.items()
+        if (
+            candidate
+            and all(key in settings for key in candidate)
+            and any(has_settings(configuration, candidate) for configuration in configurations)
         ):
             return dict(candidate)
     return None

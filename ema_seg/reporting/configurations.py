@@ -103,7 +103,11 @@ def find_baselines(configurations: Sequence[Configuration], baseline: Mapping[st
         if key not in keys:
             known = f"what differs is {', '.join(keys)}" if keys else "nothing differs"
             raise ConfigError(f"--baseline {key}={baseline[key]}: {known}.{did_you_mean(key, keys)}")
-    bases = [candidate for candidate in configurations if has_settings(candidate, baseline)]
+    # One job may stand for several values; one that has the very values goes before it.
+    bases = sorted(
+        (candidate for candidate in configurations if has_settings(candidate, baseline)),
+        key=lambda candidate: any(candidate.settings[key] == ANY for key in baseline),
+    )
     if not bases:
         key = next(iter(baseline))
         values = dict.fromkeys(setting_text(configuration.settings[key]) for configuration in configurations)
@@ -141,7 +145,7 @@ def _first_match(
 
 def has_settings(configuration: Configuration, values: Mapping[str, str]) -> bool:
     """Whether a configuration has these values, given as on the command line, of keys that differ."""
-    return all(setting_text(configuration.settings[key]) == value for key, value in values.items())
+    return all(setting_text(configuration.settings[key]) in (ANY, value) for key, value in values.items())
 
 
 def _override_settings(run: Run) -> dict[str, Any]:
@@ -221,8 +225,8 @@ def _set_labels(configurations: Sequence[Configuration]) -> None:
 
 
 def _short_part(key: str, value: Any) -> str:
-    """A word for itself, anything else with its key."""
-    if value is None:
+    """A word for itself, anything else with its key; what makes no difference is left out."""
+    if value is None or value == ANY:
         return ""
     text = setting_text(value)
     is_word = text[:1].isalpha() and text not in ("true", "false", "null")

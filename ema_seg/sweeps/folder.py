@@ -104,6 +104,8 @@ class JobState:
 def write_plan(folder: Path, plan: Plan) -> Plan:
     """Write ``sweep.json``; jobs of an earlier plan in this folder stay in it, but for those that could not be tried.
 
+    A job that the earlier plan has, too, keeps its folder: another command may be running it there.
+
     Returns:
         The plan as written.
     """
@@ -111,10 +113,12 @@ def write_plan(folder: Path, plan: Plan) -> Plan:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "sweep.lock"):
         earlier = read_plan(folder).jobs if path.is_file() else []
-        planned = {job.identity for job in plan.jobs}
+        folders = {job.identity: job.folder for job in earlier}
+        own = [replace(job, folder=folders.get(job.identity, job.folder)) for job in plan.jobs]
+        planned = {job.identity for job in own}
         tried = [job for job in earlier if not job.impossible or (folder / job.folder).is_dir()]
         kept = [job for job in tried if job.identity not in planned]
-        merged = replace(plan, jobs=[*plan.jobs, *kept])
+        merged = replace(plan, jobs=[*own, *kept])
         write_text(path, json.dumps({"schema": SCHEMA, **asdict(merged)}, indent=1, ensure_ascii=False) + "\n")
     return merged
 

@@ -1,7 +1,7 @@
 """A search for good settings with Optuna: the study lies in the sweep's folder, and gives hopeless trials up early."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,21 @@ class Search:
         )
         self.folder = folder
 
-    def check_space(self, space: Mapping[str, BaseDistribution]) -> None:
-        """A ConfigError if the trials that are there already searched another space."""
+    def check_space(self, space: Mapping[str, BaseDistribution], overrides: Sequence[str]) -> None:
+        """A ConfigError if the trials that are there already are of another search.
+
+        Args:
+            space: what is searched.
+            overrides: all that names the search, on the command line.
+        """
+        known = self.study.user_attrs.get("overrides")
+        if known is None:
+            self.study.set_user_attr("overrides", list(overrides))
+        elif known != list(overrides):
+            raise ConfigError(
+                f"{self.folder}: the search in this folder was started with {' '.join(known)}, and not with "
+                f"{' '.join(overrides)}; choose another sweep.id."
+            )
         for trial in self.study.trials[:1]:
             if trial.distributions != space:
                 raise ConfigError(
@@ -104,7 +117,7 @@ class GiveUp(Callback):
         if epoch not in known.intermediate_values:  # by an earlier part of a resumed trial
             trial.report(score, epoch)
         if trial.should_prune():
-            best = max(score, *known.intermediate_values.values())
+            best = max([score, *known.intermediate_values.values()])
             raise Pruned(f"given up after epoch {epoch + 1}: at best val mIoU {best:.4f}, below earlier trials' median")
 
 

@@ -166,7 +166,7 @@ class SweepView:
 
     def _fitting(self, overview: Overview) -> Group:
         """As many jobs as there are lines for, and at least one."""
-        most = len(overview.jobs)
+        most = min(len(overview.jobs), self.console.height)
         while most > 1 and len(self.console.render_lines(render(overview, most))) >= self.console.height:
             most = 3 * most // 4
         return render(overview, most)

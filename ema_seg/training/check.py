@@ -38,7 +38,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     _check_data(config["data"])
     _check_training(config["training"])
     _check_trainer(config["trainer"])
-    build_loss(config["loss"], _CLASSES)
+    build_loss(config["loss"], _weighted_classes(config["loss"]) or _CLASSES)
     build_schedule(build_optimizer(nn.Linear(1, 1), **config["optimizer"]), _STEPS, **config["schedule"])
     check_logger(config["logger"]["name"])
     check_settings(config["evaluation"])
@@ -72,16 +72,22 @@ def _check_data(settings: Mapping[str, Any]) -> None:
     check_dataset(module.dataset_name, module.root, module.options)
 
 
+def _weighted_classes(terms: Mapping[str, Any]) -> int | None:
+    """The number of classes that a loss has weights for, which only the data can confirm; None without weights."""
+    weights = [options.get("class_weights") for options in terms.values() if isinstance(options, Mapping)]
+    return next((len(values) for values in weights if isinstance(values, list) and values), None)
+
+
 def _check_training(settings: Mapping[str, Any]) -> None:
     decay, patience, every = (settings[key] for key in ("weight_averaging", "early_stopping", "pictures_every"))
-    if decay is not None and not (isinstance(decay, float) and 0 < decay < 1):
+    if decay and not (isinstance(decay, float) and 0 < decay < 1):
         raise ConfigError(f"training.weight_averaging={decay!r} is no decay between 0 and 1, such as 0.999.")
-    if patience is not None and not _is_whole(patience, 1):
+    if patience and not _is_whole(patience, 1):
         raise ConfigError(f"training.early_stopping={patience!r} is no number of validations, such as 10.")
-    if not _is_whole(every, 0):
+    if every and not _is_whole(every, 1):
         raise ConfigError(f"training.pictures_every={every!r} is no number of epochs; 0 draws none.")
     for key in ("channels_last", "compile"):
-        if not isinstance(settings[key], bool):
+        if settings[key] not in (True, False):
             raise ConfigError(f"training.{key}={settings[key]!r} is neither true nor false.")
 
 
@@ -91,10 +97,10 @@ def _check_trainer(settings: Mapping[str, Any]) -> None:
     for key in settings:
         if key not in known:
             raise ConfigError(f"trainer.{key}: Lightning's Trainer has no such option.{did_you_mean(key, known)}")
-    epochs = settings["max_epochs"]
-    # -1 is Lightning's way to say that something else, such as max_steps, is the end.
-    if not _is_whole(epochs, 1) and epochs != -1:
-        raise ConfigError(f"epochs={epochs!r} is no whole number of 1 or more.")
+    epochs = settings.get("max_epochs")
+    # None and -1 are Lightning's ways to say that something else, such as max_steps, is the end.
+    if epochs not in (None, -1) and not _is_whole(epochs, 1):
+        raise ConfigError(f"epochs={epochs!r} (trainer.max_epochs) is no whole number of 1 or more.")
     least: dict[str, Callable[[Any], bool]] = {
         "accumulate_grad_batches": lambda value: _is_whole(value, 1),
         "check_val_every_n_epoch": lambda value: _is_whole(value, 1),
@@ -102,7 +108,7 @@ def _check_trainer(settings: Mapping[str, Any]) -> None:
         "log_every_n_steps": lambda value: _is_whole(value, 0),
     }
     for key, is_possible in least.items():
-        if key in settings and not is_possible(settings[key]):
+        if settings.get(key) is not None and not is_possible(settings[key]):
             raise ConfigError(f"trainer.{key}={settings[key]!r} is not possible; give a whole number.")
 
 

@@ -200,7 +200,8 @@ def _write_environment(run: Path, trainer: Trainer) -> None:
 
 def _has_stopped(saved: Mapping[str, Any], trainer: Trainer) -> bool:
     """Whether the training ended early before this checkpoint was made; Lightning would train one epoch more."""
-    return any(
+    trained = saved["epoch"] + 1 >= (trainer.min_epochs or 0) and saved["global_step"] >= (trainer.min_steps or 0)
+    return trained and any(
         saved["callbacks"].get(stopper.state_key, {}).get("wait_count", 0) >= stopper.patience
         for stopper in trainer.early_stopping_callbacks
     )

@@ -59,7 +59,8 @@ class FolderSweeper(Sweeper):
         self.hydra_context: HydraContext | None = None
         self.task_function: TaskFunction | None = None
         self.folder = Path()
-        self.earlier: dict[str, PlannedJob] = {}  # the jobs that the folder has a plan of, by identity
+        self.named: list[str] = []  # the overrides that name the sweep
+        self.earlier: list[PlannedJob] = []  # the jobs that the folder had a plan of
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what Hydra hands over; the launcher is made when the folder is known, which its settings may name."""
@@ -73,16 +74,16 @@ class FolderSweeper(Sweeper):
             if override.key_or_group == "report.dir":
                 raise ConfigError(f"{override.input_line}: the jobs of a sweep each keep their own; leave it out.")
         self._check_settings()
+        self.named = sorted(str(override.input_line) for override in overrides if self._is_of_the_name(override))
         if self.config.sweep.id is None:
-            named = sorted(str(override.input_line) for override in overrides if self._is_of_the_name(override))
             with open_dict(self.config):
-                self.config.sweep.id = hashlib.sha256("\n".join(named).encode()).hexdigest()[:6]
+                self.config.sweep.id = hashlib.sha256("\n".join(self.named).encode()).hexdigest()[:6]
         self.folder = Path(str(self.config.hydra.sweep.dir)).absolute()
         with open_dict(self.config):
             self.config.hydra.sweep.dir = str(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / "sweep.json").is_file():
-            self.earlier = {job.identity: job for job in read_plan(self.folder).jobs}
+            self.earlier = read_plan(self.folder).jobs
         # For launchers whose processes start from a bare interpreter, which does not know where train.py lies.
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
@@ -146,8 +147,7 @@ class FolderSweeper(Sweeper):
             impossible = one_line(error)
         except Exception as error:  # whatever else a combination brings about is no reason to lose the others
             impossible = f"{type(error).__name__}: {one_line(error)}"
-        folder = self.earlier[key].folder if key in self.earlier else job_name(told_apart_by, key)
-        return PlannedJob(key, folder, dict(told_apart_by), epochs, impossible)
+        return PlannedJob(key, job_name(told_apart_by, key), dict(told_apart_by), epochs, impossible)
 
     def unite(self, jobs: Sequence[PlannedJob]) -> list[PlannedJob]:
         """Every job once, in the first one's place, where several combinations of a sweep mean the same."""
@@ -158,22 +158,22 @@ class FolderSweeper(Sweeper):
                 told = {
                     key: value if job.overrides.get(key) == value else ANY for key, value in known.overrides.items()
                 }
-                folder = known.folder if job.identity in self.earlier else job_name(told, job.identity)
-                united[job.identity] = replace(known, overrides=told, folder=folder)
+                united[job.identity] = replace(known, overrides=told, folder=job_name(told, job.identity))
         return list(united.values())
 
     def is_settled(self, job: PlannedJob) -> bool:
         """Whether there is nothing left to be run of a job."""
         return is_settled(job_state(self.folder / job.folder, job.impossible), retry=self.settings["retry"])
 
-    def write_plan(self, jobs: Sequence[PlannedJob]) -> None:
-        """Write down what is going to be run."""
+    def write_plan(self, jobs: Sequence[PlannedJob]) -> list[PlannedJob]:
+        """Write down what is going to be run; returns the jobs with the folders that they have."""
         settings = self.settings
         baseline = settings["baseline"] and {
             str(key): value if isinstance(value, str) else json.dumps(value)
             for key, value in settings["baseline"].items()
         }
-        write_plan(self.folder, Plan(str(settings["name"]), sys.argv, baseline, list(jobs), settings["groups"]))
+        plan = Plan(str(settings["name"]), sys.argv, baseline, list(jobs), settings["groups"])
+        return write_plan(self.folder, plan).jobs[: len(jobs)]
 
     def launch(self, jobs: Mapping[str, Sequence[str]], shown: Sequence[PlannedJob]) -> None:
         """Run jobs, and see that each ends in a report or a reason, also if its process is killed.
@@ -279,5 +279,8 @@ def check(config: dict[str, Any]) -> None:
     """Raise what can be said against a job's configuration; imported late, for ``--help`` to answer at once."""
     from ema_seg.training import check_config, check_model
 
+    devices = config["trainer"].get("devices")
+    if devices not in (1, "1") and not (isinstance(devices, list) and len(devices) == 1):
+        raise ConfigError(f"trainer.devices={devices!r}: a job of a sweep trains on one device; set trainer.devices=1.")
     check_config(config)
     check_model(config)

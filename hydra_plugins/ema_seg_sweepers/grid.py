@@ -29,8 +29,7 @@ class GridSweeper(FolderSweeper):
         overrides_of: dict[str, list[str]] = {}
         for job, (overrides, _) in zip(planned, combinations, strict=True):
             overrides_of.setdefault(job.identity, overrides)
-        jobs = self.unite(planned)
-        self.write_plan(jobs)
+        jobs = self.write_plan(self.unite(planned))
         for job in jobs:
             if job.impossible:
                 chosen = " ".join(f"{key}={value}" for key, value in job.overrides.items())
@@ -51,7 +50,7 @@ class GridSweeper(FolderSweeper):
         # The seed turns slowest, so that every configuration has been run once before any is run twice.
         axes.sort(key=lambda axis: axis[0] != "seed")
         # What the folder's earlier jobs differ in tells these from them, too.
-        known = {name for job in self.earlier.values() for name in job.overrides}
+        known = {name for job in self.earlier for name in job.overrides}
         swept = [name for name, values in axes if len(values) > 1 or name in known]
         for values in itertools.product(*(values for _, values in axes)):
             chosen = {name: label for (name, _), (label, _) in zip(axes, values, strict=True)}
@@ -90,7 +89,12 @@ def _joined(key: str, values: Any) -> str:
         raise ConfigError(f"sweep.grid.{key} is empty; give it values, or leave it out.")
     if not isinstance(values, list):
         return _text(values)
-    return ",".join(f"'{value}'" if isinstance(value, str) and "," in value else _text(value) for value in values)
+    return ",".join(f"'{value}'" if _is_plain(value) and "," in value else _text(value) for value in values)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether Hydra would take a comma in this value for the end of it."""
+    return isinstance(value, str) and value[:1] not in ("[", "{", "'", '"') and "(" not in value
 
 
 def _text(value: Any) -> str:

@@ -32,11 +32,12 @@ class SearchSweeper(FolderSweeper):
                 raise ConfigError(f"sweep.{key}={settings[key]!r} is no whole number of {least} or more.")
         fixed, space = self._split(arguments, by_dotted_key(settings["space"]))
         search = Search(self.folder, seed=settings["seed"], grace=settings["grace"])
-        search.check_space(_distributions(space))
+        search.check_space(_distributions(space), self.named)
 
-        jobs: list[PlannedJob] = []
+        jobs: list[PlannedJob] = []  # of each trial; two may be the same
+        plan: list[PlannedJob] = []
+        overrides_of: dict[str, list[str]] = {}
         while len(jobs) < settings["trials"]:
-            batch: dict[str, list[str]] = {}
             first = len(jobs)
             for number in range(first, min(first + settings["parallel"], settings["trials"])):
                 chosen = search.ask(number, _distributions(space))
@@ -44,14 +45,15 @@ class SearchSweeper(FolderSweeper):
                 overrides = [*fixed, *(f"{key}={value}" for key, value in values.items()), f"sweep.trial={number}"]
                 job = self.plan_job(overrides, {key.lstrip("+"): value for key, value in values.items()})
                 jobs.append(job)
-                if not self.is_settled(job):
-                    batch[job.folder] = overrides
-            shown = self.unite(jobs)
-            self.write_plan(shown)
-            self.launch(batch, shown)
+                overrides_of.setdefault(job.identity, overrides)
+            plan = self.write_plan(self.unite(jobs))
+            new = {job.identity for job in jobs[first:]}
+            to_do = [job for job in plan if job.identity in new and not self.is_settled(job)]
+            self.launch({job.folder: overrides_of[job.identity] for job in to_do}, plan)
+            states = {job.identity: job_state(self.folder / job.folder, job.impossible) for job in plan}
             for number, job in enumerate(jobs[first:], first):
-                search.tell(number, job_state(self.folder / job.folder, job.impossible))
-        self.close(self.unite(jobs))
+                search.tell(number, states[job.identity])
+        self.close(plan)
 
     def _split(self, arguments: Sequence[str], space: Mapping[str, Any]) -> tuple[list[str], list[Override]]:
         """What all trials share, and what is searched; the command line goes before the configuration."""

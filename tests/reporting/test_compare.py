@@ -420,9 +420,34 @@ def test_one_job_for_many_values_is_the_baseline_of_all(tmp_path):
     rows = rows_of(compare(read_folder(write_plan(tmp_path, jobs, {"variant": "none"}))))
     assert [row["contrast"] and row["contrast"]["baseline"] for row in rows.values()] == [
         None,
-        "attention=*, none",
-        "attention=*, none",
+        "none",
+        "none",
     ]
+
+
+@pytest.mark.parametrize(
+    "baseline", [{"attention": "none"}, {"attention": "none", "placement": "encoder"}, {"placement": "encoder"}]
+)
+def test_one_job_for_all_places_is_a_baseline_by_any_of_its_names(baseline, tmp_path):
+    jobs = [plan_job("none", attention="none", placement="*", seed="0")]
+    write_run(tmp_path / "none", "none")
+    for place in ("encoder", "decoder"):
+        write_run(tmp_path / place, "se")
+        jobs.append(plan_job(place, attention="se", placement=place, seed="0"))
+    rows = rows_of(compare(read_folder(write_plan(tmp_path, jobs, baseline))))
+    expected = {"placement": "se, encoder"} if "attention" not in baseline else {}
+    assert rows["se, decoder"]["contrast"]["baseline"] == expected.get("placement", "none")
+
+
+def test_a_job_for_all_values_of_all_keys_is_called_by_its_block(tmp_path):
+    jobs = [
+        plan_job("none", attention="*", variant="*", seed="0"),
+        plan_job("se", attention="se", variant="head", seed="0"),
+    ]
+    write_run(tmp_path / "none", "none")
+    write_run(tmp_path / "se", "se")
+    rows = rows_of(compare(read_folder(write_plan(tmp_path, jobs, {"variant": "none"}))))
+    assert rows["se, head"]["contrast"]["baseline"] == "none"
 
 
 def test_sweeps_in_a_folder_are_compared_as_runs_with_a_note(tmp_path):

@@ -34,6 +34,16 @@ def test_a_plan_keeps_the_jobs_of_an_earlier_one_in_its_folder(tmp_path):
     assert read_plan(tmp_path).jobs == [TWO, ONE]
 
 
+def test_a_job_keeps_the_folder_that_an_earlier_plan_gave_it(tmp_path):
+    """Two commands that are started at once may name a job differently."""
+    write_plan(tmp_path, Plan("grid", [], None, [ONE]))
+    again = PlannedJob(ONE.identity, "one_seed-0_1a", {"attention": "ema", "seed": "0"}, 4)
+
+    plan = write_plan(tmp_path, Plan("grid", [], None, [again]))
+
+    assert [(job.folder, job.overrides) for job in plan.jobs] == [(ONE.folder, again.overrides)]
+
+
 def test_a_plan_forgets_what_could_not_be_tried(tmp_path):
     write_plan(tmp_path, Plan("grid", [], None, [TWO]))
     write_plan(tmp_path, Plan("grid", [], None, [ONE]))

@@ -52,12 +52,30 @@ def test_a_trial_comes_with_all_its_settings_at_once(tmp_path, monkeypatch):
 
 
 def test_another_space_in_the_same_folder_is_refused(tmp_path):
-    search(tmp_path).check_space(SPACE)
+    search(tmp_path).check_space(SPACE, ["epochs=1"])
     search(tmp_path).ask(0, SPACE)
-    search(tmp_path).check_space(SPACE)
+    search(tmp_path).check_space(SPACE, ["epochs=1"])
 
     with pytest.raises(ConfigError, match=r"the 1 trials in this folder searched lr=.*; choose another sweep\.id"):
-        search(tmp_path).check_space({**SPACE, "attention": CategoricalDistribution(["none", "se"])})
+        search(tmp_path).check_space({**SPACE, "attention": CategoricalDistribution(["none", "se"])}, ["epochs=1"])
+
+
+def test_another_search_in_the_same_folder_is_refused(tmp_path):
+    search(tmp_path).check_space(SPACE, ["epochs=1"])
+
+    with pytest.raises(ConfigError, match="was started with epochs=1, and not with epochs=2; choose another sweep"):
+        search(tmp_path).check_space(SPACE, ["epochs=2"])
+
+
+def test_without_grace_a_first_epoch_can_be_the_last(tmp_path):
+    for number, score in enumerate([0.5, 0.1]):
+        search(tmp_path, grace=0).ask(number, SPACE)
+        give_up = GiveUp(search(tmp_path, grace=0), number)
+        if number == 0:
+            validate(give_up, 0, score)
+            search(tmp_path, grace=0).tell(0, JobState("finished", miou=score))
+    with pytest.raises(Pruned, match=r"after epoch 1: at best val mIoU 0\.1000"):
+        validate(give_up, 0, score)
 
 
 def test_a_failure_is_told_when_it_is_final(tmp_path):

@@ -33,6 +33,20 @@ def test_what_can_be_trained_passes(config):
 
 
 @pytest.mark.parametrize(
+    "values",
+    [
+        {"loss": {"cross_entropy": {"weight": 1.0, "class_weights": [1.0] * 11}}},
+        {"trainer__max_epochs": None, "trainer__max_steps": 4},
+        {"trainer__check_val_every_n_epoch": None, "trainer__val_check_interval": 2},
+        {"trainer__log_every_n_steps": None, "trainer__num_sanity_val_steps": None},
+        {"training__early_stopping": 0, "training__weight_averaging": 0, "training__pictures_every": None},
+    ],
+)
+def test_what_lightning_or_a_loss_takes_is_not_refused(config, values):
+    check_config(changed(config, **values))
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"seed": -1}, "seed=-1"),
@@ -43,7 +57,7 @@ def test_what_can_be_trained_passes(config):
         ({"data__batch_size": 0}, "batch_size"),
         ({"data__augmentation": {"crop": {"transform": "Cropp"}}}, "augmentation"),
         ({"training__weight_averaging": 1.5}, r"training\.weight_averaging=1\.5"),
-        ({"training__early_stopping": 0}, r"training\.early_stopping=0"),
+        ({"training__early_stopping": 1.5}, r"training\.early_stopping=1\.5"),
         ({"training__pictures_every": -1}, r"training\.pictures_every=-1"),
         ({"training__compile": "maybe"}, r"training\.compile='maybe'"),
         ({"trainer__max_epochs": 2.5}, r"epochs=2\.5"),
