@@ -114,7 +114,12 @@ class AtomicCheckpoints(TorchCheckpointIO):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial")
         with partial.open("wb") as file:
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # torch closes its archive even where writing it has failed, and then reports the unfinished archive
+                # instead of the reason, such as Ctrl-C.
+                raise error.__context__ or error from None
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

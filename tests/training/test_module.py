@@ -1,3 +1,6 @@
+import io
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from ema_seg.attention import EMA
 from ema_seg.errors import ConfigError, TrainingError
 from ema_seg.models import build_segmenter
 from ema_seg.training.callbacks import EpochLog, attention_map
+from ema_seg.training.fit import AtomicCheckpoints
 from ema_seg.training.loggers import build_logger
 from ema_seg.training.losses import build_loss
 from ema_seg.training.module import SegmentationModule
@@ -48,6 +52,37 @@ def test_a_checkpoint_carries_the_configuration_and_the_classes():
     module(segmenter()).on_save_checkpoint(checkpoint)
 
     assert checkpoint == {"config": {}, "classes": ["a", "b", "c"]}
+
+
+class Failing(io.FileIO):
+    """A file of which a write fails, as at Ctrl-C or on a full disk."""
+
+    def __init__(self, path, writes, failure):
+        super().__init__(path, "wb")
+        self.writes, self.failure = writes, failure
+
+    def write(self, data):
+        self.writes -= 1
+        if not self.writes:
+            raise self.failure
+        return super().write(data)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("writes", [1, 2, 5, 20])
+def test_a_checkpoint_that_cannot_be_written_says_why_and_leaves_the_one_before(tmp_path, monkeypatch, failure, writes):
+    path = tmp_path / "last.ckpt"
+    checkpoint = {str(number): torch.full((100,), float(number)) for number in range(20)}
+    AtomicCheckpoints().save_checkpoint(checkpoint, path)
+    before = path.read_bytes()
+    monkeypatch.setattr(Path, "open", lambda path, mode: Failing(path, writes, failure))
+
+    with pytest.raises(type(failure)) as error:
+        AtomicCheckpoints().save_checkpoint(checkpoint, path)
+
+    monkeypatch.undo()
+    assert error.value is failure
+    assert path.read_bytes() == before
 
 
 def test_the_attention_map_is_the_last_blocks_at_the_images_size():
