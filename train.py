@@ -4,10 +4,10 @@ python train.py --help shows what can be configured.
 """
 
 import gc
-import logging
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from configs.command_line import argument, expand_home, plain_config, reports_errors, saved_config
+from ema_seg.distributed.start import Silent, first_told, joined, place, started_group
 from ema_seg.errors import ConfigError
 from ema_seg.host_memory import keep_freed_memory
-from ema_seg.sweeps import count_devices, deal_device, hold_job, identity, read_job, read_plan, run_job
+from ema_seg.sweeps import count_devices, deal_devices, hold_job, identity, read_job, read_plan, run_job
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -29,13 +30,54 @@ def main() -> None:
     """Compose the configuration, of a resumed run from its own file, and train."""
     keep_freed_memory()
     sys.argv = expand_home(sys.argv)
-    OmegaConf.register_new_resolver("parallel_jobs", lambda: count_devices() or 2, replace=True)
-    config_name = "train"
-    if run := argument("resume"):
-        if {"-m", "--multirun"} & set(sys.argv):
-            raise ConfigError(f"resume={run}: a sweep goes on by itself when its command is given again; leave it out.")
-        config_name = _register_resumed(Path(run))
-    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(_train)()
+    with _group() as started_by:
+        now = datetime.now()
+        if started_by is not None:
+            now = _join_command(started_by, now)
+        OmegaConf.register_new_resolver("started", now.strftime, replace=True)
+        OmegaConf.register_new_resolver("parallel_jobs", _parallel_jobs, replace=True)
+        config_name = "train"
+        if run := argument("resume"):
+            if _is_sweep():
+                raise ConfigError(
+                    f"resume={run}: a sweep goes on by itself when its command is given again; leave it out."
+                )
+            config_name = _register_resumed(Path(run))
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(_train)()
+
+
+@contextmanager
+def _group() -> Iterator[str | None]:
+    """What has started this process as one of several, which have joined; None if nothing has."""
+    started_by = started_group()
+    with joined() if started_by else nullcontext():
+        yield started_by
+
+
+def _join_command(started_by: str, now: datetime) -> datetime:
+    """Of processes that have been started with one command: the first one's time, which names the run's folder."""
+    from ema_seg.distributed.collectives import agree
+
+    if _is_sweep():
+        raise ConfigError(
+            f"{started_by} has started several processes of a sweep, whose jobs each start their own; start the sweep "
+            "once: python train.py -m …"
+        )
+    return agree(now)
+
+
+def _is_sweep() -> bool:
+    return bool({"-m", "--multirun"} & set(sys.argv))
+
+
+def _parallel_jobs(devices: Any) -> int:
+    """How many jobs this machine has GPUs for, with so many each; two jobs without GPUs."""
+    return max(1, count_devices() // _each(devices)) if count_devices() else 2
+
+
+def _each(devices: Any) -> int:
+    """How many GPUs ``trainer.devices`` gives a job that has GPUs dealt out to it; one where it leaves that open."""
+    return int(devices) if str(devices).isdigit() and int(devices) else 1
 
 
 def _register_resumed(run: Path) -> str:
@@ -70,14 +112,17 @@ def _train_run(composed: DictConfig, run: Path) -> None:
     if not config["resume"] and (job or (run / "checkpoints").exists()):
         raise ConfigError(f"{run} holds a run already; continue it with resume={run}, or choose another hydra.run.dir.")
 
+    # Heavy libraries only now, so that --help and --cfg answer at once.
     from ema_seg.reporting import print_report
+    from ema_seg.run import produce_run
 
-    with hold_job(run) if job else nullcontext():
-        if job:
-            _require_same_job(config, run)
-        report = _produce(config, run, resume=bool(config["resume"]), job=job)
-    print_report(report)
-    print(f"run: {run}")
+    if job:
+        _require_same_job(config, run)
+    with hold_job(run) if job and place().rank == 0 else nullcontext():
+        report = produce_run(config, run, resume=bool(config["resume"]), job=job, started_by=started_group())
+    if place().rank == 0:
+        print_report(report)
+        print(f"run: {run}")
 
 
 def _require_same_job(config: dict[str, Any], run: Path) -> None:
@@ -92,30 +137,68 @@ def _require_same_job(config: dict[str, Any], run: Path) -> None:
 
 def _train_job(composed: DictConfig, run: Path) -> None:
     """A job of a sweep: what goes wrong is written to its folder, and never ends the sweep."""
+    with _group() as started_by:
+        if place().rank:
+            _follow_job(composed, run, started_by)
+        else:
+            _lead_job(composed, run, started_by)
+    _free_memory()  # not earlier: what a job has raised holds on to all that it had
+
+
+def _lead_job(composed: DictConfig, run: Path, started_by: str | None) -> None:
+    from ema_seg.distributed.collectives import agree
+
     (planned,) = (job for job in read_plan(run.parent).jobs if job.folder == run.name)
     job: dict[str, Any] = {"identity": planned.identity, "overrides": planned.overrides}
     launcher = HydraConfig.get().runtime.choices["launcher"]
+    worked = False
 
     def work(resume: bool) -> None:
+        nonlocal worked
+        worked = True
+        agree((resume,))
         if composed.sweep.deal_devices and composed.trainer.accelerator != "cpu":
-            deal_device(run.parent)
+            deal_devices(run.parent, _each(composed.trainer.devices))
         _freeze_libraries()
-        callbacks = _search_callbacks(composed, run)
-        told = {**job, "launcher": launcher}
-        _produce(_settings(composed), run, resume=resume, job=told, quiet=True, callbacks=callbacks)
+        _produce_job(composed, run, resume, {**job, "launcher": launcher}, started_by)
 
     run_job(run, job, work, retry=composed.sweep.retry)
-    _free_memory()  # not earlier: what a job has raised holds on to all that it had
+    if not worked:
+        agree(())
+
+
+def _follow_job(composed: DictConfig, run: Path, started_by: str | None) -> None:
+    """Do as the first process of a job that a launcher has started several of."""
+    from ema_seg.distributed.collectives import agree
+
+    told: tuple[bool, ...] = ()
+    for resume in agree(told):
+        _produce_job(composed, run, resume, None, started_by)
+
+
+def _produce_job(
+    composed: DictConfig, run: Path, resume: bool, job: dict[str, Any] | None, started_by: str | None
+) -> None:
+    from ema_seg.run import produce_run
+
+    callbacks = _search_callbacks(composed, run)
+    config = _settings(composed)
+    try:
+        with first_told():
+            produce_run(config, run, resume=resume, job=job, quiet=True, callbacks=callbacks, started_by=started_by)
+    except Silent as silent:
+        if place().rank or silent.first is None:
+            raise
+        raise silent.first from None
 
 
 def _search_callbacks(composed: DictConfig, run: Path) -> list[Any]:
     """What a trial of a search needs to be given up early."""
     if composed.sweep.get("trial") is None:
         return []
-    from ema_seg.sweeps.search import GiveUp, Search
+    from ema_seg.sweeps.search import GiveUp
 
-    search = Search(run.parent, seed=composed.sweep.seed, grace=composed.sweep.grace)
-    return [GiveUp(search, composed.sweep.trial)]
+    return [GiveUp(run.parent, composed.sweep.trial, seed=composed.sweep.seed, grace=composed.sweep.grace)]
 
 
 def _settings(composed: DictConfig) -> dict[str, Any]:
@@ -123,33 +206,6 @@ def _settings(composed: DictConfig) -> dict[str, Any]:
     config = plain_config(composed)
     config.pop("sweep", None)
     return config
-
-
-def _produce(
-    config: dict[str, Any],
-    run: Path,
-    *,
-    resume: bool,
-    job: dict[str, Any] | None,
-    quiet: bool = False,
-    callbacks: Sequence[Any] = (),
-) -> dict[str, Any]:
-    """Train what the configuration describes, test the best checkpoint, and write the report."""
-    # Heavy libraries only now, so that --help and --cfg answer at once.
-    from lightning import seed_everything
-
-    from ema_seg.reporting import assess_checkpoint, find_device
-    from ema_seg.training import check_config, fit
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    check_config(config)
-    find_device(config["evaluation"]["device"])
-    seed_everything(config["seed"], workers=True, verbose=False)
-    _complete(config["data"], config["model"])
-    OmegaConf.save(config, run / "config.yaml")
-    best = fit(config, run, resume=resume, quiet=quiet, callbacks=callbacks)
-    directory = Path(config["report"]["dir"] or run / "report")
-    return assess_checkpoint(best, config["data"], config["evaluation"], directory, run=str(run), job=job, quiet=quiet)
 
 
 def _freeze_libraries() -> None:
@@ -169,19 +225,6 @@ def _free_memory() -> None:
     torch.compiler.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _complete(data: dict[str, Any], model: dict[str, Any]) -> None:
-    """Fill in what the user has left to the project, so that the saved configuration says all of it."""
-    from ema_seg.models import encoder_normalisation
-
-    if data["mean"] is None or data["std"] is None:
-        normalisation = encoder_normalisation(model["encoder"], model["encoder_weights"])
-        for key, values in normalisation._asdict().items():
-            data[key] = list(values) if data[key] is None else data[key]
-    for key in ("root", "classes"):
-        if data.get(key) is not None:
-            data[key] = str(Path(data[key]).absolute())
 
 
 if __name__ == "__main__":

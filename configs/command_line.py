@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from ema_seg.distributed.start import first_told
 from ema_seg.errors import ConfigError, EmaSegError, one_line
 
 __all__ = ["argument", "expand_home", "plain_config", "reports_errors", "saved_config"]
@@ -28,13 +29,14 @@ R = TypeVar("R")
 def reports_errors(function: Callable[P, R]) -> Callable[P, R]:
     """Turn an error that the user can correct into one sentence on standard error and exit status 1.
 
-    Ctrl-C ends with a word and status 130.
+    Of several processes only the one that fails first says so. Ctrl-C ends with a word and status 130.
     """
 
     @wraps(function)
     def wrapped(*arguments: P.args, **keywords: P.kwargs) -> R:
         try:
-            return function(*arguments, **keywords)
+            with first_told():
+                return function(*arguments, **keywords)
         except EmaSegError as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:

@@ -184,13 +184,6 @@ def test_impossible_combinations_are_told_before_anything_trains(camvid_root, tm
     assert not (folder / next(job.folder for job in read_plan(folder).jobs if job.impossible)).exists()
 
 
-def test_a_job_on_several_devices_is_impossible(camvid_root, tmp_path, run_script):
-    status, _, err = run_script("train", *command(camvid_root, tmp_path / "sweep", "trainer.devices=2"))
-
-    assert status == 1
-    assert "trainer.devices=2: a job of a sweep trains on one device" in " ".join(err.split())
-
-
 def test_a_value_that_does_not_exist_is_impossible_and_the_others_run(camvid_root, tmp_path, run_script):
     folder = tmp_path / "sweep"
 

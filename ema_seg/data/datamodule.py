@@ -1,6 +1,5 @@
 """Samples to batches: the Lightning data module."""
 
-import math
 import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ema_seg.data import build_dataset
 from ema_seg.data.base import SegmentationDataset
 from ema_seg.data.transforms import TensorSample, build_eval_transform, build_train_transform
+from ema_seg.distributed.start import place
 from ema_seg.errors import ConfigError, EmaSegError
 
-__all__ = ["SegmentationDataModule", "collate_crops", "collate_images"]
+__all__ = ["SegmentationDataModule", "check_shares", "collate_crops", "collate_images"]
 
 
 class SegmentationDataModule(LightningDataModule):
@@ -31,11 +31,15 @@ class SegmentationDataModule(LightningDataModule):
     Shuffling and augmentation follow torch's seed and the epoch alone: the same seed gives the same batches, for
     any number of workers, and an epoch that a resumed run trains is the one that it would have been.
 
+    Of several processes (see ``ema_seg.distributed``) each loads its share: of every training batch an equal part, so
+    that a step sees the same crops however many processes there are; of the images of an evaluation those in its turn,
+    none repeated to make the shares even and none left out, so that one process may have an image more than another.
+
     Args:
         name: The data set, a key of :data:`ema_seg.data.DATASETS`.
         root: Its folder or archive; None for the generated data set's own place.
-        batch_size: Crops in a training batch, per process; an incomplete last batch is dropped.
-        evaluation_batch_size: Images in an evaluation batch.
+        batch_size: Crops in a training batch, of all processes together; an incomplete last batch is dropped.
+        evaluation_batch_size: Images in an evaluation batch of one process.
         workers: Worker processes of each loader; 0 loads in the main process.
         augmentation: Steps of :func:`ema_seg.data.transforms.build_train_transform`.
         mean: Mean of each RGB channel, for images in [0, 1].
@@ -113,9 +117,12 @@ class SegmentationDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Find the files that the stage ("fit", "validate", "test") needs, to fail early."""
         if stage == "fit":
-            self._require_full_batch(len(self.train_dataset))
-        if stage in {"fit", "validate"}:
-            _ = self.val_dataset
+            self._check_batch(len(self.train_dataset))
+        if stage in {"fit", "validate"} and len(self.val_dataset) < place().size:
+            raise ConfigError(
+                f"{self.val_dataset.root}: the {len(self.val_dataset)} validation images do not give each of "
+                f"{place().size} processes one; train in fewer."
+            )
         if stage == "test":
             _ = self.test_dataset
 
@@ -123,9 +130,8 @@ class SegmentationDataModule(LightningDataModule):
         """Shuffled batches of crops."""
         return self._loader(
             _SeededSamples(self.train_dataset),
-            batch_size=self.batch_size,
-            sampler=_Draws(len(self.train_dataset), torch.initial_seed()),
-            drop_last=True,
+            batch_size=self.batch_size // place().size,
+            sampler=_Draws(len(self.train_dataset), torch.initial_seed(), self.batch_size),
             collate_fn=collate_crops,
         )
 
@@ -138,7 +144,12 @@ class SegmentationDataModule(LightningDataModule):
         return self._evaluation_loader(self.test_dataset)
 
     def _evaluation_loader(self, dataset: SegmentationDataset) -> DataLoader[Any]:
-        return self._loader(dataset, batch_size=self.evaluation_batch_size, collate_fn=collate_images)
+        return self._loader(
+            dataset,
+            batch_size=self.evaluation_batch_size,
+            sampler=_InTurn(len(dataset)),
+            collate_fn=collate_images,
+        )
 
     def _loader(self, dataset: Dataset[Any], **arguments: Any) -> DataLoader[Any]:
         return _Loader(
@@ -153,14 +164,26 @@ class SegmentationDataModule(LightningDataModule):
             **arguments,
         )
 
-    def _require_full_batch(self, images: int) -> None:
-        processes = self.trainer.world_size if self.trainer else 1
-        if math.ceil(images / processes) < self.batch_size:
-            share = f" for {processes} processes" if processes > 1 else ""
+    def _check_batch(self, images: int) -> None:
+        if images < self.batch_size:
             raise ConfigError(
                 f"data.batch_size={self.batch_size} is more than the {images} training images in"
-                f" {self.train_dataset.root}{share}; choose a smaller batch size."
+                f" {self.train_dataset.root}; choose a smaller batch size."
             )
+        check_shares(self.batch_size, place().size)
+
+
+def check_shares(batch_size: int, processes: int) -> None:
+    """A ConfigError if a training batch cannot be dealt out equally to so many processes; it lists what can."""
+    if batch_size % processes:
+        below = batch_size - batch_size % processes
+        sizes = [str(size) for size in (below, below + processes) if size]
+        counts = [str(count) for count in range(1, processes) if batch_size % count == 0]
+        raise ConfigError(
+            f"data.batch_size={batch_size} is of all processes together and does not divide into {processes} equal "
+            f"parts; choose {' or '.join(sizes)}, or train in {' or '.join(counts)} "
+            f"{'process' if counts == ['1'] else 'processes'}."
+        )
 
 
 def _start_method() -> str | None:
@@ -171,15 +194,16 @@ def _start_method() -> str | None:
 
 
 class _Draws(Sampler[tuple[int, int]]):
-    """Every sample once, in an order of the epoch's own, each with the seed of its augmentation.
+    """One process's part of every full batch, each sample with the seed of its augmentation.
 
     Order and seeds depend on nothing but the seed and the epoch, which Lightning sets; without it every pass is the
-    next epoch.
+    next epoch. The parts of all processes make up the batches that a single one would draw.
     """
 
-    def __init__(self, size: int, seed: int) -> None:
+    def __init__(self, size: int, seed: int, batch_size: int) -> None:
         self.size = size
         self.seed = seed
+        self.batch_size = batch_size
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -187,13 +211,32 @@ class _Draws(Sampler[tuple[int, int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.size
+        return self.size // self.batch_size * (self.batch_size // place().size)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         random = np.random.default_rng((self.seed, self.epoch))
         self.epoch += 1
         order, seeds = random.permutation(self.size), random.integers(2**63, size=self.size)
-        return iter(zip(order.tolist(), seeds.tolist(), strict=True))
+        here, batches = place(), self.size // self.batch_size
+        own = np.arange(batches * self.batch_size).reshape(batches, here.size, -1)[:, here.rank].ravel()
+        return iter(zip(order[own].tolist(), seeds[own].tolist(), strict=True))
+
+
+class _InTurn(Sampler[int]):
+    """Every process's part of the indices below a size: the first one to the first process, the next to the next."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self._indices())
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices())
+
+    def _indices(self) -> range:
+        here = place()
+        return range(here.rank, self.size, here.size)
 
 
 class _SeededSamples(Dataset[Any]):

@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+from ema_seg.distributed.collectives import agree, gather
+from ema_seg.distributed.start import place, wait_for_all
 from ema_seg.errors import ConfigError, DataError, ModelError
 from ema_seg.evaluation.environment import describe_device
 from ema_seg.evaluation.inference import autocast, memory_format_of, pad_to_stride, segment
@@ -54,6 +56,10 @@ def measure_cost(
     whole way is timed too: read and decode the files, transform, pad, copy to the device, forward, argmax,
     and copy the masks back.
 
+    Of several processes (see ``ema_seg.distributed``), each with a device, the first times the forward passes while
+    the others wait; the whole way is timed on all of them at once, each with the images of its own loader, and the
+    rates are added up. Every process gets the same result.
+
     Args:
         model: maps float B x 3 x H x W to logits; it is moved to the device.
         size: height and width of the images, which are padded to the stride.
@@ -72,7 +78,7 @@ def measure_cost(
         ``compiled``, ``memory_format``, ``size``, ``padded_size``, ``memory_method``), ``forward``, a list with an
         entry for each batch size (``images_per_second``, ``latency`` in seconds per batch as ``median`` and
         ``p95``, ``peak_memory`` in bytes), and ``end_to_end`` (``images_per_second`` and how it was loaded;
-        None without a loader).
+        None without a loader). ``devices`` of each says on how many it was measured.
 
     Raises:
         ConfigError: a number is not positive.
@@ -100,8 +106,8 @@ def measure_cost(
     with evaluation_mode(model), autocast(device, precision):
         single = _random_images(model, 1, size, stride, device)
         gmacs = count_macs(model, single) / 1e9
-        forward = [measure_forward(batch) for batch in batch_sizes]
-        end_to_end = None if loader is None else time_end_to_end(model, loader, stride, share)
+        forward = agree([measure_forward(batch) for batch in batch_sizes] if place().rank == 0 else [])
+        end_to_end = None if loader is None else agree(time_end_to_end(model, loader, stride, share))
     return Cost(
         parameters=count_parameters(model),
         gmacs=gmacs,
@@ -256,6 +262,7 @@ def _forward_entry(batch_size: int, seconds: list[float], warmup: int, memory: i
     median, p95 = np.percentile(seconds, [50, 95]).tolist()
     return {
         "batch_size": batch_size,
+        "devices": 1,
         "images_per_second": batch_size / median,
         "latency": {"median": median, "p95": p95},
         "peak_memory": memory,
@@ -275,7 +282,8 @@ def time_end_to_end(model: nn.Module, loader: DataLoader, stride: int, budget: f
 
     Returns:
         A dict of ``images_per_second``, the ``images`` that were timed, the loader's ``batch_size`` and
-        ``workers``, and the ``warmup_batches`` that were not timed.
+        ``workers``, the ``warmup_batches`` that were not timed, and the number of ``devices``: of all processes
+        together, but for the loader's, which are of each.
 
     Raises:
         DataError: the loader gives no image.
@@ -283,6 +291,7 @@ def time_end_to_end(model: nn.Module, loader: DataLoader, stride: int, budget: f
     # The batches that workers fetch ahead of the first one would flatter the rate, so they warm up too.
     ahead = loader.num_workers * (loader.prefetch_factor or 0)
     warmup = min(1 + ahead, len(loader) // 2)
+    wait_for_all()
     images, start, elapsed = 0, time.perf_counter(), 0.0
     for index, batch in enumerate(loader):
         for mask in segment(model, batch["image"], stride):
@@ -294,14 +303,16 @@ def time_end_to_end(model: nn.Module, loader: DataLoader, stride: int, budget: f
         elapsed = time.perf_counter() - start
         if elapsed > budget:
             break
-    if images == 0:
+    parts = gather((images, images / elapsed if images else 0.0))
+    if not any(count for count, _ in parts):
         raise DataError("There is no image to measure the throughput with: the split is empty.")
     return {
-        "images_per_second": images / elapsed,
-        "images": images,
+        "images_per_second": sum(rate for _, rate in parts),
+        "images": sum(count for count, _ in parts),
         "batch_size": loader.batch_size,
         "workers": loader.num_workers,
         "warmup_batches": warmup,
+        "devices": len(parts),
     }
 
 

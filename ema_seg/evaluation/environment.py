@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import ema_seg
+from ema_seg.distributed.start import place
 
 __all__ = ["describe_device", "describe_environment"]
 
@@ -32,15 +33,16 @@ def describe_environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 
     Returns:
         A dict of plain values, ready for JSON: ``python``, ``os``, ``packages`` (version by name, None if not
-        installed), ``device`` (type and name), ``threads``, ``cuda`` and ``cudnn`` (None without), ``git``
-        (``commit`` of the running code and whether it is ``dirty``; None outside a git checkout) and
-        ``command``.
+        installed), ``device`` (type and name), ``processes`` that work together, ``threads`` of each, ``cuda`` and
+        ``cudnn`` (None without), ``git`` (``commit`` of the running code and whether it is ``dirty``; None outside a
+        git checkout) and ``command``.
     """
     return {
         "python": platform.python_version(),
         "os": platform.platform(),
         "packages": {"ema-seg": ema_seg.__version__} | {name: _version(name) for name in _PACKAGES},
         "device": describe_device(device),
+        "processes": place().size,
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,

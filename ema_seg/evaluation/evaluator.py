@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, TypedDict
 
 import numpy as np
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from ema_seg.distributed.collectives import gather, sum_in_place
 from ema_seg.errors import DataError, ModelError
 from ema_seg.evaluation.confusion import ConfusionMatrix
 from ema_seg.evaluation.inference import autocast, predict
@@ -40,7 +42,7 @@ class Evaluation:
 
     Attributes:
         confusion: the counts over all images.
-        images: one record for each image, in the loader's order.
+        images: one record for each image, in the data set's order.
     """
 
     confusion: ConfusionMatrix
@@ -60,6 +62,9 @@ def evaluate(
 ) -> Evaluation:
     """Predict every image at its own size and count the pixels.
 
+    Of several processes (see ``ema_seg.distributed``) each predicts the images of its loader, which are those in its
+    turn; the outcome is that of all images, on every process.
+
     The model is moved to the device and run in evaluation mode; every module's mode is restored afterwards.
 
     Args:
@@ -70,8 +75,8 @@ def evaluate(
         device: where to run.
         precision: see ``autocast``.
         progress: show a progress bar if the output is a terminal.
-        on_prediction: called with each image's name and predicted class ids, H x W, in the loader's order; no
-            prediction is kept otherwise.
+        on_prediction: called with the name and predicted class ids, H x W, of each image of this process, in the
+            loader's order; no prediction is kept otherwise.
 
     Raises:
         DataError: the loader gives no image, or a mask holds a label that is no class.
@@ -90,9 +95,12 @@ def evaluate(
                 records.append(_record(name, confusion, prediction, target))
                 if on_prediction is not None:
                     on_prediction(name, prediction)
-    if not records:
+    sum_in_place(total.matrix)
+    turns = zip_longest(*gather(records))
+    everyones = [record for turn in turns for record in turn if record is not None]
+    if not everyones:
         raise DataError("There is no image to evaluate: the split is empty.")
-    return Evaluation(total, records)
+    return Evaluation(total, everyones)
 
 
 def _tracked(loader: Iterable[Mapping[str, Any]], progress: bool) -> Iterable[Mapping[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ema_seg.data import SegmentationDataModule
+from ema_seg.distributed.start import place
 from ema_seg.errors import ConfigError, DataError
 from ema_seg.evaluation import autocast, describe_environment, evaluate, measure_cost, predict_examples
 from ema_seg.models import load_segmenter, model_stride
@@ -30,6 +31,8 @@ def assess_checkpoint(
 ) -> dict[str, Any]:
     """Score a checkpoint on its evaluation split, measure what the model costs, and write the report.
 
+    Of several processes (see ``ema_seg.distributed``) each scores the images in its turn, and the first writes.
+
     Args:
         checkpoint: a checkpoint that ``train.py`` wrote.
         data: arguments of ``SegmentationDataModule``; its ``evaluation_split`` is scored. A ``mean`` or ``std``
@@ -42,7 +45,7 @@ def assess_checkpoint(
         quiet: show no progress bar.
 
     Returns:
-        The report, as ``report.json`` holds it.
+        The report, as ``report.json`` holds it, of the first process; nothing of the others.
 
     Raises:
         EmaSegError: whatever a user can correct, from the parts that find it.
@@ -84,13 +87,15 @@ def assess_checkpoint(
             device=device,
             precision=precision,
             on_prediction=write_prediction,
-            progress=not quiet,
+            progress=not quiet and place().rank == 0,
         )
         if not evaluation.confusion.matrix.any():
             raise DataError(
                 f"{dataset.root}: the split {module.evaluation_split!r} has no labelled pixel (the labels of a test "
                 "split are often withheld); choose another with data.evaluation_split."
             )
+    if place().rank:
+        return {}
     examples = predict_examples(
         model,
         dataset,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ema_seg.distributed.start import place, wait_for_all
 from ema_seg.errors import DataError
 from ema_seg.reporting.files import file_names
 
@@ -19,11 +20,12 @@ __all__ = ["PredictionWriter", "encode_mask"]
 class PredictionWriter:
     """Writes predicted masks into ``predictions/`` of a report's folder, one at a time.
 
-    A context manager: the masks gather beside an earlier report's, and take their place when all are there.
+    A context manager: the masks gather beside an earlier report's, and take their place when all are there. Of several
+    processes (see ``ema_seg.distributed``) each writes those of the images in its turn.
 
     Args:
         directory: the report's folder.
-        names: the images' names, in the order in which their masks come.
+        names: all images' names, in the data set's order, in which their masks come.
         palette: K colours, (red, green, blue) from 0 to 255.
 
     Attributes:
@@ -34,32 +36,37 @@ class PredictionWriter:
         self._final = directory / "predictions"
         self._partial = directory / "predictions.partial"
         self._palette = palette
-        self._names = file_names(names)
-        self._written = 0
-        self.paths = [f"{self._final.name}/{name}.png" for name in self._names]
+        files = file_names(names)
+        here = place()
+        self._first = here.rank == 0
+        self._own = iter(files[here.rank :: here.size])
+        self.paths = [f"{self._final.name}/{name}.png" for name in files]
 
     def __enter__(self) -> "PredictionWriter":
-        try:
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._partial.mkdir(parents=True)
-        except OSError as error:
-            raise DataError(f"{self._partial}: the folder cannot be made ({error.strerror}).") from error
+        if self._first:
+            try:
+                shutil.rmtree(self._partial, ignore_errors=True)
+                self._partial.mkdir(parents=True)
+            except OSError as error:
+                raise DataError(f"{self._partial}: the folder cannot be made ({error.strerror}).") from error
+        wait_for_all()
         return self
 
     def __call__(self, name: str, prediction: NDArray[np.integer]) -> None:
         """Write the next image's mask: class ids in [0, K), H x W."""
-        path = self._partial / f"{self._names[self._written]}.png"
+        path = self._partial / f"{next(self._own)}.png"
         path.write_bytes(encode_mask(prediction, self._palette))
-        self._written += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:
+        if kind is not None:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            return
+        wait_for_all()
+        if self._first:
             shutil.rmtree(self._final, ignore_errors=True)
             self._partial.replace(self._final)
-        else:
-            shutil.rmtree(self._partial, ignore_errors=True)
 
 
 def encode_mask(mask: NDArray[np.integer], palette: Sequence[Sequence[int]]) -> bytes:

@@ -157,8 +157,9 @@ def _origin_rows(report: Mapping[str, Any]) -> list[Row]:
 def _environment_rows(environment: Mapping[str, Any]) -> list[Row]:
     git = environment["git"]
     packages = [f"{name} {version}" for name, version in environment["packages"].items() if version]
+    processes = f" in each of {environment['processes']} processes" if environment.get("processes", 1) > 1 else ""
     rows = [
-        ("device", f"{environment['device']['name']}, {environment['threads']} CPU threads"),
+        ("device", f"{environment['device']['name']}, {environment['threads']} CPU threads{processes}"),
         ("CUDA", environment["cuda"] and f"{environment['cuda']}, cuDNN {environment['cudnn']}"),
         ("system", f"{environment['os']}, Python {environment['python']}"),
         ("packages", ", ".join(packages)),
@@ -187,8 +188,10 @@ def _cost_sentence(report: Mapping[str, Any]) -> str:
     if entire := throughput["end_to_end"]:
         sentence += (
             f" End to end is from the files to the masks: batch {entire['batch_size']}, "
-            f"{entire['workers']} workers, {entire['images']} images."
+            f"{entire['workers']} workers, {entire['images']} images"
         )
+        devices = entire.get("devices", 1)
+        sentence += f", on {devices} devices together; all else is of one." if devices > 1 else "."
     return sentence
 
 

@@ -4,7 +4,7 @@ Nothing here starts a job: launchers do. A sweep's folder is the only thing that
 job follows from the files in its own folder, so that a kill at any moment leaves nothing to repair.
 """
 
-from ema_seg.sweeps.devices import count_devices, deal_device
+from ema_seg.sweeps.devices import count_devices, deal_devices
 from ema_seg.sweeps.folder import ANY, JobState, Plan, PlannedJob, job_state, read_plan, record_failure, write_plan
 from ema_seg.sweeps.identity import identity, job_name, machine_keys
 from ema_seg.sweeps.job import Pruned, hold_job, is_settled, read_job, run_job
@@ -16,7 +16,7 @@ __all__ = [
     "PlannedJob",
     "Pruned",
     "count_devices",
-    "deal_device",
+    "deal_devices",
     "hold_job",
     "identity",
     "is_settled",

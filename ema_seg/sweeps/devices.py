@@ -1,4 +1,4 @@
-"""One GPU to each process of a sweep on one machine."""
+"""GPUs of its own to each process of a sweep on one machine."""
 
 import itertools
 import os
@@ -8,7 +8,7 @@ from socket import gethostname
 
 from filelock import FileLock, Timeout
 
-__all__ = ["count_devices", "deal_device"]
+__all__ = ["count_devices", "deal_devices"]
 
 _held: list[FileLock] = []  # for as long as this process lives
 
@@ -20,16 +20,17 @@ def count_devices() -> int:
     return torch.cuda.device_count()
 
 
-def deal_device(folder: Path) -> str | None:
-    """Take the CUDA device that the fewest other processes of the sweep have, and keep it until this process ends.
+def deal_devices(folder: Path, number: int = 1) -> str | None:
+    """Take the CUDA devices that the fewest other processes of the sweep have, and keep them until this process ends.
 
-    To be called before anything is computed on a device: a process cannot change its device later.
+    To be called before anything is computed on a device: a process cannot change its devices later.
 
     Args:
         folder: of the sweep, where a lock for each device is.
+        number: of devices; all of a machine that has fewer.
 
     Returns:
-        The device's name in ``CUDA_VISIBLE_DEVICES``; None on a machine without CUDA.
+        The devices' names in ``CUDA_VISIBLE_DEVICES``; None on a machine without CUDA.
     """
     if _held:
         return os.environ["CUDA_VISIBLE_DEVICES"]
@@ -40,9 +41,12 @@ def deal_device(folder: Path) -> str | None:
     devices = listed.split(",") if listed else map(str, range(count))
     # CUDA takes names up to the first that is no device.
     names = [device.strip() for device in devices][:count]
+    taken: list[str] = []
     # A second process on a device only where each device has one, and so on: as many processes as the user asked for.
     for turn in itertools.count():
         for name in names:
+            if name in taken or len(taken) == min(number, count):
+                continue
             file = re.sub(r"[^\w-]", "-", f"device-{gethostname()}-{name}-{turn}")
             lock = FileLock(folder / f"{file}.lock")
             try:
@@ -50,6 +54,8 @@ def deal_device(folder: Path) -> str | None:
             except Timeout:
                 continue
             _held.append(lock)
-            os.environ["CUDA_VISIBLE_DEVICES"] = name
-            return name
-    raise AssertionError("there is always one more turn")
+            taken.append(name)
+        if len(taken) == min(number, count):
+            break
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
+    return os.environ["CUDA_VISIBLE_DEVICES"]

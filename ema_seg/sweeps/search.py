@@ -12,6 +12,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from ema_seg.distributed.collectives import agree
 from ema_seg.errors import ConfigError
 from ema_seg.sweeps.folder import JobState
 from ema_seg.sweeps.job import Pruned, is_settled
@@ -95,13 +96,17 @@ class Search:
 class GiveUp(Callback):
     """Tells the study the score of every epoch, and ends the trial that it calls hopeless.
 
+    Of several processes that train the trial, the first asks and all end.
+
     Args:
-        search: the search that the trial is of.
+        folder: of the sweep.
         number: the trial's.
+        seed: see ``Search``.
+        grace: see ``Search``.
     """
 
-    def __init__(self, search: Search, number: int) -> None:
-        self.study, self.number = search.study, number
+    def __init__(self, folder: Path, number: int, *, seed: int, grace: int) -> None:
+        self.folder, self.number, self.seed, self.grace = folder, number, seed, grace
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report, and ask.
@@ -109,16 +114,23 @@ class GiveUp(Callback):
         Raises:
             Pruned: the trial is to be given up.
         """
-        known = self.study.trials[self.number]
-        if known.state.is_finished():  # it has failed for good before, and is tried again all the same
-            return
-        trial = optuna.trial.Trial(self.study, known._trial_id)
         epoch, score = trainer.current_epoch, float(trainer.callback_metrics["val/miou"])
+        if reason := agree(self._ask(epoch, score) if trainer.is_global_zero else None):
+            raise Pruned(reason)
+
+    def _ask(self, epoch: int, score: float) -> str | None:
+        """Why the trial is to be given up; None if it is not."""
+        study = Search(self.folder, seed=self.seed, grace=self.grace).study
+        known = study.trials[self.number]
+        if known.state.is_finished():  # it has failed for good before, and is tried again all the same
+            return None
+        trial = optuna.trial.Trial(study, known._trial_id)
         if epoch not in known.intermediate_values:  # by an earlier part of a resumed trial
             trial.report(score, epoch)
-        if trial.should_prune():
-            best = max([score, *known.intermediate_values.values()])
-            raise Pruned(f"given up after epoch {epoch + 1}: at best val mIoU {best:.4f}, below earlier trials' median")
+        if not trial.should_prune():
+            return None
+        best = max([score, *known.intermediate_values.values()])
+        return f"given up after epoch {epoch + 1}: at best val mIoU {best:.4f}, below earlier trials' median"
 
 
 def _described(space: Mapping[str, BaseDistribution]) -> str:

@@ -2,5 +2,6 @@
 
 from ema_seg.training.check import check_config, check_model
 from ema_seg.training.fit import fit
+from ema_seg.training.strategy import count_processes
 
-__all__ = ["check_config", "check_model", "fit"]
+__all__ = ["check_config", "check_model", "count_processes", "fit"]

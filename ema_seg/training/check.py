@@ -10,12 +10,14 @@ from lightning import Trainer
 from torch import nn
 
 from ema_seg.data import SegmentationDataModule, check_dataset
+from ema_seg.data.datamodule import check_shares
 from ema_seg.errors import ConfigError, did_you_mean
 from ema_seg.models import segmenter_from_config
 from ema_seg.reporting import check_settings
 from ema_seg.training.loggers import check_logger
 from ema_seg.training.losses import build_loss
 from ema_seg.training.optimisation import build_optimizer, build_schedule
+from ema_seg.training.strategy import named_processes
 
 __all__ = ["check_config", "check_model"]
 
@@ -38,6 +40,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     _check_data(config["data"])
     _check_training(config["training"])
     _check_trainer(config["trainer"])
+    check_shares(config["data"]["batch_size"], named_processes(config["trainer"]))
     build_loss(config["loss"], _weighted_classes(config["loss"]) or _CLASSES)
     build_schedule(build_optimizer(nn.Linear(1, 1), **config["optimizer"]), _STEPS, **config["schedule"])
     check_logger(config["logger"]["name"])

@@ -23,6 +23,7 @@ from ema_seg.training.callbacks import EpochLog, Pictures
 from ema_seg.training.loggers import build_logger
 from ema_seg.training.losses import build_loss
 from ema_seg.training.module import SegmentationModule
+from ema_seg.training.strategy import trainer_arguments
 
 __all__ = ["fit"]
 
@@ -34,6 +35,9 @@ _NOISE = (
     r"Checkpoint directory .* exists and is not empty",
     r"The number of training batches .* is smaller than the logging interval",
     r"The '.*_dataloader' does not have many workers",
+    r"`broadcast_buffers` is deprecated",  # the new name is not in every torch that we support
+    r"Grad strides do not match bucket view strides",  # of weights with a single channel, where strides say nothing
+    r"It is recommended to use `self.log\(.*sync_dist=True\)`",  # what is logged without is the same everywhere
 )
 
 
@@ -172,14 +176,15 @@ def _shows_progress(setting: bool | str) -> bool:
 
 
 def _build_trainer(config: Mapping[str, Any], run: Path, callbacks: list[Callback], progress: bool) -> Trainer:
+    arguments, plugins = trainer_arguments(config["trainer"])
     try:
         return Trainer(
-            **config["trainer"],
+            **arguments,
             default_root_dir=run,
             logger=build_logger(run, **config["logger"]),
             callbacks=callbacks,
             enable_progress_bar=progress,
-            plugins=[AtomicCheckpoints()],
+            plugins=[AtomicCheckpoints(), *plugins],
             enable_model_summary=False,
         )
     except (MisconfigurationException, TypeError, ValueError) as error:

@@ -1,6 +1,10 @@
 """Segmentation losses and weighted sums of them.
 
 Every loss takes logits (B, K, H, W) and int64 train ids (B, H, W), and leaves pixels with the ignore index out.
+
+Where several processes each have a part of the batch, cross-entropy, focal and Dice loss are those of the whole batch:
+the mean of what the processes compute has the value and the gradient that a single process would get. OHEM and the
+Lovász loss, which sort the pixels, are means of the processes' own.
 """
 
 import inspect
@@ -8,14 +12,26 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from segmentation_models_pytorch.losses import DiceLoss, FocalLoss, LovaszLoss
+from segmentation_models_pytorch.losses import FocalLoss, LovaszLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ema_seg.data.base import IGNORE_INDEX
+from ema_seg.distributed.collectives import global_sum, sum_in_place
+from ema_seg.distributed.start import place
 from ema_seg.errors import ConfigError, did_you_mean
 
 __all__ = ["WeightedSum", "build_loss", "loss_names"]
+
+
+def _global_mean(total: Tensor, count: Tensor) -> Tensor:
+    """Each process's part of a mean over the whole batch: the mean of the parts is that mean.
+
+    Args:
+        total: the sum over the process's own pixels, a scalar.
+        count: their number, or the sum of their weights; not a part of the graph.
+    """
+    return place().size * total / sum_in_place(count.clone())
 
 
 class CrossEntropy(nn.Module):
@@ -43,13 +59,17 @@ class CrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Scalar loss."""
-        return F.cross_entropy(
+        total = F.cross_entropy(
             logits,
             target,
             weight=self.class_weights,
             ignore_index=IGNORE_INDEX,
             label_smoothing=self.label_smoothing,
+            reduction="sum",
         )
+        labels = target[target != IGNORE_INDEX]
+        weights = torch.ones_like(labels) if self.class_weights is None else self.class_weights[labels]
+        return _global_mean(total, weights.sum())
 
 
 class OHEM(nn.Module):
@@ -83,14 +103,48 @@ class OHEM(nn.Module):
         return losses[losses >= torch.minimum(threshold, hardest)].mean()
 
 
-def _dice(classes: int, smooth: float = 1.0) -> nn.Module:
-    # The mean is over all classes; one without a pixel in the batch counts as 0.
-    return DiceLoss("multiclass", ignore_index=IGNORE_INDEX, smooth=smooth)
+class Dice(nn.Module):
+    """One less the Dice coefficient of each class over the whole batch; the mean counts a class without a pixel as 0.
+
+    Args:
+        classes: number K of classes.
+        smooth: added to numerator and denominator.
+    """
+
+    def __init__(self, classes: int, smooth: float = 1.0) -> None:
+        super().__init__()
+        self.classes = classes
+        self.smooth = smooth
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Scalar loss."""
+        labelled = target != IGNORE_INDEX
+        truth = F.one_hot(target.where(labelled, 0), self.classes).permute(0, 3, 1, 2) * labelled[:, None]
+        probabilities = logits.softmax(dim=1) * labelled[:, None]
+        sums = [part.sum(dim=(0, 2, 3)) for part in (probabilities * truth, probabilities, truth.to(logits.dtype))]
+        intersection, predicted, true = global_sum(torch.stack(sums))
+        dice = (2 * intersection + self.smooth) / (predicted + true + self.smooth).clamp_min(1e-7)
+        return ((1 - dice) * (true > 0)).mean()
 
 
-def _focal(classes: int, gamma: float = 2.0, alpha: float | None = None) -> nn.Module:
-    # One sigmoid per class, as in the paper (https://arxiv.org/abs/1708.02002), averaged over the classes.
-    return FocalLoss("multiclass", alpha=alpha, gamma=gamma, ignore_index=IGNORE_INDEX)
+class Focal(nn.Module):
+    """Mean focal loss over the labelled pixels and the classes, each of which has a sigmoid of its own.
+
+    Paper: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, https://arxiv.org/abs/1708.02002
+
+    Args:
+        classes: number K of classes (unused, for the common signature).
+        gamma: how much easy pixels are weighed down.
+        alpha: weight of a class's own pixels, from 0 to 1, against those of the others; None weighs all alike.
+    """
+
+    def __init__(self, classes: int, gamma: float = 2.0, alpha: float | None = None) -> None:
+        super().__init__()
+        self.sum = FocalLoss("multiclass", alpha=alpha, gamma=gamma, ignore_index=IGNORE_INDEX, reduction="sum")
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Scalar loss."""
+        return _global_mean(self.sum(logits, target), (target != IGNORE_INDEX).sum())
 
 
 def _lovasz(classes: int, per_image: bool = False) -> nn.Module:
@@ -100,10 +154,12 @@ def _lovasz(classes: int, per_image: bool = False) -> nn.Module:
 _LOSSES: dict[str, Callable[..., nn.Module]] = {
     "cross_entropy": CrossEntropy,
     "ohem": OHEM,
-    "dice": _dice,
-    "focal": _focal,
+    "dice": Dice,
+    "focal": Focal,
     "lovasz": _lovasz,
 }
+# What these compute of a part of the batch takes all of it.
+_GLOBAL = ("cross_entropy", "dice", "focal")
 
 
 def loss_names() -> tuple[str, ...]:
@@ -112,7 +168,7 @@ def loss_names() -> tuple[str, ...]:
 
 
 class WeightedSum(nn.Module):
-    """Sum of losses, each times its weight, computed in float32 whatever the precision of the logits."""
+    """Sum of losses, each times its weight, computed in float32 or, of such logits, in float64."""
 
     def __init__(self, terms: Mapping[str, tuple[float, nn.Module]]) -> None:
         super().__init__()
@@ -120,13 +176,21 @@ class WeightedSum(nn.Module):
         self.losses = nn.ModuleDict({name: loss for name, (_, loss) in terms.items()})
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Scalar float32 loss of logits (B, K, H, W) against int64 train ids (B, H, W)."""
-        if not (target != IGNORE_INDEX).any():
+        """Scalar loss of logits (B, K, H, W) against int64 train ids (B, H, W)."""
+        labels = (target != IGNORE_INDEX).sum()
+        own, all_labels = bool(labels), bool(sum_in_place(labels))
+        nothing = logits.float().sum() * 0.0
+        if not all_labels:
             # Means over no pixel are not numbers; nothing is to be learned from such a batch.
-            return logits.float().sum() * 0.0
+            return nothing
         with torch.autocast(logits.device.type, enabled=False):
-            logits = logits.float()
-            return torch.stack([self.weights[name] * loss(logits, target) for name, loss in self.losses.items()]).sum()
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return torch.stack(
+                [
+                    self.weights[name] * loss(logits, target) if own or name in _GLOBAL else nothing
+                    for name, loss in self.losses.items()
+                ]
+            ).sum()
 
 
 def build_loss(terms: Mapping[str, Mapping[str, Any] | None], classes: int) -> WeightedSum:

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningModule
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
+from ema_seg.distributed.collectives import sum_in_place
+from ema_seg.distributed.start import place
 from ema_seg.errors import ConfigError, TrainingError
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.evaluation.inference import segment
@@ -107,8 +109,12 @@ class SegmentationModule(LightningModule):
             )
 
     def on_validation_epoch_start(self) -> None:
-        """Start the scores of this validation from zero."""
+        """Start the scores of this validation from zero, of one model in all processes."""
         self.confusion = ConfusionMatrix(len(self.classes))
+        if place().size > 1:
+            # The first process's, which are those in the checkpoints. The weights are the same everywhere.
+            for buffer in self.model.buffers():
+                distributed.broadcast(buffer, 0)
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Count the pixels of whole images, at their own size."""
@@ -116,7 +122,8 @@ class SegmentationModule(LightningModule):
             self.confusion.update(prediction, target)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the scores."""
+        """Log the scores over the images of all processes."""
+        sum_in_place(self.confusion.matrix)
         scores = self.confusion.compute()
         self.log("val_miou", scores["miou"], prog_bar=True, logger=False)
         for name in ("miou", "mean_accuracy", "pixel_accuracy"):

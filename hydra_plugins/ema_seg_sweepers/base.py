@@ -279,8 +279,5 @@ def check(config: dict[str, Any]) -> None:
     """Raise what can be said against a job's configuration; imported late, for ``--help`` to answer at once."""
     from ema_seg.training import check_config, check_model
 
-    devices = config["trainer"].get("devices")
-    if devices not in (1, "1") and not (isinstance(devices, list) and len(devices) == 1):
-        raise ConfigError(f"trainer.devices={devices!r}: a job of a sweep trains on one device; set trainer.devices=1.")
     check_config(config)
     check_model(config)

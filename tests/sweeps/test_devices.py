@@ -5,14 +5,14 @@ from contextlib import ExitStack
 
 import pytest
 
-from ema_seg.sweeps import deal_device
+from ema_seg.sweeps import deal_devices
 
 # Devices that are not there: what torch would count is told to it.
 PROGRAM = (
-    "import os, sys; from pathlib import Path; from ema_seg.sweeps import deal_device, devices\n"
+    "import os, sys; from pathlib import Path; from ema_seg.sweeps import deal_devices, devices\n"
     "devices.count_devices = lambda: int(sys.argv[2])\n"
-    "first = deal_device(Path(sys.argv[1]))\n"
-    "assert deal_device(Path(sys.argv[1])) == first == os.environ.get('CUDA_VISIBLE_DEVICES', first)\n"
+    "first = deal_devices(Path(sys.argv[1]))\n"
+    "assert deal_devices(Path(sys.argv[1])) == first == os.environ.get('CUDA_VISIBLE_DEVICES', first)\n"
     "print(first, flush=True); sys.stdin.read()"
 )
 
@@ -63,5 +63,5 @@ def test_where_cuda_finds_no_device_none_is_dealt(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     monkeypatch.setattr("ema_seg.sweeps.devices.count_devices", lambda: 0)
 
-    assert deal_device(tmp_path) is None
+    assert deal_devices(tmp_path) is None
     assert not list(tmp_path.iterdir())

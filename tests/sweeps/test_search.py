@@ -25,12 +25,10 @@ def run_trials(folder, numbers):
     return chosen
 
 
-def trainer_at(epoch, score):
-    return SimpleNamespace(current_epoch=epoch, callback_metrics={"val/miou": score})
-
-
-def validate(give_up, epoch, score):
-    give_up.on_validation_end(trainer_at(epoch, score), None)
+def validate(folder, number, epoch, score, grace=1):
+    """Let the trial's callback see a validation."""
+    trainer = SimpleNamespace(current_epoch=epoch, callback_metrics={"val/miou": score}, is_global_zero=True)
+    GiveUp(folder, number, seed=0, grace=grace).on_validation_end(trainer, None)
 
 
 def test_a_search_that_was_cut_off_asks_for_what_it_would_have(tmp_path):
@@ -70,12 +68,11 @@ def test_another_search_in_the_same_folder_is_refused(tmp_path):
 def test_without_grace_a_first_epoch_can_be_the_last(tmp_path):
     for number, score in enumerate([0.5, 0.1]):
         search(tmp_path, grace=0).ask(number, SPACE)
-        give_up = GiveUp(search(tmp_path, grace=0), number)
         if number == 0:
-            validate(give_up, 0, score)
+            validate(tmp_path, number, 0, score, grace=0)
             search(tmp_path, grace=0).tell(0, JobState("finished", miou=score))
     with pytest.raises(Pruned, match=r"after epoch 1: at best val mIoU 0\.1000"):
-        validate(give_up, 0, score)
+        validate(tmp_path, number, 0, score, grace=0)
 
 
 def test_a_failure_is_told_when_it_is_final(tmp_path):
@@ -83,11 +80,11 @@ def test_a_failure_is_told_when_it_is_final(tmp_path):
 
     search(tmp_path).tell(0, JobState("failed", "the loss is nan", 1))
     assert search(tmp_path).study.trials[0].state is optuna.trial.TrialState.RUNNING
-    validate(GiveUp(search(tmp_path), 0), 0, 0.5)  # of the second attempt
+    validate(tmp_path, 0, 0, 0.5)  # of the second attempt
     search(tmp_path).tell(0, JobState("failed", "the loss is nan", 2))
     assert search(tmp_path).study.trials[0].state is optuna.trial.TrialState.FAIL
 
-    validate(GiveUp(search(tmp_path), 0), 1, 0.5)  # of a third, which the user has asked for
+    validate(tmp_path, 0, 1, 0.5)  # of a third, which the user has asked for
     search(tmp_path).tell(0, JobState("finished", miou=0.5))
     assert search(tmp_path).study.trials[0].state is optuna.trial.TrialState.FAIL
 
@@ -96,13 +93,13 @@ def test_a_trial_below_the_median_is_given_up_after_the_grace(tmp_path):
     for number, scores in enumerate([[0.3, 0.5, 0.6], [0.2, 0.5, 0.7]]):
         search(tmp_path).ask(number, SPACE)
         for epoch, score in enumerate(scores):
-            validate(GiveUp(search(tmp_path), number), epoch, score)
+            validate(tmp_path, number, epoch, score)
         search(tmp_path).tell(number, JobState("finished", miou=scores[-1]))
     search(tmp_path).ask(2, SPACE)
 
-    validate(GiveUp(search(tmp_path), 2), 0, 0.1)  # within the grace
+    validate(tmp_path, 2, 0, 0.1)  # within the grace
     with pytest.raises(Pruned, match=r"after epoch 2: at best val mIoU 0\.4000, below"):
-        validate(GiveUp(search(tmp_path), 2), 1, 0.4)
+        validate(tmp_path, 2, 1, 0.4)
     search(tmp_path).tell(2, JobState("pruned", "given up"))
 
     assert search(tmp_path).study.trials[2].state is optuna.trial.TrialState.PRUNED
@@ -112,6 +109,6 @@ def test_a_trial_below_the_median_is_given_up_after_the_grace(tmp_path):
 def test_an_epoch_that_a_resumed_trial_repeats_is_reported_once(tmp_path):
     search(tmp_path).ask(0, SPACE)
     for score in (0.25, 0.75):
-        validate(GiveUp(search(tmp_path), 0), 0, score)
+        validate(tmp_path, 0, 0, score)
 
     assert search(tmp_path).study.trials[0].intermediate_values == {0: 0.25}

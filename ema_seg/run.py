@@ -1,0 +1,89 @@
+"""A run from its configuration to its report, in as many processes as it asks for."""
+
+import json
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, seed_everything
+from omegaconf import OmegaConf
+
+from ema_seg.data.datamodule import check_shares
+from ema_seg.distributed.start import place, run_together
+from ema_seg.models import encoder_normalisation
+from ema_seg.reporting import assess_checkpoint, find_device
+from ema_seg.training import check_config, count_processes, fit
+
+__all__ = ["produce_run"]
+
+
+def produce_run(
+    config: dict[str, Any],
+    run: Path,
+    *,
+    resume: bool = False,
+    job: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+    callbacks: Sequence[Callback] = (),
+    started_by: str | None = None,
+) -> dict[str, Any]:
+    """Train what a configuration describes, test the best checkpoint, and write the report.
+
+    Args:
+        config: the resolved configuration of ``train.py`` as plain data.
+        run: the run's folder, which receives ``config.yaml``, what ``fit`` writes, and ``report/``.
+        resume: go on from the last checkpoint in that folder.
+        job: see ``assess_checkpoint``.
+        quiet: print no line per epoch and show no progress bar.
+        callbacks: Lightning's, besides the run's own; picklable.
+        started_by: what has started this process as one of a group that trains the run; see ``count_processes``.
+
+    Returns:
+        The report, as ``report.json`` holds it; nothing in a process of a group but the first.
+
+    Raises:
+        EmaSegError: whatever a user can correct, from the parts that find it.
+    """
+    check_config(config)
+    processes = count_processes(config["trainer"], started_by)
+    check_shares(config["data"]["batch_size"], processes)
+    if processes == 1:
+        find_device(config["evaluation"]["device"])  # elsewhere it would take memory of a device for nothing
+    directory = Path(config["report"]["dir"] or run / "report")
+    settings = {"resume": resume, "job": job, "quiet": quiet, "callbacks": list(callbacks)}
+    if processes == place().size:
+        return _work(config, run, directory, settings)
+    run_together(_work, processes, config, run, directory, settings)
+    report: dict[str, Any] = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+    return report
+
+
+def _work(config: dict[str, Any], run: Path, directory: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What each of the processes does."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    here = place()
+    if here.rank:
+        warnings.simplefilter("ignore")  # the first process's are enough
+    seed_everything(config["seed"], workers=True, verbose=False)
+    _complete(config["data"], config["model"])
+    if here.rank == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, run / "config.yaml")
+    quiet = settings["quiet"] or here.rank > 0
+    best = fit(config, run, resume=settings["resume"], quiet=quiet, callbacks=settings["callbacks"])
+    return assess_checkpoint(
+        best, config["data"], config["evaluation"], directory, run=str(run), job=settings["job"], quiet=quiet
+    )
+
+
+def _complete(data: dict[str, Any], model: dict[str, Any]) -> None:
+    """Fill in what the user has left to the project, so that the saved configuration says all of it."""
+    if data["mean"] is None or data["std"] is None:
+        normalisation = encoder_normalisation(model["encoder"], model["encoder_weights"])
+        for key, values in normalisation._asdict().items():
+            data[key] = list(values) if data[key] is None else data[key]
+    for key in ("root", "classes"):
+        if data.get(key) is not None:
+            data[key] = str(Path(data[key]).absolute())

@@ -1,0 +1,134 @@
+"""In how many processes a training runs, and how they share the work."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+from ema_seg.distributed.start import Place, place
+from ema_seg.errors import ConfigError
+from ema_seg.training.sync_batch_norm import SyncLayers
+
+__all__ = ["count_processes", "named_processes", "trainer_arguments"]
+
+_STRATEGIES = ("auto", "ddp")
+
+
+class _Devices(NamedTuple):
+    """What ``trainer`` asks for: devices of each machine, None for all that there are, and machines, None for any."""
+
+    devices: int | None
+    machines: int | None
+
+
+def named_processes(settings: Mapping[str, Any]) -> int:
+    """The number of processes that ``trainer`` names; 1 where it leaves that to the machine.
+
+    Raises:
+        ConfigError: the settings are none.
+    """
+    asked = _read(settings)
+    return (asked.devices or 1) * (asked.machines or 1)
+
+
+def count_processes(settings: Mapping[str, Any], started_by: str | None = None) -> int:
+    """The number of processes to train in.
+
+    Args:
+        settings: of ``trainer``.
+        started_by: what has started this process as one of a group, which then is ``joined``; None if nothing has.
+
+    Raises:
+        ConfigError: the settings are none, or ask for other processes than have been started, or for devices that
+            this machine does not have.
+    """
+    asked = _read(settings)
+    if started_by is None:
+        if asked.machines not in (None, 1):
+            raise ConfigError(
+                f"trainer.num_nodes={asked.machines} needs a process started on each machine, by torchrun or by srun; "
+                "see docs/distributed.md."
+            )
+        there = _count_devices(settings.get("accelerator"))
+        if asked.devices is not None and there is not None and asked.devices > there:
+            raise ConfigError(f"trainer.devices={settings['devices']} is more than the {there} GPUs of this machine.")
+        return asked.devices or there or 1
+    here = place()
+    _require_started(asked, here, started_by)
+    return here.size
+
+
+def _require_started(asked: _Devices, here: Place, started_by: str) -> None:
+    if asked.devices not in (None, here.local_size):
+        raise ConfigError(
+            f"trainer.devices={asked.devices}, but {started_by} has started {here.local_size} processes on this "
+            "machine, one for each device; use as many, or trainer.devices=auto, as trainer=ddp does."
+        )
+    machines = here.size // here.local_size
+    if asked.machines not in (None, machines):
+        raise ConfigError(
+            f"trainer.num_nodes={asked.machines}, but {started_by} has started processes on {machines} machines; use "
+            "as many, or leave it out."
+        )
+
+
+def _read(settings: Mapping[str, Any]) -> _Devices:
+    strategy, devices, machines = (settings.get(key) for key in ("strategy", "devices", "num_nodes"))
+    if strategy not in (None, *_STRATEGIES):
+        raise ConfigError(f"trainer.strategy={strategy} is none of {', '.join(_STRATEGIES)}.")
+    if machines is not None and not _is_count(machines):
+        raise ConfigError(f"trainer.num_nodes={machines!r} is no number of machines.")
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = int(devices)
+    if isinstance(devices, list) and devices and all(_is_count(device + 1) for device in devices):
+        return _Devices(len(devices), machines)
+    if devices in (None, "auto", -1):
+        return _Devices(None, machines)
+    if not _is_count(devices):
+        raise ConfigError(
+            f"trainer.devices={devices!r} is no number of devices; give one, or auto for all, or GPUs such as [0,1]."
+        )
+    return _Devices(devices, machines)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _count_devices(accelerator: str | None) -> int | None:
+    """The devices of this machine that the accelerator may mean; None on the CPU, which any number can share."""
+    if accelerator in ("gpu", "cuda", "auto", None):
+        return torch.cuda.device_count() or None
+    return None
+
+
+def trainer_arguments(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """Keyword arguments of Lightning's Trainer for this process, and plugins besides its others.
+
+    Args:
+        settings: of ``trainer``.
+    """
+    here = place()
+    arguments = dict(settings)
+    sync_batchnorm = arguments.pop("sync_batchnorm", False)
+    environment: ClusterEnvironment
+    if here.size == 1:
+        # Said to Lightning, which would otherwise wait for others that it takes Slurm to have started.
+        environment = LightningEnvironment()
+        if not isinstance(arguments.get("devices"), list):
+            arguments["devices"] = 1
+        return {**arguments, "num_nodes": 1, "strategy": "auto"}, [environment]
+    environment = TorchElasticEnvironment()
+    if not isinstance(arguments.get("devices"), list):
+        arguments["devices"] = here.local_size
+    arguments |= {"num_nodes": here.size // here.local_size, "strategy": _ddp(), "use_distributed_sampler": False}
+    cuda = _count_devices(settings.get("accelerator")) is not None
+    return arguments, [environment, *([SyncLayers(cuda=cuda)] if sync_batchnorm else [])]
+
+
+def _ddp() -> Strategy:
+    # Buffers are not sent at every step, and above all not at every image of a validation, of which the processes need
+    # not have the same number: the module sends them where it validates.
+    return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)

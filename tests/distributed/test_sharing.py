@@ -1,0 +1,92 @@
+"""What several processes compute of the parts of a batch or a data set, against what one computes of all of it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from ema_seg.distributed.start import run_together
+from tests.conftest import write_camvid
+from tests.distributed import workers
+
+# Of one process of the tests, for what takes long is made once in each.
+pytestmark = pytest.mark.xdist_group("sharing")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each of 1, 2 and 3 processes has left, by their number, and the folders."""
+    folder = tmp_path_factory.mktemp("sharing")
+    root = write_camvid(folder / "data", sizes=((64, 96), (32, 64), (50, 70)), val=7)
+    values = 100 + torch.randn(6, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for count in (1, 2, 3):
+        own = folder / str(count)
+        own.mkdir()
+        if count == 1:
+            workers.share(root, own, values)
+        else:
+            run_together(workers.share, count, root, own, values)
+        found[count] = [json.loads((own / f"{rank}.json").read_text()) for rank in range(count)]
+    return found, folder
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_an_evaluation_counts_every_image_once(results, count):
+    found, folder = results
+    alone, everyone = found[1][0]["score"], [part["score"] for part in found[count]]
+
+    def masks(folder):
+        return {file.name: np.asarray(Image.open(file)).tolist() for file in (folder / "report/predictions").iterdir()}
+
+    assert len(alone["images"]) == len(masks(folder / "1")) == 7
+    for one in everyone:
+        assert one["matrix"] == alone["matrix"]
+        assert one["images"] == alone["images"]
+    assert masks(folder / str(count)) == masks(folder / "1")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_costs_say_on_how_many_devices_they_were_measured(results, count):
+    costs = [part["score"]["cost"] for part in results[0][count]]
+
+    assert costs == costs[:1] * count
+    assert [entry["devices"] for entry in costs[0]["throughput"]["forward"]] == [1, 1]
+    assert costs[0]["throughput"]["end_to_end"]["devices"] == count
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", ["cross_entropy", "dice", "focal"])
+def test_losses_of_parts_have_the_mean_and_the_gradient_of_the_whole(results, name, count):
+    value, gradient = results[0][1][0]["lose"][name]
+    parts = [part["lose"][name] for part in results[0][count]]
+
+    assert np.mean([part[0] for part in parts]) == pytest.approx(value, rel=1e-5)
+    # Of the weights' gradients, which add up those of the pixels, the mean over the processes is taken.
+    own = torch.cat([torch.tensor(part[1]) for part in parts]) / count
+    assert_close(own, torch.tensor(gradient))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_normalisation_over_processes_is_that_of_the_whole_batch(results, count):
+    parts = [part["normalise"] for part in results[0][count]]
+
+    for name, (y, gradient, weights, mean, variance, evaluated) in results[0][1][0]["normalise"].items():
+        assert_close(torch.tensor([row for part in parts for row in part[name][0]]), torch.tensor(y), atol=1e-4, rtol=0)
+        own = torch.tensor([row for part in parts for row in part[name][1]])
+        assert_close(own, torch.tensor(gradient), atol=1e-3, rtol=1e-3)
+        for part in parts:
+            for one, expected in zip(part[name][2:], (weights, mean, variance, evaluated), strict=True):
+                assert_close(torch.tensor(one), torch.tensor(expected), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ohem", "lovasz"])
+def test_a_process_without_labels_adds_nothing_to_the_losses_that_sort(results, name):
+    *others, last = [part["lose"][name] for part in results[0][3]]
+
+    assert all(value > 0 for value, _ in others)
+    assert last[0] == 0
+    assert not torch.tensor(last[1]).any()

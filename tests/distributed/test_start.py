@@ -1,0 +1,117 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ema_seg.distributed.start import Place, ProcessFailed, place, run_together, started_group
+from ema_seg.errors import ConfigError, TrainingError
+from tests.distributed import workers
+
+
+def test_processes_know_their_place_and_exchange_values(tmp_path):
+    run_together(workers.exchange, 2, tmp_path)
+
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert (first.pop("place"), second.pop("place")) == ([0, 2, 0, 2], [1, 2, 1, 2])
+    # The processes count the sum once and twice, and have put in what they have once and twice.
+    assert (first.pop("gradient"), second.pop("gradient")) == ([3.0, 3.0], [6.0, 6.0])
+    assert first == second == {"agreed": "of 0", "gathered": [0, 1], "sum": 11, "global_sum": [3.0, 6.0]}
+    assert place() == Place(0, 1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "message"),
+    [
+        ("mistake", ConfigError, r"^seed=-1 is none\.$"),
+        ("hang", ConfigError, r"^seed=-1 is none\.$"),
+        ("error", ProcessFailed, r"^KeyError: 'what was not foreseen', in the process 1:\nTraceback .*workers\.py"),
+        ("killed", TrainingError, r"^the process 1 of 2 was killed \(SIGKILL\)"),
+    ],
+)
+def test_a_process_that_fails_ends_the_others_with_its_word(how, kind, message):
+    with pytest.raises(kind, match=f"(?s){message}") as caught:
+        run_together(workers.fail, 2, how)
+
+    assert type(caught.value) is kind
+
+
+def test_processes_end_when_the_one_that_started_them_is_killed():
+    program = (
+        "from ema_seg.distributed.start import run_together; from tests.distributed import workers;"
+        "run_together(workers.sleep, 2)"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.DEVNULL)
+    while len(children := _children(starter.pid)) < 2:
+        time.sleep(0.02)
+
+    starter.kill()
+    starter.wait()
+
+    deadline = time.monotonic() + 10
+    while any(_is_alive(child) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _children(parent):
+    return [int(text) for text in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def _is_alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("variables", "name", "expected"),
+    [
+        ({}, None, {}),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}, None, {}),  # a batch script, without srun
+        (
+            {
+                "SLURM_STEP_NUM_TASKS": "8",
+                "SLURM_STEP_NUM_NODES": "2",
+                "SLURM_STEP_NODELIST": "gpu[17-18]",
+                "SLURM_PROCID": "5",
+                "SLURM_LOCALID": "1",
+                "SLURM_JOB_ID": "1234567",
+            },
+            "Slurm",
+            {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu17"}
+            | {"MASTER_PORT": "19567"},
+        ),
+        (
+            {
+                "SUBMITIT_LOCAL_NTASKS": "2",
+                "SUBMITIT_LOCAL_GLOBALID": "1",
+                "SUBMITIT_LOCAL_LOCALID": "1",
+                "SUBMITIT_LOCAL_JOB_ID": "31415",
+            },
+            "submitit",
+            {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
+        ),
+        ({"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "1"}, "torchrun", {"RANK": "1"}),
+        ({"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "1", "RANK": "0"}, None, {}),
+    ],
+)
+def test_whoever_has_started_the_processes_is_known(monkeypatch, variables, name, expected):
+    monkeypatch.setattr(os, "environ", dict(variables))
+
+    assert started_group() == name
+    assert {key: os.environ[key] for key in expected} == expected
+
+
+def test_a_process_that_ends_without_a_word_is_named():
+    program = "from ema_seg.distributed.start import run_together; import os; run_together(os._exit, 2, 3)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+    assert done.returncode == 1
+    assert "ended with status 3 and without a word" in done.stderr
+    assert signal.SIGKILL.name not in done.stderr

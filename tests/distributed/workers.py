@@ -1,0 +1,157 @@
+"""What processes do in tests: functions that a bare interpreter imports."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ema_seg.distributed.start import place, wait_for_all
+from ema_seg.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Other imports stand where they are needed: each process of each test has to make them.
+
+
+def write(folder: Path, value: object) -> None:
+    """Leave a process's result for the test."""
+    (folder / f"{place().rank}.json").write_text(json.dumps(value))
+
+
+def sleep() -> None:
+    time.sleep(1000)
+
+
+def exchange(folder: Path) -> None:
+    import torch
+
+    from ema_seg.distributed.collectives import agree, gather, global_sum, sum_in_place
+
+    here = place()
+    tensor = torch.tensor([1.0, 2.0], requires_grad=True)
+    summed = global_sum(tensor * (here.rank + 1))
+    ((here.rank + 1) * summed).sum().backward()
+    write(
+        folder,
+        {
+            "place": here,
+            "agreed": agree(f"of {here.rank}"),
+            "gathered": gather(here.rank),
+            "sum": sum_in_place(torch.tensor(10**here.rank)).item(),
+            "global_sum": summed.tolist(),
+            "gradient": tensor.grad.tolist(),
+        },
+    )
+
+
+def fail(how: str) -> None:
+    """The second process fails; the first waits for it."""
+    if place().rank == 1:
+        if how == "mistake":
+            raise ConfigError("seed=-1 is none.")
+        if how == "error":
+            raise KeyError("what was not foreseen")
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "hang":
+            time.sleep(1000)
+        sys.exit(how)
+    if how == "hang":
+        raise ConfigError("seed=-1 is none.")
+    wait_for_all()
+
+
+def share(root: Path, folder: Path, values: "Tensor") -> None:
+    """All that is shared, because starting a process takes longer than any of it."""
+    write(folder, {"score": score(root, folder), "lose": lose(6), "normalise": normalise(values)})
+
+
+def score(root: Path, folder: Path) -> dict[str, object]:
+    """Evaluate a model that predicts every class, and measure it."""
+    import torch
+
+    from ema_seg.data import SegmentationDataModule
+    from ema_seg.evaluation import evaluate, measure_cost
+    from ema_seg.reporting.predictions import PredictionWriter
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(3, 11, kernel_size=3, padding=1)
+    data = SegmentationDataModule(
+        name="camvid",
+        root=root,
+        batch_size=place().size,
+        evaluation_batch_size=2,
+        workers=0,
+        augmentation={},
+        mean=[0.5] * 3,
+        std=[0.25] * 3,
+    )
+    loader, dataset = data.val_dataloader(), data.val_dataset
+    names = [dataset.name(index) for index in range(len(dataset))]
+    with PredictionWriter(folder / "report", names, data.palette) as writer:
+        found = evaluate(model, loader, data.classes, stride=1, device="cpu", on_prediction=writer, progress=False)
+    cost = measure_cost(
+        model, size=(64, 96), stride=1, batch_size=2, device="cpu", loader=loader, min_repeats=1, budget=0.01
+    )
+    return {"matrix": found.confusion.matrix.tolist(), "images": found.images, "cost": cost}
+
+
+def batch_of(size: int) -> "tuple[Tensor, Tensor]":
+    """Logits and labels, of which every image has another number; the last two have none."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(size, 5, 6, 7, generator=generator)
+    target = torch.randint(0, 5, (size, 6, 7), generator=generator)
+    for index in range(size):
+        target[index, :index] = 255
+    target[-2:] = 255
+    return logits, target
+
+
+def lose(size: int) -> dict[str, object]:
+    """The value and the gradient of every loss, of this process's part of a batch."""
+    from ema_seg.training.losses import build_loss, loss_names
+
+    here, found = place(), {}
+    for name in loss_names():
+        parts = [part.chunk(here.size) for part in batch_of(size)]
+        logits, target = (part[here.rank] for part in parts)
+        logits.requires_grad_()
+        options = {"class_weights": [1.0, 2.0, 0.5, 3.0, 1.0]} if name == "cross_entropy" else {}
+        loss = build_loss({name: options}, 5)(logits, target)
+        loss.backward()
+        found[name] = (loss.item(), logits.grad.tolist())
+    return found
+
+
+def normalise(values: "Tensor") -> dict[str, object]:
+    """Outputs, gradients and running statistics of layers over this process's part of the values."""
+    import torch
+    from timm.layers import BatchNormAct2d
+    from torch import nn
+
+    from ema_seg.distributed.collectives import sum_in_place
+    from ema_seg.training.sync_batch_norm import SyncLayers
+
+    here, found = place(), {}
+    for name, layer in {"plain": nn.BatchNorm2d(3), "timm": BatchNormAct2d(3)}.items():
+        model = nn.Sequential(layer)
+        with torch.no_grad():
+            layer.weight.copy_(torch.tensor([1.0, 2.0, 3.0]))
+        keys = list(model.state_dict())
+        if here.size > 1:
+            model = SyncLayers(cuda=False).apply(model)
+        assert list(model.state_dict()) == keys
+        x = values.chunk(here.size)[here.rank].clone().requires_grad_()
+        y = model(x)
+        (y * torch.linspace(-1, 2, y[0].numel()).view(y[0].shape)).square().sum().backward()
+        weights = sum_in_place(layer.weight.grad.clone())
+        found[name] = [y.tolist(), x.grad.tolist(), weights.tolist(), layer.running_mean.tolist()]
+        found[name] += [layer.running_var.tolist(), model.eval()(values).tolist()]
+    return found
