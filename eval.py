@@ -4,6 +4,7 @@ python eval.py --help shows what can be configured.
 """
 
 import sys
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from configs.command_line import argument, expand_home, plain_config, reports_errors, saved_config
+from ema_seg.distributed.start import joined, place, started_group
 from ema_seg.errors import ConfigError
 from ema_seg.host_memory import keep_freed_memory
 from ema_seg.sweeps import read_job
@@ -30,7 +32,8 @@ def main() -> None:
     store = ConfigStore.instance()
     for group in ("data", "evaluation"):
         store.store("of_run", saved.get(group, {}), group=group)
-    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="eval")(_evaluate)()
+    with joined() if started_group() else nullcontext():
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="eval")(_evaluate)()
 
 
 def _saved_config() -> dict[str, Any]:
@@ -54,19 +57,29 @@ def _evaluate(composed: DictConfig) -> None:
     checkpoint = Path(config["ckpt"] or run / "checkpoints" / "best.ckpt")
 
     # Heavy libraries only now, so that --help and --cfg answer at once.
-    from ema_seg.reporting import assess_checkpoint, print_report
+    from ema_seg.reporting import print_report
+    from ema_seg.run import evaluate_run
 
     directory = Path(config["report"]["dir"] or run / _default_folder())
-    report = assess_checkpoint(
-        checkpoint, config["data"], config["evaluation"], directory, run=str(run), job=read_job(run)
+    report = evaluate_run(
+        checkpoint,
+        config["data"],
+        config["evaluation"],
+        directory,
+        devices=config["devices"],
+        run=str(run),
+        job=read_job(run),
+        started_by=started_group(),
     )
-    print_report(report)
-    print(f"report: {directory}")
+    if place().rank == 0:
+        print_report(report)
+        print(f"report: {directory}")
 
 
 def _default_folder() -> str:
     """``report`` for the run as it was; a new folder for anything else, so that the run's own report stays."""
-    changes = [text for text in HydraConfig.get().overrides.task if not text.startswith(("run=", "ckpt=", "report."))]
+    unchanged = ("run=", "ckpt=", "report.", "devices=")
+    changes = [text for text in HydraConfig.get().overrides.task if not text.startswith(unchanged)]
     return f"report_{datetime.now():%Y-%m-%d_%H-%M-%S}" if changes else "report"
 
 

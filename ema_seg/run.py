@@ -7,16 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, seed_everything
 from omegaconf import OmegaConf
 
 from ema_seg.data.datamodule import check_shares
+from ema_seg.distributed.collectives import agree
 from ema_seg.distributed.start import place, run_together
 from ema_seg.models import encoder_normalisation
 from ema_seg.reporting import assess_checkpoint, find_device
 from ema_seg.training import check_config, count_processes, fit
 
-__all__ = ["produce_run"]
+__all__ = ["evaluate_run", "produce_run"]
 
 
 def produce_run(
@@ -76,6 +78,59 @@ def _work(config: dict[str, Any], run: Path, directory: Path, settings: Mapping[
     return assess_checkpoint(
         best, config["data"], config["evaluation"], directory, run=str(run), job=settings["job"], quiet=quiet
     )
+
+
+def evaluate_run(
+    checkpoint: Path,
+    data: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    directory: Path,
+    *,
+    devices: int | str = 1,
+    run: str | None = None,
+    job: Mapping[str, Any] | None = None,
+    started_by: str | None = None,
+) -> dict[str, Any]:
+    """Test a checkpoint, and write the report; see ``assess_checkpoint``.
+
+    Args:
+        checkpoint: see ``assess_checkpoint``.
+        data: see ``assess_checkpoint``.
+        settings: see ``assess_checkpoint``.
+        directory: see ``assess_checkpoint``.
+        devices: processes that score together, each on a GPU of its own if there are GPUs; "auto" for one on each.
+        run: see ``assess_checkpoint``.
+        job: see ``assess_checkpoint``.
+        started_by: what has started this process as one of a group that evaluates; see ``count_processes``.
+
+    Returns:
+        The report, as ``report.json`` holds it; nothing in a process of a group but the first.
+
+    Raises:
+        EmaSegError: whatever a user can correct, from the parts that find it.
+    """
+    accelerator = "cpu" if settings["device"] == "cpu" else "auto"
+    processes = count_processes({"accelerator": accelerator, "devices": devices}, started_by)
+    arguments = (checkpoint, dict(data), dict(settings), directory, run, job)
+    if processes == place().size:
+        return _assess(*arguments)
+    run_together(_assess, processes, *arguments)
+    report: dict[str, Any] = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+    return report
+
+
+def _assess(
+    checkpoint: Path,
+    data: dict[str, Any],
+    settings: dict[str, Any],
+    directory: Path,
+    run: str | None,
+    job: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    if place().size > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(place().local_rank)  # which a device without a number then means
+    # Each may have named the folder by its own time.
+    return assess_checkpoint(checkpoint, data, settings, agree(directory), run=run, job=job)
 
 
 def _complete(data: dict[str, Any], model: dict[str, Any]) -> None:

@@ -102,6 +102,49 @@ def test_two_processes_learn_what_one_does_with_the_whole_batch(together, root, 
     assert scores(run) == scores(only_run(together[0]))
 
 
+def test_two_processes_repeat_the_report_of_a_run(together, tmp_path, run_script):
+    run = only_run(together[0])
+
+    status, _, err = run_script("eval", f"run={run}", "devices=2", f"report.dir={tmp_path}")
+
+    assert status == 0, err
+    again = load_report(tmp_path / "report.json")
+    assert {key: again[key] for key in scores(run)} == scores(run)
+    assert again["environment"]["processes"] == 2
+
+
+def test_a_model_in_pieces_learns_the_same_and_leaves_one_checkpoint(together, root, tmp_path, run_script):
+    run = tmp_path / "run"
+    overrides = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "epochs=5")
+
+    status, _, err = run_script("train", *TINY, *EVEN, f"data.root={root}", *overrides, f"hydra.run.dir={run}")
+
+    assert status == 0, err
+    whole, pieces = weights(only_run(together[0])), weights(run)
+    assert pieces.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert_close(pieces[name], tensor, atol=1e-8, rtol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+    status, _, err = run_script("eval", f"run={run}", f"report.dir={tmp_path / 'again'}")
+    assert status == 0, err
+    assert load_report(tmp_path / "again" / "report.json")["confusion_matrix"] == scores(run)["confusion_matrix"]
+
+
+def test_a_run_in_pieces_goes_on_as_one_process(root, tmp_path, run_script):
+    even = (*EVEN, "optimizer=adamw")  # whose state is in pieces, too
+    trainers = {"alone": ("trainer=cpu",), "pieces": ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2")}
+    for name, trainer in trainers.items():
+        run = tmp_path / name
+        overrides = (*TINY, *even, f"data.root={root}", *trainer, "epochs=1", f"hydra.run.dir={run}")
+        status, _, err = run_script("train", *overrides)
+        assert status == 0, err
+        status, _, err = run_script("train", f"resume={run}", "epochs=2", "trainer.strategy=auto", "trainer.devices=1")
+        assert status == 0, err
+
+    expected = weights(tmp_path / "alone")
+    for name, tensor in weights(tmp_path / "pieces").items():
+        assert_close(tensor, expected[name], atol=1e-7, rtol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_torchrun_on_two_machines_does_the_same(together, root, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -261,8 +304,8 @@ def test_what_one_process_finds_is_said_once(tmp_path):
             "data.batch_size=6 is of all processes together and does not divide into 4 equal parts; choose 4 or 8, or "
             "train in 1 or 2 or 3 processes.",
         ),
-        (["trainer.devices=0"], "trainer.devices=0 is no number of devices"),
-        (["trainer.strategy=ddq"], "trainer.strategy=ddq is none of auto, ddp"),
+        (["trainer.devices=0"], "devices=0 is no number of devices"),
+        (["trainer.strategy=ddq"], "trainer.strategy=ddq is none of auto, ddp, fsdp"),
         (
             ["trainer.devices=2", "trainer.num_nodes=2", "data.batch_size=4"],
             "needs a process started on each machine",
@@ -284,7 +327,10 @@ def test_processes_that_nobody_asked_for_are_refused(root, tmp_path):
 
     done = train(tmp_path, root, program=torchrun)
     assert done.returncode == 1
-    assert done.stderr.count("error: trainer.devices=1, but torchrun has started 2 processes on this machine") == 1
+    assert (
+        done.stderr.count("error: 1 is the number of devices, but torchrun has started 2 processes on this machine")
+        == 1
+    )
 
     done = train(tmp_path, root, "attention=none,se", flags=["-m"], program=torchrun)
     assert done.returncode == 1

@@ -40,6 +40,11 @@ def check_config(config: Mapping[str, Any]) -> None:
     _check_data(config["data"])
     _check_training(config["training"])
     _check_trainer(config["trainer"])
+    if config["trainer"].get("strategy") == "fsdp" and config["training"]["weight_averaging"]:
+        raise ConfigError(
+            "training.weight_averaging: the average would be a second model, whole on every device, which "
+            "trainer.strategy=fsdp is there to avoid; set it to null, or use trainer=ddp."
+        )
     check_shares(config["data"]["batch_size"], named_processes(config["trainer"]))
     build_loss(config["loss"], _weighted_classes(config["loss"]) or _CLASSES)
     build_schedule(build_optimizer(nn.Linear(1, 1), **config["optimizer"]), _STEPS, **config["schedule"])

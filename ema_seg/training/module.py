@@ -16,6 +16,7 @@ from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.evaluation.inference import segment
 from ema_seg.models import model_stride
 from ema_seg.training.optimisation import build_optimizer, build_schedule
+from ema_seg.training.sharded import whole
 
 __all__ = ["SegmentationModule"]
 
@@ -96,7 +97,7 @@ class SegmentationModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the gradient, which tells whether a block lets it vanish or explode."""
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         self.log("train/gradient_norm", norm, on_step=False, on_epoch=True, batch_size=1)
         self.log("train/gradient_norm_max", norm, on_step=False, on_epoch=True, reduce_fx="max", batch_size=1)
 

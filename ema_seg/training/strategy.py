@@ -5,15 +5,20 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ema_seg.distributed.start import Place, place
 from ema_seg.errors import ConfigError
+from ema_seg.models import model_stride
+from ema_seg.models.mode import evaluation_mode
+from ema_seg.training.sharded import ShardedStrategy
 from ema_seg.training.sync_batch_norm import SyncLayers
 
 __all__ = ["count_processes", "named_processes", "trainer_arguments"]
 
-_STRATEGIES = ("auto", "ddp")
+_STRATEGIES = ("auto", "ddp", "fsdp")
 
 
 class _Devices(NamedTuple):
@@ -53,7 +58,7 @@ def count_processes(settings: Mapping[str, Any], started_by: str | None = None) 
             )
         there = _count_devices(settings.get("accelerator"))
         if asked.devices is not None and there is not None and asked.devices > there:
-            raise ConfigError(f"trainer.devices={settings['devices']} is more than the {there} GPUs of this machine.")
+            raise ConfigError(f"{asked.devices} devices are more than the {there} GPUs of this machine.")
         return asked.devices or there or 1
     here = place()
     _require_started(asked, here, started_by)
@@ -63,8 +68,8 @@ def count_processes(settings: Mapping[str, Any], started_by: str | None = None) 
 def _require_started(asked: _Devices, here: Place, started_by: str) -> None:
     if asked.devices not in (None, here.local_size):
         raise ConfigError(
-            f"trainer.devices={asked.devices}, but {started_by} has started {here.local_size} processes on this "
-            "machine, one for each device; use as many, or trainer.devices=auto, as trainer=ddp does."
+            f"{asked.devices} is the number of devices, but {started_by} has started {here.local_size} processes on "
+            "this machine, one for each device; use as many, or auto, as trainer=ddp does."
         )
     machines = here.size // here.local_size
     if asked.machines not in (None, machines):
@@ -88,7 +93,7 @@ def _read(settings: Mapping[str, Any]) -> _Devices:
         return _Devices(None, machines)
     if not _is_count(devices):
         raise ConfigError(
-            f"trainer.devices={devices!r} is no number of devices; give one, or auto for all, or GPUs such as [0,1]."
+            f"devices={devices!r} is no number of devices; give one, or auto for all, or GPUs such as [0,1]."
         )
     return _Devices(devices, machines)
 
@@ -123,12 +128,38 @@ def trainer_arguments(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list
     environment = TorchElasticEnvironment()
     if not isinstance(arguments.get("devices"), list):
         arguments["devices"] = here.local_size
-    arguments |= {"num_nodes": here.size // here.local_size, "strategy": _ddp(), "use_distributed_sampler": False}
+    sharded = settings.get("strategy") == "fsdp"
+    arguments |= {
+        "num_nodes": here.size // here.local_size,
+        "strategy": ShardedStrategy() if sharded else _ReplicatedStrategy(),
+        "use_distributed_sampler": False,
+    }
+    if sharded:
+        # Weights that are gathered for a validation would be of its mode, which a training cannot change.
+        arguments["inference_mode"] = False
     cuda = _count_devices(settings.get("accelerator")) is not None
     return arguments, [environment, *([SyncLayers(cuda=cuda)] if sync_batchnorm else [])]
 
 
-def _ddp() -> Strategy:
-    # Buffers are not sent at every step, and above all not at every image of a validation, of which the processes need
-    # not have the same number: the module sends them where it validates.
-    return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+class _ReplicatedStrategy(DDPStrategy):
+    """Lightning's strategy, for models of which a part of the weights may have no use."""
+
+    def __init__(self) -> None:
+        # Buffers are not sent at every step, and above all not at every image of a validation, of which the processes
+        # need not have the same number: the module sends them where it validates.
+        super().__init__(broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        # A step waits for the gradients of all weights, unless it is to look first which of them will come.
+        self._ddp_kwargs["find_unused_parameters"] = _has_unused(model.model, self.root_device)  # type: ignore[arg-type]
+        return super()._setup_model(model)
+
+
+def _has_unused(segmenter: nn.Module, device: torch.device) -> bool:
+    """Whether a forward pass leaves a trainable weight out, such as the classifier's of an encoder."""
+    parameters = [parameter for parameter in segmenter.parameters() if parameter.requires_grad]
+    side = max(256, 8 * model_stride(segmenter))  # enough for every pyramid
+    image = torch.zeros(1, 3, side, side, device=device, dtype=parameters[0].dtype)
+    with evaluation_mode(segmenter), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        gradients = torch.autograd.grad(segmenter(image).sum(), parameters, allow_unused=True)
+    return any(gradient is None for gradient in gradients)
