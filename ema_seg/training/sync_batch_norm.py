@@ -1,14 +1,15 @@
 """Batch normalisation over the batches of all processes together."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.plugins.layer_sync import LayerSync
 from timm.layers import convert_sync_batchnorm
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ema_seg.distributed.collectives import global_sum, sum_in_place
+from ema_seg.distributed.collectives import sum_in_place
 from ema_seg.distributed.start import place
 
 __all__ = ["SyncLayers"]
@@ -57,22 +58,14 @@ class _SyncOnAnyDevice(_AnyBatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or place().size == 1:
             return super().forward(x)
-        channels = (1, -1, *(1,) * (x.dim() - 2))
-        others = [axis for axis in range(x.dim()) if axis != 1]
-        count = float(sum_in_place(torch.tensor(x.numel() // x.shape[1])))
         values = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean = global_sum(values.sum(others)) / count
-        centred = values - mean.view(channels)
-        variance = global_sum(centred.square().sum(others)) / count
-        self._follow(mean.detach(), variance.detach() * count / max(count - 1, 1))
-        normalised = centred * (variance + self.eps).rsqrt().view(channels)
-        if self.affine:
-            normalised = normalised * self.weight.view(channels) + self.bias.view(channels)
-        normalised = normalised.to(x.dtype)
+        y, mean, variance, count = _Normalise.apply(values, self.weight, self.bias, self.eps)
+        self._follow(mean, variance * count / (count - 1).clamp_min(1))
+        y = y.to(x.dtype)
         for name in ("drop", "act"):  # of timm's layers
             if hasattr(self, name):
-                normalised = getattr(self, name)(normalised)
-        return normalised
+                y = getattr(self, name)(y)
+        return y
 
     def _follow(self, mean: Tensor, variance: Tensor) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
@@ -81,3 +74,54 @@ class _SyncOnAnyDevice(_AnyBatchNorm):
         momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
+
+
+class _Normalise(torch.autograd.Function):
+    """Batch normalisation with one exchange in each direction; gives mean, biased variance and count, too."""
+
+    @staticmethod
+    def forward(
+        context: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        axes, own = _others(x), x.numel() // x.shape[1]
+        variance, mean = torch.var_mean(x, axes, correction=0)
+        parts = torch.stack(_gathered(torch.stack([mean, variance, torch.full_like(mean, own)])))  # (processes, 3, C)
+        means, variances, counts = parts.unbind(dim=1)
+        count = counts.sum(dim=0)
+        mean = (means * counts).sum(dim=0) / count
+        # Within the processes and between them: a sum of squares would lose its digits to a large mean.
+        variance = ((variances + (means - mean).square()) * counts).sum(dim=0) / count
+        scale = (variance + eps).rsqrt()
+        normalised = (x - _along(mean, x)) * _along(scale, x)
+        context.save_for_backward(normalised, scale, weight, count)
+        context.mark_non_differentiable(mean, variance, count)
+        y = normalised if weight is None else normalised * _along(weight, x)
+        return y if bias is None else y + _along(bias, x), mean, variance, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        normalised, scale, weight, count = context.saved_tensors
+        axes = _others(gradient)
+        own = torch.stack([gradient.sum(axes), (gradient * normalised).sum(axes)])
+        along_mean, along_values = (_along(total / count, gradient) for total in sum_in_place(own.clone()))
+        factor = scale if weight is None else scale * weight
+        inward = (gradient - along_mean - normalised * along_values) * _along(factor, gradient)
+        # Those of the weights are summed up with all others.
+        return inward, None if weight is None else own[1], None if weight is None else own[0], None
+
+
+def _gathered(tensor: Tensor) -> list[Tensor]:
+    parts = [torch.empty_like(tensor) for _ in range(place().size)]
+    distributed.all_gather(parts, tensor)
+    return parts
+
+
+def _others(x: Tensor) -> list[int]:
+    """All axes but that of the channels."""
+    return [axis for axis in range(x.dim()) if axis != 1]
+
+
+def _along(values: Tensor, x: Tensor) -> Tensor:
+    """Values by channel, in a shape that goes with x."""
+    return values.view(1, -1, *(1,) * (x.dim() - 2))

@@ -1,0 +1,240 @@
+"""How much faster do more devices train, and what do they lose to communication and to waiting for data?
+
+    python benchmarks/bench_scaling.py                      # 1, 2, 4, … processes, up to the GPUs of this machine
+    python benchmarks/bench_scaling.py --processes 1 2 --batch 2 data.augmentation.crop.height=64 …
+    python benchmarks/bench_scaling.py --accelerator cpu    # 1 and 2 processes on the CPU, to see that it runs
+
+Each number of processes takes the training steps of ``train.py``, with the same batch for each process, in three ways
+and in turns: on batches from the data set; on one batch again and again; and on that batch without exchanging
+anything, neither gradients nor the statistics of BatchNorm, as if each process were alone. All processes start a
+sample together, and it ends with the last of them. The first way against the second is what waiting for data costs,
+the second against the third what communication and waiting for one another cost.
+
+Overrides of ``train.py``'s configuration choose model, data and precision. Lightning's loop around the steps, which
+logs and shows progress, is left out.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from measuring import describe_run, markdown_table, number, positive_int, ratio, run_as_markdown, write_result
+from omegaconf import OmegaConf
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ema_seg.data import SegmentationDataModule
+from ema_seg.distributed.start import place, run_together, wait_for_all
+from ema_seg.errors import EmaSegError
+from ema_seg.evaluation.inference import autocast
+from ema_seg.models import segmenter_from_config
+from ema_seg.models.mode import set_execution
+from ema_seg.training.losses import build_loss
+from ema_seg.training.optimisation import build_optimizer
+from ema_seg.training.sync_batch_norm import SyncLayers
+
+SCHEMA = 1
+NAME = "bench_scaling"
+ROOT = Path(__file__).resolve().parents[1]
+WAYS = ("data", "one batch", "alone")
+
+
+def measure(config: dict[str, Any], cuda: bool, steps: int, rounds: int, path: str) -> None:
+    """What each process does; the first writes the seconds of each sample, by way."""
+    warnings.simplefilter("ignore")  # of torch, about names and strides
+    here = place()
+    device = torch.device("cuda", here.local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    data = SegmentationDataModule(**config["data"])
+    data.setup("fit")
+    loader = iter(_endless(data))
+    batch = next(loader)
+    alone = _stepper(config, data, device, together=False)
+    together = _stepper(config, data, device, together=True) if here.size > 1 else alone
+    calls: dict[str, Callable[[], None]] = {
+        "data": lambda: together(next(loader)),
+        "one batch": lambda: together(batch),
+        "alone": lambda: alone(batch),
+    }
+    samples: dict[str, list[float]] = {way: [] for way in WAYS}
+    for turn in range(rounds + 1):
+        for way in WAYS:
+            seconds = _time(calls[way], steps, device)
+            if turn:  # the first one warms up
+                samples[way].append(seconds)
+    if here.rank == 0:
+        Path(path).write_text(json.dumps({"samples": samples, "run": describe_run(device)}), encoding="utf-8")
+
+
+def _endless(data: SegmentationDataModule) -> Iterator[dict[str, Any]]:
+    loader = data.train_dataloader()
+    while True:
+        yield from loader
+
+
+def _stepper(
+    config: Mapping[str, Any], data: SegmentationDataModule, device: torch.device, *, together: bool
+) -> Callable[[Mapping[str, Any]], None]:
+    """A model and a function that takes a training step with it."""
+    torch.manual_seed(config["seed"])
+    segmenter = segmenter_from_config(config, data.num_classes)
+    settings = config["training"]
+    set_execution(segmenter, channels_last=settings["channels_last"], compile=settings["compile"])
+    loss = build_loss(config["loss"], data.num_classes).to(device)
+    model: nn.Module = segmenter.to(device).train()
+    optimizer = build_optimizer(segmenter, **config["optimizer"])
+    if together:
+        if config["trainer"]["sync_batchnorm"]:
+            model = SyncLayers(cuda=device.type == "cuda").apply(model)
+        model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    precision = config["trainer"]["precision"]
+
+    def step(batch: Mapping[str, Any]) -> None:
+        images, masks = (batch[key].to(device, non_blocking=True) for key in ("image", "mask"))
+        with autocast(device, precision):
+            logits = model(images)
+        loss(logits, masks).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _time(step: Callable[[], None], steps: int, device: torch.device) -> float:
+    """Seconds for a step, of which all processes take so many."""
+    wait_for_all()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    wait_for_all()
+    return (time.perf_counter() - start) / steps
+
+
+def summarise(counts: Sequence[int], batch: int, found: Sequence[Mapping[str, list[float]]]) -> list[dict[str, Any]]:
+    """A row for each number of processes.
+
+    Args:
+        counts: the numbers of processes; speed-ups are against the first.
+        batch: images in a batch of one process.
+        found: seconds of each sample by way, for each number.
+    """
+    rows = []
+    first = counts[0] * batch / float(np.median(found[0]["data"]))
+    for count, samples in zip(counts, found, strict=True):
+        rate = count * batch / float(np.median(samples["data"]))
+        fetched, exchanged = ratio(samples["one batch"], samples["data"]), ratio(samples["alone"], samples["data"])
+        rows.append(
+            {
+                "processes": count,
+                "images_per_second": rate,
+                "speedup": rate / first,
+                "efficiency": rate / first * counts[0] / count,
+                "data_share": max(0.0, 1 - fetched.median),
+                "communication_share": max(0.0, fetched.median - exchanged.median) if count > 1 else 0.0,
+            }
+        )
+    return rows
+
+
+def as_markdown(record: Mapping[str, Any]) -> str:
+    """The table of a result."""
+    settings = record["settings"]
+    table = markdown_table(
+        ["processes", "images/s", "speed-up", "efficiency", "waiting for data", "communication"],
+        [
+            [
+                str(row["processes"]),
+                number(row["images_per_second"]),
+                number(row["speedup"]),
+                f"{row['efficiency']:.0%}",
+                f"{row['data_share']:.0%}",
+                f"{row['communication_share']:.0%}",
+            ]
+            for row in record["result"]
+        ],
+        text_columns=1,
+    )
+    return (
+        f"# Training on more devices\n\n{run_as_markdown(record['run'])}\n"
+        f"{settings['model']}, {settings['precision']}, a batch of {settings['batch']} for each process, crops of "
+        f"{settings['crop']}, {settings['workers']} workers for each. Shares are of the time of a step.\n\n{table}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Images per second of training on 1 to N devices.")
+    parser.add_argument("overrides", nargs="*", help="of train.py's configuration, such as model=fpn")
+    parser.add_argument("--processes", type=positive_int, nargs="+", help="default: 1, 2, 4, … and all GPUs")
+    parser.add_argument("--batch", type=positive_int, default=8, help="for each process; default: %(default)s")
+    parser.add_argument("--steps", type=positive_int, default=5, help="of a sample; default: %(default)s")
+    parser.add_argument("--rounds", type=positive_int, default=7, help="default: %(default)s")
+    parser.add_argument("--accelerator", choices=["auto", "cpu"], default="auto", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=Path("runs", NAME), help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    gpus = torch.cuda.device_count() if options.accelerator == "auto" else 0
+    counts = sorted(set(options.processes or _numbers(gpus or 2)))
+    if gpus and counts[-1] > gpus:
+        parser.error(f"--processes {counts[-1]} is more than the {gpus} GPUs of this machine")
+    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        record = _measure_all(options, counts, cuda=gpus > 0)
+    except EmaSegError as error:
+        parser.exit(1, f"error: {error}\n")
+    write_result(options.output, NAME, record, as_markdown(record))
+    print(as_markdown(record))
+    print(f"Written to {options.output}.")
+
+
+def _measure_all(options: argparse.Namespace, counts: Sequence[int], *, cuda: bool) -> dict[str, Any]:
+    # By its name, because a process of its own finds nothing in __main__.
+    from bench_scaling import measure as work
+
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        composed = compose("train", ["trainer=ddp", *options.overrides])
+    config: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
+    for key in ("mean", "std"):
+        config["data"][key] = config["data"][key] or [0.5, 0.5, 0.5]
+    found, run = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for count in counts:
+            path = str(Path(folder, f"{count}.json"))
+            config["data"]["batch_size"] = count * options.batch
+            run_together(work, count, config, cuda, options.steps, options.rounds, path)
+            measured = json.loads(Path(path).read_text(encoding="utf-8"))
+            found.append(measured["samples"])
+            run = measured["run"]
+    crop = config["data"]["augmentation"].get("crop") or {}
+    return {
+        "schema": SCHEMA,
+        "run": run,
+        "settings": {
+            "model": f"{config['model']['decoder']} on {config['model']['encoder']}, {config['attention']['name']}",
+            "precision": config["trainer"]["precision"],
+            "batch": options.batch,
+            "crop": f"{crop.get('height')} x {crop.get('width')}",
+            "workers": config["data"]["workers"],
+        },
+        "samples": found,
+        "result": summarise(counts, options.batch, found),
+    }
+
+
+def _numbers(devices: int) -> list[int]:
+    """1, 2, 4, … and all."""
+    powers = [2**power for power in range(devices.bit_length()) if 2**power <= devices]
+    return sorted({*powers, devices})
+
+
+if __name__ == "__main__":
+    main()
