@@ -14,11 +14,13 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-from configs.command_line import argument, expand_home, plain_config, reports_errors, saved_config
+from configs.command_line import argument, expand_home, plain_config, quoted, reports_errors, saved_config
 from ema_seg.distributed.start import Silent, first_told, joined, place, started_group
-from ema_seg.errors import ConfigError
+from ema_seg.errors import ConfigError, Preempted
 from ema_seg.host_memory import keep_freed_memory
 from ema_seg.sweeps import count_devices, deal_devices, hold_job, identity, read_job, read_plan, run_job
 
@@ -37,7 +39,9 @@ def main() -> None:
         OmegaConf.register_new_resolver("started", now.strftime, replace=True)
         OmegaConf.register_new_resolver("parallel_jobs", _parallel_jobs, replace=True)
         config_name = "train"
-        if run := argument("resume"):
+        if argument("resume") == "auto" and not _is_sweep():
+            _resume_unfinished()
+        elif run := argument("resume"):
             if _is_sweep():
                 raise ConfigError(
                     f"resume={run}: a sweep goes on by itself when its command is given again; leave it out."
@@ -78,6 +82,45 @@ def _parallel_jobs(devices: Any) -> int:
 def _each(devices: Any) -> int:
     """How many GPUs ``trainer.devices`` gives a job that has GPUs dealt out to it; one where it leaves that open."""
     return int(devices) if str(devices).isdigit() and int(devices) else 1
+
+
+def _resume_unfinished() -> None:
+    """Have the command go on with the unfinished run of the same configuration, if there is one.
+
+    That is the one in hydra.run.dir, or the latest of those beside which a new run's folder would be.
+    """
+    from ema_seg.distributed.collectives import agree
+
+    folder = agree(_unfinished_run())
+    text = "null" if folder is None else quoted(folder)
+    sys.argv = [f"resume={text}" if argument.startswith("resume=") else argument for argument in sys.argv]
+    if folder is not None:
+        sys.argv.append(f"hydra.run.dir={text}")
+
+
+def _unfinished_run() -> Path | None:
+    from ema_seg.run import complete_config
+
+    overrides = [text for text in sys.argv[1:] if not text.startswith(("-", "resume="))]
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        try:
+            composed = hydra.compose("train", overrides, return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException):
+            return None  # Hydra says what is wrong
+    here = Path(str(composed.hydra.run.dir))
+    named = any(text.startswith("hydra.run.dir=") for text in overrides)
+    with open_dict(composed):
+        del composed["hydra"]
+    config = _settings(composed)
+    complete_config(config)
+    found = [here] if named else sorted(here.parent.glob("*"), key=lambda folder: folder.name, reverse=True)
+    for folder in found:
+        kept = [folder / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt")]
+        if (folder / "report" / "report.json").is_file() or not any(path.is_file() for path in kept):
+            continue
+        if _is_same(config, folder):
+            return folder
+    return None
 
 
 def _register_resumed(run: Path) -> str:
@@ -127,21 +170,30 @@ def _train_run(composed: DictConfig, run: Path) -> None:
 
 def _require_same_job(config: dict[str, Any], run: Path) -> None:
     """A ConfigError if a job of a sweep, which is known by its configuration, is to go on as something else."""
-    saved = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
-    if identity(config) != identity(saved):  # type: ignore[arg-type]  # plain data of text keys
+    if not _is_same(config, run):
         raise ConfigError(
             f"resume={run}: this job of a sweep would be another one with the given overrides; leave them out, or add "
             "them to the sweep's command."
         )
 
 
+def _is_same(config: dict[str, Any], run: Path) -> bool:
+    """Whether the run in this folder is one of this configuration."""
+    saved = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+    return identity(config) == identity(saved)  # type: ignore[arg-type]  # plain data of text keys
+
+
 def _train_job(composed: DictConfig, run: Path) -> None:
     """A job of a sweep: what goes wrong is written to its folder, and never ends the sweep."""
     with _group() as started_by:
-        if place().rank:
-            _follow_job(composed, run, started_by)
-        else:
-            _lead_job(composed, run, started_by)
+        try:
+            if place().rank:
+                _follow_job(composed, run, started_by)
+            else:
+                _lead_job(composed, run, started_by)
+        except Preempted as error:  # which Hydra would take for a failure
+            print(error, file=sys.stderr)
+            sys.exit(error.exit_status)
     _free_memory()  # not earlier: what a job has raised holds on to all that it had
 
 

@@ -13,7 +13,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from ema_seg.distributed.start import first_told
 from ema_seg.errors import ConfigError, EmaSegError, one_line
 
-__all__ = ["argument", "expand_home", "plain_config", "reports_errors", "saved_config"]
+__all__ = ["argument", "expand_home", "plain_config", "quoted", "reports_errors", "saved_config"]
 
 # What the configs make one key follow another for; a saved configuration has only the values.
 _LINKS = {
@@ -27,7 +27,7 @@ R = TypeVar("R")
 
 
 def reports_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn an error that the user can correct into one sentence on standard error and exit status 1.
+    """Turn an error that the user can correct into one sentence on standard error and its exit status.
 
     Of several processes only the one that fails first says so. Ctrl-C ends with a word and status 130.
     """
@@ -38,7 +38,8 @@ def reports_errors(function: Callable[P, R]) -> Callable[P, R]:
             with first_told():
                 return function(*arguments, **keywords)
         except EmaSegError as error:
-            sys.exit(f"error: {error}")
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(error.exit_status)
         except KeyboardInterrupt:
             print("interrupted.", file=sys.stderr)
             sys.exit(130)
@@ -55,6 +56,12 @@ def argument(key: str) -> str | None:
     """The value of the override ``key=value`` on the command line; None if it is missing, empty or null."""
     values = [text.removeprefix(f"{key}=").strip("'\"") for text in sys.argv[1:] if text.startswith(f"{key}=")]
     return values[-1] if values and values[-1] not in ("", "null") else None
+
+
+def quoted(path: Path) -> str:
+    """A path as the value of an override, whatever characters are in it."""
+    text = str(path).replace("'", "\\'")
+    return f"'{text}'"
 
 
 def saved_config(run: Path, key: str) -> dict[str, Any]:

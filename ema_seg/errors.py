@@ -14,6 +14,7 @@ __all__ = [
     "DataError",
     "EmaSegError",
     "ModelError",
+    "Preempted",
     "TrainingError",
     "did_you_mean",
     "one_line",
@@ -32,7 +33,13 @@ def one_line(error: BaseException) -> str:
 
 
 class EmaSegError(Exception):
-    """Base of every error that states what a user can do about it."""
+    """Base of every error that states what a user can do about it.
+
+    Attributes:
+        exit_status: of an entry point that ends so.
+    """
+
+    exit_status = 1
 
 
 class ConfigError(EmaSegError, ValueError):
@@ -53,3 +60,13 @@ class ModelError(EmaSegError, ValueError):
 
 class TrainingError(EmaSegError):
     """Training cannot go on, for example because the loss is no longer finite."""
+
+
+class Preempted(EmaSegError):
+    """A run was asked to leave the machine, and can go on from where it was.
+
+    Attributes:
+        exit_status: of a process that ends so: EX_TEMPFAIL of <sysexits.h>, "try again later".
+    """
+
+    exit_status = 75

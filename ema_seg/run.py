@@ -13,12 +13,13 @@ from omegaconf import OmegaConf
 
 from ema_seg.data.datamodule import check_shares
 from ema_seg.distributed.collectives import agree
+from ema_seg.distributed.preemption import Preemption
 from ema_seg.distributed.start import place, run_together
 from ema_seg.models import encoder_normalisation
 from ema_seg.reporting import assess_checkpoint, find_device
 from ema_seg.training import check_config, count_processes, fit
 
-__all__ = ["evaluate_run", "produce_run"]
+__all__ = ["complete_config", "evaluate_run", "produce_run"]
 
 
 def produce_run(
@@ -69,15 +70,23 @@ def _work(config: dict[str, Any], run: Path, directory: Path, settings: Mapping[
     if here.rank:
         warnings.simplefilter("ignore")  # the first process's are enough
     seed_everything(config["seed"], workers=True, verbose=False)
-    _complete(config["data"], config["model"])
+    complete_config(config)
     if here.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, run / "config.yaml")
     quiet = settings["quiet"] or here.rank > 0
-    best = fit(config, run, resume=settings["resume"], quiet=quiet, callbacks=settings["callbacks"])
-    return assess_checkpoint(
-        best, config["data"], config["evaluation"], directory, run=str(run), job=settings["job"], quiet=quiet
-    )
+    with Preemption().watched() as preemption:
+        best = fit(
+            config,
+            run,
+            resume=settings["resume"],
+            quiet=quiet,
+            callbacks=settings["callbacks"],
+            preemption=preemption,
+        )
+        return assess_checkpoint(
+            best, config["data"], config["evaluation"], directory, run=str(run), job=settings["job"], quiet=quiet
+        )
 
 
 def evaluate_run(
@@ -133,8 +142,9 @@ def _assess(
     return assess_checkpoint(checkpoint, data, settings, agree(directory), run=run, job=job)
 
 
-def _complete(data: dict[str, Any], model: dict[str, Any]) -> None:
+def complete_config(config: Mapping[str, Any]) -> None:
     """Fill in what the user has left to the project, so that the saved configuration says all of it."""
+    data, model = config["data"], config["model"]
     if data["mean"] is None or data["std"] is None:
         normalisation = encoder_normalisation(model["encoder"], model["encoder_weights"])
         for key, values in normalisation._asdict().items():

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 # Without a CUDA device Triton's kernels run in its interpreter, which must be known when Triton is first imported.
@@ -60,6 +61,20 @@ QUICK = (
     "evaluation.budget=0.1",
     "trainer=cpu",
 )
+
+
+def made_once(tmp_path_factory, name, make):
+    """A folder of this name that ``make`` fills, once for all test processes."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, done = root / name, root / f"{name}.done"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
 @pytest.fixture

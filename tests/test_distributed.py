@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,22 +14,21 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from ema_seg.errors import ConfigError
 from ema_seg.reporting import load_report
 from ema_seg.sweeps import job_state, read_plan
-from tests.conftest import QUICK, ROOT, write_camvid
+from tests.conftest import QUICK, ROOT, made_once, write_camvid
 
 TINY = (*QUICK, "data=camvid", "+model.decoder_segmentation_channels=32", "+model.decoder_pyramid_channels=32")
 # Nothing that a process draws at random by itself; and double precision, because in float32 these steps, which
 # normalise over a few pixels, blow a difference in the last digit up to one in the second within 20 of them.
 EVEN = ("+model.decoder_dropout=0", "trainer.precision=64-true", "evaluation.precision=32-true", "optimizer=sgd")
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Numbers of images that no number of processes divides."""
-    return write_camvid(tmp_path_factory.mktemp("camvid") / "data", train=9, val=7)
+    return made_once(tmp_path_factory, "odd", lambda folder: write_camvid(folder / "data", train=9, val=7)) / "data"
 
 
 def weights(run):
@@ -50,11 +50,17 @@ def assert_same(run, other):
 
 @pytest.fixture(scope="module")
 def together(root, tmp_path_factory):
-    """Two processes that train.py has started itself, for 20 steps."""
-    folder = tmp_path_factory.mktemp("together")
-    done = train(folder, root, *EVEN, "trainer=ddp_cpu", "epochs=5")
-    assert done.returncode == 0, done.stderr
-    return folder, done
+    """Two processes that train.py has started itself, for 20 steps: their folder, and what they have printed."""
+
+    def make(folder):
+        (folder / "cwd").mkdir()
+        done = train(folder / "cwd", root, *EVEN, "trainer=ddp_cpu", "epochs=5")
+        assert done.returncode == 0, done.stderr
+        (folder / "out").write_text(done.stdout)
+        (folder / "err").write_text(done.stderr)
+
+    folder = made_once(tmp_path_factory, "together", make)
+    return folder / "cwd", (folder / "out").read_text(), (folder / "err").read_text()
 
 
 def train(folder, root, *overrides, flags=(), program=(sys.executable,)):
@@ -75,12 +81,12 @@ def only_run(folder):
 
 
 def test_one_command_makes_one_run_with_one_log_and_one_report(together):
-    folder, done = together
+    folder, out, err = together
     run = only_run(folder)
 
-    assert done.stdout.count("mIoU   ") == 1
-    assert done.stdout.rstrip().endswith(f"run: {run.relative_to(folder)}") or str(run) in done.stdout
-    assert [line.split()[1] for line in done.stderr.splitlines()] == [f"{epoch}/5" for epoch in range(1, 6)]
+    assert out.count("mIoU   ") == out.count("run: ") == 1
+    assert out.rstrip().endswith(str(run))
+    assert [line.split()[1] for line in err.splitlines()] == [f"{epoch}/5" for epoch in range(1, 6)]
     assert {path.name for path in run.iterdir()} == {
         *("config.yaml", "environment.json", "metrics.csv", "checkpoints", "report", "train.log"),
     }
@@ -113,36 +119,27 @@ def test_two_processes_repeat_the_report_of_a_run(together, tmp_path, run_script
     assert again["environment"]["processes"] == 2
 
 
-def test_a_model_in_pieces_learns_the_same_and_leaves_one_checkpoint(together, root, tmp_path, run_script):
-    run = tmp_path / "run"
+def test_a_model_in_pieces_learns_the_same_and_goes_on_as_a_whole(together, root, tmp_path, run_script):
+    """Of the optimiser's state, the momentum is in pieces, too."""
+    runs = {name: tmp_path / name for name in ("pieces", "whole")}
     overrides = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "epochs=5")
-
-    status, _, err = run_script("train", *TINY, *EVEN, f"data.root={root}", *overrides, f"hydra.run.dir={run}")
-
+    folder = f"hydra.run.dir={runs['pieces']}"
+    status, _, err = run_script("train", *TINY, *EVEN, f"data.root={root}", *overrides, folder)
     assert status == 0, err
-    whole, pieces = weights(only_run(together[0])), weights(run)
+    shutil.copytree(only_run(together[0]), runs["whole"])
+
+    assert_close_weights(runs)
+    for run in runs.values():
+        status, _, err = run_script("train", f"resume={run}", "epochs=6", "trainer.strategy=auto", "trainer.devices=1")
+        assert status == 0, err
+    assert_close_weights(runs)
+
+
+def assert_close_weights(runs):
+    pieces, whole = weights(runs["pieces"]), weights(runs["whole"])
     assert pieces.keys() == whole.keys()
     for name, tensor in whole.items():
-        assert_close(pieces[name], tensor, atol=1e-8, rtol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
-    status, _, err = run_script("eval", f"run={run}", f"report.dir={tmp_path / 'again'}")
-    assert status == 0, err
-    assert load_report(tmp_path / "again" / "report.json")["confusion_matrix"] == scores(run)["confusion_matrix"]
-
-
-def test_a_run_in_pieces_goes_on_as_one_process(root, tmp_path, run_script):
-    even = (*EVEN, "optimizer=adamw")  # whose state is in pieces, too
-    trainers = {"alone": ("trainer=cpu",), "pieces": ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2")}
-    for name, trainer in trainers.items():
-        run = tmp_path / name
-        overrides = (*TINY, *even, f"data.root={root}", *trainer, "epochs=1", f"hydra.run.dir={run}")
-        status, _, err = run_script("train", *overrides)
-        assert status == 0, err
-        status, _, err = run_script("train", f"resume={run}", "epochs=2", "trainer.strategy=auto", "trainer.devices=1")
-        assert status == 0, err
-
-    expected = weights(tmp_path / "alone")
-    for name, tensor in weights(tmp_path / "pieces").items():
-        assert_close(tensor, expected[name], atol=1e-7, rtol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(pieces[name], tensor, atol=1e-6, rtol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_torchrun_on_two_machines_does_the_same(together, root, tmp_path):
@@ -199,16 +196,12 @@ def test_tasks_of_slurm_do_the_same(together, root, tmp_path):
     assert_same(only_run(tmp_path), only_run(together[0]))
 
 
-RAY = ("+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false")
-
-
 @pytest.mark.parametrize(
     ("launcher", "options"),
     [
         ("serial", ["attention=none,se"]),
         ("joblib", ["attention=none"]),
         ("submitit_local", ["attention=none", "hydra.launcher.tasks_per_node=2"]),
-        ("ray", ["attention=none", *RAY]),
     ],
 )
 def test_every_job_of_every_launcher_trains_in_two_processes(launcher, options, root, tmp_path):
@@ -285,17 +278,6 @@ def test_a_killed_process_ends_all_within_seconds(root, tmp_path):
     assert not any(Path(f"/proc/{member}").exists() for member in everyone.values())
 
 
-def test_what_one_process_finds_is_said_once(tmp_path):
-    broken = broken_for_the_second(tmp_path)
-    process = start(broken, tmp_path / "run")
-
-    _, err = process.communicate(timeout=60)
-
-    assert process.returncode == 1
-    assert err.startswith(f"error: {broken / 'val' / 'images' / 'val_1.jpg'}: ")
-    assert len(err.splitlines()) == 1
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -326,12 +308,15 @@ def test_processes_that_nobody_asked_for_are_refused(root, tmp_path):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
     done = train(tmp_path, root, program=torchrun)
-    assert done.returncode == 1
-    assert (
-        done.stderr.count("error: 1 is the number of devices, but torchrun has started 2 processes on this machine")
-        == 1
-    )
 
-    done = train(tmp_path, root, "attention=none,se", flags=["-m"], program=torchrun)
     assert done.returncode == 1
-    assert done.stderr.count("error: torchrun has started several processes of a sweep") == 1
+    assert done.stderr.count("error: 1 is the number of devices, but torchrun has started 2 processes on this") == 1
+
+
+def test_a_sweep_is_started_once(monkeypatch):
+    import train
+
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "attention=none,se"])
+
+    with pytest.raises(ConfigError, match="torchrun has started several processes of a sweep"):
+        train._join_command("torchrun", None)

@@ -79,6 +79,8 @@ class SegmentationDataModule(LightningDataModule):
         self.options = options
         self.mean = mean
         self.std = std
+        self._had = 0
+        self._training: _Loader | None = None
         self.train_transform = build_train_transform(augmentation, mean, std)
         self.eval_transform = build_eval_transform(mean, std)
 
@@ -127,13 +129,23 @@ class SegmentationDataModule(LightningDataModule):
             _ = self.test_dataset
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches of crops."""
-        return self._loader(
-            _SeededSamples(self.train_dataset),
-            batch_size=self.batch_size // place().size,
-            sampler=_Draws(len(self.train_dataset), torch.initial_seed(), self.batch_size),
-            collate_fn=collate_crops,
+        """Shuffled batches of crops; where a run goes on within an epoch, first those that it has not had."""
+        batch_size = self.batch_size // place().size
+        draws = _Draws(len(self.train_dataset), torch.initial_seed(), self.batch_size)
+        draws.skipped, self._had = self._had * batch_size, 0
+        self._training = self._loader(
+            _SeededSamples(self.train_dataset), batch_size=batch_size, sampler=draws, collate_fn=collate_crops
         )
+        return self._training
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of batches that an unfinished epoch has had, for a checkpoint."""
+        loader = self._training
+        return {"batches": loader.passed % len(loader) if loader is not None and len(loader) else 0}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Have the next ``train_dataloader`` leave so many batches out."""
+        self._had = state["batches"]
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The val split in order, as batches of whole images."""
@@ -151,7 +163,7 @@ class SegmentationDataModule(LightningDataModule):
             collate_fn=collate_images,
         )
 
-    def _loader(self, dataset: Dataset[Any], **arguments: Any) -> DataLoader[Any]:
+    def _loader(self, dataset: Dataset[Any], **arguments: Any) -> "_Loader":
         return _Loader(
             dataset,
             num_workers=self.workers,
@@ -205,6 +217,7 @@ class _Draws(Sampler[tuple[int, int]]):
         self.seed = seed
         self.batch_size = batch_size
         self.epoch = 0
+        self.skipped = 0  # samples at the beginning of the next pass
 
     def set_epoch(self, epoch: int) -> None:
         """Name the epoch of the next pass."""
@@ -219,6 +232,7 @@ class _Draws(Sampler[tuple[int, int]]):
         order, seeds = random.permutation(self.size), random.integers(2**63, size=self.size)
         here, batches = place(), self.size // self.batch_size
         own = np.arange(batches * self.batch_size).reshape(batches, here.size, -1)[:, here.rank].ravel()
+        own, self.skipped = own[self.skipped :], 0
         return iter(zip(order[own].tolist(), seeds[own].tolist(), strict=True))
 
 
@@ -260,11 +274,16 @@ class _SeededSamples(Dataset[Any]):
 
 
 class _Loader(DataLoader[Any]):
-    """A DataLoader through which errors of ours come out of a worker as the sentence that they were."""
+    """A DataLoader that counts its batches, and out of which errors of ours come as the sentence that they were."""
+
+    passed = 0  # batches of this epoch that have been handed out
 
     def __iter__(self) -> Any:
+        self.passed = self.sampler.skipped // (self.batch_size or 1) if isinstance(self.sampler, _Draws) else 0
         try:
-            yield from super().__iter__()
+            for batch in super().__iter__():
+                self.passed += 1
+                yield batch
         except EmaSegError as error:
             text = str(error)
             if not text.startswith("Caught "):  # raised in this process

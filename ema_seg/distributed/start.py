@@ -13,12 +13,14 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib import import_module
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ema_seg.errors import ConfigError, TrainingError, one_line
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 __all__ = [
+    "LEAVE_SIGNALS",
     "Place",
     "ProcessFailed",
     "Silent",
@@ -42,6 +45,9 @@ __all__ = [
 _PATIENCE = timedelta(minutes=30)
 # Seconds that the others have to end by themselves, after one has failed.
 _GRACE = 3.0
+
+# What asks a process to leave its machine; the second Slurm sends as long before as it is told to.
+LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 _FAILURE = "failure"
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
@@ -273,13 +279,33 @@ def run_together(work: Callable[..., object], count: int, *arguments: Any) -> No
     task = pickle.dumps((work, arguments, sys.argv))
     processes = [_start(rank, count, server.port) for rank in range(count)]
     try:
-        for process in processes:
-            _hand_over(process, task)
-        codes = _wait(processes)
+        with _passed_on(processes):
+            for process in processes:
+                _hand_over(process, task)
+            codes = _wait(processes)
     finally:
         _end(processes)
     if any(codes):
         raise _failure(PrefixStore("ema-seg/0", server), codes)
+
+
+@contextmanager
+def _passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Pass the signals that ask to leave on to the processes, which know what to keep."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    earlier = {number: signal.signal(number, pass_on) for number in LEAVE_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def _start(rank: int, count: int, port: int) -> subprocess.Popen[bytes]:

@@ -24,6 +24,7 @@ _MACHINE_KEYS = (
     "trainer.strategy",
     "training.progress_bar",
     "training.pictures_every",
+    "training.checkpoint_every",
     "evaluation.device",
     "evaluation.budget",
 )

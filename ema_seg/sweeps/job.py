@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import Timeout
 
-from ema_seg.errors import ConfigError, DataError, one_line
+from ema_seg.errors import ConfigError, DataError, Preempted, one_line
 from ema_seg.sweeps.folder import JobState, job_lock, job_state, record_failure, write_text
 
 __all__ = ["MOST_ATTEMPTS", "Pruned", "hold_job", "is_settled", "read_job", "run_job"]
@@ -74,7 +74,8 @@ def run_job(folder: Path, job: Mapping[str, Any], work: Callable[[bool], None], 
         folder: the job's folder.
         job: ``identity`` and ``overrides``, which ``job.json`` keeps with the run.
         work: does it, and leaves a report; its argument says whether there is a checkpoint to go on from. What it
-            raises is written to ``failure.json``, but for what ends the whole process, such as KeyboardInterrupt.
+            raises is written to ``failure.json``, but for what ends the whole process, such as KeyboardInterrupt or
+            Preempted.
         retry: see ``is_settled``.
 
     Returns:
@@ -92,6 +93,8 @@ def run_job(folder: Path, job: Mapping[str, Any], work: Callable[[bool], None], 
             try:
                 work((folder / "checkpoints" / "last.ckpt").is_file())
                 (folder / "failure.json").unlink(missing_ok=True)
+            except Preempted:  # it has not failed, and goes on elsewhere
+                raise
             except Pruned as error:
                 record_failure(folder, str(error), state="pruned")
             except Exception as error:  # whatever a combination may bring about

@@ -59,6 +59,7 @@ class EpochLog(Callback):
         if self.path.is_file():
             with self.path.open(newline="") as file:
                 self._rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < trainer.current_epoch]
+        self.on_train_epoch_start(trainer, pl_module)  # which does not come where a run goes on within an epoch
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -80,14 +81,15 @@ class EpochLog(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the row, after the epoch's validation if there was one."""
+        means = pl_module.epoch_means()  # type: ignore[operator]  # of SegmentationModule
         if not trainer.is_global_zero:
             return
-        logged = trainer.logged_metrics | trainer.callback_metrics
+        logged = trainer.logged_metrics | trainer.callback_metrics | means
         row: dict[str, Any] = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
             "learning_rate": max(group["lr"] for group in trainer.optimizers[0].param_groups),
-            "images_per_second": self._images / self._train_seconds,
+            "images_per_second": self._images / self._train_seconds if self._images else 0.0,
             "seconds": time.perf_counter() - self._start,
         }
         current = [name for name in _COLUMNS if name in logged and (self._validated or not name.startswith("val/"))]

@@ -92,6 +92,9 @@ def _check_training(settings: Mapping[str, Any]) -> None:
         raise ConfigError(f"training.weight_averaging={decay!r} is no decay between 0 and 1, such as 0.999.")
     if patience and not _is_whole(patience, 1):
         raise ConfigError(f"training.early_stopping={patience!r} is no number of validations, such as 10.")
+    steps = settings.get("checkpoint_every")
+    if steps is not None and not _is_whole(steps, 1):
+        raise ConfigError(f"training.checkpoint_every={steps!r} is no number of steps; null is once in each epoch.")
     if every and not _is_whole(every, 1):
         raise ConfigError(f"training.pictures_every={every!r} is no number of epochs; 0 draws none.")
     for key in ("channels_last", "compile"):

@@ -1,7 +1,6 @@
 """From a configuration to a trained model: build the parts, fit, name the best checkpoint."""
 
 import json
-import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,16 +9,24 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import EMAWeightAveraging, TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ema_seg.data import SegmentationDataModule
+from ema_seg.distributed.preemption import Preemption
 from ema_seg.errors import CheckpointError, ConfigError, TrainingError, one_line
 from ema_seg.evaluation import describe_environment
-from ema_seg.models import load_checkpoint, segmenter_from_config
+from ema_seg.models import segmenter_from_config
 from ema_seg.models.mode import set_execution
 from ema_seg.training.callbacks import EpochLog, Pictures
+from ema_seg.training.checkpoints import (
+    AtomicCheckpoints,
+    BestCheckpoint,
+    LastCheckpoint,
+    RunEarlyStopping,
+    has_stopped,
+    load_last,
+)
 from ema_seg.training.loggers import build_logger
 from ema_seg.training.losses import build_loss
 from ema_seg.training.module import SegmentationModule
@@ -35,6 +42,7 @@ _NOISE = (
     r"Checkpoint directory .* exists and is not empty",
     r"The number of training batches .* is smaller than the logging interval",
     r"The '.*_dataloader' does not have many workers",
+    r"You're resuming from a checkpoint that ended before the epoch ended",  # the data module knows
     r"`broadcast_buffers` is deprecated",  # the new name is not in every torch that we support
     r"Grad strides do not match bucket view strides",  # of weights with a single channel, where strides say nothing
     r"It is recommended to use `self.log\(.*sync_dist=True\)`",  # what is logged without is the same everywhere
@@ -48,6 +56,7 @@ def fit(
     resume: bool = False,
     quiet: bool = False,
     callbacks: Sequence[Callback] = (),
+    preemption: Preemption | None = None,
 ) -> Path:
     """Train what ``config`` describes.
 
@@ -57,6 +66,7 @@ def fit(
         resume: continue from ``checkpoints/last.ckpt`` in that folder.
         quiet: print no line per epoch and show no progress bar.
         callbacks: Lightning's, besides the run's own.
+        preemption: has the training leave with a checkpoint when it is asked to; None for never.
 
     Returns:
         The checkpoint with the best validation mIoU.
@@ -64,6 +74,7 @@ def fit(
     Raises:
         EmaSegError: whatever a user can correct, from the parts that find it.
     """
+    preemption = preemption or Preemption()
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
     data = SegmentationDataModule(**config["data"])
@@ -82,82 +93,28 @@ def fit(
     # Nothing goes on from the best: without the optimiser's state it is a third of the size. Lightning leaves the
     # averaged weights, too, out of a checkpoint of weights alone.
     weights_only = not settings["weight_averaging"]
-    best = RunCheckpoint(run, "best", monitor=_MONITORED, mode="max", save_weights_only=weights_only)
-    last = run / "checkpoints" / "last.ckpt"
-    saved = load_checkpoint(last) if resume else None  # also for its complaint: Lightning's is a traceback
+    best = BestCheckpoint(run, monitor=_MONITORED, mode="max", save_weights_only=weights_only)
+    path, saved = load_last(run) if resume else (None, None)
     progress = not quiet and _shows_progress(settings["progress_bar"])
-    last_keeper = RunCheckpoint(run, "last", save_on_train_epoch_end=True)
-    own = [best, last_keeper, EpochLog(run / "metrics.csv", quiet=quiet), *_callbacks(settings, run)]
+    last = LastCheckpoint(run, settings.get("checkpoint_every"), preemption)
+    own = [best, last, EpochLog(run / "metrics.csv", quiet=quiet), *_callbacks(settings, run)]
     if progress:
         own.append(TQDMProgressBar())  # Lightning's other bar cuts its metrics off on a narrow terminal
     trainer = _build_trainer(config, run, [*own, *callbacks], progress)
     _log_configuration(trainer, config)
     _write_environment(run, trainer)
-    if saved is not None and _has_stopped(saved, trainer):
+    if saved is not None and has_stopped(saved, trainer):
         best.load_state_dict(saved["callbacks"][best.state_key])
         return _best(best, run)
     try:
-        trainer.fit(module, data, ckpt_path=str(last) if resume else None, weights_only=True)
+        with preemption.deferred():
+            trainer.fit(module, data, ckpt_path=path, weights_only=True)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"the memory does not suffice for data.batch_size={data.batch_size}; lower it, lower "
             "data.augmentation.crop.height and width, or set trainer.precision=bf16-mixed."
         ) from error
     return _best(best, run)
-
-
-class AtomicCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, to the disk, and then renames it: a kill leaves the old one or the new one.
-
-    Lightning's own way passes through the system's folder for temporary files, which may be another disk.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """See the class."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        with partial.open("wb") as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:
-                # torch closes its archive even where writing it has failed, and then reports the unfinished archive
-                # instead of the reason, such as Ctrl-C.
-                raise error.__context__ or error from None
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-
-
-class RunCheckpoint(ModelCheckpoint):
-    """Keeps one checkpoint of a run under a fixed name, also when the run's folder has been moved.
-
-    Two of these, because Lightning's own ``save_last`` skips epochs that are not the best.
-    """
-
-    def __init__(self, run: Path, name: str, **arguments: Any) -> None:
-        super().__init__(run / "checkpoints", filename=name, enable_version_counter=False, **arguments)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the earlier part's record of the best, which Lightning would drop with the old folder's name."""
-        super().load_state_dict(_relocate(state_dict, str(state_dict["dirpath"]), str(self.dirpath)))
-
-
-class RunEarlyStopping(EarlyStopping):
-    """Goes on with the patience that a resumed run is given, where Lightning's would take that of the earlier part."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take all but the patience."""
-        super().load_state_dict({**state_dict, "patience": self.patience})
-
-
-def _relocate(value: Any, old: str, new: str) -> Any:
-    """The same record with every path in the folder ``old`` in the folder ``new`` instead."""
-    if isinstance(value, str):
-        return new + value[len(old) :] if value.startswith(old) else value
-    if isinstance(value, dict):
-        return {_relocate(key, old, new): _relocate(item, old, new) for key, item in value.items()}
-    return value
 
 
 def _callbacks(settings: Mapping[str, Any], run: Path) -> list[Callback]:
@@ -208,16 +165,7 @@ def _write_environment(run: Path, trainer: Trainer) -> None:
         (run / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 
-def _has_stopped(saved: Mapping[str, Any], trainer: Trainer) -> bool:
-    """Whether the training ended early before this checkpoint was made; Lightning would train one epoch more."""
-    trained = saved["epoch"] + 1 >= (trainer.min_epochs or 0) and saved["global_step"] >= (trainer.min_steps or 0)
-    return trained and any(
-        saved["callbacks"].get(stopper.state_key, {}).get("wait_count", 0) >= stopper.patience
-        for stopper in trainer.early_stopping_callbacks
-    )
-
-
-def _best(keeper: ModelCheckpoint, run: Path) -> Path:
+def _best(keeper: BestCheckpoint, run: Path) -> Path:
     best = Path(keeper.best_model_path)
     if not keeper.best_model_path or not best.is_file():
         raise CheckpointError(

@@ -25,8 +25,8 @@ class SegmentationModule(LightningModule):
     """Trains a segmenter and scores it on the validation images at their own size.
 
     Logs ``train/loss`` per epoch, and the mean and the largest norm of a step's gradient before any clipping, as
-    ``train/gradient_norm`` and ``train/gradient_norm_max``; ``val/miou``, ``val/mean_accuracy`` and
-    ``val/pixel_accuracy`` per validation, all three from one confusion matrix.
+    ``train/gradient_norm`` and ``train/gradient_norm_max``, which a checkpoint within an epoch keeps; ``val/miou``,
+    ``val/mean_accuracy`` and ``val/pixel_accuracy`` per validation, all three from one confusion matrix.
 
     Args:
         model: maps float images (B, 3, H, W) to logits (B, K, H, W).
@@ -60,14 +60,22 @@ class SegmentationModule(LightningModule):
         self.schedule_settings = dict(schedule)
         self.stride = model_stride(model)
         self.confusion = ConfusionMatrix(len(classes))
+        # Of loss times images, images, gradient norms and steps, and the largest norm. Lightning's own means would
+        # begin anew in a run that goes on within an epoch.
+        self.sums: Tensor
+        self.register_buffer("sums", torch.zeros(5), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K, H, W) of images (B, 3, H, W)."""
         return self.model(images)
 
     def on_train_epoch_start(self) -> None:
-        """Make the random numbers of the epoch, such as dropout's, depend on nothing before it."""
-        entropy = np.random.SeedSequence((self.config["seed"], self.current_epoch, self.global_rank))
+        """Start the sums of the epoch from zero."""
+        self.sums.zero_()
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        """Make the random numbers of the step, such as dropout's, depend on nothing before it."""
+        entropy = np.random.SeedSequence((self.config["seed"], self.current_epoch, batch_index, self.global_rank))
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
@@ -91,15 +99,32 @@ class SegmentationModule(LightningModule):
             )
         size = len(batch["name"])
         self.log("loss", loss, prog_bar=True, logger=False, batch_size=size)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        self.sums[:2] += torch.stack([loss.detach().float() * size, torch.tensor(float(size), device=loss.device)])
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the norm of the gradient, which tells whether a block lets it vanish or explode."""
+        """Note the norm of the gradient, which tells whether a block lets it vanish or explode."""
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(gradients))
-        self.log("train/gradient_norm", norm, on_step=False, on_epoch=True, batch_size=1)
-        self.log("train/gradient_norm_max", norm, on_step=False, on_epoch=True, reduce_fx="max", batch_size=1)
+        self.sums[2:4] += torch.stack([norm.float(), torch.ones_like(norm, dtype=torch.float32)])
+        self.sums[4] = torch.maximum(self.sums[4], norm.float())
+
+    def epoch_means(self) -> dict[str, float]:
+        """Loss and norm of the gradient in this epoch so far; to be called by all processes."""
+        loss, images, norm, steps, largest = self._global_sums().tolist()
+        return {
+            "train/loss": loss / images,
+            "train/gradient_norm": norm / steps if steps else float("nan"),
+            "train/gradient_norm_max": largest,
+        }
+
+    def _global_sums(self) -> Tensor:
+        """The sums over all processes; of the gradient, which is the same in all of them, one's."""
+        return torch.cat([sum_in_place(self.sums[:2].clone()), self.sums[2:]])
+
+    def on_train_epoch_end(self) -> None:
+        """Log the means."""
+        self.log_dict(self.epoch_means())
 
     def _check_crops(self, images: Tensor) -> None:
         height, width = images.shape[-2:]
@@ -146,3 +171,11 @@ class SegmentationModule(LightningModule):
         """Add what rebuilding the model needs."""
         checkpoint["config"] = self.config
         checkpoint["classes"] = self.classes
+        checkpoint["sums"] = self._global_sums().cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the sums of the epoch, of which the first process keeps what all have."""
+        if "sums" in checkpoint:
+            self.sums.copy_(checkpoint["sums"])
+            if place().rank:
+                self.sums[:2] = 0

@@ -23,8 +23,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from configs.command_line import plain_config
-from ema_seg.errors import ConfigError, EmaSegError, one_line
+from configs.command_line import plain_config, quoted
+from ema_seg.errors import ConfigError, EmaSegError, Preempted, one_line
 from ema_seg.sweeps import (
     ANY,
     Plan,
@@ -191,9 +191,10 @@ class FolderSweeper(Sweeper):
                 while waiting:
                     again = self._launch_once(waiting, deaths)
                     waiting = {name: overrides for name, overrides in waiting.items() if name in again}
-        except (KeyboardInterrupt, SystemExit):  # Lightning turns the one into the other
+        except (KeyboardInterrupt, SystemExit) as end:  # Lightning turns the one into the other
             print("interrupted; the same command goes on where it was left.", file=sys.stderr)
-            sys.exit(130)
+            preempted = isinstance(end, SystemExit) and end.code == Preempted.exit_status
+            sys.exit(Preempted.exit_status if preempted else 130)
 
     def _launch_once(self, jobs: Mapping[str, Sequence[str]], deaths: Counter[str]) -> set[str]:
         """Hand jobs to the launcher, and wait for them; returns those that it has to be handed again.
@@ -235,11 +236,10 @@ class FolderSweeper(Sweeper):
             return None
 
     def _arguments(self, name: str, overrides: Sequence[str]) -> list[str]:
-        folder = str(self.folder).replace("'", "\\'")
         return [
             *overrides,
             f"sweep.job='{name}'",
-            f"hydra.sweep.dir='{folder}'",
+            f"hydra.sweep.dir={quoted(self.folder)}",
             f"hydra.sweep.subdir='{name}'",
         ]
 

@@ -9,28 +9,30 @@ from PIL import Image
 from torch.testing import assert_close
 
 from ema_seg.distributed.start import run_together
-from tests.conftest import write_camvid
+from tests.conftest import made_once, write_camvid
 from tests.distributed import workers
-
-# Of one process of the tests, for what takes long is made once in each.
-pytestmark = pytest.mark.xdist_group("sharing")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What each of 1, 2 and 3 processes has left, by their number, and the folders."""
-    folder = tmp_path_factory.mktemp("sharing")
-    root = write_camvid(folder / "data", sizes=((64, 96), (32, 64), (50, 70)), val=7)
-    values = 100 + torch.randn(6, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    found = {}
-    for count in (1, 2, 3):
-        own = folder / str(count)
-        own.mkdir()
-        if count == 1:
-            workers.share(root, own, values)
-        else:
-            run_together(workers.share, count, root, own, values)
-        found[count] = [json.loads((own / f"{rank}.json").read_text()) for rank in range(count)]
+
+    def make(folder):
+        root = write_camvid(folder / "data", sizes=((64, 96), (32, 64), (50, 70)), val=7)
+        values = 100 + torch.randn(6, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+        for count in (1, 2, 3):
+            own = folder / str(count)
+            own.mkdir()
+            if count == 1:
+                workers.share(root, own, values)
+            else:
+                run_together(workers.share, count, root, own, values)
+
+    folder = made_once(tmp_path_factory, "sharing", make)
+    found = {
+        count: [json.loads((folder / str(count) / f"{rank}.json").read_text()) for rank in range(count)]
+        for count in (1, 2, 3)
+    }
     return found, folder
 
 

@@ -10,7 +10,7 @@ from ema_seg.attention import EMA
 from ema_seg.errors import ConfigError, TrainingError
 from ema_seg.models import build_segmenter
 from ema_seg.training.callbacks import EpochLog, attention_map
-from ema_seg.training.fit import AtomicCheckpoints
+from ema_seg.training.checkpoints import AtomicCheckpoints
 from ema_seg.training.loggers import build_logger
 from ema_seg.training.losses import build_loss
 from ema_seg.training.module import SegmentationModule

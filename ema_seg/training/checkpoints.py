@@ -1,0 +1,176 @@
+"""The checkpoints of a run: when they are written, how, and which one a run goes on from."""
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from ema_seg.distributed.preemption import Preemption
+from ema_seg.distributed.start import place
+from ema_seg.errors import CheckpointError
+from ema_seg.models import load_checkpoint
+
+__all__ = ["AtomicCheckpoints", "BestCheckpoint", "LastCheckpoint", "RunEarlyStopping", "has_stopped", "load_last"]
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, to the disk, and then renames it: a kill leaves the old one or the new one.
+
+    Lightning's own way passes through the system's folder for temporary files, which may be another disk. The last
+    checkpoint of a run stays as ``previous.ckpt`` when the next one takes its place.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """See the class.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        path = Path(path)
+        try:
+            self._save(checkpoint, path)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: the checkpoint cannot be written ({error.strerror}); the one before it is as it was. Make "
+                f"room or give permission, and go on with resume={path.parent.parent}."
+            ) from error
+
+    def _save(self, checkpoint: dict[str, Any], path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        with partial.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # torch closes its archive even where writing it has failed, and then reports the unfinished archive
+                # instead of the reason, such as Ctrl-C.
+                raise error.__context__ or error from None
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == LAST and path.exists():
+            _link(path, path.with_name(PREVIOUS))
+        partial.replace(path)
+
+
+def _link(path: Path, name: Path) -> None:
+    """Give a file a second name, in place of another file; on disks without links, copy it."""
+    temporary = name.with_name(f"{name.name}.partial")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.hardlink_to(path)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    temporary.replace(name)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the best checkpoint of a run under a fixed name, also when the run's folder has been moved."""
+
+    def __init__(self, run: Path, **arguments: Any) -> None:
+        super().__init__(run / "checkpoints", filename="best", enable_version_counter=False, **arguments)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the earlier part's record of the best, which Lightning would drop with the old folder's name."""
+        super().load_state_dict(_relocate(state_dict, str(state_dict["dirpath"]), str(self.dirpath)))
+
+
+class LastCheckpoint(Checkpoint):
+    """Writes what a run goes on from: after each epoch, after every so many steps, and when it has to leave.
+
+    Never after the last step of an epoch, whose validation and end of the epoch a run that goes on would leave out; nor
+    between steps whose gradients are accumulated.
+
+    Args:
+        run: the run's folder.
+        every: optimiser steps; None for no checkpoint within an epoch.
+        preemption: what asks to leave.
+    """
+
+    def __init__(self, run: Path, every: int | None, preemption: Preemption) -> None:
+        self.run, self.every, self.preemption = run, every, preemption
+        self.path = run / "checkpoints" / LAST
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals back, which Lightning has taken."""
+        self.preemption.take_signals()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, if it is time.
+
+        Raises:
+            Preempted: after a checkpoint, if this is the end.
+        """
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or batch_idx + 1 == trainer.num_training_batches:
+            return
+        leaving = self.preemption.is_due()
+        if leaving or (self.every and trainer.global_step % self.every == 0):
+            trainer.save_checkpoint(self.path)
+        if leaving:
+            self._leave(trainer, f"in epoch {trainer.current_epoch + 1}")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        trainer.save_checkpoint(self.path)
+        if self.preemption.is_due():
+            self._leave(trainer, f"after epoch {trainer.current_epoch + 1}")
+
+    def _leave(self, trainer: Trainer, where: str) -> None:
+        self.preemption.leave(f" at step {trainer.global_step}, {where}; go on with resume={self.run}")
+
+
+class RunEarlyStopping(EarlyStopping):
+    """Goes on with the patience that a resumed run is given, where Lightning's would take that of the earlier part."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take all but the patience."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+
+def _relocate(value: Any, old: str, new: str) -> Any:
+    """The same record with every path in the folder ``old`` in the folder ``new`` instead."""
+    if isinstance(value, str):
+        return new + value[len(old) :] if value.startswith(old) else value
+    if isinstance(value, dict):
+        return {_relocate(key, old, new): _relocate(item, old, new) for key, item in value.items()}
+    return value
+
+
+def load_last(run: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that a run goes on from: the last one, or the one before it where that is unreadable.
+
+    Returns:
+        Its path, and what ``load_checkpoint`` reads.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    last, previous = (run / "checkpoints" / name for name in (LAST, PREVIOUS))
+    try:
+        return last, load_checkpoint(last)
+    except CheckpointError as error:
+        if not previous.is_file():
+            raise
+        saved = load_checkpoint(previous)
+        if place().rank == 0:
+            print(f"warning: {error} Going on from {previous.name}, of step {saved['global_step']}.", file=sys.stderr)
+        return previous, saved
+
+
+def has_stopped(saved: Mapping[str, Any], trainer: Trainer) -> bool:
+    """Whether the training ended early before this checkpoint was made; Lightning would train one epoch more."""
+    trained = saved["epoch"] + 1 >= (trainer.min_epochs or 0) and saved["global_step"] >= (trainer.min_steps or 0)
+    return trained and any(
+        saved["callbacks"].get(stopper.state_key, {}).get("wait_count", 0) >= stopper.patience
+        for stopper in trainer.early_stopping_callbacks
+    )

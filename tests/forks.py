@@ -1,0 +1,53 @@
+"""Starts entry points in processes of their own that do not have to import anything first.
+
+A line of JSON on standard input holds the script's name, its arguments, the folder for its output and the largest size
+of a file that it may write (or null); a line of output holds the process's number. Then, when it has ended, a second one
+holds its exit status, negative for a signal.
+"""
+
+import json
+import os
+import resource
+import sys
+from importlib import import_module
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def serve():
+    sys.path.insert(0, str(ROOT))
+    import_module("ema_seg.run")
+    scripts = {name: import_module(name) for name in ("train", "eval")}
+    for line in sys.stdin:
+        name, arguments, folder, limit = json.loads(line)
+        child = os.fork()
+        if not child:
+            run(scripts[name], [str(ROOT / f"{name}.py"), *arguments], Path(folder), limit)
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def run(script, argv, folder, limit):
+    """In the new process: as if Python had been started with the script; never returns."""
+    for name, stream in (("out", 1), ("err", 2)):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.argv, status = argv, 0
+    try:
+        script.main()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1 if end.code else 0
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,266 @@
+"""What really happens to runs: kills, signals, disks that are full, checkpoints that are not what they should be."""
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from ema_seg.reporting import load_report
+from ema_seg.training.checkpoints import load_last
+from tests.conftest import QUICK, ROOT, made_once, write_camvid
+
+TINY = (
+    *QUICK,
+    "data=camvid",
+    "+model.decoder_segmentation_channels=32",
+    "+model.decoder_pyramid_channels=32",
+    "epochs=4",
+    "data.workers=1",
+    # All that a training keeps from step to step; the model has dropout.
+    "training.weight_averaging=0.9",
+    "training.early_stopping=5",
+    "training.checkpoint_every=1",
+    "trainer.deterministic=true",
+)
+
+
+class Entry:
+    """Runs entry points in processes that are forked from one that has imported everything."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.server = subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "forks.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def start(self, *arguments, script="train", limit=None):
+        line = json.dumps([script, [str(argument) for argument in arguments], str(self.folder), limit])
+        self.server.stdin.write(f"{line}\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def wait(self):
+        """Exit status and standard error."""
+        status = int(self.server.stdout.readline())
+        return status, (self.folder / "err").read_text()
+
+    def run(self, *arguments, **options):
+        self.start(*arguments, **options)
+        return self.wait()
+
+
+@pytest.fixture(scope="module")
+def entry(tmp_path_factory):
+    entry = Entry(tmp_path_factory.mktemp("entry"))
+    yield entry
+    entry.server.kill()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, entry):
+    """A data set, and a run on it."""
+
+    def make(folder):
+        root = write_camvid(folder / "data", train=9, val=3)
+        status, err = entry.run(*TINY, f"data.root={root}", f"hydra.run.dir={folder / 'run'}")
+        assert status == 0, err
+
+    folder = made_once(tmp_path_factory, "faults", make)
+    return folder / "data", folder / "run"
+
+
+def state(run, name="last"):
+    """All of a checkpoint but the names of files and folders."""
+    return _plain(torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True), run)
+
+
+def _plain(value, run):
+    if isinstance(value, dict):
+        return {
+            str(key): _plain(item, run)
+            for key, item in value.items()
+            if key != "config" and not str(key).endswith(("path", "dirpath", "k_models"))
+        }
+    if isinstance(value, list | tuple):
+        return [_plain(item, run) for item in value]
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.contiguous().view(-1).numpy().tobytes()
+    return value
+
+
+def rows(run):
+    with (run / "metrics.csv").open(newline="") as file:
+        timings = ("images_per_second", "seconds")
+        return [{key: value for key, value in row.items() if key not in timings} for row in csv.DictReader(file)]
+
+
+def assert_same(run, other):
+    """To the last bit."""
+    for name in ("best", "last"):
+        assert state(run, name) == state(other, name)
+    assert rows(run) == rows(other)
+    reports = [load_report(folder / "report" / "report.json") for folder in (run, other)]
+    assert reports[0]["confusion_matrix"] == reports[1]["confusion_matrix"]
+    assert reports[0]["images"] == reports[1]["images"]
+
+
+def changed(path, since):
+    try:
+        return path.stat().st_mtime_ns != since
+    except FileNotFoundError:
+        return False
+
+
+def disturb(entry, arguments, run, number, pause):
+    """Start a command, send its process a signal a while after its next checkpoint, and wait for its end."""
+    last = run / "checkpoints" / "last.ckpt"
+    since = last.stat().st_mtime_ns if last.exists() else None
+    process = entry.start(*arguments)
+    while not changed(last, since) and Path(f"/proc/{process}").exists() and not _is_zombie(process):
+        time.sleep(0.002)
+    time.sleep(pause)
+    with suppress(ProcessLookupError):
+        os.kill(process, number)
+    return entry.wait()
+
+
+def _is_zombie(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].startswith("Z")
+    except OSError:
+        return True
+
+
+def test_kills_at_ten_random_moments_change_no_bit(undisturbed, entry, tmp_path):
+    root, expected = undisturbed
+    run, moments = tmp_path / "run", random.Random(0)
+    command = [*TINY, f"data.root={root}", f"hydra.run.dir={run}", "resume=auto"]
+
+    statuses = [disturb(entry, command, run, signal.SIGKILL, moments.uniform(0, 0.15))[0] for _ in range(10)]
+    status, err = entry.run(*command)
+
+    assert status == 0, err
+    assert statuses.count(-signal.SIGKILL) >= 5  # the last ones may find it finished
+    assert_same(run, expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_is_asked_to_leave_keeps_its_last_step(number, undisturbed, entry, tmp_path):
+    root, expected = undisturbed
+    run = tmp_path / "run"
+    command = [*TINY, f"data.root={root}", f"hydra.run.dir={run}", "training.checkpoint_every=null"]
+
+    process = entry.start(*command)
+    while not (run / "metrics.csv").exists():
+        time.sleep(0.002)
+    os.kill(process, number)
+    status, err = entry.wait()
+
+    assert status == 75
+    assert err.splitlines()[-1].startswith(f"error: stopped by {number.name} at step ")
+    assert err.splitlines()[-1].endswith(f"go on with resume={run}.")
+    status, err = entry.run(f"resume={run}")
+    assert status == 0, err
+    assert rows(run) == rows(expected)
+    assert state(run)["state_dict"] == state(expected)["state_dict"]
+
+
+def copy_without_report(expected, run):
+    return shutil.copytree(expected, run, ignore=shutil.ignore_patterns("report"))
+
+
+def test_a_truncated_checkpoint_gives_way_to_the_one_before(undisturbed, entry, tmp_path):
+    _, expected = undisturbed
+    run = copy_without_report(expected, tmp_path / "run")
+    last = run / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:5000])
+
+    status, err = entry.run(f"resume={run}")
+
+    assert status == 0, err
+    assert err.startswith(f"warning: ckpt={last}: the file is truncated or no checkpoint of plain data")
+    assert "Going on from previous.ckpt, of step 15." in err
+    assert_same(run, expected)
+
+
+def test_a_run_without_a_readable_checkpoint_is_refused_by_name(undisturbed, entry, tmp_path):
+    run = copy_without_report(undisturbed[1], tmp_path / "run")
+    for name in ("last", "previous"):
+        (run / "checkpoints" / f"{name}.ckpt").write_bytes(b"")
+
+    status, err = entry.run(f"resume={run}")
+
+    assert status == 1
+    assert err.startswith(f"error: ckpt={run / 'checkpoints' / 'previous.ckpt'}: the file is truncated")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(undisturbed, entry, tmp_path):
+    run = copy_without_report(undisturbed[1], tmp_path / "run")
+    mark = tmp_path / "mark"
+
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {mark}",)
+
+    for name in ("last", "previous", "best"):
+        torch.save({"state_dict": Hostile(), "config": {}, "classes": []}, run / "checkpoints" / f"{name}.ckpt")
+
+    for script, arguments in {"train": [f"resume={run}"], "eval": [f"run={run}"]}.items():
+        status, err = entry.run(*arguments, script=script)
+        assert status == 1
+        assert "no checkpoint of plain data" in err
+        assert "Traceback" not in err
+    assert not mark.exists()
+
+
+def test_a_disk_without_room_leaves_the_checkpoint_before(undisturbed, entry, tmp_path):
+    root, _ = undisturbed
+    run = tmp_path / "run"
+    status, err = entry.run(*TINY, f"data.root={root}", f"hydra.run.dir={run}", "epochs=1")
+    assert status == 0, err
+    shutil.rmtree(run / "report")
+    before = (run / "checkpoints" / "last.ckpt").read_bytes()
+
+    status, err = entry.run(f"resume={run}", "epochs=2", limit=100_000)
+
+    assert status == 1
+    assert err.splitlines()[-1].startswith(f"error: {run / 'checkpoints' / 'last.ckpt'}: the checkpoint cannot be ")
+    assert "Traceback" not in err
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert load_last(run)[1]["global_step"] == 4
+
+
+def test_a_command_goes_on_with_its_own_unfinished_run(undisturbed, entry, tmp_path):
+    root, expected = undisturbed
+    command = [*TINY, f"data.root={root}", "resume=auto"]
+    parent = tmp_path / "runs"
+    for name, change in {"1_other": ["seed=1"], "2_same": [], "3_longer": ["epochs=5"]}.items():
+        run = parent / name
+        arguments = [*command, *change, f"hydra.run.dir={run}"]
+        assert disturb(entry, arguments, run, signal.SIGTERM, 0.0)[0] == 75
+    shutil.copytree(expected, parent / "4_finished")
+
+    # No folder is named: the name of a new one follows from the time.
+    import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *command])
+        patch.chdir(tmp_path)
+        train.OmegaConf.register_new_resolver("started", lambda pattern: "9", replace=True)
+        train.OmegaConf.register_new_resolver("parallel_jobs", lambda devices: 1, replace=True)
+        found = train._unfinished_run()
+
+    assert found == Path("runs/2_same")
+    status, err = entry.run(*command, f"hydra.run.dir={parent / '2_same'}")
+    assert status == 0, err
+    assert_same(parent / "2_same", expected)
