@@ -1,8 +1,8 @@
 """Starts entry points in processes of their own that do not have to import anything first.
 
 A line of JSON on standard input holds the script's name, its arguments, the folder for its output and the largest size
-of a file that it may write (or null); a line of output holds the process's number. Then, when it has ended, a second one
-holds its exit status, negative for a signal.
+of a file that it may write (or null). A line of output holds the process's number, and a second one, when it has ended,
+its exit status, negative for a signal.
 """
 
 import json

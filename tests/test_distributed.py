@@ -63,9 +63,9 @@ def together(root, tmp_path_factory):
     return folder / "cwd", (folder / "out").read_text(), (folder / "err").read_text()
 
 
-def train(folder, root, *overrides, flags=(), program=(sys.executable,)):
+def train(folder, root, *overrides, program=(sys.executable,)):
     return subprocess.run(
-        [*program, str(ROOT / "train.py"), *flags, *TINY, f"data.root={root}", *overrides],
+        [*program, str(ROOT / "train.py"), *TINY, f"data.root={root}", *overrides],
         capture_output=True,
         text=True,
         cwd=folder,
@@ -204,13 +204,13 @@ def test_tasks_of_slurm_do_the_same(together, root, tmp_path):
         ("submitit_local", ["attention=none", "hydra.launcher.tasks_per_node=2"]),
     ],
 )
-def test_every_job_of_every_launcher_trains_in_two_processes(launcher, options, root, tmp_path):
+def test_every_job_of_every_launcher_trains_in_two_processes(launcher, options, root, tmp_path, run_script):
     sweep = tmp_path / "sweep"
     overrides = ("trainer=ddp_cpu", "epochs=1", f"launcher={launcher}", *options, f"hydra.sweep.dir={sweep}")
 
-    done = train(tmp_path, root, *overrides, flags=["-m"])
+    status, _, err = run_script("train", "-m", *TINY, f"data.root={root}", *overrides)
 
-    assert done.returncode == 0, done.stderr
+    assert status == 0, err
     for job in read_plan(sweep).jobs:
         assert job_state(sweep / job.folder).name == "finished"
         report = load_report(sweep / job.folder / "report" / "report.json")
@@ -219,13 +219,15 @@ def test_every_job_of_every_launcher_trains_in_two_processes(launcher, options, 
         assert len(report["images"]) == 7
 
 
-def test_a_job_whose_process_fails_is_told_by_its_reason(tmp_path):
+def test_a_job_whose_process_fails_is_told_by_its_reason(tmp_path, run_script):
     sweep, broken = tmp_path / "sweep", broken_for_the_second(tmp_path)
     launcher = ("launcher=submitit_local", "hydra.launcher.tasks_per_node=2")
 
-    done = train(tmp_path, broken, "trainer=ddp_cpu", "epochs=1", *launcher, f"hydra.sweep.dir={sweep}", flags=["-m"])
+    overrides = (f"data.root={broken}", "trainer=ddp_cpu", "epochs=1", *launcher, f"hydra.sweep.dir={sweep}")
 
-    assert done.returncode == 1
+    status, _, _ = run_script("train", "-m", *TINY, *overrides)
+
+    assert status == 1
     (job,) = read_plan(sweep).jobs
     state = job_state(sweep / job.folder)
     assert state.name == "failed"
@@ -276,6 +278,22 @@ def test_a_killed_process_ends_all_within_seconds(root, tmp_path):
     assert err.splitlines()[-1].startswith("error: the process 0 of 2 was killed (SIGKILL)")
     assert "Traceback" not in err
     assert not any(Path(f"/proc/{member}").exists() for member in everyone.values())
+
+
+def test_processes_that_are_asked_to_leave_end_with_one_checkpoint(root, tmp_path):
+    run = tmp_path / "run"
+    process = start(root, run)
+    while not (run / "metrics.csv").exists() and process.poll() is None:
+        time.sleep(0.05)
+
+    os.kill(members(process)[1], signal.SIGUSR1)  # one of them is enough
+    _, err = process.communicate(timeout=30)
+
+    assert process.returncode == 75
+    (said,) = [line for line in err.splitlines() if not line.startswith("epoch")]
+    assert said.startswith("error: stopped by SIG")
+    step = int(said.partition("at step ")[2].partition(",")[0])
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step
 
 
 @pytest.mark.parametrize(

@@ -74,3 +74,11 @@ def test_make_has_the_targets_that_the_readme_names():
 
     for target in re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_tests_that_the_documentation_names_are_there():
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = {name for path in PAGES for name in re.findall(r"`(test_\w+)`", path.read_text())}
+
+    assert named
+    assert not [name for name in named if f"def {name}(" not in tests]

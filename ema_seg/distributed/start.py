@@ -23,7 +23,7 @@ from importlib import import_module
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ema_seg.errors import ConfigError, TrainingError, one_line
+from ema_seg.errors import ConfigError, Preempted, TrainingError, one_line
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -272,6 +272,7 @@ def run_together(work: Callable[..., object], count: int, *arguments: Any) -> No
         EmaSegError: what the first process to fail has raised.
         ProcessFailed: the first process to fail has raised something else.
         TrainingError: a process was killed.
+        Preempted: the processes were asked to leave, as this one was, before they could know what to keep.
     """
     from torch.distributed import PrefixStore, TCPStore
 
@@ -279,30 +280,35 @@ def run_together(work: Callable[..., object], count: int, *arguments: Any) -> No
     task = pickle.dumps((work, arguments, sys.argv))
     processes = [_start(rank, count, server.port) for rank in range(count)]
     try:
-        with _passed_on(processes):
+        with _passed_on(processes) as passed:
             for process in processes:
                 _hand_over(process, task)
             codes = _wait(processes)
     finally:
         _end(processes)
+    for number in passed:
+        if -number in codes:
+            raise Preempted(f"stopped by {signal.Signals(number).name} before the work had begun.")
     if any(codes):
         raise _failure(PrefixStore("ema-seg/0", server), codes)
 
 
 @contextmanager
-def _passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Pass the signals that ask to leave on to the processes, which know what to keep."""
+def _passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Pass the signals that ask to leave on to the processes, which know what to keep; gives those that have come."""
+    passed: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield passed
         return
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        passed.append(number)
         for process in processes:
             process.send_signal(number)
 
     earlier = {number: signal.signal(number, pass_on) for number in LEAVE_SIGNALS}
     try:
-        yield
+        yield passed
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
