@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -179,8 +179,8 @@ def _require_same_job(config: dict[str, Any], run: Path) -> None:
 
 def _is_same(config: dict[str, Any], run: Path) -> bool:
     """Whether the run in this folder is one of this configuration."""
-    saved = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
-    return identity(config) == identity(saved)  # type: ignore[arg-type]  # plain data of text keys
+    saved = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
+    return identity(config) == identity(saved)
 
 
 def _train_job(composed: DictConfig, run: Path) -> None:

@@ -21,7 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -202,7 +202,7 @@ def _measure_all(options: argparse.Namespace, counts: Sequence[int], *, cuda: bo
 
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         composed = compose("train", ["trainer=ddp", *options.overrides])
-    config: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
+    config = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     for key in ("mean", "std"):
         config["data"][key] = config["data"][key] or [0.5, 0.5, 0.5]
     found, run = [], {}

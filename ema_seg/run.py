@@ -1,9 +1,8 @@
 """A run from its configuration to its report, in as many processes as it asks for."""
 
-import json
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ema_seg.distributed.collectives import agree
 from ema_seg.distributed.preemption import Preemption
 from ema_seg.distributed.start import place, run_together
 from ema_seg.models import encoder_normalisation
-from ema_seg.reporting import assess_checkpoint, find_device
+from ema_seg.reporting import assess_checkpoint, find_device, load_report
 from ema_seg.training import check_config, count_processes, fit
 
 __all__ = ["complete_config", "evaluate_run", "produce_run"]
@@ -56,11 +55,7 @@ def produce_run(
         find_device(config["evaluation"]["device"])  # elsewhere it would take memory of a device for nothing
     directory = Path(config["report"]["dir"] or run / "report")
     settings = {"resume": resume, "job": job, "quiet": quiet, "callbacks": list(callbacks)}
-    if processes == place().size:
-        return _work(config, run, directory, settings)
-    run_together(_work, processes, config, run, directory, settings)
-    report: dict[str, Any] = json.loads((directory / "report.json").read_text(encoding="utf-8"))
-    return report
+    return _report_of(_work, processes, directory, config, run, directory, settings)
 
 
 def _work(config: dict[str, Any], run: Path, directory: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,11 +116,15 @@ def evaluate_run(
     accelerator = "cpu" if settings["device"] == "cpu" else "auto"
     processes = count_processes({"accelerator": accelerator, "devices": devices}, started_by)
     arguments = (checkpoint, dict(data), dict(settings), directory, run, job)
+    return _report_of(_assess, processes, directory, *arguments)
+
+
+def _report_of(work: Callable[..., dict[str, Any]], processes: int, directory: Path, *arguments: Any) -> dict[str, Any]:
+    """Do the work here if this is one of the processes already, or else in new ones, which leave the report."""
     if processes == place().size:
-        return _assess(*arguments)
-    run_together(_assess, processes, *arguments)
-    report: dict[str, Any] = json.loads((directory / "report.json").read_text(encoding="utf-8"))
-    return report
+        return work(*arguments)
+    run_together(work, processes, *arguments)
+    return load_report(directory / "report.json")
 
 
 def _assess(

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,11 @@ class GiveUp(Callback):
     def __init__(self, folder: Path, number: int, *, seed: int, grace: int) -> None:
         self.folder, self.number, self.seed, self.grace = folder, number, seed, grace
 
+    @cached_property
+    def study(self) -> optuna.Study:
+        """Opened where it is asked, once, because an open one cannot be handed to another process."""
+        return Search(self.folder, seed=self.seed, grace=self.grace).study
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report, and ask.
 
@@ -120,11 +126,10 @@ class GiveUp(Callback):
 
     def _ask(self, epoch: int, score: float) -> str | None:
         """Why the trial is to be given up; None if it is not."""
-        study = Search(self.folder, seed=self.seed, grace=self.grace).study
-        known = study.trials[self.number]
+        known = self.study.trials[self.number]
         if known.state.is_finished():  # it has failed for good before, and is tried again all the same
             return None
-        trial = optuna.trial.Trial(study, known._trial_id)
+        trial = optuna.trial.Trial(self.study, known._trial_id)
         if epoch not in known.intermediate_values:  # by an earlier part of a resumed trial
             trial.report(score, epoch)
         if not trial.should_prune():

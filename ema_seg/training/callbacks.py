@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -17,6 +17,7 @@ from ema_seg.data import SegmentationDataModule
 from ema_seg.data.transforms import TensorSample
 from ema_seg.evaluation import Example, attention_weights, predict_example
 from ema_seg.reporting import draw_samples
+from ema_seg.training.module import SegmentationModule
 
 __all__ = ["EpochLog", "Pictures", "attention_map"]
 
@@ -81,7 +82,7 @@ class EpochLog(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the row, after the epoch's validation if there was one."""
-        means = pl_module.epoch_means()  # type: ignore[operator]  # of SegmentationModule
+        means = cast(SegmentationModule, pl_module).epoch_means()
         if not trainer.is_global_zero:
             return
         logged = trainer.logged_metrics | trainer.callback_metrics | means

@@ -1,7 +1,7 @@
 """Training whose weights, gradients and optimiser state are spread over the processes (FSDP)."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -31,7 +31,7 @@ class ShardedStrategy(DDPStrategy):
     """
 
     def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]  # no wrapper: the module itself
-        segmenter: nn.Module = model.model  # type: ignore[assignment]
+        segmenter = cast(nn.Module, model.model)
         segmenter.to(memory_format=torch.contiguous_format)  # what can be divided
         self._mesh: DeviceMesh = init_device_mesh(self.root_device.type, (place().size,))
         for block in _blocks(segmenter):

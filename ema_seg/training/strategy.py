@@ -1,7 +1,7 @@
 """In how many processes a training runs, and how they share the work."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, TorchElasticEnvironment
@@ -151,7 +151,7 @@ class _ReplicatedStrategy(DDPStrategy):
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         # A step waits for the gradients of all weights, unless it is to look first which of them will come.
-        self._ddp_kwargs["find_unused_parameters"] = _has_unused(model.model, self.root_device)  # type: ignore[arg-type]
+        self._ddp_kwargs["find_unused_parameters"] = _has_unused(cast(nn.Module, model.model), self.root_device)
         return super()._setup_model(model)
 
 
