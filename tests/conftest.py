@@ -63,6 +63,14 @@ QUICK = (
 )
 
 
+def is_alive(process):
+    """Whether the process of this number runs; one that has ended and only waits to be noticed does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
+
+
 def made_once(tmp_path_factory, name, make):
     """A folder of this name that ``make`` fills, once for all test processes."""
     root = tmp_path_factory.getbasetemp()

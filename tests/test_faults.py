@@ -17,7 +17,7 @@ import torch
 
 from ema_seg.reporting import load_report
 from ema_seg.training.checkpoints import load_last
-from tests.conftest import QUICK, ROOT, made_once, write_camvid
+from tests.conftest import QUICK, ROOT, is_alive, made_once, write_camvid
 
 TINY = (
     *QUICK,
@@ -126,19 +126,12 @@ def disturb(entry, arguments, run, number, pause):
     last = run / "checkpoints" / "last.ckpt"
     since = last.stat().st_mtime_ns if last.exists() else None
     process = entry.start(*arguments)
-    while not changed(last, since) and Path(f"/proc/{process}").exists() and not _is_zombie(process):
+    while not changed(last, since) and is_alive(process):
         time.sleep(0.002)
     time.sleep(pause)
     with suppress(ProcessLookupError):
         os.kill(process, number)
     return entry.wait()
-
-
-def _is_zombie(process):
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].startswith("Z")
-    except OSError:
-        return True
 
 
 def test_kills_at_ten_random_moments_change_no_bit(undisturbed, entry, tmp_path):

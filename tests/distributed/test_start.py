@@ -10,6 +10,7 @@ import pytest
 
 from ema_seg.distributed.start import Place, ProcessFailed, place, run_together, started_group
 from ema_seg.errors import ConfigError, TrainingError
+from tests.conftest import is_alive
 from tests.distributed import workers
 
 
@@ -53,20 +54,13 @@ def test_processes_end_when_the_one_that_started_them_is_killed():
     starter.wait()
 
     deadline = time.monotonic() + 10
-    while any(_is_alive(child) for child in children):
+    while any(is_alive(child) for child in children):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
 def _children(parent):
     return [int(text) for text in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-
-
-def _is_alive(process):
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize(
