@@ -9,15 +9,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from configs.command_line import argument, expand_home, plain_config, reports_errors, saved_config
+from configs.composition import compose, launch
 from ema_seg.distributed.start import joined, place, started_group
 from ema_seg.errors import ConfigError
 from ema_seg.host_memory import keep_freed_memory
+from ema_seg.settings import EVALUATION, require_settings
 from ema_seg.sweeps import read_job
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -33,7 +34,8 @@ def main() -> None:
     for group in ("data", "evaluation"):
         store.store("of_run", saved.get(group, {}), group=group)
     with joined() if started_group() else nullcontext():
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="eval")(_evaluate)()
+        compose(CONFIGS, "eval")
+        launch(_evaluate, CONFIGS, "eval")
 
 
 def _saved_config() -> dict[str, Any]:
@@ -51,8 +53,9 @@ def _saved_config() -> dict[str, Any]:
 def _evaluate(composed: DictConfig) -> None:
     """Score, measure and report one checkpoint."""
     config = plain_config(composed)
-    if bool(config["run"]) == bool(config["ckpt"]):
+    if bool(config.get("run")) == bool(config.get("ckpt")):
         raise ConfigError("name what to evaluate: either run=<folder of a run> or ckpt=<checkpoint file>.")
+    require_settings(config, EVALUATION)
     run = Path(config["run"]) if config["run"] else _run_of(Path(config["ckpt"]))
     checkpoint = Path(config["ckpt"] or run / "checkpoints" / "best.ckpt")
 

@@ -11,14 +11,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
-import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
 from configs.command_line import argument, expand_home, plain_config, quoted, reports_errors, saved_config
+from configs.composition import compose, launch
 from ema_seg.distributed.start import Silent, first_told, joined, place, started_group
 from ema_seg.errors import ConfigError, Preempted
 from ema_seg.host_memory import keep_freed_memory
@@ -38,16 +36,16 @@ def main() -> None:
             now = _join_command(started_by, now)
         OmegaConf.register_new_resolver("started", now.strftime, replace=True)
         OmegaConf.register_new_resolver("parallel_jobs", _parallel_jobs, replace=True)
-        config_name = "train"
-        if argument("resume") == "auto" and not _is_sweep():
-            _resume_unfinished()
-        elif run := argument("resume"):
-            if _is_sweep():
-                raise ConfigError(
-                    f"resume={run}: a sweep goes on by itself when its command is given again; leave it out."
-                )
-            config_name = _register_resumed(Path(run))
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(_train)()
+        resumed = argument("resume")
+        if resumed and _is_sweep():
+            raise ConfigError(
+                f"resume={resumed}: a sweep goes on by itself when its command is given again; leave it out."
+            )
+        config_name = _register_resumed(Path(resumed)) if resumed not in (None, "auto") else "train"
+        composed = compose(CONFIGS, config_name)
+        if resumed == "auto":
+            _resume_unfinished(composed)
+        launch(_train, CONFIGS, config_name)
 
 
 @contextmanager
@@ -84,31 +82,25 @@ def _each(devices: Any) -> int:
     return int(devices) if str(devices).isdigit() and int(devices) else 1
 
 
-def _resume_unfinished() -> None:
+def _resume_unfinished(composed: DictConfig) -> None:
     """Have the command go on with the unfinished run of the same configuration, if there is one.
 
     That is the one in hydra.run.dir, or the latest of those beside which a new run's folder would be.
     """
     from ema_seg.distributed.collectives import agree
 
-    folder = agree(_unfinished_run())
+    folder = agree(_unfinished_run(composed))
     text = "null" if folder is None else quoted(folder)
     sys.argv = [f"resume={text}" if argument.startswith("resume=") else argument for argument in sys.argv]
     if folder is not None:
         sys.argv.append(f"hydra.run.dir={text}")
 
 
-def _unfinished_run() -> Path | None:
+def _unfinished_run(composed: DictConfig) -> Path | None:
     from ema_seg.run import complete_config
 
-    overrides = [text for text in sys.argv[1:] if not text.startswith(("-", "resume="))]
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        try:
-            composed = hydra.compose("train", overrides, return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException):
-            return None  # Hydra says what is wrong
     here = Path(str(composed.hydra.run.dir))
-    named = any(text.startswith("hydra.run.dir=") for text in overrides)
+    named = any(text.startswith("hydra.run.dir=") for text in sys.argv[1:])
     with open_dict(composed):
         del composed["hydra"]
     config = _settings(composed)

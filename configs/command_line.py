@@ -7,6 +7,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -29,7 +30,8 @@ R = TypeVar("R")
 def reports_errors(function: Callable[P, R]) -> Callable[P, R]:
     """Turn an error that the user can correct into one sentence on standard error and its exit status.
 
-    Of several processes only the one that fails first says so. Ctrl-C ends with a word and status 130.
+    What Hydra finds wrong, and what the operating system says about a file, are such errors too. Of several processes
+    only the one that fails first says so. Ctrl-C ends with a word and status 130.
     """
 
     @wraps(function)
@@ -40,6 +42,14 @@ def reports_errors(function: Callable[P, R]) -> Callable[P, R]:
         except EmaSegError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(error.exit_status)
+        except (HydraException, OmegaConfBaseException) as error:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            sys.exit(1)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            print(f"error: {error.filename}: {error.strerror}.", file=sys.stderr)
+            sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted.", file=sys.stderr)
             sys.exit(130)
@@ -96,4 +106,6 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
         key = getattr(error, "full_key", None) or str(error).rpartition(" ")[2]
         raise ConfigError(f"{key} is not set; give {key}=<value> on the command line.") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"the configuration does not resolve: {one_line(error)}") from error
+        key = getattr(error, "full_key", None)
+        where = f"{key}: its value" if key else "the configuration"
+        raise ConfigError(f"{where} does not resolve: {str(error).splitlines()[0].rstrip('.')}.") from error

@@ -394,7 +394,10 @@ def test_the_default_data_are_generated_and_read(run_script, tmp_path):
         (("model.encoder=resnet81",), "Did you mean"),
         (("attention=ema", "attention.factor=7"), "valid factors are"),
         (("attention=ema", "attention.implementation=fast"), "there are auto, reference, cpp, triton, factorised"),
-        (("loss.dise.weight=1",), "Key 'loss.dise' is not in struct|Could not override 'loss.dise.weight'"),
+        (
+            ("loss.dise.weight=1",),
+            "there is no setting loss.dise.weight. Did you mean 'loss.dice.weight'",
+        ),
         (("+loss.dise.weight=1",), "loss.dise: there is no such loss"),
         (("trainer.precision=bf17", "evaluation.precision=32"), "trainer: Lightning refuses"),
         (("+trainer.max_epoch=3",), "trainer.max_epoch: .* no such option. Did you mean 'max_epochs'"),

@@ -20,6 +20,8 @@ from ema_seg.errors import ConfigError, EmaSegError
 
 __all__ = ["SegmentationDataModule", "check_shares", "collate_crops", "collate_images"]
 
+_MOST_WORKERS = 1024
+
 
 class SegmentationDataModule(LightningDataModule):
     """Training batches of augmented crops, and evaluation batches of whole images.
@@ -69,6 +71,8 @@ class SegmentationDataModule(LightningDataModule):
         super().__init__()
         _require_at_least(1, batch_size=batch_size, evaluation_batch_size=evaluation_batch_size)
         _require_at_least(0, workers=workers)
+        if workers > _MOST_WORKERS:
+            raise ConfigError(f"data.workers={workers}: each is a process; choose {_MOST_WORKERS} at most.")
         _require_channels(mean=mean, std=std)
         self.dataset_name = name
         self.root = root

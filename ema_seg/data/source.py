@@ -20,6 +20,9 @@ __all__ = ["File", "FolderSource", "Source", "ZipSource"]
 _SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}
 _SYSTEM_FOLDERS = {"__MACOSX"}
 
+# Far beyond any image: what a member of an archive may take in memory.
+_LARGEST_MEMBER = 2**29
+
 
 class Source(ABC):
     """A read-only tree of files at ``path``.
@@ -69,7 +72,11 @@ class FolderSource(Source):
 
 
 class ZipSource(Source):
-    """The members of a zip archive, read in place."""
+    """The members of a zip archive, read in place.
+
+    An archive is refused that has a member whose name leads out of it, for names become those of files that are
+    written; and a member that would take half a gibibyte or more when it is unpacked is not read.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
@@ -85,7 +92,15 @@ class ZipSource(Source):
     def read(self, name: str) -> bytes:
         """See :meth:`Source.read`; a member whose checksum is wrong cannot be read."""
         try:
-            return self._open().read(name)
+            member = self._open().getinfo(name)
+            if member.file_size >= _LARGEST_MEMBER:
+                raise DataError(
+                    f"{self.locate(name)}: takes {member.file_size >> 20} MiB when it is unpacked, which no image "
+                    "does; take it out of the archive."
+                )
+            with self._open().open(member) as file:
+                # Given a number, it unpacks no more than that, whatever the compressed bytes would give.
+                return file.read(member.file_size + 1)
         except KeyError as error:
             raise DataError(f"{self.locate(name)}: the archive has no such member.") from error
         # RuntimeError: the member is encrypted, or (NotImplementedError) compressed in a way Python cannot
@@ -99,10 +114,16 @@ class ZipSource(Source):
         # read.
         if self._archive is None or self._opened_by != os.getpid():
             try:
-                self._archive = zipfile.ZipFile(self.path)
+                archive = zipfile.ZipFile(self.path)
             except (zipfile.BadZipFile, OSError) as error:
                 raise DataError(f"{self.path}: cannot be opened as a zip archive ({error}).") from error
-            self._opened_by = os.getpid()
+            for name in archive.namelist():
+                if _leads_out(name):
+                    raise DataError(
+                        f"{self.locate(name)}: the name leads out of the archive; do not use one that was made to "
+                        "write elsewhere."
+                    )
+            self._archive, self._opened_by = archive, os.getpid()
         return self._archive
 
     def __reduce__(self) -> tuple[type["ZipSource"], tuple[Path]]:
@@ -121,6 +142,11 @@ class File(NamedTuple):
 
     def __str__(self) -> str:
         return self.source.locate(self.name)
+
+
+def _leads_out(name: str) -> bool:
+    # By the rules of every system: an archive may be read on another one than it was made for.
+    return name.startswith(("/", "\\")) or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/")
 
 
 def _is_listed(name: Path | PurePosixPath) -> bool:

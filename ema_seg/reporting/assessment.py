@@ -15,6 +15,7 @@ from ema_seg.models.mode import set_execution
 from ema_seg.reporting.curves import read_metrics
 from ema_seg.reporting.predictions import PredictionWriter
 from ema_seg.reporting.report import build_report, write_report
+from ema_seg.settings import EVALUATION_SECTION, require_settings
 
 __all__ = ["assess_checkpoint", "check_settings", "find_device"]
 
@@ -132,15 +133,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
     Called before a training too, so that its evaluation does not fail for a mistake that was there from the start.
     """
+    require_settings(settings, EVALUATION_SECTION, "evaluation.")
     autocast("cpu", settings["precision"])  # for its complaint
-    size = settings["size"]
-    if size is not None and not (
-        isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
-    ):
-        raise ConfigError(f"evaluation.size={size} is no [height,width] in pixels, such as [512,1024].")
-    for key, kind in {"batch_size": int, "budget": int | float}.items():
-        if not isinstance(settings[key], kind) or settings[key] <= 0:
-            raise ConfigError(f"evaluation.{key}={settings[key]!r} is no positive number.")
 
 
 def _read_curves(run: str | None) -> dict[str, list[float | None]] | None:

@@ -6,14 +6,16 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
+import torch
 from lightning import Trainer
 from torch import nn
 
 from ema_seg.data import SegmentationDataModule, check_dataset
 from ema_seg.data.datamodule import check_shares
-from ema_seg.errors import ConfigError, did_you_mean
+from ema_seg.errors import ConfigError, did_you_mean, one_line
 from ema_seg.models import segmenter_from_config
 from ema_seg.reporting import check_settings
+from ema_seg.settings import TRAINING, require_settings
 from ema_seg.training.loggers import check_logger
 from ema_seg.training.losses import build_loss
 from ema_seg.training.optimisation import build_optimizer, build_schedule
@@ -36,9 +38,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: what the user has to correct.
     """
-    _check_seed(config["seed"])
+    require_settings(config, TRAINING)
     _check_data(config["data"])
-    _check_training(config["training"])
     _check_trainer(config["trainer"])
     if config["trainer"].get("strategy") == "fsdp" and config["training"]["weight_averaging"]:
         raise ConfigError(
@@ -46,7 +47,7 @@ def check_config(config: Mapping[str, Any]) -> None:
             "trainer.strategy=fsdp is there to avoid; set it to null, or use trainer=ddp."
         )
     check_shares(config["data"]["batch_size"], named_processes(config["trainer"]))
-    build_loss(config["loss"], _weighted_classes(config["loss"]) or _CLASSES)
+    _check_loss(config["loss"])
     build_schedule(build_optimizer(nn.Linear(1, 1), **config["optimizer"]), _STEPS, **config["schedule"])
     check_logger(config["logger"]["name"])
     check_settings(config["evaluation"])
@@ -69,37 +70,26 @@ def _build_model(text: str) -> None:
     segmenter_from_config(config, _CLASSES, pretrained=config["model"].get("encoder_weights") != "imagenet")
 
 
-def _check_seed(seed: Any) -> None:
-    if not _is_whole(seed, 0) or seed >= 2**32:
-        raise ConfigError(f"seed={seed!r} is no whole number from 0 to 4294967295.")
-
-
 def _check_data(settings: Mapping[str, Any]) -> None:
     complete = {key: settings[key] or [0.5, 0.5, 0.5] for key in ("mean", "std")}
     module = SegmentationDataModule(**{**settings, **complete})
     check_dataset(module.dataset_name, module.root, module.options)
 
 
+def _check_loss(terms: Mapping[str, Any]) -> None:
+    """Build the loss, and compute it once: torch looks at some of its settings only then."""
+    classes = _weighted_classes(terms) or _CLASSES
+    loss = build_loss(terms, classes)
+    try:
+        loss(torch.zeros(1, classes, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64))
+    except (ArithmeticError, TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"loss={dict(terms)}: torch cannot compute this: {one_line(error)}.") from error
+
+
 def _weighted_classes(terms: Mapping[str, Any]) -> int | None:
     """The number of classes that a loss has weights for, which only the data can confirm; None without weights."""
     weights = [options.get("class_weights") for options in terms.values() if isinstance(options, Mapping)]
     return next((len(values) for values in weights if isinstance(values, list) and values), None)
-
-
-def _check_training(settings: Mapping[str, Any]) -> None:
-    decay, patience, every = (settings[key] for key in ("weight_averaging", "early_stopping", "pictures_every"))
-    if decay and not (isinstance(decay, float) and 0 < decay < 1):
-        raise ConfigError(f"training.weight_averaging={decay!r} is no decay between 0 and 1, such as 0.999.")
-    if patience and not _is_whole(patience, 1):
-        raise ConfigError(f"training.early_stopping={patience!r} is no number of validations, such as 10.")
-    steps = settings.get("checkpoint_every")
-    if steps is not None and not _is_whole(steps, 1):
-        raise ConfigError(f"training.checkpoint_every={steps!r} is no number of steps; null is once in each epoch.")
-    if every and not _is_whole(every, 1):
-        raise ConfigError(f"training.pictures_every={every!r} is no number of epochs; 0 draws none.")
-    for key in ("channels_last", "compile"):
-        if settings[key] not in (True, False):
-            raise ConfigError(f"training.{key}={settings[key]!r} is neither true nor false.")
 
 
 def _check_trainer(settings: Mapping[str, Any]) -> None:

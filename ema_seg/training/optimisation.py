@@ -99,14 +99,25 @@ def build_schedule(
     for key in options:
         if key not in known:
             raise ConfigError(f"schedule.{key}: {name} has no such option; it has {', '.join(known) or 'none'}.")
-    if not isinstance(warmup_steps, int | float):
+    if not isinstance(warmup_steps, int | float) or not math.isfinite(warmup_steps):
         raise ConfigError(f"schedule.warmup_steps={warmup_steps!r} is no number.")
+    _check_decay(name, decay, options)
     warmup = round(warmup_steps * total_steps) if 0 < warmup_steps < 1 else int(warmup_steps)
     if not 0 <= warmup <= total_steps:
         raise ConfigError(
             f"schedule.warmup_steps={warmup_steps}: the training has {total_steps} steps; choose fewer for warm-up."
         )
     return LambdaLR(optimizer, lambda step: _factor(step, total_steps, warmup, decay, options))
+
+
+def _check_decay(name: str, decay: Callable[..., float], options: Mapping[str, Any]) -> None:
+    try:
+        possible = all(decay(progress, **options) >= 0 for progress in (0.0, 0.5, 1.0))
+    except (ArithmeticError, TypeError):
+        possible = False
+    if not possible:
+        shown = ", ".join(f"schedule.{key}={value!r}" for key, value in options.items())
+        raise ConfigError(f"{shown}: {name} has no learning rate with this at some step; choose a positive number.")
 
 
 def _factor(step: int, total_steps: int, warmup: int, decay: Callable[..., float], options: Mapping[str, Any]) -> float:

@@ -18,6 +18,8 @@ from ema_seg.training.sync_batch_norm import SyncLayers
 
 __all__ = ["count_processes", "named_processes", "trainer_arguments"]
 
+# Of a machine: each device has a process, which without GPUs nothing else would limit.
+_MOST = 1024
 _STRATEGIES = ("auto", "ddp", "fsdp")
 
 
@@ -87,11 +89,11 @@ def _read(settings: Mapping[str, Any]) -> _Devices:
         raise ConfigError(f"trainer.num_nodes={machines!r} is no number of machines.")
     if isinstance(devices, str) and devices.lstrip("-").isdigit():
         devices = int(devices)
-    if isinstance(devices, list) and devices and all(_is_count(device + 1) for device in devices):
+    if isinstance(devices, list) and devices and all(device == 0 or _is_count(device) for device in devices):
         return _Devices(len(devices), machines)
     if devices in (None, "auto", -1):
         return _Devices(None, machines)
-    if not _is_count(devices):
+    if not _is_count(devices) or devices > _MOST:
         raise ConfigError(
             f"devices={devices!r} is no number of devices; give one, or auto for all, or GPUs such as [0,1]."
         )

@@ -77,6 +77,13 @@ def test_what_is_no_image_is_named(tmp_path: Path, content: bytes) -> None:
         decode_image(as_file(tmp_path / "a.jpg"))
 
 
+def test_an_image_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")  # 50 kB
+    for decode in (decode_image, decode_mask):
+        with pytest.raises(DataError, match=r"huge\.png: cannot be decoded .*400000000 pixels"):
+            decode(as_file(tmp_path / "huge.png"))
+
+
 def test_palette_masks_give_their_indices(tmp_path: Path) -> None:
     mask = np.array([[0, 1, 2], [2, 255, 7]], dtype=np.uint8)
     stored = Image.fromarray(mask).convert("P")

@@ -1,5 +1,7 @@
 import os
 import pickle
+import struct
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -83,3 +85,51 @@ def test_a_file_that_is_no_archive_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.zip").write_bytes(b"not a zip")
     with pytest.raises(DataError, match=r"broken\.zip: cannot be opened as a zip archive"):
         ZipSource(tmp_path / "broken.zip").files("")
+
+
+@pytest.mark.parametrize("name", ["../out.png", "a/../../out.png", "/etc/out.png", "C:out.png", "a\\..\\out.png"])
+def test_an_archive_with_a_name_that_leads_out_of_it_is_refused(name: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "files.zip", "w") as packed:
+        packed.writestr("a/x.txt", b"one")
+        packed.writestr(name, b"two")
+    source = ZipSource(tmp_path / "files.zip")
+    for ask in (lambda: source.files("a"), lambda: source.read("a/x.txt")):
+        with pytest.raises(DataError, match=r"out\.png: the name leads out of the archive"):
+            ask()
+
+
+@pytest.fixture(scope="module")
+def bomb(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half a gibibyte of zeros in half a mebibyte."""
+    path = tmp_path_factory.mktemp("bomb") / "bomb.zip"
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed,
+        packed.open("zeros.png", "w") as member,
+    ):
+        for _ in range(2**9):
+            member.write(bytes(2**20))
+    return path
+
+
+def test_a_bomb_is_not_unpacked(bomb: Path) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"zeros\.png: takes 512 MiB when it is unpacked, which no image does"):
+            ZipSource(bomb).read("zeros.png")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_bomb_that_says_that_it_is_small_is_not_unpacked(bomb: Path, tmp_path: Path) -> None:
+    content = bytearray(bomb.read_bytes())
+    (directory,) = struct.unpack_from("<I", content, content.rindex(b"PK\x05\x06") + 16)
+    struct.pack_into("<I", content, directory + 24, 1000)
+    (tmp_path / "bomb.zip").write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"zeros\.png: cannot be read from the archive"):
+            ZipSource(tmp_path / "bomb.zip").read("zeros.png")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()

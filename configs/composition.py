@@ -1,0 +1,164 @@
+"""What a command line makes up, seen before Hydra acts on it: in one sentence what is wrong with it, or its values."""
+
+import os
+import re
+import traceback
+from pathlib import Path
+
+import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.trust import require_harmless, settings_of
+from ema_seg.errors import ConfigError, EmaSegError, did_you_mean, one_line
+
+__all__ = ["compose", "launch"]
+
+
+def compose(folder: Path, config_name: str) -> DictConfig:
+    """Compose what the command line asks for as ``hydra.main`` is about to do, which calls what the settings name.
+
+    Hydra has no public way to do this with its options (``--config-dir``, ``-m``, …): hence its own parts.
+
+    Args:
+        folder: the folder of the configurations.
+        config_name: the primary one.
+
+    Returns:
+        The configuration with Hydra's own settings; in a sweep, with those that all jobs share.
+
+    Raises:
+        ConfigError: an override or a configuration file is not possible, or would have Hydra call what is not known to
+            be harmless.
+    """
+    options = get_args_parser().parse_args()
+    if options.experimental_rerun:
+        raise ConfigError(
+            f"--experimental-rerun {options.experimental_rerun}: a pickle can run any code; repeat a run with "
+            "python train.py rerun=<its folder>."
+        )
+    # What Hydra shows instead of running: with its options about the application, not about what is composed.
+    if options.hydra_help or options.shell_completion:
+        return OmegaConf.create()
+    search_path = create_config_search_path(str(folder / (options.config_path or "")))
+    if options.config_dir:
+        if not Path(options.config_dir).is_dir():
+            raise ConfigError(f"--config-dir {options.config_dir}: there is no such folder.")
+        added = Path(options.config_dir).absolute()
+        search_path.prepend("command-line", f"file://{added}", SearchPathQuery(provider="schema"))
+    loader = ConfigLoaderImpl(search_path)
+    mode = RunMode.MULTIRUN if options.multirun else RunMode.RUN
+    name = options.config_name or config_name
+    try:
+        composed = loader.load_configuration(name, options.overrides, mode)
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        raise ConfigError(_sentence(error, loader, name, options.overrides)) from error
+    except Exception as error:  # of the YAML reader, or of a place in Hydra that such text should not reach
+        text = " ".join(options.overrides) or name
+        raise ConfigError(f"{text}: Hydra cannot compose this ({type(error).__name__}: {one_line(error)}).") from error
+    require_harmless(composed)
+    return composed
+
+
+def launch(task: TaskFunction, folder: Path, config_name: str) -> None:
+    """Have Hydra do what the command line asks for; what goes wrong comes out as the exception that it was."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
+    except Exception as error:
+        if isinstance(error, EmaSegError | OSError) or _is_ours(error):
+            raise
+        raise ConfigError(f"Hydra cannot work with its settings (hydra.…): {one_line(error)}.") from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this was raised within the project, and not on Hydra's way to it."""
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(name.startswith(("ema_seg.", "hydra_plugins.ema_seg")) for name in modules)
+
+
+def _sentence(error: Exception, loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> str:
+    """What Hydra says in many lines."""
+    text = str(error)
+    if isinstance(error, OverrideParseException):
+        detail = text.partition("\nSee ")[0].removeprefix(f"Error parsing override '{error.override}'\n")
+        return f"{error.override}: this is no override of the form key=value ({_line(detail)}); quote what is special."
+    if isinstance(error, MissingConfigException):
+        return _missing(error)
+    if match := re.match(r"Could not (?:override|delete from config\.) '(.+?)'", text):
+        key = match[1]
+        if match[0].startswith("Could not delete") and key in _known_keys(loader, name, overrides):
+            return f"{_of_key(key, overrides)}: {key} is null already; leave this out."
+        advice = _near(key, loader, name, overrides)
+        if not advice and re.fullmatch(r"[\w.]+\.[\w.]+", key) and "override" in match[0]:
+            advice = " What the configuration does not name but the part takes is added with a + before the key."
+        return f"{_of_key(key, overrides)}: there is no setting {key}.{advice}"
+    if text.startswith("Ambiguous value for argument"):
+        given = _quoted_in(text)
+        return (
+            f"{given}: several values are a sweep, which needs -m before the overrides; a list is written "
+            f"{given.partition('=')[0]}=[…]."
+        )
+    if text.startswith("Sweep parameters"):
+        return f"{_quoted_in(text)}: several values are a sweep, which needs -m before the overrides."
+    if text.startswith("Config group override must be"):
+        wrong = [o.input_line for o in _choices(loader, overrides) if not isinstance(o.value(), str | list)]
+        return f"{' '.join(map(str, wrong))}: a group is given the name of one of its options, such as model=unet."
+    cause = error.__cause__
+    detail = f" ({_line(str(cause).splitlines()[0])})" if cause is not None and str(cause) else ""
+    return f"{_line(text)}{detail}" if text else f"{name}: this configuration cannot be composed{detail}."
+
+
+def _missing(error: MissingConfigException) -> str:
+    if not error.missing_cfg_file or error.options is None:
+        text = re.split(r"\n(?:Config s|S)earch path:", str(error))[0]
+        return f"{_line(text)}."
+    group, _, option = str(error.missing_cfg_file).rpartition("/")
+    known = sorted(error.options)
+    text = f"{group}={option}: there is no such option; choose from {', '.join(known)}."
+    return text + did_you_mean(option, known)
+
+
+def _near(key: str, loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> str:
+    """The known key that is most like one that is not, or that ends in it."""
+    known = [full for full in _known_keys(loader, name, overrides) if full != key]
+    ends = [full for full in known if full.endswith(f".{key}")]
+    return f" Did you mean {ends[0]!r}?" if len(ends) == 1 else did_you_mean(key, known)
+
+
+def _known_keys(loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> list[str]:
+    """All keys of the configuration, with the groups that were chosen where that is possible."""
+    chosen = [str(o.input_line) for o in _choices(loader, overrides)]
+    for groups in (chosen, []):
+        try:
+            composed = loader.load_configuration(name, groups, RunMode.MULTIRUN)
+            return [path for path, _, _ in settings_of(composed)]
+        except (HydraException, OmegaConfBaseException, ValueError):
+            continue
+    return []
+
+
+def _choices(loader: ConfigLoaderImpl, overrides: list[str]) -> list[Override]:
+    """Those of the overrides that choose an option of a group."""
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
+    return [override for override in parsed if loader.repository.group_exists(override.key_or_group)]
+
+
+def _of_key(key: str, overrides: list[str]) -> str:
+    """The override that names this key."""
+    return next((text for text in overrides if text.lstrip("+~").partition("=")[0] == key), key)
+
+
+def _quoted_in(text: str) -> str:
+    return text.split("'", 1)[1].splitlines()[0].rpartition("'")[0]
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split()).rstrip(".")

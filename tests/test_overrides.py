@@ -1,0 +1,104 @@
+"""A thousand random overrides at both entry points: each ends in success or in one sentence."""
+
+import random
+import subprocess
+import sys
+
+import hydra
+import pytest
+import yaml
+from lightning import Trainer
+from omegaconf import OmegaConf
+
+from configs.trust import settings_of
+from ema_seg.errors import EmaSegError
+from tests.conftest import QUICK, ROOT, made_once
+from tests.overrides import draw
+
+# Of 50 overrides each, so that the test processes share them.
+TRAINING_PARTS, EVALUATION_PARTS = range(12), range(8)
+
+
+class Reached(EmaSegError):
+    """A training, or the measuring of a model, was about to begin."""
+
+    exit_status = 0
+
+
+@pytest.fixture(scope="module")
+def known():
+    """All keys, the project's own more often than Hydra's, and the options of the groups."""
+    OmegaConf.register_new_resolver("started", lambda pattern: "", replace=True)
+    OmegaConf.register_new_resolver("parallel_jobs", lambda devices: 1, replace=True)
+    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = hydra.compose("train", list(QUICK), return_hydra_config=True)
+    keys = [path for path, _, _ in settings_of(config)]
+    own = [key for key in keys if not key.startswith("hydra")]
+    groups = {folder.name: [path.stem for path in folder.glob("*.yaml")] for folder in (ROOT / "configs").iterdir()}
+    groups = {name: options for name, options in groups.items() if options}
+    groups["data"].remove("street")  # it would draw its scenes each time
+    return own * 5 + [key for key in keys if key.startswith("hydra")], groups
+
+
+@pytest.fixture
+def reach(run_script, monkeypatch, tmp_path):
+    """Run an entry point up to its work."""
+
+    def stop(*arguments, **keywords):
+        raise Reached("reached.")
+
+    monkeypatch.setattr(Trainer, "fit", stop)
+    monkeypatch.setattr("ema_seg.reporting.assessment.measure_cost", stop)
+    monkeypatch.setattr("ema_seg.run.run_together", stop)
+    # Of the time that Hydra takes for a command, half: one composition fewer, and the same YAML read by libyaml.
+    monkeypatch.setattr("hydra._internal.hydra.Hydra.get_mode", lambda *arguments, **keywords: None)
+    monkeypatch.setattr("yaml.SafeLoader", yaml.CSafeLoader)
+    monkeypatch.chdir(tmp_path)
+    return run_script
+
+
+def complaints(status, err):
+    lines = err.splitlines()
+    said = [line for line in lines if line.startswith("error: ")]
+    if status in (0, 1) and len(said) == 1 and lines[-1] == said[0] and "Traceback" not in err:
+        return []
+    if status == 2 and lines[0].startswith("usage: "):  # an option, not an override
+        return []
+    return [f"status {status}: {err[-2000:]}"]
+
+
+def throw(reach, script, common, keys, groups, seed):
+    """Statuses of commands with one random override each."""
+    generator, found, statuses = random.Random(seed), [], set()
+    for number in range(50):
+        override = draw(generator, keys, groups)
+        status, _, err = reach(script, *(text.format(number=number) for text in common), override)
+        found += [f"{override!r}: {complaint}" for complaint in complaints(status, err)]
+        statuses.add(status)
+    assert not found, "\n".join(found)
+    return statuses
+
+
+@pytest.mark.parametrize("part", TRAINING_PARTS)
+def test_a_training_begins_or_says_in_one_sentence_why_not(part, known, reach, camvid_root):
+    keys, groups = known
+    common = [*QUICK, "data=camvid", f"data.root={camvid_root}", "hydra.run.dir=run_{number}"]
+
+    assert throw(reach, "train", common, keys, groups, part) >= {0, 1}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, camvid_root):
+    def make(folder):
+        command = [*QUICK, "data=camvid", f"data.root={camvid_root}", "epochs=1", f"hydra.run.dir={folder / 'run'}"]
+        subprocess.run([sys.executable, ROOT / "train.py", *command], check=True, capture_output=True)
+
+    return made_once(tmp_path_factory, "overrides", make) / "run"
+
+
+@pytest.mark.parametrize("part", EVALUATION_PARTS)
+def test_an_evaluation_begins_or_says_in_one_sentence_why_not(part, known, reach, run):
+    keys = [key for key in known[0] if key.startswith(("data", "evaluation", "report", "hydra"))] + ["devices"] * 20
+    groups = {name: known[1][name] for name in ("data", "evaluation")}
+
+    assert throw(reach, "eval", [f"run={run}", "report.dir=report_{number}"], keys, groups, part) >= {0, 1}
