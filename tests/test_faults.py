@@ -1,4 +1,4 @@
-"""What really happens to runs: kills, signals, disks that are full, checkpoints that are not what they should be."""
+"""What really happens to runs: kills, signals, full or silent disks, files that are not what they should be."""
 
 import csv
 import json
@@ -251,9 +251,125 @@ def test_a_command_goes_on_with_its_own_unfinished_run(undisturbed, entry, tmp_p
         patch.chdir(tmp_path)
         train.OmegaConf.register_new_resolver("started", lambda pattern: "9", replace=True)
         train.OmegaConf.register_new_resolver("parallel_jobs", lambda devices: 1, replace=True)
-        found = train._unfinished_run()
+        found = train._unfinished_run(train.compose(train.CONFIGS, "train"))
 
     assert found == Path("runs/2_same")
     status, err = entry.run(*command, f"hydra.run.dir={parent / '2_same'}")
     assert status == 0, err
     assert_same(parent / "2_same", expected)
+
+
+def children(process):
+    """The processes that one has started, such as those that load data."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if stat.read_text().rpartition(") ")[2].split()[1] == str(process):
+                found.append(int(stat.parent.name))
+    return found
+
+
+def has_open(process, file):
+    return file in [link.readlink() for link in Path(f"/proc/{process}/fd").iterdir()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_all_processes_of_a_job_lets_the_last_step_be_saved(number, undisturbed, entry, tmp_path):
+    root, _ = undisturbed
+    run = tmp_path / "run"
+    process = entry.start(*TINY, f"data.root={root}", f"hydra.run.dir={run}")
+    while not (run / "metrics.csv").exists():
+        time.sleep(0.002)
+    workers = children(process)
+    for each in [*workers, process]:
+        os.kill(each, number)
+    status, err = entry.wait()
+
+    assert workers
+    assert status == 75, err
+    assert err.splitlines()[-1].startswith(f"error: stopped by {number.name} at step ")
+    assert not any(map(is_alive, workers))
+
+
+@pytest.fixture
+def damaged(undisturbed, tmp_path):
+    """A data set of its own, to be damaged, and an image and a mask of it."""
+    root = shutil.copytree(undisturbed[0], tmp_path / "data")
+    return root, root / "train" / "images" / "train_1.jpg", root / "val" / "masks" / "val_1.png"
+
+
+def test_a_file_that_vanishes_during_the_training_is_named(damaged, entry, tmp_path):
+    root, image, _ = damaged
+    run = tmp_path / "run"
+    entry.start(*TINY, f"data.root={root}", f"hydra.run.dir={run}", "epochs=50")
+    while not (run / "metrics.csv").exists():
+        time.sleep(0.002)
+    image.unlink()
+    status, err = entry.wait()
+
+    assert status == 1
+    assert err.splitlines()[-1] == f"error: {image}: cannot be read (No such file or directory)."
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_gives_nothing_is_not_waited_for(workers, damaged, entry, tmp_path):
+    root, image, _ = damaged
+    image.unlink()
+    os.mkfifo(image)  # whose reader waits for a writer
+
+    options = ("data.timeout=2", f"data.workers={workers}", f"hydra.run.dir={tmp_path / 'run'}")
+    status, err = entry.run(*TINY, f"data.root={root}", *options)
+
+    assert status == 1
+    said = f"error: {image}: nothing has come from the disk for 2 seconds; see what it is waiting for, or raise "
+    assert err.splitlines()[-1] == f"{said}data.timeout."
+
+
+def test_a_killed_worker_is_told_with_the_file_that_it_read(damaged, entry, tmp_path):
+    root, image, _ = damaged
+    image.unlink()
+    os.mkfifo(image)
+    process = entry.start(*TINY, f"data.root={root}", f"hydra.run.dir={tmp_path / 'run'}")
+    writer = None
+    while writer is None and is_alive(process):
+        time.sleep(0.01)
+        with suppress(OSError):  # until there is a reader, who then waits for what never comes
+            writer = os.open(image, os.O_WRONLY | os.O_NONBLOCK)
+    (reading,) = [worker for worker in children(process) if has_open(worker, image)]
+    os.kill(reading, signal.SIGKILL)
+    status, err = entry.wait()
+    os.close(writer)
+
+    assert status == 1
+    said = "error: a process that loads data has been ended (Killed) by the system while it read "
+    assert err.splitlines()[-1].startswith(f"{said}{image}; that is what happens where memory runs out: ")
+    assert "Traceback" not in err
+
+
+def test_unreadable_samples_are_skipped_up_to_a_number_and_counted(damaged, entry, tmp_path):
+    root, image, mask = damaged
+    run = tmp_path / "run"
+    for file in (image, mask):
+        file.write_bytes(file.read_bytes()[:100])
+    command = (*TINY, f"data.root={root}", f"hydra.run.dir={run}", "epochs=2", "training.pictures_every=1")
+
+    status, err = entry.run(*command, "data.max_skipped=1")
+    assert status == 1
+    assert err.splitlines()[-1].endswith("samples have been skipped already, and data.max_skipped=1 allows no more.")
+    shutil.rmtree(run)
+    status, err = entry.run(*command, "data.max_skipped=2")
+
+    assert status == 0, err
+    assert f"warning: {image}: cannot be decoded as an image" in err
+    report = load_report(run / "report" / "report.json")
+    assert report["data"]["skipped"] == {"train": ["train_1"], "val": ["val_1"]}
+    assert report["data"]["images"] == 2
+    assert [record["name"] for record in report["images"]] == ["val_0", "val_2"]
+    for record in report["images"]:
+        assert (run / "report" / record["prediction"]).name == f"{record['name']}.png"
+    assert "| unreadable in train, skipped | 1 |" in (run / "report" / "report.md").read_text()
+    assert (run / "skipped.csv").read_text().count("train_1.jpg") == 1
+    status, err = entry.run(f"run={run}", f"report.dir={tmp_path / 'again'}", script="eval")
+    assert status == 0, err
+    assert load_report(tmp_path / "again" / "report.json")["data"]["skipped"] == report["data"]["skipped"]

@@ -1,24 +1,24 @@
 """Samples to batches: the Lightning data module."""
 
-import multiprocessing
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-import cv2
-import numpy as np
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from ema_seg.data import build_dataset
 from ema_seg.data.base import SegmentationDataset
+from ema_seg.data.loading import Draws, InTurn, Loader, Samples, Skipped, collate_crops, collate_images
 from ema_seg.data.transforms import TensorSample, build_eval_transform, build_train_transform
 from ema_seg.distributed.start import place
-from ema_seg.errors import ConfigError, EmaSegError
+from ema_seg.errors import ConfigError, DataError
 
-__all__ = ["SegmentationDataModule", "check_shares", "collate_crops", "collate_images"]
+__all__ = ["SegmentationDataModule", "check_shares"]
 
 _MOST_WORKERS = 1024
 
@@ -47,6 +47,9 @@ class SegmentationDataModule(LightningDataModule):
         mean: Mean of each RGB channel, for images in [0, 1].
         std: Standard deviation of each RGB channel, for images in [0, 1].
         evaluation_split: The split of ``test_dataloader``; ``val_dataloader`` always reads "val".
+        timeout: Seconds without anything from the disk after which reading is given up.
+        max_skipped: How many samples may be unreadable before reading is given up. In a training batch the next one
+            takes the place of such a sample; an evaluation goes on without it.
         **options: The data set's own options.
 
     Raises:
@@ -66,11 +69,15 @@ class SegmentationDataModule(LightningDataModule):
         mean: Sequence[float],
         std: Sequence[float],
         evaluation_split: str = "val",
+        timeout: float = 300.0,
+        max_skipped: int = 0,
         **options: Any,
     ) -> None:
         super().__init__()
         _require_at_least(1, batch_size=batch_size, evaluation_batch_size=evaluation_batch_size)
-        _require_at_least(0, workers=workers)
+        _require_at_least(0, workers=workers, max_skipped=max_skipped)
+        if not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+            raise ConfigError(f"data.timeout={timeout!r} is no positive number of seconds.")
         if workers > _MOST_WORKERS:
             raise ConfigError(f"data.workers={workers}: each is a process; choose {_MOST_WORKERS} at most.")
         _require_channels(mean=mean, std=std)
@@ -83,8 +90,11 @@ class SegmentationDataModule(LightningDataModule):
         self.options = options
         self.mean = mean
         self.std = std
+        self.timeout = timeout
+        self.skipped = Skipped(max_skipped)
         self._had = 0
-        self._training: _Loader | None = None
+        self._training: Loader | None = None
+        self._loaders: list[Loader] = []
         self.train_transform = build_train_transform(augmentation, mean, std)
         self.eval_transform = build_eval_transform(mean, std)
 
@@ -135,11 +145,9 @@ class SegmentationDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches of crops; where a run goes on within an epoch, first those that it has not had."""
         batch_size = self.batch_size // place().size
-        draws = _Draws(len(self.train_dataset), torch.initial_seed(), self.batch_size)
+        draws = Draws(len(self.train_dataset), torch.initial_seed(), self.batch_size)
         draws.skipped, self._had = self._had * batch_size, 0
-        self._training = self._loader(
-            _SeededSamples(self.train_dataset), batch_size=batch_size, sampler=draws, collate_fn=collate_crops
-        )
+        self._training = self._loader(self.train_dataset, collate_crops, "train", batch_size, draws)
         return self._training
 
     def state_dict(self) -> dict[str, Any]:
@@ -153,32 +161,63 @@ class SegmentationDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The val split in order, as batches of whole images."""
-        return self._evaluation_loader(self.val_dataset)
+        return self._evaluation_loader(self.val_dataset, "val")
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The split ``evaluation_split`` in order, as batches of whole images."""
-        return self._evaluation_loader(self.test_dataset)
+        return self._evaluation_loader(self.test_dataset, self.evaluation_split)
 
-    def _evaluation_loader(self, dataset: SegmentationDataset) -> DataLoader[Any]:
-        return self._loader(
-            dataset,
-            batch_size=self.evaluation_batch_size,
-            sampler=_InTurn(len(dataset)),
-            collate_fn=collate_images,
-        )
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Have the death of a loader's worker, which torch raises anywhere, told as what it is.
 
-    def _loader(self, dataset: Dataset[Any], **arguments: Any) -> "_Loader":
-        return _Loader(
-            dataset,
-            num_workers=self.workers,
-            # Its own, so that loading draws nothing from the generator that training draws from.
-            generator=torch.Generator(),
-            persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_start_worker,
-            multiprocessing_context=_start_method() if self.workers > 0 else None,
-            **arguments,
+        Raises:
+            DataError: names the file that the worker was reading.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            for loader in self._loaders:
+                if explained := loader.explain(error):
+                    raise explained from error
+            raise
+
+    def read_near(self, dataset: SegmentationDataset, index: int, what: str = "__getitem__") -> Any:
+        """What the data set's method gives for the sample at an index, or for the next one that can be read.
+
+        Raises:
+            DataError: more of them cannot than ``max_skipped`` allows.
+        """
+        for tried in range(len(dataset)):
+            try:
+                return getattr(dataset, what)((index + tried) % len(dataset))
+            except DataError:
+                if tried >= self.skipped.most:
+                    raise
+        raise DataError(f"{dataset.root}: the split {dataset.split!r} has no image that can be read.")
+
+    def _evaluation_loader(self, dataset: SegmentationDataset, split: str) -> Loader:
+        return self._loader(dataset, collate_images, split, self.evaluation_batch_size, InTurn(len(dataset)))
+
+    def _loader(
+        self,
+        dataset: SegmentationDataset,
+        collate: Callable[[list[TensorSample]], dict[str, Any]],
+        split: str,
+        batch_size: int,
+        sampler: Sampler[Any],
+    ) -> Loader:
+        loader = Loader(
+            Samples(dataset, self.workers, self.skipped.most, self.timeout),
+            collate,
+            skipped=self.skipped,
+            split=split,
+            workers=self.workers,
+            batch_size=batch_size,
+            sampler=sampler,
         )
+        self._loaders.append(loader)
+        return loader
 
     def _check_batch(self, images: int) -> None:
         if images < self.batch_size:
@@ -202,134 +241,6 @@ def check_shares(batch_size: int, processes: int) -> None:
         )
 
 
-def _start_method() -> str | None:
-    """How the workers are started: the platform's own way, where joblib's processes have put theirs in its place."""
-    current = multiprocessing.get_start_method(allow_none=True)
-    own = multiprocessing.get_all_start_methods()
-    return None if current is None or current in own else own[0]
-
-
-class _Draws(Sampler[tuple[int, int]]):
-    """One process's part of every full batch, each sample with the seed of its augmentation.
-
-    Order and seeds depend on nothing but the seed and the epoch, which Lightning sets; without it every pass is the
-    next epoch. The parts of all processes make up the batches that a single one would draw.
-    """
-
-    def __init__(self, size: int, seed: int, batch_size: int) -> None:
-        self.size = size
-        self.seed = seed
-        self.batch_size = batch_size
-        self.epoch = 0
-        self.skipped = 0  # samples at the beginning of the next pass
-
-    def set_epoch(self, epoch: int) -> None:
-        """Name the epoch of the next pass."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size // self.batch_size * (self.batch_size // place().size)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        random = np.random.default_rng((self.seed, self.epoch))
-        self.epoch += 1
-        order, seeds = random.permutation(self.size), random.integers(2**63, size=self.size)
-        here, batches = place(), self.size // self.batch_size
-        own = np.arange(batches * self.batch_size).reshape(batches, here.size, -1)[:, here.rank].ravel()
-        own, self.skipped = own[self.skipped :], 0
-        return iter(zip(order[own].tolist(), seeds[own].tolist(), strict=True))
-
-
-class _InTurn(Sampler[int]):
-    """Every process's part of the indices below a size: the first one to the first process, the next to the next."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return len(self._indices())
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._indices())
-
-    def _indices(self) -> range:
-        here = place()
-        return range(here.rank, self.size, here.size)
-
-
-class _SeededSamples(Dataset[Any]):
-    """A data set by (index, seed): its random numbers, from torch's generator, start from that seed."""
-
-    def __init__(self, dataset: SegmentationDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, draw: tuple[int, int]) -> Any:
-        index, seed = draw
-        generator = torch.default_generator
-        state = generator.get_state()
-        generator.manual_seed(seed)
-        try:
-            return self.dataset[index]
-        finally:
-            generator.set_state(state)
-
-
-class _Loader(DataLoader[Any]):
-    """A DataLoader that counts its batches, and out of which errors of ours come as the sentence that they were."""
-
-    passed = 0  # batches of this epoch that have been handed out
-
-    def __iter__(self) -> Any:
-        self.passed = self.sampler.skipped // (self.batch_size or 1) if isinstance(self.sampler, _Draws) else 0
-        try:
-            for batch in super().__iter__():
-                self.passed += 1
-                yield batch
-        except EmaSegError as error:
-            text = str(error)
-            if not text.startswith("Caught "):  # raised in this process
-                raise
-            # A worker sends the traceback as text, which ends in "<exception's class>: <sentence>".
-            raise type(error)(text.rstrip().splitlines()[-1].partition(": ")[2]) from None
-
-
-def collate_crops(samples: list[TensorSample]) -> dict[str, Any]:
-    """Stack samples of one size into ``{"image": B x 3 x H x W, "mask": B x H x W, "name": list[str]}``.
-
-    Raises:
-        ConfigError: The samples differ in size.
-    """
-    first = samples[0]
-    for other in samples:
-        if other["image"].shape != first["image"].shape:
-            raise ConfigError(
-                f"training images differ in size when augmented: {first['name']} is {_shape(first)} pixels"
-                f" but {other['name']} {_shape(other)}; crop all to one size, as CategoryLimitedCrop does."
-            )
-    return {
-        "image": torch.stack([sample["image"] for sample in samples]),
-        "mask": torch.stack([sample["mask"] for sample in samples]),
-        "name": [sample["name"] for sample in samples],
-    }
-
-
-def collate_images(samples: list[TensorSample]) -> dict[str, Any]:
-    """List samples of any sizes: ``{"image": list[3 x H x W], "mask": list[H x W], "name": list[str]}``."""
-    return {
-        "image": [sample["image"] for sample in samples],
-        "mask": [sample["mask"] for sample in samples],
-        "name": [sample["name"] for sample in samples],
-    }
-
-
-def _start_worker(_worker: int) -> None:
-    # The workers are the parallelism: OpenCV's own threads on top would compete with them for the cores.
-    cv2.setNumThreads(0)
-
-
 def _require_at_least(minimum: int, **values: int) -> None:
     for key, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
@@ -340,8 +251,3 @@ def _require_channels(**values: Sequence[float]) -> None:
     for key, value in values.items():
         if not isinstance(value, list | tuple) or len(value) != 3 or not all(isinstance(x, int | float) for x in value):
             raise ConfigError(f"data.{key}={value!r} must be three numbers, one for each of red, green and blue.")
-
-
-def _shape(sample: TensorSample) -> str:
-    height, width = sample["mask"].shape
-    return f"{width} x {height}"

@@ -5,11 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.data import Subset
 
 from ema_seg.data import SegmentationDataModule
+from ema_seg.data.loading import read_skipped
+from ema_seg.distributed.collectives import gather
 from ema_seg.distributed.start import place
 from ema_seg.errors import ConfigError, DataError
-from ema_seg.evaluation import autocast, describe_environment, evaluate, measure_cost, predict_examples
+from ema_seg.evaluation import (
+    Cost,
+    Evaluation,
+    autocast,
+    describe_environment,
+    evaluate,
+    measure_cost,
+    predict_examples,
+)
 from ema_seg.models import load_segmenter, model_stride
 from ema_seg.models.mode import set_execution
 from ema_seg.reporting.curves import read_metrics
@@ -65,12 +77,61 @@ def assess_checkpoint(
     model.to(device)
     set_execution(model, channels_last=settings["channels_last"], compile=settings["compile"])
 
+    with module.explained():
+        cost, evaluation, predictions = _measure(model, module, settings, directory, quiet=quiet)
+    # Of several processes each has skipped its own.
+    skipped = {name: reason for part in gather(module.skipped.samples) for (_, name), reason in part.items()}
+    if place().rank:
+        return {}
+    dataset = module.test_dataset
+    positions = {dataset.name(index): index for index in range(len(dataset))}
+    evaluation.images.sort(key=lambda image: positions[image["name"]])
+    examples = predict_examples(
+        model,
+        Subset(dataset, [positions[image["name"]] for image in evaluation.images]),
+        evaluation.images,
+        mean=data["mean"],
+        std=data["std"],
+        stride=stride,
+        device=device,
+        precision=settings["precision"],
+    )
+    config = saved["config"]
+    report = build_report(
+        evaluation,
+        cost,
+        classes=module.classes,
+        palette=module.palette,
+        data={
+            "name": module.dataset_name,
+            "root": str(dataset.root),
+            "split": module.evaluation_split,
+            "skipped": {**_skipped_in_training(run), module.evaluation_split: sorted(skipped)},
+        },
+        model=config["model"],
+        attention={**config["attention"], "placement": config["placement"]},
+        environment=describe_environment(device),
+        config=config,
+        run=run,
+        checkpoint=checkpoint,
+        job=job,
+        curves=curves,
+        predictions=[predictions[image["name"]] for image in evaluation.images],
+    )
+    write_report(report, directory, examples)
+    return report
+
+
+def _measure(
+    model: nn.Module, module: SegmentationDataModule, settings: Mapping[str, Any], directory: Path, *, quiet: bool
+) -> tuple[Cost, Evaluation, dict[str, str]]:
+    """What the model costs, its scores, and the path of each image's predicted mask."""
     loader, dataset = module.test_dataloader(), module.test_dataset
-    precision = settings["precision"]
+    stride, device, precision = model_stride(model), find_device(settings["device"]), settings["precision"]
     # The cost first: a compiled model is then compiled for the size that is timed, before it meets others.
     cost = measure_cost(
         model,
-        size=tuple(settings["size"] or dataset.read_image(0).shape[:2]),
+        size=tuple(settings["size"] or module.read_near(dataset, 0, "read_image").shape[:2]),
         stride=stride,
         batch_size=settings["batch_size"],
         device=device,
@@ -95,37 +156,15 @@ def assess_checkpoint(
                 f"{dataset.root}: the split {module.evaluation_split!r} has no labelled pixel (the labels of a test "
                 "split are often withheld); choose another with data.evaluation_split."
             )
-    if place().rank:
-        return {}
-    examples = predict_examples(
-        model,
-        dataset,
-        evaluation.images,
-        mean=data["mean"],
-        std=data["std"],
-        stride=stride,
-        device=device,
-        precision=precision,
-    )
-    config = saved["config"]
-    report = build_report(
-        evaluation,
-        cost,
-        classes=module.classes,
-        palette=module.palette,
-        data={"name": module.dataset_name, "root": str(dataset.root), "split": module.evaluation_split},
-        model=config["model"],
-        attention={**config["attention"], "placement": config["placement"]},
-        environment=describe_environment(device),
-        config=config,
-        run=run,
-        checkpoint=checkpoint,
-        job=job,
-        curves=curves,
-        predictions=write_prediction.paths,
-    )
-    write_report(report, directory, examples)
-    return report
+    return cost, evaluation, write_prediction.paths
+
+
+def _skipped_in_training(run: str | None) -> dict[str, list[str]]:
+    """Names by split, of a run that train.py made."""
+    names: dict[str, list[str]] = {}
+    for split, name in read_skipped(Path(run) / "skipped.csv") if run is not None else ():
+        names.setdefault(split, []).append(name)
+    return names
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

@@ -25,11 +25,11 @@ class PredictionWriter:
 
     Args:
         directory: the report's folder.
-        names: all images' names, in the data set's order, in which their masks come.
+        names: the names of all images.
         palette: K colours, (red, green, blue) from 0 to 255.
 
     Attributes:
-        paths: path of each image's mask, relative to ``directory``.
+        paths: path of each image's mask, relative to ``directory``, by the image's name.
     """
 
     def __init__(self, directory: Path, names: Sequence[str], palette: Sequence[Sequence[int]]) -> None:
@@ -37,10 +37,9 @@ class PredictionWriter:
         self._partial = directory / "predictions.partial"
         self._palette = palette
         files = file_names(names)
-        here = place()
-        self._first = here.rank == 0
-        self._own = iter(files[here.rank :: here.size])
-        self.paths = [f"{self._final.name}/{name}.png" for name in files]
+        self._first = place().rank == 0
+        self._files = {name: f"{file}.png" for name, file in zip(names, files, strict=True)}
+        self.paths = {name: f"{self._final.name}/{file}" for name, file in self._files.items()}
 
     def __enter__(self) -> "PredictionWriter":
         if self._first:
@@ -53,8 +52,8 @@ class PredictionWriter:
         return self
 
     def __call__(self, name: str, prediction: NDArray[np.integer]) -> None:
-        """Write the next image's mask: class ids in [0, K), H x W."""
-        path = self._partial / f"{next(self._own)}.png"
+        """Write an image's mask: class ids in [0, K), H x W."""
+        path = self._partial / self._files[name]
         path.write_bytes(encode_mask(prediction, self._palette))
 
     def __exit__(

@@ -12,7 +12,8 @@
 ``config``          the run's whole resolved configuration, as in its checkpoint
 ``job``             of a run inside a sweep: ``identity``, ``overrides`` (texts by key) and, if the report was
                     written by the sweep itself, its ``launcher``; else null
-``data``            ``name``, ``root``, ``split``, ``images`` (how many)
+``data``            ``name``, ``root``, ``split``, ``images`` (how many), ``skipped`` (by split, the names of those
+                    that could not be read, in the training or here)
 ``model``           ``decoder``, ``encoder``, and whatever else the model was built with
 ``attention``       ``name``, and whatever else the attention block was built with
 ``classes``         the K names
@@ -79,7 +80,7 @@ def build_report(
         cost: what the same model costs, measured in the same process.
         classes: names of the K classes.
         palette: their colours.
-        data: ``name``, ``root`` and ``split``.
+        data: ``name``, ``root``, ``split`` and ``skipped``.
         model: ``decoder``, ``encoder`` and further settings.
         attention: ``name`` and further settings.
         environment: versions, device, code and command line.

@@ -108,11 +108,13 @@ def _markdown_table(header: Row, rows: Sequence[Row]) -> Iterator[str]:
 
 def _score_rows(report: Mapping[str, Any]) -> list[Row]:
     rows = [(label, _percent(report[key])) for key, label in _SCORES.items()]
+    skipped = report["data"].get("skipped", {})  # which reports of earlier versions do not tell
     scored = len(report["classes"]) - len(report["absent_classes"])
     return [
         *rows,
         ("classes scored", f"{scored} of {len(report['classes'])}"),
         ("images", str(report["data"]["images"])),
+        *((f"unreadable in {split}, skipped", str(len(names))) for split, names in skipped.items() if names),
         *((f"mIoU, {name} objects", _percent(miou)) for name, miou in report["size_miou"].items()),
     ]
 

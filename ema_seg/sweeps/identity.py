@@ -18,6 +18,8 @@ _MACHINE_KEYS = (
     "sweep",
     "data.root",
     "data.workers",
+    "data.timeout",
+    "data.max_skipped",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",

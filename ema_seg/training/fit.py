@@ -78,6 +78,7 @@ def fit(
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
     data = SegmentationDataModule(**config["data"])
+    data.skipped.keep_in(run / "skipped.csv")
     data.setup("fit")
     model = segmenter_from_config(config, data.num_classes, pretrained=not resume)
     settings = config["training"]
@@ -107,7 +108,7 @@ def fit(
         best.load_state_dict(saved["callbacks"][best.state_key])
         return _best(best, run)
     try:
-        with preemption.deferred():
+        with data.explained(), preemption.deferred():
             trainer.fit(module, data, ckpt_path=path, weights_only=True)
     except torch.OutOfMemoryError as error:
         raise TrainingError(

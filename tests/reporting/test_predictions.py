@@ -15,11 +15,12 @@ def test_masks_come_back_as_they_were_and_are_shown_in_colour(tmp_path):
     with PredictionWriter(tmp_path, ["ride/001", "ride_001"], PALETTE) as write:
         for name, mask in zip(["ride/001", "ride_001"], masks, strict=True):
             write(name, mask)
-    assert write.paths == ["predictions/ride_001.png", "predictions/ride_001~2.png"]
-    for path, mask in zip(write.paths, masks, strict=True):
+    paths = list(write.paths.values())
+    assert paths == ["predictions/ride_001.png", "predictions/ride_001~2.png"]
+    for path, mask in zip(paths, masks, strict=True):
         with Image.open(tmp_path / path) as image:
             assert np.array_equal(np.array(image), mask)
-    with Image.open(tmp_path / write.paths[0]) as image:
+    with Image.open(tmp_path / paths[0]) as image:
         assert np.array_equal(np.array(image.convert("RGB")), np.array(PALETTE, np.uint8)[masks[0]])
 
 
