@@ -172,6 +172,8 @@ def _require_same_job(config: dict[str, Any], run: Path) -> None:
 def _is_same(config: dict[str, Any], run: Path) -> bool:
     """Whether the run in this folder is one of this configuration."""
     saved = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
+    if config["data"]["batch_size"] == "auto":
+        config = {**config, "data": {**config["data"], "batch_size": saved["data"]["batch_size"]}}
     return identity(config) == identity(saved)
 
 

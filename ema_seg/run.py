@@ -1,6 +1,7 @@
 """A run from its configuration to its report, in as many processes as it asks for."""
 
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from ema_seg.distributed.preemption import Preemption
 from ema_seg.distributed.start import place, run_together
 from ema_seg.models import encoder_normalisation
 from ema_seg.reporting import assess_checkpoint, find_device, load_report
-from ema_seg.training import check_config, count_processes, fit
+from ema_seg.training import check_config, count_processes, find_batch_size, fit, training_device
 
 __all__ = ["complete_config", "evaluate_run", "produce_run"]
 
@@ -50,7 +51,8 @@ def produce_run(
     """
     check_config(config)
     processes = count_processes(config["trainer"], started_by)
-    check_shares(config["data"]["batch_size"], processes)
+    if config["data"]["batch_size"] != "auto":
+        check_shares(config["data"]["batch_size"], processes)
     if processes == 1:
         find_device(config["evaluation"]["device"])  # elsewhere it would take memory of a device for nothing
     directory = Path(config["report"]["dir"] or run / "report")
@@ -66,6 +68,8 @@ def _work(config: dict[str, Any], run: Path, directory: Path, settings: Mapping[
         warnings.simplefilter("ignore")  # the first process's are enough
     seed_everything(config["seed"], workers=True, verbose=False)
     complete_config(config)
+    if config["data"]["batch_size"] == "auto":
+        config["data"]["batch_size"] = _batch_size(config, run, settings)
     if here.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, run / "config.yaml")
@@ -82,6 +86,16 @@ def _work(config: dict[str, Any], run: Path, directory: Path, settings: Mapping[
         return assess_checkpoint(
             best, config["data"], config["evaluation"], directory, run=str(run), job=settings["job"], quiet=quiet
         )
+
+
+def _batch_size(config: dict[str, Any], run: Path, settings: Mapping[str, Any]) -> int:
+    """The largest batch that fits; of a run that goes on, the one that it was begun with."""
+    if settings["resume"]:
+        return int(OmegaConf.load(run / "config.yaml").data.batch_size)
+    found = find_batch_size(config, training_device(config["trainer"]))
+    if place().rank == 0:
+        print(f"data.batch_size=auto: {found} is the largest that fits.", file=sys.stderr, flush=True)
+    return found
 
 
 def evaluate_run(

@@ -1,8 +1,8 @@
 """Starts entry points in processes of their own that do not have to import anything first.
 
-A line of JSON on standard input holds the script's name, its arguments, the folder for its output and the largest size
-of a file that it may write (or null). A line of output holds the process's number, and a second one, when it has ended,
-its exit status, negative for a signal.
+A line of JSON on standard input holds the script's name, its arguments, the folder for its output, and limits in bytes:
+of a file that it may write as RLIMIT_FSIZE, and of the address space beyond what is taken already as RLIMIT_AS. A line
+of output holds the process's number, and a second one, when it has ended, its exit status, negative for a signal.
 """
 
 import json
@@ -20,20 +20,22 @@ def serve():
     import_module("ema_seg.run")
     scripts = {name: import_module(name) for name in ("train", "eval")}
     for line in sys.stdin:
-        name, arguments, folder, limit = json.loads(line)
+        name, arguments, folder, limits = json.loads(line)
         child = os.fork()
         if not child:
-            run(scripts[name], [str(ROOT / f"{name}.py"), *arguments], Path(folder), limit)
+            run(scripts[name], [str(ROOT / f"{name}.py"), *arguments], Path(folder), limits)
         print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-def run(script, argv, folder, limit):
+def run(script, argv, folder, limits):
     """In the new process: as if Python had been started with the script; never returns."""
     for name, stream in (("out", 1), ("err", 2)):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    if limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    for name, limit in limits.items():
+        if name == "RLIMIT_AS":
+            limit += int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(getattr(resource, name), (limit, limit))
     sys.argv, status = argv, 0
     try:
         script.main()

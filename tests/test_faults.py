@@ -43,8 +43,8 @@ class Entry:
             [sys.executable, ROOT / "tests" / "forks.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def start(self, *arguments, script="train", limit=None):
-        line = json.dumps([script, [str(argument) for argument in arguments], str(self.folder), limit])
+    def start(self, *arguments, script="train", **limits):
+        line = json.dumps([script, [str(argument) for argument in arguments], str(self.folder), limits])
         self.server.stdin.write(f"{line}\n")
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
@@ -224,7 +224,7 @@ def test_a_disk_without_room_leaves_the_checkpoint_before(undisturbed, entry, tm
     shutil.rmtree(run / "report")
     before = (run / "checkpoints" / "last.ckpt").read_bytes()
 
-    status, err = entry.run(f"resume={run}", "epochs=2", limit=100_000)
+    status, err = entry.run(f"resume={run}", "epochs=2", RLIMIT_FSIZE=100_000)
 
     assert status == 1
     assert err.splitlines()[-1].startswith(f"error: {run / 'checkpoints' / 'last.ckpt'}: the checkpoint cannot be ")
@@ -373,3 +373,17 @@ def test_unreadable_samples_are_skipped_up_to_a_number_and_counted(damaged, entr
     status, err = entry.run(f"run={run}", f"report.dir={tmp_path / 'again'}", script="eval")
     assert status == 0, err
     assert load_report(tmp_path / "again" / "report.json")["data"]["skipped"] == report["data"]["skipped"]
+
+
+def test_memory_that_does_not_suffice_is_told_with_what_to_change(undisturbed, entry, tmp_path):
+    crops = ("data.batch_size=8", "data.augmentation.crop.height=1024", "data.augmentation.crop.width=1024")
+    command = (*TINY, f"data.root={undisturbed[0]}", f"hydra.run.dir={tmp_path / 'run'}", "data.workers=0", *crops)
+
+    status, err = entry.run(*command, RLIMIT_AS=2**30)
+
+    assert status == 1
+    said = err.splitlines()[-1]
+    assert said.startswith("error: the memory does not suffice for data.batch_size=8 of 1024 x 1024 pixels (cpu has ")
+    for change in ("lower it", "data.augmentation.crop.height", "trainer.precision=bf16-mixed"):
+        assert change in said
+    assert "Traceback" not in err

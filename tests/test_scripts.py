@@ -406,6 +406,8 @@ def test_the_default_data_are_generated_and_read(run_script, tmp_path):
         (("sweep=attention",), "sweep=attention is for sweeps"),
         (("sweep.id=mine",), "sweep.id=mine is for sweeps"),
         (("-m", "resume=runs/one"), "resume=runs/one: a sweep goes on by itself"),
+        (("model=pan",), "images of 64 x 64 pixels are too small for this model"),
+        (("data.batch_size=auto",), "data.batch_size=auto finds what the memory of a GPU has room for"),
         (("data.batch_size=0",), "data.batch_size=0 must be a whole number of at least 1"),
         (("data.mean=0.5",), "data.mean=0.5 must be three numbers"),
         (("data.augmentation.crop.height=50",), "crops of 50 x 64 pixels, but the model takes multiples of 32"),

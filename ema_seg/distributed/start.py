@@ -85,12 +85,26 @@ class Silent(SystemExit):
         self.first = first
 
 
+_alone = False
+
+
 def place() -> Place:
-    """Which process this is of those that work together; of one, outside ``joined``."""
+    """Which process this is of those that work together; of one, outside ``joined`` and while it is ``alone``."""
     distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
+    if _alone or distributed is None or not (distributed.is_available() and distributed.is_initialized()):
         return Place()
     return _place_in_environment()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """For a while, be a process that works by itself: what it computes then waits for no other."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 def wait_for_all() -> None:

@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ema_seg.distributed.collectives import agree, gather
 from ema_seg.distributed.start import place, wait_for_all
-from ema_seg.errors import ConfigError, DataError, ModelError
+from ema_seg.errors import ConfigError, DataError
 from ema_seg.evaluation.environment import describe_device
 from ema_seg.evaluation.inference import autocast, memory_format_of, pad_to_stride, segment
+from ema_seg.models.limits import explained_memory, explained_sizes
 from ema_seg.models.mode import evaluation_mode
 
 __all__ = ["Cost", "count_macs", "count_parameters", "measure_cost", "measure_peak_memory", "time_end_to_end"]
@@ -83,7 +84,7 @@ def measure_cost(
     Raises:
         ConfigError: a number is not positive.
         DataError: the loader gives no image.
-        ModelError: the memory does not suffice for the batch.
+        ModelError: the images are too small for the model, or the memory does not suffice for the batch.
     """
     _check_positive(batch_size=batch_size, min_repeats=min_repeats, budget=budget)
     device = torch.device(device)
@@ -93,19 +94,15 @@ def measure_cost(
 
     def measure_forward(batch: int) -> dict[str, Any]:
         images = _random_images(model, batch, size, stride, device)
-        try:
+        with explained_memory(images, "measure with a smaller evaluation.batch_size, evaluation.size or precision"):
             seconds = _time_forward(model, images, device, warmup, min_repeats, share)
             memory = measure_peak_memory(model, images)
-        except torch.OutOfMemoryError as error:
-            raise ModelError(
-                f"A batch of {batch} images of {size[0]} x {size[1]} pixels does not fit into the memory of "
-                f"{device}: measure with a smaller batch."
-            ) from error
         return _forward_entry(batch, seconds, warmup, memory)
 
     with evaluation_mode(model), autocast(device, precision):
         single = _random_images(model, 1, size, stride, device)
-        gmacs = count_macs(model, single) / 1e9
+        with explained_sizes(single):
+            gmacs = count_macs(model, single) / 1e9
         forward = agree([measure_forward(batch) for batch in batch_sizes] if place().rank == 0 else [])
         end_to_end = None if loader is None else agree(time_end_to_end(model, loader, stride, share))
     return Cost(

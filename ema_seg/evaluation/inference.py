@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ema_seg.errors import ConfigError, ModelError
+from ema_seg.models.limits import explained_memory, explained_sizes
 
 __all__ = [
     "PRECISIONS",
@@ -28,6 +29,9 @@ PRECISIONS: dict[str, torch.dtype | None] = {
     "16-mixed": torch.float16,
     "16": torch.float16,
 }
+
+
+_LESS = "lower data.evaluation_batch_size, set evaluation.precision=bf16-mixed, or take a device with more"
 
 
 def autocast(device: torch.device | str, precision: str | int) -> AbstractContextManager[object]:
@@ -97,7 +101,8 @@ def predict(model: nn.Module, images: Sequence[Tensor], stride: int) -> list[Ten
         One tensor K x H x W for each image, in the images' order and at their sizes, on the model's device.
 
     Raises:
-        ModelError: the model's logits have another size than its input.
+        ModelError: the model's logits have another size than its input, the images are too small for the model, or the
+            memory does not suffice for them.
     """
     device, memory_format = device_of(model), memory_format_of(model)
     by_size: dict[torch.Size, list[int]] = {}
@@ -108,7 +113,8 @@ def predict(model: nn.Module, images: Sequence[Tensor], stride: int) -> list[Ten
     for (_, height, width), indices in by_size.items():
         batch = torch.stack([images[index].to(device, non_blocking=True) for index in indices])
         padded = pad_to_stride(batch, stride).contiguous(memory_format=memory_format)
-        output = model(padded)
+        with explained_sizes(padded), explained_memory(padded, _LESS):
+            output = model(padded)
         if output.shape[-2:] != padded.shape[-2:]:
             raise ModelError(
                 f"The model turned {tuple(padded.shape[-2:])} pixels into {tuple(output.shape[-2:])} logits: "

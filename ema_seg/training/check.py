@@ -46,7 +46,9 @@ def check_config(config: Mapping[str, Any]) -> None:
             "training.weight_averaging: the average would be a second model, whole on every device, which "
             "trainer.strategy=fsdp is there to avoid; set it to null, or use trainer=ddp."
         )
-    check_shares(config["data"]["batch_size"], named_processes(config["trainer"]))
+    processes = named_processes(config["trainer"])
+    if config["data"]["batch_size"] != "auto":
+        check_shares(config["data"]["batch_size"], processes)
     _check_loss(config["loss"])
     build_schedule(build_optimizer(nn.Linear(1, 1), **config["optimizer"]), _STEPS, **config["schedule"])
     check_logger(config["logger"]["name"])
@@ -72,7 +74,8 @@ def _build_model(text: str) -> None:
 
 def _check_data(settings: Mapping[str, Any]) -> None:
     complete = {key: settings[key] or [0.5, 0.5, 0.5] for key in ("mean", "std")}
-    module = SegmentationDataModule(**{**settings, **complete})
+    batch_size = 1 if settings["batch_size"] == "auto" else settings["batch_size"]
+    module = SegmentationDataModule(**{**settings, **complete, "batch_size": batch_size})
     check_dataset(module.dataset_name, module.root, module.options)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -17,6 +16,7 @@ from ema_seg.distributed.preemption import Preemption
 from ema_seg.errors import CheckpointError, ConfigError, TrainingError, one_line
 from ema_seg.evaluation import describe_environment
 from ema_seg.models import segmenter_from_config
+from ema_seg.models.limits import describe_memory, is_out_of_memory
 from ema_seg.models.mode import set_execution
 from ema_seg.training.callbacks import EpochLog, Pictures
 from ema_seg.training.checkpoints import (
@@ -110,10 +110,14 @@ def fit(
     try:
         with data.explained(), preemption.deferred():
             trainer.fit(module, data, ckpt_path=path, weights_only=True)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise TrainingError(
-            f"the memory does not suffice for data.batch_size={data.batch_size}; lower it, lower "
-            "data.augmentation.crop.height and width, or set trainer.precision=bf16-mixed."
+            f"the memory does not suffice for data.batch_size={data.batch_size} of {module.crops} "
+            f"({describe_memory(trainer.strategy.root_device)}); lower it (auto finds the largest that a GPU has room "
+            "for, and trainer.accumulate_grad_batches makes up for it), lower data.augmentation.crop.height and width, "
+            "or set trainer.precision=bf16-mixed."
         ) from error
     return _best(best, run)
 

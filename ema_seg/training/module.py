@@ -15,6 +15,7 @@ from ema_seg.errors import ConfigError, TrainingError
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.evaluation.inference import segment
 from ema_seg.models import model_stride
+from ema_seg.models.limits import explained_sizes
 from ema_seg.training.optimisation import build_optimizer, build_schedule
 from ema_seg.training.sharded import whole
 
@@ -60,6 +61,7 @@ class SegmentationModule(LightningModule):
         self.schedule_settings = dict(schedule)
         self.stride = model_stride(model)
         self.confusion = ConfusionMatrix(len(classes))
+        self.crops = "images"  # what the last batch was of, for messages
         # Of loss times images, images, gradient norms and steps, and the largest norm. Lightning's own means would
         # begin anew in a run that goes on within an epoch.
         self.sums: Tensor
@@ -82,7 +84,8 @@ class SegmentationModule(LightningModule):
         """Loss of one batch of crops."""
         self._check_crops(batch["image"])
         try:
-            logits = self(batch["image"])
+            with explained_sizes(batch["image"]):
+                logits = self(batch["image"])
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -128,6 +131,7 @@ class SegmentationModule(LightningModule):
 
     def _check_crops(self, images: Tensor) -> None:
         height, width = images.shape[-2:]
+        self.crops = f"{height} x {width} pixels"
         if height % self.stride or width % self.stride:
             raise ConfigError(
                 f"data.augmentation makes crops of {height} x {width} pixels, but the model takes multiples of "

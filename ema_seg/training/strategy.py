@@ -16,7 +16,7 @@ from ema_seg.models.mode import evaluation_mode
 from ema_seg.training.sharded import ShardedStrategy
 from ema_seg.training.sync_batch_norm import SyncLayers
 
-__all__ = ["count_processes", "named_processes", "trainer_arguments"]
+__all__ = ["count_processes", "named_processes", "trainer_arguments", "training_device"]
 
 # Of a machine: each device has a process, which without GPUs nothing else would limit.
 _MOST = 1024
@@ -65,6 +65,15 @@ def count_processes(settings: Mapping[str, Any], started_by: str | None = None) 
     here = place()
     _require_started(asked, here, started_by)
     return here.size
+
+
+def training_device(settings: Mapping[str, Any]) -> torch.device:
+    """The device that ``trainer`` has this process train on."""
+    if not _count_devices(settings.get("accelerator")):
+        return torch.device("cpu")
+    devices = settings.get("devices")
+    local = place().local_rank
+    return torch.device("cuda", devices[local] if isinstance(devices, list) else local)
 
 
 def _require_started(asked: _Devices, here: Place, started_by: str) -> None:

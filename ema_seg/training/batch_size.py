@@ -1,0 +1,143 @@
+"""The largest batch that a GPU has room for: ``data.batch_size=auto``."""
+
+import gc
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ema_seg.data import SegmentationDataModule
+from ema_seg.distributed.collectives import gather
+from ema_seg.distributed.start import alone, place
+from ema_seg.errors import ConfigError
+from ema_seg.evaluation import autocast
+from ema_seg.models import model_stride, segmenter_from_config
+from ema_seg.models.limits import is_out_of_memory
+from ema_seg.training.losses import build_loss
+from ema_seg.training.optimisation import build_optimizer
+
+__all__ = ["check_automatic", "find_batch_size", "largest_that_fits"]
+
+# Of the memory that is free before: kernels, the pictures of a validation and fragments want some, too.
+_SHARE = 0.9
+
+
+def check_automatic(config: Mapping[str, Any], device: torch.device) -> None:
+    """A ConfigError if no batch size can be found for this configuration on this device."""
+    if device.type != "cuda":
+        raise ConfigError(
+            f"data.batch_size=auto finds what the memory of a GPU has room for, and this runs on the {device.type}; "
+            "give a number."
+        )
+    if config["trainer"].get("strategy") == "fsdp":
+        raise ConfigError(
+            "data.batch_size=auto tries a whole model on one device, which trainer.strategy=fsdp is there to avoid; "
+            "give a number."
+        )
+    autocast(device, config["trainer"]["precision"])  # for its complaint
+
+
+def find_batch_size(config: Mapping[str, Any], device: torch.device) -> int:
+    """Find the largest global batch of which every device has room for its share, by training on random crops.
+
+    Two steps of each size are tried: after the first the optimiser has its state. Nothing is left of it, neither in the
+    memory nor in torch's generators.
+
+    Args:
+        config: see ``fit``; its ``data.batch_size`` is not looked at.
+        device: where this process trains.
+
+    Raises:
+        ConfigError: not even a single crop fits, or no size can be found here (see ``check_automatic``).
+    """
+    check_automatic(config, device)
+    data = SegmentationDataModule(**{**config["data"], "batch_size": place().size, "workers": 0})
+    data.setup("fit")
+    devices = [device] if device.type == "cuda" else []
+    # Copies that come on top: of gradients on their way between processes, and of averaged weights.
+    copies = (place().size > 1) + bool(config["training"]["weight_averaging"])
+    most = len(data.train_dataset) // place().size
+    with torch.random.fork_rng(devices), alone():
+        crop = data.read_near(data.train_dataset, 0)["image"]
+        own = largest_that_fits(_Attempt(config, data.num_classes, crop.shape, device, copies).fits, most)
+    smallest = min(gather(own))
+    if not smallest:
+        height, width = crop.shape[1:]
+        raise ConfigError(
+            f"data.batch_size=auto: not even one crop of {height} x {width} pixels fits into the memory of {device}; "
+            "lower data.augmentation.crop.height and width, set trainer.precision=bf16-mixed, or take a smaller "
+            "model.encoder."
+        )
+    return smallest * place().size
+
+
+def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number from 1 to ``most`` that fits; 0 if none does.
+
+    Args:
+        fits: whether a number does, and with it all smaller ones.
+        most: 1 or more.
+    """
+    fitting, failing = 0, most + 1
+    while failing - fitting > 1:
+        # Twice as many until one is too many: the trials are about as large as the answer.
+        number = min(max(1, 2 * fitting), failing - 1) if failing > most else (fitting + failing) // 2
+        if fits(number):
+            fitting = number
+        else:
+            failing = number
+    return fitting
+
+
+class _Attempt:
+    """Trains on random crops of a size as ``fit`` would, and forgets it."""
+
+    def __init__(
+        self, config: Mapping[str, Any], classes: int, crop: torch.Size, device: torch.device, copies: int
+    ) -> None:
+        self.config = config
+        self.classes = classes
+        self.crop = crop
+        self.device = device
+        self.copies = copies
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+        self.most = None if free is None else _SHARE * free
+
+    def fits(self, batch_size: int) -> bool:
+        """Whether so many crops go through two steps."""
+        try:
+            self._train(batch_size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        else:
+            return self.most is None or torch.cuda.max_memory_reserved(self.device) <= self.most
+        finally:
+            self._forget()
+
+    def _train(self, batch_size: int) -> None:
+        config, device = self.config, self.device
+        model = segmenter_from_config(config, self.classes, pretrained=False).to(device).train()
+        stride = model_stride(model)
+        height, width = (side + -side % stride for side in self.crop[1:])
+        memory_format = torch.channels_last if config["training"]["channels_last"] else torch.contiguous_format
+        model.to(memory_format=memory_format)
+        kept = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(self.copies)]
+        loss = build_loss(config["loss"], self.classes).to(device)
+        optimizer = build_optimizer(model, **config["optimizer"])
+        images = torch.zeros(batch_size, 3, height, width, device=device).to(memory_format=memory_format)
+        target = torch.zeros(batch_size, height, width, dtype=torch.int64, device=device)
+        for _ in range(2):
+            with autocast(device, config["trainer"]["precision"]):
+                value = loss(model(images), target)
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        del kept
+
+    def _forget(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
