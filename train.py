@@ -4,6 +4,7 @@ python train.py --help shows what can be configured.
 """
 
 import gc
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from configs.command_line import argument, expand_home, plain_config, quoted, reports_errors, saved_config
 from configs.composition import compose, launch
 from ema_seg.distributed.start import Silent, first_told, joined, place, started_group
-from ema_seg.errors import ConfigError, Preempted
+from ema_seg.errors import ConfigError, Preempted, TrainingError
 from ema_seg.host_memory import keep_freed_memory
-from ema_seg.sweeps import count_devices, deal_devices, hold_job, identity, read_job, read_plan, run_job
+from ema_seg.sweeps import count_devices, deal_devices, hold_job, identity, machine_keys, read_job, read_plan, run_job
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -36,12 +37,18 @@ def main() -> None:
             now = _join_command(started_by, now)
         OmegaConf.register_new_resolver("started", now.strftime, replace=True)
         OmegaConf.register_new_resolver("parallel_jobs", _parallel_jobs, replace=True)
-        resumed = argument("resume")
+        resumed, rerun = argument("resume"), argument("rerun")
         if resumed and _is_sweep():
             raise ConfigError(
                 f"resume={resumed}: a sweep goes on by itself when its command is given again; leave it out."
             )
-        config_name = _register_resumed(Path(resumed)) if resumed not in (None, "auto") else "train"
+        if rerun and (resumed or _is_sweep()):
+            raise ConfigError(f"rerun={rerun} repeats one run from its beginning; leave resume and -m out.")
+        config_name = "train"
+        if rerun:
+            config_name = _register_repeated(Path(rerun))
+        elif resumed not in (None, "auto"):
+            config_name = _register_resumed(Path(str(resumed)))
         composed = compose(CONFIGS, config_name)
         if resumed == "auto":
             _resume_unfinished(composed)
@@ -123,10 +130,26 @@ def _register_resumed(run: Path) -> str:
                 f"resume={run} goes on with the optimiser as it was saved, which {text} cannot change; leave it "
                 "out, or start a new run."
             )
-    config = saved_config(run, key="resume")
-    hydra_settings = {"run": {"dir": str(run)}, "output_subdir": None}
-    ConfigStore.instance().store("resumed", {**config, "resume": None, "hydra": hydra_settings})
-    return "resumed"
+    return _register(saved_config(run, key="resume"), str(run))
+
+
+def _register_repeated(run: Path) -> str:
+    """Make a run's own configuration the one of a new run, which nothing but the machine may change."""
+    config = saved_config(run, key="rerun")
+    free = ("rerun", "hydra", *machine_keys(config))
+    for text in sys.argv[1:]:
+        key = text.lstrip("+~").partition("=")[0]
+        if not any(key == name or key.startswith(f"{name}.") for name in free):
+            raise ConfigError(f"rerun={run}: with {text} this would be another run; leave it out.")
+    name = "${data.name}_${model.decoder}_${attention.name}"
+    return _register(config, f"runs/${{started:%Y-%m-%d_%H-%M-%S}}_{name}_rerun")
+
+
+def _register(config: dict[str, Any], folder: str) -> str:
+    """Keep a configuration by the name that is returned, for a run in this folder."""
+    settings = {"run": {"dir": folder}, "output_subdir": None}
+    ConfigStore.instance().store("saved", {"rerun": None, **config, "resume": None, "hydra": settings})
+    return "saved"
 
 
 def _train(composed: DictConfig) -> None:
@@ -158,6 +181,20 @@ def _train_run(composed: DictConfig, run: Path) -> None:
     if place().rank == 0:
         print_report(report)
         print(f"run: {run}")
+        if config.get("rerun"):
+            _compare(Path(config["rerun"]), run)
+
+
+def _compare(original: Path, run: Path) -> None:
+    """Tell whether a run has repeated another one, and write it down; an error if it has not."""
+    from ema_seg.repeat import compare_runs, describe_comparison
+
+    comparison = compare_runs(original, run)
+    (run / "rerun.json").write_text(json.dumps(comparison, indent=2) + "\n")
+    lines, identical = describe_comparison(comparison)
+    print(f"compared with {original}:", *lines, sep="\n")
+    if not identical:
+        raise TrainingError(f"{run} is no repetition of {original} to the bit; see {run / 'rerun.json'}.")
 
 
 def _require_same_job(config: dict[str, Any], run: Path) -> None:

@@ -19,6 +19,7 @@ __all__ = ["argument", "expand_home", "plain_config", "quoted", "reports_errors"
 # What the configs make one key follow another for; a saved configuration has only the values.
 _LINKS = {
     "trainer.max_epochs": "epochs",
+    "trainer.deterministic": "reproducible",
     "evaluation.batch_size": "data.evaluation_batch_size",
 }
 
@@ -89,7 +90,8 @@ def saved_config(run: Path, key: str) -> dict[str, Any]:
 def _linked(config: DictConfig) -> DictConfig:
     """Let the keys that follow another one follow it again, so that an override of the one reaches the other."""
     for key, source in _LINKS.items():
-        if OmegaConf.select(config, key) == OmegaConf.select(config, source):
+        value = OmegaConf.select(config, source)
+        if value is not None and OmegaConf.select(config, key) == value:
             OmegaConf.update(config, key, f"${{{source}}}")
     return config
 

@@ -1,5 +1,6 @@
 """A run from its configuration to its report, in as many processes as it asks for."""
 
+import json
 import logging
 import sys
 import warnings
@@ -15,7 +16,9 @@ from ema_seg.data.datamodule import check_shares
 from ema_seg.distributed.collectives import agree
 from ema_seg.distributed.preemption import Preemption
 from ema_seg.distributed.start import place, run_together
+from ema_seg.errors import ConfigError
 from ema_seg.models import encoder_normalisation
+from ema_seg.models.mode import deterministic_algorithms
 from ema_seg.reporting import assess_checkpoint, find_device, load_report
 from ema_seg.training import check_config, count_processes, find_batch_size, fit, training_device
 
@@ -56,7 +59,8 @@ def produce_run(
     if processes == 1:
         find_device(config["evaluation"]["device"])  # elsewhere it would take memory of a device for nothing
     directory = Path(config["report"]["dir"] or run / "report")
-    settings = {"resume": resume, "job": job, "quiet": quiet, "callbacks": list(callbacks)}
+    threads = _threads_of(Path(config["rerun"])) if config.get("rerun") else None
+    settings = {"resume": resume, "job": job, "quiet": quiet, "callbacks": list(callbacks), "threads": threads}
     return _report_of(_work, processes, directory, config, run, directory, settings)
 
 
@@ -66,6 +70,8 @@ def _work(config: dict[str, Any], run: Path, directory: Path, settings: Mapping[
     here = place()
     if here.rank:
         warnings.simplefilter("ignore")  # the first process's are enough
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])  # on which the order of additions depends
     seed_everything(config["seed"], workers=True, verbose=False)
     complete_config(config)
     if config["data"]["batch_size"] == "auto":
@@ -74,7 +80,8 @@ def _work(config: dict[str, Any], run: Path, directory: Path, settings: Mapping[
         run.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, run / "config.yaml")
     quiet = settings["quiet"] or here.rank > 0
-    with Preemption().watched() as preemption:
+    wanted = bool(config["trainer"].get("deterministic"))
+    with Preemption().watched() as preemption, deterministic_algorithms(wanted):
         best = fit(
             config,
             run,
@@ -86,6 +93,17 @@ def _work(config: dict[str, Any], run: Path, directory: Path, settings: Mapping[
         return assess_checkpoint(
             best, config["data"], config["evaluation"], directory, run=str(run), job=settings["job"], quiet=quiet
         )
+
+
+def _threads_of(run: Path) -> int | None:
+    """The threads that each process of a run had; None if it does not say."""
+    path = run / "environment.json"
+    try:
+        return int(json.loads(path.read_text())["threads"])
+    except OSError:
+        return None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"rerun={run}: {path} is not as train.py wrote it; restore it.") from error
 
 
 def _batch_size(config: dict[str, Any], run: Path, settings: Mapping[str, Any]) -> int:

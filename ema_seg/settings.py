@@ -95,6 +95,8 @@ TRAINING = _Section(
         "epochs": _Setting(_or_null(_is_whole(-1)), "is no whole number of 1 or more"),
         "seed": _Setting(_is_whole(0, 2**32 - 1), "is no whole number from 0 to 4294967295"),
         "resume": _PATH,
+        "rerun": _PATH._replace(optional=True),
+        "reproducible": _FLAG._replace(optional=True),
         "data": _DATA,
         "model": _Section({"decoder": _NAME, "encoder": _NAME, "encoder_weights": _PATH}, open=True),
         "attention": _NAMED,

@@ -8,11 +8,43 @@ of output holds the process's number, and a second one, when it has ended, its e
 import json
 import os
 import resource
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+
+
+class Entry:
+    """Runs entry points in processes that are forked from one that has imported everything."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.server = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def start(self, *arguments, script="train", **limits):
+        line = json.dumps([script, [str(argument) for argument in arguments], str(self.folder), limits])
+        self.server.stdin.write(f"{line}\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def wait(self):
+        """Exit status and standard error."""
+        status = int(self.server.stdout.readline())
+        return status, (self.folder / "err").read_text()
+
+    def run(self, *arguments, **options):
+        self.start(*arguments, **options)
+        return self.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.server.kill()
 
 
 def serve():

@@ -1,12 +1,10 @@
 """What really happens to runs: kills, signals, full or silent disks, files that are not what they should be."""
 
 import csv
-import json
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -17,7 +15,8 @@ import torch
 
 from ema_seg.reporting import load_report
 from ema_seg.training.checkpoints import load_last
-from tests.conftest import QUICK, ROOT, is_alive, made_once, write_camvid
+from tests.conftest import QUICK, is_alive, made_once, write_camvid
+from tests.forks import Entry
 
 TINY = (
     *QUICK,
@@ -34,36 +33,10 @@ TINY = (
 )
 
 
-class Entry:
-    """Runs entry points in processes that are forked from one that has imported everything."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.server = subprocess.Popen(
-            [sys.executable, ROOT / "tests" / "forks.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def start(self, *arguments, script="train", **limits):
-        line = json.dumps([script, [str(argument) for argument in arguments], str(self.folder), limits])
-        self.server.stdin.write(f"{line}\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-    def wait(self):
-        """Exit status and standard error."""
-        status = int(self.server.stdout.readline())
-        return status, (self.folder / "err").read_text()
-
-    def run(self, *arguments, **options):
-        self.start(*arguments, **options)
-        return self.wait()
-
-
 @pytest.fixture(scope="module")
 def entry(tmp_path_factory):
-    entry = Entry(tmp_path_factory.mktemp("entry"))
-    yield entry
-    entry.server.kill()
+    with Entry(tmp_path_factory.mktemp("entry")) as entry:
+        yield entry
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,27 @@
 """How a model is run: its layout, its compilation, and evaluation mode for a while."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-__all__ = ["evaluation_mode", "set_execution"]
+__all__ = ["deterministic_algorithms", "evaluation_mode", "set_execution"]
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """For a while, let torch use only algorithms that give the same bits each time, or any; afterwards as before."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        # Read when cuBLAS is first used; without it, it may share its memory between streams.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @contextmanager

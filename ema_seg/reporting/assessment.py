@@ -23,7 +23,7 @@ from ema_seg.evaluation import (
     predict_examples,
 )
 from ema_seg.models import load_segmenter, model_stride
-from ema_seg.models.mode import set_execution
+from ema_seg.models.mode import deterministic_algorithms, set_execution
 from ema_seg.reporting.curves import read_metrics
 from ema_seg.reporting.predictions import PredictionWriter
 from ema_seg.reporting.report import build_report, write_report
@@ -77,7 +77,8 @@ def assess_checkpoint(
     model.to(device)
     set_execution(model, channels_last=settings["channels_last"], compile=settings["compile"])
 
-    with module.explained():
+    wanted = bool(saved["config"]["trainer"].get("deterministic"))
+    with module.explained(), deterministic_algorithms(wanted):
         cost, evaluation, predictions = _measure(model, module, settings, directory, quiet=quiet)
     # Of several processes each has skipped its own.
     skipped = {name: reason for part in gather(module.skipped.samples) for (_, name), reason in part.items()}

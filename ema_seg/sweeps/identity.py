@@ -13,6 +13,8 @@ __all__ = ["identity", "job_name", "machine_keys"]
 # Keys that say on which machine, from which path and with what on the screen, and change no result but the timings.
 _MACHINE_KEYS = (
     "resume",
+    "rerun",
+    "reproducible",
     "report",
     "logger",
     "sweep",

@@ -82,9 +82,10 @@ def _check_data(settings: Mapping[str, Any]) -> None:
 def _check_loss(terms: Mapping[str, Any]) -> None:
     """Build the loss, and compute it once: torch looks at some of its settings only then."""
     classes = _weighted_classes(terms) or _CLASSES
-    loss = build_loss(terms, classes)
     try:
-        loss(torch.zeros(1, classes, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64))
+        build_loss(terms, classes)(torch.zeros(1, classes, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64))
+    except ConfigError:
+        raise
     except (ArithmeticError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"loss={dict(terms)}: torch cannot compute this: {one_line(error)}.") from error
 

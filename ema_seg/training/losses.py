@@ -34,6 +34,24 @@ def _global_mean(total: Tensor, count: Tensor) -> Tensor:
     return place().size * total / sum_in_place(count.clone())
 
 
+def _cross_entropy(logits: Tensor, target: Tensor, *, reduction: str, **options: Any) -> Tensor:
+    """Torch's, of images: their sum, or one value for each pixel, B x H x W ("none")."""
+    options["ignore_index"] = IGNORE_INDEX
+    if logits.is_cuda and torch.are_deterministic_algorithms_enabled():
+        losses = cross_entropy_by_rows(logits, target, **options)
+        return losses.sum() if reduction == "sum" else losses
+    return F.cross_entropy(logits, target, reduction=reduction, **options)
+
+
+def cross_entropy_by_rows(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """Torch's cross-entropy for each pixel, B x H x W, by the kernel for a list of samples.
+
+    That for images adds up as its threads come by, and CUDA refuses it where results have to repeat.
+    """
+    rows = logits.movedim(1, -1).flatten(0, -2)
+    return F.cross_entropy(rows, target.flatten(), reduction="none", **options).view(target.shape)
+
+
 class CrossEntropy(nn.Module):
     """Mean cross-entropy over the labelled pixels.
 
@@ -59,13 +77,8 @@ class CrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Scalar loss."""
-        total = F.cross_entropy(
-            logits,
-            target,
-            weight=self.class_weights,
-            ignore_index=IGNORE_INDEX,
-            label_smoothing=self.label_smoothing,
-            reduction="sum",
+        total = _cross_entropy(
+            logits, target, reduction="sum", weight=self.class_weights, label_smoothing=self.label_smoothing
         )
         labels = target[target != IGNORE_INDEX]
         weights = torch.ones_like(labels) if self.class_weights is None else self.class_weights[labels]
@@ -95,7 +108,7 @@ class OHEM(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Scalar loss."""
-        losses = F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="none")
+        losses = _cross_entropy(logits, target, reduction="none")
         losses = losses[target != IGNORE_INDEX]
         kept = max(1, min(self.min_kept * len(target), losses.numel()))
         hardest = losses.detach().topk(kept).values[-1]

@@ -91,7 +91,7 @@ def write_run(
         attention=settings["attention"],
         run=str(folder),
         curves={"epoch": [0.0, 1.0], "train/loss": [2.0, 1.0 + seed], "val/miou": [None, 0.5 + 0.1 * seed]},
-        predictions=write.paths,
+        predictions=[write.paths[name] for name in names],
     )
     write_file(folder / "report" / "report.json", _to_json(content | (report or {})).encode())
     return folder

@@ -64,6 +64,15 @@ def test_what_lightning_or_a_loss_takes_is_not_refused(config, values):
         ({"trainer__max_epochs": 0}, "epochs=0"),
         ({"trainer__accumulate_grad_batches": 0}, r"trainer\.accumulate_grad_batches=0"),
         ({"trainer__acumulate_grad_batches": 2}, "Did you mean 'accumulate_grad_batches'"),
+        ({"loss": {"cross_entropy": {"weight": 1.0, "class_weights": True}}}, "loss=.*torch cannot compute this"),
+        ({"loss": {"cross_entropy": {"weight": 1.0, "label_smoothing": 7}}}, "label_smoothing must be between 0"),
+        ({"schedule": {"name": "poly", "power": -0.5}}, r"schedule\.power=-0\.5: poly has no learning rate"),
+        ({"placement__encoder": "yes"}, r"placement\.encoder='yes' is neither true nor false"),
+        (
+            {"training__chekpoint_every": 3},
+            r"training\.chekpoint_every: there is no such .*'training\.checkpoint_every'",
+        ),
+        ({"report": 3}, "report=3 is one value, where there are several settings"),
         ({"loss": {"diec": {"weight": 1}}}, r"loss\.diec"),
         ({"optimizer__momentun": 0.9}, "optimizer"),
         ({"optimizer__lr": "fast"}, r"optimizer\.lr='fast'"),
@@ -78,6 +87,13 @@ def test_what_lightning_or_a_loss_takes_is_not_refused(config, values):
 def test_what_cannot_is_named_without_data_or_model(config, values, message):
     with pytest.raises(ConfigError, match=message):
         check_config(changed(config, **values))
+
+
+def test_a_setting_that_is_missing_is_named(config):
+    config = copy.deepcopy(config)
+    del config["training"]["compile"]
+    with pytest.raises(ConfigError, match=r"training\.compile is missing"):
+        check_config(config)
 
 
 def test_another_machines_device_is_no_mistake(config):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from ema_seg.errors import ConfigError
-from ema_seg.training.losses import build_loss, loss_names
+from ema_seg.training.losses import build_loss, cross_entropy_by_rows, loss_names
 
 CLASSES = 5
 
@@ -117,3 +117,16 @@ def test_terms_add_up_by_weight_in_float32(batch):
 def test_mistakes_are_named(terms, message):
     with pytest.raises(ConfigError, match=message):
         build_loss(terms, CLASSES)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "weight": torch.tensor([1.0, 2.0, 0.5])}])
+def test_cross_entropy_by_rows_is_that_of_images(options):
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randint(3, (2, 4, 5))
+    target[0, :2] = 255
+    options = {key: value.double() if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+
+    by_rows = cross_entropy_by_rows(logits, target, ignore_index=255, **options)
+
+    expected = torch.nn.functional.cross_entropy(logits, target, ignore_index=255, reduction="none", **options)
+    torch.testing.assert_close(by_rows, expected)

@@ -1,0 +1,142 @@
+"""Whether two runs came to the same, to the last bit."""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ema_seg.errors import EmaSegError
+from ema_seg.models import load_checkpoint
+from ema_seg.reporting import load_report
+
+__all__ = ["compare_runs", "describe_comparison"]
+
+_CHECKPOINTS = ("best.ckpt", "last.ckpt")
+_TIMINGS = ("images_per_second", "seconds")
+# What an evaluation has found, without what it took.
+_SCORES = ("confusion_matrix", "miou", "iou", "mean_accuracy", "pixel_accuracy", "fw_iou", "size_iou")
+_IDENTICAL = "identical"
+
+
+def compare_runs(original: Path, repeated: Path) -> dict[str, Any]:
+    """Compare what two runs of one configuration have left in their folders.
+
+    Args:
+        original: the first run's folder; of what is missing there, nothing is compared.
+        repeated: the other's.
+
+    Returns:
+        For ``weights``, ``metrics`` and ``scores`` what differs in words, "identical", or None where the original has
+        none; and in ``environment`` each entry that differs, with both values.
+    """
+    return {
+        "original": str(original),
+        "weights": _compare_weights(original, repeated),
+        "metrics": _compare_metrics(original / "metrics.csv", repeated / "metrics.csv"),
+        "scores": _compare_scores(original, repeated),
+        "environment": _compare_environments(original, repeated),
+    }
+
+
+def describe_comparison(comparison: Mapping[str, Any]) -> tuple[list[str], bool]:
+    """The comparison in lines, and whether all that could be compared is identical."""
+    lines = []
+    for name in ("weights", "metrics", "scores"):
+        found = comparison[name]
+        lines.append(f"{name:8} {'not there to compare with' if found is None else found}")
+    for key, (before, now) in comparison["environment"].items():
+        lines.append(f"         {key} was {before}, is {now}")
+    return lines, all(comparison[name] in (None, _IDENTICAL) for name in ("weights", "metrics", "scores"))
+
+
+def _compare_weights(original: Path, repeated: Path) -> str | None:
+    found: list[str] = []
+    compared = False
+    for name in _CHECKPOINTS:
+        path = original / "checkpoints" / name
+        if not path.is_file():
+            continue
+        compared = True
+        states = [load_checkpoint(run / "checkpoints" / name)["state_dict"] for run in (original, repeated)]
+        found += [f"{name}: {text}" for text in _differences(*states)]
+    return None if not compared else "; ".join(found) or _IDENTICAL
+
+
+def _differences(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    if first.keys() != second.keys():
+        yield "the models have different weights"
+        return
+    differing = [key for key in first if not _is_same(first[key], second[key])]
+    if differing:
+        largest = max(differing, key=lambda key: _distance(first[key], second[key]))
+        distance = _distance(first[largest], second[largest])
+        yield f"{len(differing)} of {len(first)} tensors differ, most by {distance:.2g} ({largest})"
+
+
+def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """To the bit, so that NaN is itself and 0 is not -0."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    pairs = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in (first, second)]
+    return torch.equal(*pairs)
+
+
+def _distance(first: torch.Tensor, second: torch.Tensor) -> float:
+    if first.shape != second.shape:
+        return float("inf")
+    return float((first.double() - second.double()).abs().max()) if first.numel() else 0.0
+
+
+def _compare_metrics(original: Path, repeated: Path) -> str | None:
+    if not original.is_file():
+        return None
+    before, now = _rows(original), _rows(repeated)
+    if len(before) != len(now):
+        return f"{len(before)} epochs, now {len(now)}"
+    for first, second in zip(before, now, strict=True):
+        for key, value in first.items():
+            if value != second.get(key):
+                return f"epoch {int(first['epoch']) + 1}: {key} was {value}, is {second.get(key)}"
+    return _IDENTICAL
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return [{key: value for key, value in row.items() if key not in _TIMINGS} for row in csv.DictReader(file)]
+
+
+def _compare_scores(original: Path, repeated: Path) -> str | None:
+    try:
+        before = load_report(original / "report" / "report.json")
+    except EmaSegError:
+        return None
+    now = load_report(repeated / "report" / "report.json")
+    if all(before[key] == now[key] for key in _SCORES) and _scored(before) == _scored(now):
+        return _IDENTICAL
+    return f"mIoU was {before['miou']}, is {now['miou']}"
+
+
+def _scored(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in image.items() if key != "prediction"} for image in report["images"]]
+
+
+def _compare_environments(original: Path, repeated: Path) -> dict[str, tuple[Any, Any]]:
+    if not (original / "environment.json").is_file():
+        return {}
+    before, now = (dict(_flat(json.loads((run / "environment.json").read_text()))) for run in (original, repeated))
+    return {
+        key: (before.get(key), now.get(key))
+        for key in {**before, **now}
+        if key != "command" and before.get(key) != now.get(key)
+    }
+
+
+def _flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
