@@ -53,6 +53,11 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+def _whole_or_not_there(least: int, *, null: bool = False) -> _Setting:
+    fits = _is_whole(least)
+    return _Setting(_or_null(fits) if null else fits, "is not possible; give a whole number", optional=True)
+
+
 _FLAG = _Setting(_is_flag, "is neither true nor false")
 _NAME = _Setting(_is_text, "is no name")
 _PATH = _Setting(_or_null(_is_text), "is no path; one of digits alone is put in two kinds of quotes, as in \"'2024'\"")
@@ -116,7 +121,11 @@ TRAINING = _Section(
         "schedule": _NAMED,
         "trainer": _Section(
             {
-                "sync_batchnorm": _Setting(_is_flag, "is neither true nor false", optional=True),
+                "accumulate_grad_batches": _whole_or_not_there(1),
+                "check_val_every_n_epoch": _whole_or_not_there(1, null=True),
+                "num_sanity_val_steps": _whole_or_not_there(-1, null=True),
+                "log_every_n_steps": _whole_or_not_there(0, null=True),
+                "sync_batchnorm": _FLAG._replace(optional=True),
                 "deterministic": _Setting(
                     lambda value: isinstance(value, bool) or value in (None, "warn"),
                     "is none of true, false and warn",

@@ -141,6 +141,26 @@ def test_a_run_that_is_asked_to_leave_keeps_its_last_step(number, undisturbed, e
     assert state(run)["state_dict"] == state(expected)["state_dict"]
 
 
+def test_a_run_that_is_asked_to_leave_during_its_test_leaves_at_once(undisturbed, entry, tmp_path):
+    root, expected = undisturbed
+    run = tmp_path / "run"
+    process = entry.start(*TINY, f"data.root={root}", f"hydra.run.dir={run}", "evaluation.budget=60")
+    while not (run / "metrics.csv").exists() or len(rows(run)) < 4:
+        time.sleep(0.01)
+    time.sleep(1)
+    asked = time.monotonic()
+    os.kill(process, signal.SIGTERM)
+    status, err = entry.wait()
+
+    assert status == 75
+    assert time.monotonic() - asked < 30
+    assert err.splitlines()[-1].startswith("error: stopped by SIGTERM; the run has not lost anything")
+    assert not (run / "report" / "report.json").exists()
+    status, err = entry.run(f"resume={run}", "evaluation.budget=0.1")
+    assert status == 0, err
+    assert_same(run, expected)
+
+
 def copy_without_report(expected, run):
     return shutil.copytree(expected, run, ignore=shutil.ignore_patterns("report"))
 

@@ -17,7 +17,8 @@ from hydra import compose, initialize_config_dir
 from ema_seg.reporting import compare_runs, read_folder
 from ema_seg.sweeps import job_state, read_plan
 from ema_seg.sweeps.search import Search
-from tests.conftest import QUICK, ROOT
+from tests.conftest import QUICK, ROOT, is_alive, made_once
+from tests.forks import Entry
 
 TINY = (*QUICK, "data=camvid", "+model.decoder_segmentation_channels=32", "+model.decoder_pyramid_channels=32")
 
@@ -64,19 +65,31 @@ def comparison_rows(folder):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(camvid_root, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed") / "sweep"
-    done = run(camvid_root, folder, "attention=none,se", "seed=0,1", "epochs=3")
-    assert done.returncode == 0, done.stderr
-    return folder, done
+def entry(tmp_path_factory):
+    with Entry(tmp_path_factory.mktemp("entry")) as entry:
+        yield entry
+
+
+@pytest.fixture(scope="module")
+def undisturbed(camvid_root, tmp_path_factory, entry):
+    """A sweep, and what it has printed and said."""
+
+    def make(folder):
+        status, err = entry.run(*command(camvid_root, folder / "sweep", "attention=none,se", "seed=0,1", "epochs=3"))
+        assert status == 0, err
+        for name in ("out", "err"):
+            shutil.copy(entry.folder / name, folder)
+
+    folder = made_once(tmp_path_factory, "undisturbed", make)
+    return folder / "sweep", (folder / "out").read_text(), (folder / "err").read_text()
 
 
 def test_a_grid_leaves_a_plan_and_a_report_of_every_job(undisturbed):
-    folder, done = undisturbed
+    folder, out, err = undisturbed
 
     assert names(folder) == dict.fromkeys(("none 0", "se 0", "none 1", "se 1"), "finished")
-    assert "4 of 4 jobs finished, 0 running, 0 left" in done.stderr
-    assert done.stdout.rstrip().endswith(f"comparison: {folder}/comparison/comparison.html\nsweep: {folder}")
+    assert "4 of 4 jobs finished, 0 running, 0 left" in err
+    assert out.rstrip().endswith(f"comparison: {folder}/comparison/comparison.html\nsweep: {folder}")
     assert {"comparison.html", "comparison.json", "comparison.md", "comparison.csv", "comparison.tex", "figures"} <= {
         path.name for path in (folder / "comparison").iterdir()
     }
@@ -85,8 +98,8 @@ def test_a_grid_leaves_a_plan_and_a_report_of_every_job(undisturbed):
         assert report["config"]["attention"]["name"] == report["job"]["overrides"]["attention"]
 
 
-def test_the_same_command_again_does_nothing(undisturbed, camvid_root, run_script):
-    folder, _ = undisturbed
+def test_the_same_command_again_does_nothing(undisturbed, camvid_root, run_script, tmp_path):
+    folder = shutil.copytree(undisturbed[0], tmp_path / "sweep")
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/report/report.json")}
 
     status, _, err = run_script("train", *command(camvid_root, folder, "attention=none,se", "seed=0,1", "epochs=3"))
@@ -95,8 +108,8 @@ def test_the_same_command_again_does_nothing(undisturbed, camvid_root, run_scrip
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("*/report/report.json")}
 
 
-def test_more_seeds_add_to_a_sweep(undisturbed, camvid_root, run_script):
-    folder, _ = undisturbed
+def test_more_seeds_add_to_a_sweep(undisturbed, camvid_root, run_script, tmp_path):
+    folder = shutil.copytree(undisturbed[0], tmp_path / "sweep")
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/report/report.json")}
 
     status, _, err = run_script("train", *command(camvid_root, folder, "attention=none", "seed=1,2", "epochs=3"))
@@ -107,31 +120,23 @@ def test_more_seeds_add_to_a_sweep(undisturbed, camvid_root, run_script):
     assert before.items() <= {path: path.stat().st_mtime_ns for path in folder.glob("*/report/report.json")}.items()
 
 
-def test_kills_at_any_moment_change_nothing_in_the_result(undisturbed, camvid_root, tmp_path):
+def test_kills_at_any_moment_change_nothing_in_the_result(undisturbed, camvid_root, tmp_path, entry):
     """Kill job and launcher, which are one process here, again and again; then let it finish."""
     folder = tmp_path / "sweep"
-    overrides = ("attention=none,se", "seed=0,1", "epochs=3")
+    arguments = command(camvid_root, folder, "attention=none,se", "seed=0,1", "epochs=3")
     moments = torch.rand(3, generator=torch.Generator().manual_seed(0)).tolist()
     for moment in moments:
-        process = subprocess.Popen(
-            [sys.executable, ROOT / "train.py", *command(camvid_root, folder, *overrides)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        process = entry.start(*arguments)
         # From within the start-up to within a later job, whatever the machine's speed: counted in files, then in time.
         known = len(list(folder.glob("*/metrics.csv")))
-        deadline = time.monotonic() + 60
-        while (
-            len(list(folder.glob("*/metrics.csv"))) == known and process.poll() is None and time.monotonic() < deadline
-        ):
+        while len(list(folder.glob("*/metrics.csv"))) == known and is_alive(process):
             time.sleep(0.02)
         time.sleep(moment)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    done = run(camvid_root, folder, *overrides)
+        os.kill(process, signal.SIGKILL)
+        entry.wait()
+    status, err = entry.run(*arguments)
 
-    assert done.returncode == 0, done.stderr
+    assert status == 0, err
     expected = reports(undisturbed[0])
     assert reports(folder).keys() == {"none 0", "se 0", "none 1", "se 1"}
     for label, report in reports(folder).items():

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -106,15 +106,6 @@ def _check_trainer(settings: Mapping[str, Any]) -> None:
     # None and -1 are Lightning's ways to say that something else, such as max_steps, is the end.
     if epochs not in (None, -1) and not _is_whole(epochs, 1):
         raise ConfigError(f"epochs={epochs!r} (trainer.max_epochs) is no whole number of 1 or more.")
-    least: dict[str, Callable[[Any], bool]] = {
-        "accumulate_grad_batches": lambda value: _is_whole(value, 1),
-        "check_val_every_n_epoch": lambda value: _is_whole(value, 1),
-        "num_sanity_val_steps": lambda value: _is_whole(value, -1),
-        "log_every_n_steps": lambda value: _is_whole(value, 0),
-    }
-    for key, is_possible in least.items():
-        if settings.get(key) is not None and not is_possible(settings[key]):
-            raise ConfigError(f"trainer.{key}={settings[key]!r} is not possible; give a whole number.")
 
 
 def _is_whole(value: Any, least: int) -> bool:

@@ -68,10 +68,7 @@ def test_what_lightning_or_a_loss_takes_is_not_refused(config, values):
         ({"loss": {"cross_entropy": {"weight": 1.0, "label_smoothing": 7}}}, "label_smoothing must be between 0"),
         ({"schedule": {"name": "poly", "power": -0.5}}, r"schedule\.power=-0\.5: poly has no learning rate"),
         ({"placement__encoder": "yes"}, r"placement\.encoder='yes' is neither true nor false"),
-        (
-            {"training__chekpoint_every": 3},
-            r"training\.chekpoint_every: there is no such .*'training\.checkpoint_every'",
-        ),
+        ({"training__chekpoint_every": 3}, r"training\.chekpoint_every: there is no such setting"),
         ({"report": 3}, "report=3 is one value, where there are several settings"),
         ({"loss": {"diec": {"weight": 1}}}, r"loss\.diec"),
         ({"optimizer__momentun": 0.9}, "optimizer"),
