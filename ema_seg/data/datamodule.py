@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from ema_seg.data import build_dataset
 from ema_seg.data.base import SegmentationDataset
-from ema_seg.data.loading import Draws, InTurn, Loader, Samples, Skipped, collate_crops, collate_images
+from ema_seg.data.loading import Draws, InTurn, Loader, Samples, Skipped, collate_crops, collate_images, time_limit
 from ema_seg.data.transforms import TensorSample, build_eval_transform, build_train_transform
 from ema_seg.distributed.start import place
 from ema_seg.errors import ConfigError, DataError
@@ -182,15 +182,17 @@ class SegmentationDataModule(LightningDataModule):
                     raise explained from error
             raise
 
-    def read_near(self, dataset: SegmentationDataset, index: int, what: str = "__getitem__") -> Any:
-        """What the data set's method gives for the sample at an index, or for the next one that can be read.
+    def read_near(self, dataset: SegmentationDataset, index: int, read: Callable[[int], Any] | None = None) -> Any:
+        """The sample at an index, or the next one that can be read; or of it, what ``read`` gives for its index.
 
         Raises:
             DataError: more of them cannot than ``max_skipped`` allows.
         """
         for tried in range(len(dataset)):
+            near = (index + tried) % len(dataset)
             try:
-                return getattr(dataset, what)((index + tried) % len(dataset))
+                with time_limit(self.timeout, str(dataset.pairs[near].image)):
+                    return (read or dataset.__getitem__)(near)
             except DataError:
                 if tried >= self.skipped.most:
                     raise

@@ -23,7 +23,17 @@ from ema_seg.data.transforms import TensorSample
 from ema_seg.distributed.start import place
 from ema_seg.errors import ConfigError, DataError, EmaSegError
 
-__all__ = ["Draws", "InTurn", "Loader", "Samples", "Skipped", "collate_crops", "collate_images", "read_skipped"]
+__all__ = [
+    "Draws",
+    "InTurn",
+    "Loader",
+    "Samples",
+    "Skipped",
+    "collate_crops",
+    "collate_images",
+    "read_skipped",
+    "time_limit",
+]
 
 
 class Skipped:
@@ -135,33 +145,34 @@ class Samples(Dataset[_Item]):
                 generator.manual_seed(seed)
             if info:
                 return self.dataset[index]
-            with self._limited(index):
+            with time_limit(self.timeout, self.image(index)):
                 return self.dataset[index]
         finally:
             generator.set_state(state)
             slot[1] = -1
 
-    @contextmanager
-    def _limited(self, index: int) -> Iterator[None]:
-        """End what waits for the disk in this process, whose main thread alone can be interrupted."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            raise _Stalled(_stall([self.image(index)], self.timeout))
-
-        earlier = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, self.timeout)
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, earlier)
-
     def image(self, index: int) -> str:
         """The file of an image."""
         return str(self.dataset.pairs[index].image)
+
+
+@contextmanager
+def time_limit(seconds: float, file: str) -> Iterator[None]:
+    """Give up what waits for a file in this process, of which the main thread alone can be interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Stalled(_stall([file], seconds))
+
+    earlier = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)
 
 
 class _Stalled(EmaSegError):

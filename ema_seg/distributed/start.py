@@ -361,7 +361,7 @@ def _be_member(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(1)
-    work, arguments, sys.argv = pickle.loads(sys.stdin.buffer.read())
+    work, arguments, sys.argv = pickle.loads(sys.stdin.buffer.read())  # noqa: S301, from the parent alone
     try:
         with joined(), first_told():
             work(*arguments)

@@ -1,12 +1,11 @@
 """From a checkpoint to its report: scores, costs and figures of one model, measured together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Subset
 
 from ema_seg.data import SegmentationDataModule
 from ema_seg.data.loading import read_skipped
@@ -89,7 +88,7 @@ def assess_checkpoint(
     evaluation.images.sort(key=lambda image: positions[image["name"]])
     examples = predict_examples(
         model,
-        Subset(dataset, [positions[image["name"]] for image in evaluation.images]),
+        _Scored(module, [positions[image["name"]] for image in evaluation.images]),
         evaluation.images,
         mean=data["mean"],
         std=data["std"],
@@ -132,7 +131,7 @@ def _measure(
     # The cost first: a compiled model is then compiled for the size that is timed, before it meets others.
     cost = measure_cost(
         model,
-        size=tuple(settings["size"] or module.read_near(dataset, 0, "read_image").shape[:2]),
+        size=tuple(settings["size"] or module.read_near(dataset, 0, dataset.read_image).shape[:2]),
         stride=stride,
         batch_size=settings["batch_size"],
         device=device,
@@ -158,6 +157,18 @@ def _measure(
                 "split are often withheld); choose another with data.evaluation_split."
             )
     return cost, evaluation, write_prediction.paths
+
+
+class _Scored:
+    """The samples that have been scored, in the order of their records."""
+
+    def __init__(self, module: SegmentationDataModule, indices: Sequence[int]) -> None:
+        self.module = module
+        self.indices = indices
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        sample: Mapping[str, Any] = self.module.read_near(self.module.test_dataset, self.indices[index])
+        return sample
 
 
 def _skipped_in_training(run: str | None) -> dict[str, list[str]]:
