@@ -305,6 +305,7 @@ def test_processes_that_are_asked_to_leave_end_with_one_checkpoint(root, tmp_pat
             "train in 1 or 2 or 3 processes.",
         ),
         (["trainer.devices=0"], "devices=0 is no number of devices"),
+        (["trainer.devices=100000", "data.batch_size=100000"], "100000 processes are too many for the "),
         (["trainer.strategy=ddq"], "trainer.strategy=ddq is none of auto, ddp, fsdp"),
         (
             ["trainer.devices=2", "trainer.num_nodes=2", "data.batch_size=4"],

@@ -1,5 +1,6 @@
 """In how many processes a training runs, and how they share the work."""
 
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
@@ -18,8 +19,8 @@ from ema_seg.training.sync_batch_norm import SyncLayers
 
 __all__ = ["count_processes", "named_processes", "trainer_arguments", "training_device"]
 
-# Of a machine: each device has a process, which without GPUs nothing else would limit.
-_MOST = 1024
+# Without GPUs nothing else would keep a mistyped number from filling the machine with processes.
+_PROCESSES_OF_A_CORE = 4
 _STRATEGIES = ("auto", "ddp", "fsdp")
 
 
@@ -61,6 +62,12 @@ def count_processes(settings: Mapping[str, Any], started_by: str | None = None) 
         there = _count_devices(settings.get("accelerator"))
         if asked.devices is not None and there is not None and asked.devices > there:
             raise ConfigError(f"{asked.devices} devices are more than the {there} GPUs of this machine.")
+        cores = os.cpu_count() or 1
+        if there is None and (asked.devices or 1) > _PROCESSES_OF_A_CORE * cores:
+            raise ConfigError(
+                f"{asked.devices} processes are too many for the {cores} cores of this machine; choose "
+                f"{_PROCESSES_OF_A_CORE * cores} at most."
+            )
         return asked.devices or there or 1
     here = place()
     _require_started(asked, here, started_by)
@@ -102,7 +109,7 @@ def _read(settings: Mapping[str, Any]) -> _Devices:
         return _Devices(len(devices), machines)
     if devices in (None, "auto", -1):
         return _Devices(None, machines)
-    if not _is_count(devices) or devices > _MOST:
+    if not _is_count(devices):
         raise ConfigError(
             f"devices={devices!r} is no number of devices; give one, or auto for all, or GPUs such as [0,1]."
         )
