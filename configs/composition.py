@@ -44,8 +44,8 @@ def compose(folder: Path, config_name: str) -> DictConfig:
             f"--experimental-rerun {options.experimental_rerun}: a pickle can run any code; repeat a run with "
             "python train.py rerun=<its folder>."
         )
-    # What Hydra shows instead of running: with its options about the application, not about what is composed.
-    if options.hydra_help or options.shell_completion:
+    # Where Hydra shows something about the application, it calls nothing that is composed.
+    if options.help or options.hydra_help or options.shell_completion:
         return OmegaConf.create()
     search_path = create_config_search_path(str(folder / (options.config_path or "")))
     if options.config_dir:
