@@ -2,6 +2,7 @@
 
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -69,5 +70,6 @@ def describe_memory(device: torch.device) -> str:
         peak = torch.cuda.max_memory_allocated(device)
     else:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return f"{device} has {total / 2**30:.1f} GiB, and the peak was {peak / 2**30:.1f}"

@@ -38,7 +38,7 @@ def check_automatic(config: Mapping[str, Any], device: torch.device) -> None:
 
 
 def find_batch_size(config: Mapping[str, Any], device: torch.device) -> int:
-    """Find the largest global batch of which every device has room for its share, by training on random crops.
+    """Find the largest global batch of which every device has room for its share, by training on made-up crops.
 
     Two steps of each size are tried: after the first the optimiser has its state. Nothing is left of it, neither in the
     memory nor in torch's generators.
@@ -90,7 +90,7 @@ def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
 
 
 class _Attempt:
-    """Trains on random crops of a size as ``fit`` would, and forgets it."""
+    """Trains on made-up crops of a size as ``fit`` would, and forgets it."""
 
     def __init__(
         self, config: Mapping[str, Any], classes: int, crop: torch.Size, device: torch.device, copies: int
@@ -127,7 +127,8 @@ class _Attempt:
         loss = build_loss(config["loss"], self.classes).to(device)
         optimizer = build_optimizer(model, **config["optimizer"])
         images = torch.zeros(batch_size, 3, height, width, device=device).to(memory_format=memory_format)
-        target = torch.zeros(batch_size, height, width, dtype=torch.int64, device=device)
+        # Of all classes, because some losses take memory for each that there is.
+        target = torch.randint(self.classes, (batch_size, height, width), device=device)
         for _ in range(2):
             with autocast(device, config["trainer"]["precision"]):
                 value = loss(model(images), target)

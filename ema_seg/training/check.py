@@ -12,6 +12,7 @@ from torch import nn
 
 from ema_seg.data import SegmentationDataModule, check_dataset
 from ema_seg.data.datamodule import check_shares
+from ema_seg.distributed.start import alone
 from ema_seg.errors import ConfigError, did_you_mean, one_line
 from ema_seg.models import segmenter_from_config
 from ema_seg.reporting import check_settings
@@ -83,7 +84,8 @@ def _check_loss(terms: Mapping[str, Any]) -> None:
     """Build the loss, and compute it once: torch looks at some of its settings only then."""
     classes = _weighted_classes(terms) or _CLASSES
     try:
-        build_loss(terms, classes)(torch.zeros(1, classes, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64))
+        with alone():
+            build_loss(terms, classes)(torch.zeros(1, classes, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64))
     except ConfigError:
         raise
     except (ArithmeticError, TypeError, ValueError, RuntimeError) as error:
