@@ -50,7 +50,7 @@ def main() -> None:
         elif resumed not in (None, "auto"):
             config_name = _register_resumed(Path(str(resumed)))
         composed = compose(CONFIGS, config_name)
-        if resumed == "auto":
+        if resumed == "auto" and composed:
             _resume_unfinished(composed)
         launch(_train, CONFIGS, config_name)
 

@@ -1,5 +1,6 @@
 """What a command line makes up, seen before Hydra acts on it: in one sentence what is wrong with it, or its values."""
 
+import inspect
 import os
 import re
 import traceback
@@ -32,7 +33,8 @@ def compose(folder: Path, config_name: str) -> DictConfig:
         config_name: the primary one.
 
     Returns:
-        The configuration with Hydra's own settings; in a sweep, with those that all jobs share.
+        The configuration with Hydra's own settings; in a sweep, with those that all jobs share; empty where Hydra is
+        asked for its help.
 
     Raises:
         ConfigError: an override or a configuration file is not possible, or would have Hydra call what is not known to
@@ -73,15 +75,18 @@ def launch(task: TaskFunction, folder: Path, config_name: str) -> None:
     try:
         hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
     except Exception as error:
-        if isinstance(error, EmaSegError | OSError) or _is_ours(error):
+        if isinstance(error, EmaSegError | OSError) or _is_ours(error, task):
             raise
         raise ConfigError(f"Hydra cannot work with its settings (hydra.…): {one_line(error)}.") from error
 
 
-def _is_ours(error: Exception) -> bool:
+def _is_ours(error: Exception, task: TaskFunction) -> bool:
     """Whether this was raised within the project, and not on Hydra's way to it."""
-    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return any(name.startswith(("ema_seg.", "hydra_plugins.ema_seg")) for name in modules)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [str(frame.f_globals.get("__name__")) for frame in frames]
+    if any(name.startswith(("ema_seg.", "hydra_plugins.ema_seg")) for name in names):
+        return True
+    return any(frame.f_code is getattr(inspect.unwrap(task), "__code__", None) for frame in frames)
 
 
 def _sentence(error: Exception, loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> str:

@@ -551,3 +551,19 @@ def test_help_names_every_group_and_every_option():
         assert f"    {group.name} " in help_text, group.name
         for option in group.glob("*.yaml"):
             assert option.stem in re.findall(r"\w+", help_text), option
+
+
+def test_help_is_given_whatever_else_is_asked(run_script):
+    status, out, err = run_script("train", "--help", "resume=auto")
+    assert status == 0, err
+    assert "data.root" in out
+
+
+def test_what_hydra_cannot_work_with_is_told_and_what_is_wrong_here_is_shown(run_script, monkeypatch):
+    status, _, err = run_script("train", "hydra.verbose=nan")
+    assert status == 1
+    assert err.splitlines()[-1].startswith("error: Hydra cannot work with its settings")
+
+    monkeypatch.setattr("train._train_run", lambda *arguments: {}["missing"])
+    with pytest.raises(KeyError, match="missing"):
+        run_script("train", "data=camvid", "data.root=/nowhere")
