@@ -17,7 +17,7 @@ from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.trust import require_harmless, settings_of
+from configs.trust import forbid_settings_from_text, require_harmless, settings_of
 from ema_seg.errors import ConfigError, EmaSegError, did_you_mean, one_line
 
 __all__ = ["compose", "launch"]
@@ -40,6 +40,7 @@ def compose(folder: Path, config_name: str) -> DictConfig:
         ConfigError: an override or a configuration file is not possible, or would have Hydra call what is not known to
             be harmless.
     """
+    forbid_settings_from_text()
     options = get_args_parser().parse_args()
     if options.experimental_rerun:
         raise ConfigError(

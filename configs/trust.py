@@ -5,7 +5,6 @@ settings of Hydra's logs; both follow a dotted name to anything that can be impo
 from within a trusted module that has imported it. So it is not the beginning of the name that counts but all of it.
 """
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ema_seg.errors import ConfigError
 
-__all__ = ["require_harmless", "settings_of"]
+__all__ = ["forbid_settings_from_text", "require_harmless", "settings_of"]
 
 _CALLBACKS = (
     "hydra.experimental.callbacks.LogJobReturnCallback",
@@ -33,8 +32,16 @@ _LOGGING = (
 )
 # The keys whose values are called, here and by the libraries.
 _CALLED = {"_target_", "()", "class"}
-# Interpolations that make settings out of text, in which those keys could hide.
-_FROM_TEXT = re.compile(r"\$\{\s*oc\.(create|decode)\s*:")
+
+
+def forbid_settings_from_text() -> None:
+    """Take OmegaConf the resolvers that make settings out of text, in which the keys of what is called could hide.
+
+    Their names need not stand in a configuration, which can put them together from parts, so no look at it finds them.
+    Hydra's launchers hand the resolvers on to their processes.
+    """
+    for name in ("oc.create", "oc.decode"):
+        OmegaConf.clear_resolver(name)
 
 
 def require_harmless(config: DictConfig) -> None:
@@ -45,8 +52,6 @@ def require_harmless(config: DictConfig) -> None:
             or of the usual handlers and formatters of Python's logging.
     """
     for path, key, value in settings_of(config):
-        if isinstance(value, str) and _FROM_TEXT.search(value):
-            raise ConfigError(f"{path}={value}: settings cannot be made out of text; write them out.")
         if key in _CALLED and str(value) not in _known(key):
             raise ConfigError(
                 f"{path}={value}: a configuration may only have Hydra's plugins and callbacks and the handlers of "
