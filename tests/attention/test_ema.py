@@ -389,7 +389,9 @@ TRANSFORMED = {
     "gradients of each sample": lambda block, x: torch.vmap(
         torch.func.grad(lambda parameters, image: sum_of_squares(block, parameters, image[None])), (None, 0)
     )(dict(block.named_parameters()), x)["conv3x3.weight"],
-    "batched gradients": lambda block, x: torch.autograd.functional.jacobian(block, x, vectorize=True),
+    "batched gradients": lambda block, x: torch.autograd.functional.jacobian(
+        lambda x: block(x)[..., 0, 0], x, vectorize=True
+    ),
     "batched gradients with a graph": lambda block, x: torch.autograd.functional.jacobian(
         block, x, vectorize=True, create_graph=True
     ).detach(),
