@@ -138,6 +138,8 @@ def _register_repeated(run: Path) -> str:
     config = saved_config(run, key="rerun")
     free = ("rerun", "hydra", *machine_keys(config))
     for text in sys.argv[1:]:
+        if text.startswith("-") or not ("=" in text or text.startswith("~")):
+            continue  # an option of Hydra's, such as --cfg, or its value
         key = text.lstrip("+~").partition("=")[0]
         if not any(key == name or key.startswith(f"{name}.") for name in free):
             raise ConfigError(f"rerun={run}: with {text} this would be another run; leave it out.")

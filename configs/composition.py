@@ -30,7 +30,8 @@ def compose(folder: Path, config_name: str) -> DictConfig:
 
     Args:
         folder: the folder of the configurations.
-        config_name: the primary one.
+        config_name: the primary one; where it is none of the folder's, it is that of a run, and ``--config-name``
+            cannot choose another.
 
     Returns:
         The configuration with Hydra's own settings; in a sweep, with those that all jobs share; empty where Hydra is
@@ -46,6 +47,11 @@ def compose(folder: Path, config_name: str) -> DictConfig:
         raise ConfigError(
             f"--experimental-rerun {options.experimental_rerun}: a pickle can run any code; repeat a run with "
             "python train.py rerun=<its folder>."
+        )
+    if options.config_name and not (folder / f"{config_name}.yaml").is_file():
+        raise ConfigError(
+            f"--config-name {options.config_name}: the configuration is that of the run which the command names; leave "
+            "this out."
         )
     # Where Hydra shows something about the application, it calls nothing that is composed.
     if options.help or options.hydra_help or options.shell_completion:

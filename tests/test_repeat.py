@@ -100,6 +100,7 @@ def test_a_run_that_comes_out_otherwise_is_told_so(original, entry, tmp_path):
         (["epochs=3"], "with epochs=3 this would be another run"),
         (["resume=auto"], "repeats one run from its beginning"),
         (["-m"], "repeats one run from its beginning"),
+        (["--config-name", "train"], "--config-name train: the configuration is that of the run"),
     ],
 )
 def test_a_repetition_changes_nothing(overrides, message, original, run_script):
@@ -107,3 +108,10 @@ def test_a_repetition_changes_nothing(overrides, message, original, run_script):
 
     assert status == 1
     assert message in err
+
+
+def test_the_configuration_of_a_repetition_can_be_looked_at(original, run_script):
+    status, out, err = run_script("train", f"rerun={original}", "--cfg", "job")
+
+    assert status == 0, err
+    assert yaml.safe_load(out)["rerun"] == str(original)
