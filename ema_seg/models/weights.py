@@ -165,8 +165,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(
-            f"model.encoder_weights={path}: the file cannot be read as weights only "
-            f"({one_line(error)[:200]}); save it as a state dict of tensors."
+            # Not torch's own words, which advise to run what is in the file.
+            f"model.encoder_weights={path}: the file cannot be read as weights only ({type(error).__name__}): it is "
+            "damaged, or holds more than tensors; save it as a state dict of tensors."
         ) from error
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
