@@ -17,7 +17,7 @@ from configs.command_line import argument, expand_home, plain_config, reports_er
 from configs.composition import compose, launch
 from ema_seg.distributed.start import joined, place, started_group
 from ema_seg.errors import ConfigError
-from ema_seg.host_memory import keep_freed_memory
+from ema_seg.host_memory import keep_freed_memory, made_for_good
 from ema_seg.settings import EVALUATION, require_settings
 from ema_seg.sweeps import read_job
 
@@ -60,8 +60,9 @@ def _evaluate(composed: DictConfig) -> None:
     checkpoint = Path(config["ckpt"] or run / "checkpoints" / "best.ckpt")
 
     # Heavy libraries only now, so that --help and --cfg answer at once.
-    from ema_seg.reporting import print_report
-    from ema_seg.run import evaluate_run
+    with made_for_good():
+        from ema_seg.reporting import print_report
+        from ema_seg.run import evaluate_run
 
     directory = Path(config["report"]["dir"] or run / _default_folder())
     report = evaluate_run(

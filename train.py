@@ -20,7 +20,7 @@ from configs.command_line import argument, expand_home, plain_config, quoted, re
 from configs.composition import compose, launch
 from ema_seg.distributed.start import Silent, first_told, joined, place, started_group
 from ema_seg.errors import ConfigError, Preempted, TrainingError
-from ema_seg.host_memory import keep_freed_memory
+from ema_seg.host_memory import keep_freed_memory, made_for_good
 from ema_seg.sweeps import count_devices, deal_devices, hold_job, identity, machine_keys, read_job, read_plan, run_job
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -104,7 +104,8 @@ def _resume_unfinished(composed: DictConfig) -> None:
 
 
 def _unfinished_run(composed: DictConfig) -> Path | None:
-    from ema_seg.run import complete_config
+    with made_for_good():
+        from ema_seg.run import complete_config
 
     here = Path(str(composed.hydra.run.dir))
     named = any(text.startswith("hydra.run.dir=") for text in sys.argv[1:])
@@ -173,8 +174,9 @@ def _train_run(composed: DictConfig, run: Path) -> None:
         raise ConfigError(f"{run} holds a run already; continue it with resume={run}, or choose another hydra.run.dir.")
 
     # Heavy libraries only now, so that --help and --cfg answer at once.
-    from ema_seg.reporting import print_report
-    from ema_seg.run import produce_run
+    with made_for_good():
+        from ema_seg.reporting import print_report
+        from ema_seg.run import produce_run
 
     if job:
         _require_same_job(config, run)
@@ -244,7 +246,6 @@ def _lead_job(composed: DictConfig, run: Path, started_by: str | None) -> None:
         agree((resume,))
         if composed.sweep.deal_devices and composed.trainer.accelerator != "cpu":
             deal_devices(run.parent, _each(composed.trainer.devices))
-        _freeze_libraries()
         _produce_job(composed, run, resume, {**job, "launcher": launcher}, started_by)
 
     run_job(run, job, work, retry=composed.sweep.retry)
@@ -264,7 +265,8 @@ def _follow_job(composed: DictConfig, run: Path, started_by: str | None) -> None
 def _produce_job(
     composed: DictConfig, run: Path, resume: bool, job: dict[str, Any] | None, started_by: str | None
 ) -> None:
-    from ema_seg.run import produce_run
+    with made_for_good():
+        from ema_seg.run import produce_run
 
     callbacks = _search_callbacks(composed, run)
     config = _settings(composed)
@@ -291,15 +293,6 @@ def _settings(composed: DictConfig) -> dict[str, Any]:
     config = plain_config(composed)
     config.pop("sweep", None)
     return config
-
-
-def _freeze_libraries() -> None:
-    """Keep the garbage collector from walking through the libraries after each job: a third of a second."""
-    import ema_seg.reporting
-    import ema_seg.training  # noqa: F401
-
-    if not gc.get_freeze_count():
-        gc.freeze()
 
 
 def _free_memory() -> None:

@@ -1,4 +1,4 @@
-"""Keeping freed memory, in processes of their own: it cannot be undone."""
+"""What a process does with its memory, in processes of their own: it cannot be undone."""
 
 import platform
 import subprocess
@@ -37,3 +37,24 @@ def test_freed_memory_is_used_again_without_asking_the_system():
     assert done
     assert given_back > 5 * 16  # at least a fault for each large page of 4 MiB
     assert kept < given_back / 5
+
+
+COLLECTIONS = """
+import gc
+from ema_seg.host_memory import made_for_good
+
+rounds = []
+gc.callbacks.append(lambda phase, info: rounds.append(phase))
+with made_for_good():
+    kept = [[] for _ in range(100_000)]
+during, frozen = len(rounds), gc.get_freeze_count()
+with made_for_good():  # the libraries are there; this is a job's garbage
+    garbage = [[] for _ in range(100_000)]
+print(during, len(rounds) > 0, frozen >= 100_000, gc.get_freeze_count() == frozen, gc.isenabled())
+"""
+
+
+def test_the_collector_passes_over_libraries_but_not_over_what_comes_later():
+    run = subprocess.run([sys.executable, "-c", COLLECTIONS], capture_output=True, text=True, check=True)
+
+    assert run.stdout.split() == ["0", "True", "True", "True", "True"]

@@ -24,6 +24,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ema_seg.errors import ConfigError, Preempted, TrainingError, one_line
+from ema_seg.host_memory import made_for_good
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -361,7 +362,8 @@ def _be_member(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(1)
-    work, arguments, sys.argv = pickle.loads(sys.stdin.buffer.read())  # noqa: S301, from the parent alone
+    with made_for_good():
+        work, arguments, sys.argv = pickle.loads(sys.stdin.buffer.read())  # noqa: S301, from the parent alone
     try:
         with joined(), first_told():
             work(*arguments)
