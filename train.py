@@ -6,7 +6,7 @@ python train.py --help shows what can be configured.
 import gc
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -86,6 +86,8 @@ def _parallel_jobs(devices: Any) -> int:
 
 def _each(devices: Any) -> int:
     """How many GPUs ``trainer.devices`` gives a job that has GPUs dealt out to it; one where it leaves that open."""
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        return max(1, len(devices))
     return int(devices) if str(devices).isdigit() and int(devices) else 1
 
 

@@ -20,7 +20,7 @@ from ema_seg.errors import ConfigError
 from ema_seg.models import encoder_normalisation
 from ema_seg.models.mode import deterministic_algorithms
 from ema_seg.reporting import assess_checkpoint, find_device, load_report
-from ema_seg.training import check_config, count_processes, find_batch_size, fit, training_device
+from ema_seg.training import check_config, count_processes, find_batch_size, fit, take_device, training_device
 
 __all__ = ["complete_config", "evaluate_run", "produce_run"]
 
@@ -70,18 +70,19 @@ def _work(config: dict[str, Any], run: Path, directory: Path, settings: Mapping[
     here = place()
     if here.rank:
         warnings.simplefilter("ignore")  # the first process's are enough
+    take_device(config["trainer"])
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])  # on which the order of additions depends
     seed_everything(config["seed"], workers=True, verbose=False)
     complete_config(config)
-    if config["data"]["batch_size"] == "auto":
-        config["data"]["batch_size"] = _batch_size(config, run, settings)
-    if here.rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(config, run / "config.yaml")
     quiet = settings["quiet"] or here.rank > 0
     wanted = bool(config["trainer"].get("deterministic"))
     with Preemption().watched() as preemption, deterministic_algorithms(wanted):
+        if config["data"]["batch_size"] == "auto":
+            config["data"]["batch_size"] = _batch_size(config, run, settings)
+        if here.rank == 0:
+            run.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(config, run / "config.yaml")
         best = fit(
             config,
             run,
@@ -122,7 +123,7 @@ def evaluate_run(
     settings: Mapping[str, Any],
     directory: Path,
     *,
-    devices: int | str = 1,
+    devices: int | str | list[int] = 1,
     run: str | None = None,
     job: Mapping[str, Any] | None = None,
     started_by: str | None = None,
@@ -134,7 +135,8 @@ def evaluate_run(
         data: see ``assess_checkpoint``.
         settings: see ``assess_checkpoint``.
         directory: see ``assess_checkpoint``.
-        devices: processes that score together, each on a GPU of its own if there are GPUs; "auto" for one on each.
+        devices: processes that score together, each on a GPU of its own if there are GPUs; "auto" for one on each, or
+            the GPUs' numbers.
         run: see ``assess_checkpoint``.
         job: see ``assess_checkpoint``.
         started_by: what has started this process as one of a group that evaluates; see ``count_processes``.
@@ -146,8 +148,9 @@ def evaluate_run(
         EmaSegError: whatever a user can correct, from the parts that find it.
     """
     accelerator = "cpu" if settings["device"] == "cpu" else "auto"
-    processes = count_processes({"accelerator": accelerator, "devices": devices}, started_by)
-    arguments = (checkpoint, dict(data), dict(settings), directory, run, job)
+    trainer = {"accelerator": accelerator, "devices": devices}
+    processes = count_processes(trainer, started_by)
+    arguments = (checkpoint, dict(data), dict(settings), directory, run, job, trainer)
     return _report_of(_assess, processes, directory, *arguments)
 
 
@@ -166,9 +169,9 @@ def _assess(
     directory: Path,
     run: str | None,
     job: Mapping[str, Any] | None,
+    trainer: Mapping[str, Any],
 ) -> dict[str, Any]:
-    if place().size > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(place().local_rank)  # which a device without a number then means
+    take_device(trainer)
     # Each may have named the folder by its own time.
     return assess_checkpoint(checkpoint, data, settings, agree(directory), run=run, job=job)
 

@@ -119,24 +119,25 @@ def test_two_processes_repeat_the_report_of_a_run(together, tmp_path, run_script
     assert again["environment"]["processes"] == 2
 
 
-def test_a_model_in_pieces_learns_the_same_and_goes_on_as_a_whole(together, root, tmp_path, run_script):
+def test_a_model_in_pieces_learns_the_same_and_goes_on_in_pieces_or_as_a_whole(together, root, tmp_path, run_script):
     """Of the optimiser's state, the momentum is in pieces, too."""
     runs = {name: tmp_path / name for name in ("pieces", "whole")}
+    alone = {"pieces": (), "whole": ("trainer.strategy=auto", "trainer.devices=1")}
     overrides = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "epochs=5")
     folder = f"hydra.run.dir={runs['pieces']}"
     status, _, err = run_script("train", *TINY, *EVEN, f"data.root={root}", *overrides, folder)
     assert status == 0, err
-    shutil.copytree(only_run(together[0]), runs["whole"])
+    shutil.copytree(runs["pieces"], runs["whole"])
 
-    assert_close_weights(runs)
-    for run in runs.values():
-        status, _, err = run_script("train", f"resume={run}", "epochs=6", "trainer.strategy=auto", "trainer.devices=1")
+    assert_close_weights(runs["pieces"], only_run(together[0]))
+    for name, run in runs.items():
+        status, _, err = run_script("train", f"resume={run}", "epochs=6", *alone[name])
         assert status == 0, err
-    assert_close_weights(runs)
+    assert_close_weights(runs["pieces"], runs["whole"])
 
 
-def assert_close_weights(runs):
-    pieces, whole = weights(runs["pieces"]), weights(runs["whole"])
+def assert_close_weights(run, other):
+    pieces, whole = weights(run), weights(other)
     assert pieces.keys() == whole.keys()
     for name, tensor in whole.items():
         assert_close(pieces[name], tensor, atol=1e-6, rtol=1e-6, msg=lambda text, name=name: f"{name}: {text}")

@@ -7,19 +7,36 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ema_seg.errors import ConfigError
+
 __all__ = ["deterministic_algorithms", "evaluation_mode", "set_execution"]
+
+# What torch says of an operation, after its name.
+_UNREPEATABLE = " does not have a deterministic implementation"
 
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """For a while, let torch use only algorithms that give the same bits each time, or any; afterwards as before."""
+    """For a while, let torch use only algorithms that give the same bits each time, or any; afterwards as before.
+
+    Raises:
+        ConfigError: there is none for an operation within.
+    """
     before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
-        # Read when cuBLAS is first used; without it, it may share its memory between streams.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Without it, cuBLAS may share its memory between streams. Set even if not wanted, because it is read when a process
+    # first multiplies matrices on a GPU, which a later job of a sweep may want to repeat.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
     try:
         yield
+    except RuntimeError as error:
+        if _UNREPEATABLE not in str(error):
+            raise
+        raise ConfigError(
+            f"reproducible=true: {str(error).partition(_UNREPEATABLE)[0].split()[-1]}, which this model or loss needs, "
+            "gives other bits each time on this device; choose another model.decoder, attention or loss, or "
+            "reproducible=false."
+        ) from error
     finally:
         torch.use_deterministic_algorithms(before)
 

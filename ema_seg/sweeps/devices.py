@@ -8,6 +8,8 @@ from socket import gethostname
 
 from filelock import FileLock, Timeout
 
+from ema_seg.errors import ConfigError
+
 __all__ = ["count_devices", "deal_devices"]
 
 _held: list[FileLock] = []  # for as long as this process lives
@@ -27,16 +29,26 @@ def deal_devices(folder: Path, number: int = 1) -> str | None:
 
     Args:
         folder: of the sweep, where a lock for each device is.
-        number: of devices; all of a machine that has fewer.
+        number: of devices.
 
     Returns:
         The devices' names in ``CUDA_VISIBLE_DEVICES``; None on a machine without CUDA.
+
+    Raises:
+        ConfigError: the machine has fewer, or this process holds another number already.
     """
+    if _held and len(_held) != number:
+        raise ConfigError(
+            f"this process of the launcher has {len(_held)} GPUs from an earlier job and cannot change to {number}; "
+            "sweep jobs of different trainer.devices apart, or use launcher=serial."
+        )
     if _held:
         return os.environ["CUDA_VISIBLE_DEVICES"]
     count = count_devices()
     if not count:
         return None
+    if number > count:
+        raise ConfigError(f"{number} devices are more than the {count} GPUs of this machine.")
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = listed.split(",") if listed else map(str, range(count))
     # CUDA takes names up to the first that is no device.
@@ -45,7 +57,7 @@ def deal_devices(folder: Path, number: int = 1) -> str | None:
     # A second process on a device only where each device has one, and so on: as many processes as the user asked for.
     for turn in itertools.count():
         for name in names:
-            if name in taken or len(taken) == min(number, count):
+            if name in taken or len(taken) == number:
                 continue
             file = re.sub(r"[^\w-]", "-", f"device-{gethostname()}-{name}-{turn}")
             lock = FileLock(folder / f"{file}.lock")
@@ -55,7 +67,7 @@ def deal_devices(folder: Path, number: int = 1) -> str | None:
                 continue
             _held.append(lock)
             taken.append(name)
-        if len(taken) == min(number, count):
+        if len(taken) == number:
             break
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
     return os.environ["CUDA_VISIBLE_DEVICES"]

@@ -36,9 +36,6 @@ __all__ = ["fit"]
 
 _MONITORED = "val/miou"
 
-# What torch says of an operation, after its name.
-_UNREPEATABLE = " does not have a deterministic implementation"
-
 # Warnings of the libraries about themselves, or about what is meant to be so here.
 _NOISE = (
     r".*isinstance\(treespec, LeafSpec\)",
@@ -114,12 +111,6 @@ def fit(
         with data.explained(), preemption.deferred():
             trainer.fit(module, data, ckpt_path=path, weights_only=True)
     except RuntimeError as error:
-        if _UNREPEATABLE in str(error):
-            raise ConfigError(
-                f"reproducible=true: {str(error).partition(_UNREPEATABLE)[0].split()[-1]}, which this model or loss "
-                "needs, gives other bits each time on this device; choose another model.decoder, attention or loss, or "
-                "reproducible=false."
-            ) from error
         if not is_out_of_memory(error):
             raise
         raise TrainingError(

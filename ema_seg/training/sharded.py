@@ -57,9 +57,13 @@ class ShardedStrategy(DDPStrategy):
             module.set_reshard_after_forward(module is not self.lightning_module.model, recurse=False)
             module.reshard()
 
+    def _register_ddp_hooks(self) -> None:
+        """Nothing, for there is no wrapper; Lightning demands one on GPUs."""
+
     def teardown(self) -> None:
-        """Leave the module where it is: parts that a broken-off pass has gathered cannot be moved, and end with it."""
+        """Leave module and optimisers where they are: what is spread over GPUs cannot be moved, and ends with them."""
         module, self._lightning_module = self._lightning_module, None
+        self.optimizers = []
         super().teardown()
         self._lightning_module = module
 
@@ -75,12 +79,25 @@ class ShardedStrategy(DDPStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Take the own part of the whole state."""
-        super().load_optimizer_state_dict(checkpoint)
-        for optimizer in self.optimizers:
-            for parameter, state in optimizer.state.items():
-                for name, value in state.items():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape and isinstance(parameter, DTensor):
-                        state[name] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        states = map(_own_state, self.optimizers, checkpoint["optimizer_states"])
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": list(states)})
+
+
+def _own_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The same state, spread as the parameters are: tensor by tensor, because all of them may not fit on a device."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    state = dict(saved["state"])
+    for number, parameter in zip(numbers, parameters, strict=False):  # other numbers are for the optimiser to refuse
+        if number in state and isinstance(parameter, DTensor):
+            state[number] = {name: _spread_like(parameter, value) for name, value in state[number].items()}
+    return {**saved, "state": state}
+
+
+def _spread_like(parameter: DTensor, value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
 def _blocks(segmenter: nn.Module) -> list[nn.Module]:

@@ -17,7 +17,7 @@ from ema_seg.models.mode import evaluation_mode
 from ema_seg.training.sharded import ShardedStrategy
 from ema_seg.training.sync_batch_norm import SyncLayers
 
-__all__ = ["count_processes", "named_processes", "trainer_arguments", "training_device"]
+__all__ = ["count_processes", "named_processes", "take_device", "trainer_arguments", "training_device"]
 
 # Without GPUs nothing else would keep a mistyped number from filling the machine with processes.
 _PROCESSES_OF_A_CORE = 4
@@ -25,10 +25,14 @@ _STRATEGIES = ("auto", "ddp", "fsdp")
 
 
 class _Devices(NamedTuple):
-    """What ``trainer`` asks for: devices of each machine, None for all that there are, and machines, None for any."""
+    """What ``trainer`` asks for: devices of each machine, None for all that there are, and machines, None for any.
+
+    ``last`` is the highest number of a GPU among those that are named.
+    """
 
     devices: int | None
     machines: int | None
+    last: int | None = None
 
 
 def named_processes(settings: Mapping[str, Any]) -> int:
@@ -62,6 +66,7 @@ def count_processes(settings: Mapping[str, Any], started_by: str | None = None) 
         there = _count_devices(settings.get("accelerator"))
         if asked.devices is not None and there is not None and asked.devices > there:
             raise ConfigError(f"{asked.devices} devices are more than the {there} GPUs of this machine.")
+        _require_named(asked, there)
         cores = os.cpu_count() or 1
         if there is None and (asked.devices or 1) > _PROCESSES_OF_A_CORE * cores:
             raise ConfigError(
@@ -69,8 +74,15 @@ def count_processes(settings: Mapping[str, Any], started_by: str | None = None) 
                 f"{_PROCESSES_OF_A_CORE * cores} at most."
             )
         return asked.devices or there or 1
-    here = place()
+    here, there = place(), _count_devices(settings.get("accelerator"))
     _require_started(asked, here, started_by)
+    if there is not None and here.local_size > there:
+        raise ConfigError(
+            f"{started_by} has started {here.local_size} processes on this machine, each of which sees {there} "
+            f"{'GPU' if there == 1 else 'GPUs'}; start one process for each GPU, and let each see all of them (Slurm: "
+            "--gpus-per-node, not --gpus-per-task)."
+        )
+    _require_named(asked, there)
     return here.size
 
 
@@ -83,6 +95,13 @@ def training_device(settings: Mapping[str, Any]) -> torch.device:
     return torch.device("cuda", devices[local] if isinstance(devices, list) else local)
 
 
+def take_device(settings: Mapping[str, Any]) -> None:
+    """Have a GPU without a number mean the one that ``trainer`` has this process use."""
+    device = training_device(settings)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def _require_started(asked: _Devices, here: Place, started_by: str) -> None:
     if asked.devices not in (None, here.local_size):
         raise ConfigError(
@@ -90,11 +109,21 @@ def _require_started(asked: _Devices, here: Place, started_by: str) -> None:
             "this machine, one for each device; use as many, or auto, as trainer=ddp does."
         )
     machines = here.size // here.local_size
+    if here.size % here.local_size:
+        raise ConfigError(
+            f"{started_by} has started {here.local_size} of {here.size} processes on this machine; start as many on "
+            "each."
+        )
     if asked.machines not in (None, machines):
         raise ConfigError(
             f"trainer.num_nodes={asked.machines}, but {started_by} has started processes on {machines} machines; use "
             "as many, or leave it out."
         )
+
+
+def _require_named(asked: _Devices, there: int | None) -> None:
+    if asked.last is not None and there is not None and asked.last >= there:
+        raise ConfigError(f"devices names the GPU {asked.last}, but those of this machine are 0 to {there - 1}.")
 
 
 def _read(settings: Mapping[str, Any]) -> _Devices:
@@ -106,7 +135,7 @@ def _read(settings: Mapping[str, Any]) -> _Devices:
     if isinstance(devices, str) and devices.lstrip("-").isdigit():
         devices = int(devices)
     if isinstance(devices, list) and devices and all(device == 0 or _is_count(device) for device in devices):
-        return _Devices(len(devices), machines)
+        return _Devices(len(devices), machines, max(devices))
     if devices in (None, "auto", -1):
         return _Devices(None, machines)
     if not _is_count(devices):

@@ -5,7 +5,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from ema_seg.sweeps import deal_devices
+from ema_seg.errors import ConfigError
+from ema_seg.sweeps import deal_devices, devices
 
 # Devices that are not there: what torch would count is told to it.
 PROGRAM = (
@@ -53,6 +54,20 @@ def test_more_processes_than_devices_share_them_evenly(start):
 
 def test_names_behind_the_last_device_that_cuda_finds_are_not_dealt(start):
     assert [start(1)[1] for _ in range(2)] == ["4", "4"]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"), [((3,), "3 devices are more than the 2 GPUs"), ((2, 1), "has 2 GPUs from an earlier job")]
+)
+def test_devices_that_cannot_be_dealt_are_refused(tmp_path, monkeypatch, numbers, message):
+    monkeypatch.setattr(devices, "count_devices", lambda: 2)
+    monkeypatch.setattr(devices, "_held", [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+
+    with pytest.raises(ConfigError, match=message):
+        for number in numbers:
+            assert deal_devices(tmp_path, number) == "4,7"
+            assert deal_devices(tmp_path, number) == "4,7"  # of the next job
 
 
 def test_names_that_are_no_file_names_are_dealt(start):

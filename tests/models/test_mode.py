@@ -1,0 +1,23 @@
+import os
+
+import pytest
+import torch
+
+from ema_seg.errors import ConfigError
+from ema_seg.models.mode import deterministic_algorithms
+
+
+def test_an_operation_that_cannot_repeat_its_bits_is_named():
+    message = r"^reproducible=true: put_, which this model or loss needs, gives other bits each time"
+    with pytest.raises(ConfigError, match=message), deterministic_algorithms(True):
+        torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
+
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_later_job_of_the_process_can_still_repeat_its_bits(monkeypatch):
+    """cuBLAS is told once in a process, at its first multiplication."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+
+    with deterministic_algorithms(False):
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

@@ -1,0 +1,86 @@
+"""Which GPUs a training takes, with GPUs that are only told of: nothing is computed on them."""
+
+import pytest
+import torch
+from torch import nn
+
+from ema_seg.distributed.start import Place
+from ema_seg.errors import ConfigError
+from ema_seg.training import count_processes, strategy, take_device
+from ema_seg.training.sharded import ShardedStrategy
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretends that the machine has so many GPUs, and that this process has such a place."""
+
+    def pretend(gpus, place=None):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(strategy, "place", lambda: place or Place())
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("devices", "processes"), [("auto", 4), (-1, 4), (None, 4), (2, 2), ("3", 3), ([3], 1), ([0, 3], 2)]
+)
+def test_a_process_for_each_gpu(machine, devices, processes):
+    machine(4)
+
+    assert count_processes({"accelerator": "gpu", "devices": devices}) == processes
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [(5, "5 devices are more than the 4 GPUs of this machine"), ([1, 4], "names the GPU 4, .* are 0 to 3")],
+)
+def test_gpus_that_are_not_there_are_refused(machine, devices, message):
+    machine(4)
+
+    with pytest.raises(ConfigError, match=message):
+        count_processes({"accelerator": "auto", "devices": devices})
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (Place(1, 2, 1, 2), "2 processes on this machine, each of which sees 1 GPU; .*--gpus-per-node"),
+        (Place(2, 3, 0, 2), "has started 2 of 3 processes on this machine; start as many on each"),
+    ],
+)
+def test_groups_that_do_not_fit_the_machines_are_refused(machine, place, message):
+    machine(1, place)
+
+    with pytest.raises(ConfigError, match=message):
+        count_processes({"accelerator": "auto", "devices": "auto"}, "Slurm")
+
+
+@pytest.mark.parametrize(
+    ("place", "devices", "expected"),
+    [
+        (Place(), 1, "cuda:0"),
+        (Place(), [3], "cuda:3"),
+        (Place(1, 2, 1, 2), 2, "cuda:1"),
+        (Place(3, 4, 1, 2), [0, 2], "cuda:2"),
+    ],
+)
+def test_a_gpu_without_a_number_is_the_one_of_the_training(machine, monkeypatch, place, devices, expected):
+    """So that a model is tested on the GPU that it was trained on, and each process has its own."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    machine(4, place)
+
+    take_device({"accelerator": "auto", "devices": devices})
+    take_device({"accelerator": "cpu", "devices": 2})
+
+    assert taken == [torch.device(expected)]
+
+
+def test_a_model_in_pieces_has_no_wrapper_on_gpus_either(monkeypatch):
+    monkeypatch.setattr(ShardedStrategy, "root_device", torch.device("cuda", 0))
+    sharded = ShardedStrategy()
+    sharded._model = nn.Linear(2, 2)
+
+    sharded._register_ddp_hooks()
+
+    assert type(sharded.model) is nn.Linear
