@@ -29,11 +29,11 @@ def main() -> None:
     """Compose the configuration around that of the run, and evaluate."""
     keep_freed_memory()
     sys.argv = expand_home(sys.argv)
-    saved = _saved_config()
-    store = ConfigStore.instance()
-    for group in ("data", "evaluation"):
-        store.store("of_run", saved.get(group, {}), group=group)
     with joined() if started_group() else nullcontext():
+        saved = _saved_config()
+        store = ConfigStore.instance()
+        for group in ("data", "evaluation"):
+            store.store("of_run", saved.get(group, {}), group=group)
         compose(CONFIGS, "eval")
         launch(_evaluate, CONFIGS, "eval")
 

@@ -266,7 +266,7 @@ def has_open(process, file):
     return file in [link.readlink() for link in Path(f"/proc/{process}/fd").iterdir()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_to_all_processes_of_a_job_lets_the_last_step_be_saved(number, undisturbed, entry, tmp_path):
     root, _ = undisturbed
     run = tmp_path / "run"

@@ -93,6 +93,7 @@ class SegmentationDataModule(LightningDataModule):
         self.timeout = timeout
         self.skipped = Skipped(max_skipped)
         self._had = 0
+        self._seed: int | None = None
         self._training: Loader | None = None
         self._loaders: list[Loader] = []
         self.train_transform = build_train_transform(augmentation, mean, std)
@@ -145,7 +146,9 @@ class SegmentationDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches of crops; where a run goes on within an epoch, first those that it has not had."""
         batch_size = self.batch_size // place().size
-        draws = Draws(len(self.train_dataset), torch.initial_seed(), self.batch_size)
+        if self._seed is None:  # of all processes; while they train, each has random numbers of its own
+            self._seed = torch.initial_seed()
+        draws = Draws(len(self.train_dataset), self._seed, self.batch_size)
         draws.skipped, self._had = self._had * batch_size, 0
         self._training = self._loader(self.train_dataset, collate_crops, "train", batch_size, draws)
         return self._training

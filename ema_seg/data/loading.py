@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ema_seg.data.base import SegmentationDataset
 from ema_seg.data.transforms import TensorSample
-from ema_seg.distributed.start import place
+from ema_seg.distributed.collectives import gather
+from ema_seg.distributed.start import LEAVE_SIGNALS, place
 from ema_seg.errors import ConfigError, DataError, EmaSegError
 
 __all__ = [
@@ -75,6 +76,20 @@ class Skipped:
         if self._file is not None:
             with self._file.open("a", newline="") as file:
                 csv.writer(file).writerow([split, name, reason])
+
+    def share(self) -> None:
+        """Know of what the other processes have left out; to be called by all of them.
+
+        Raises:
+            DataError: together it is too much.
+        """
+        for samples in gather(self.samples):
+            self.samples |= samples
+        if len(self.samples) > self.most:
+            raise DataError(
+                f"{len(self.samples)} samples cannot be read, and data.max_skipped={self.most} allows no more; the last"
+                f" one: {list(self.samples.values())[-1]}"
+            )
 
     def _read(self) -> None:
         if self._file is not None:
@@ -380,7 +395,9 @@ def _start_worker(_worker: int) -> None:
     cv2.setNumThreads(0)
     # A cluster that wants its machine back tells every process of a job, and the one that trains is still to save its
     # last step: its workers end with it, not before.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in LEAVE_SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_await_end, args=(os.getppid(),), daemon=True).start()

@@ -1,4 +1,4 @@
-"""Being asked to leave the machine, by SIGTERM or SIGUSR1."""
+"""Being asked to leave the machine, by SIGTERM, SIGUSR1 or SIGUSR2."""
 
 import signal
 import threading

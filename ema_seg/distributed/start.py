@@ -47,8 +47,9 @@ _PATIENCE = timedelta(minutes=30)
 # Seconds that the others have to end by themselves, after one has failed.
 _GRACE = 3.0
 
-# What asks a process to leave its machine; the second Slurm sends as long before as it is told to.
-LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# What asks a process to leave its machine. Slurm sends one of the latter two as long before as it is told to; submitit
+# has it send the last.
+LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 _FAILURE = "failure"
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
@@ -147,15 +148,28 @@ def _slurm() -> dict[str, Any]:
         "RANK": os.environ["SLURM_PROCID"],
         "WORLD_SIZE": size,
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": size // int(os.environ.get("SLURM_STEP_NUM_NODES", 1)),
+        "LOCAL_WORLD_SIZE": _tasks_of_machine(size),
         "MASTER_ADDR": os.environ.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(first),
-        "MASTER_PORT": os.environ.get("MASTER_PORT") or _port(os.environ["SLURM_JOB_ID"]),
+        "MASTER_PORT": os.environ.get("MASTER_PORT")
+        or _port(os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_STEP_ID", "0")),
     }
 
 
-def _port(job: str) -> int:
-    """The same port for all processes of a job, and another one for most other jobs."""
-    return 15000 + int(job) % 10000
+def _tasks_of_machine(size: int) -> int:
+    """Of a step that has as many tasks on each machine."""
+    layout = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as 4(x2),3
+    counts = {part.partition("(")[0] for part in layout.split(",")}
+    if len(counts) > 1:
+        raise ConfigError(
+            f"Slurm has started unequal numbers of tasks on the machines ({layout}); ask for as many on each with "
+            "--ntasks-per-node."
+        )
+    return size // int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
+
+
+def _port(job: str, step: str = "0") -> int:
+    """The same port for all processes of a job's step, and another one for most other jobs and steps."""
+    return 15000 + (int(job) + 1009 * int(step)) % 10000
 
 
 def _submitit() -> dict[str, Any]:
@@ -196,11 +210,48 @@ def joined() -> Iterator[None]:
         world_size=here.size,
         timeout=_PATIENCE,
     )
-    yield
-    if not _has_failed(_store):  # or this one would wait for others that are gone
-        distributed.barrier()  # nobody takes a connection away that another one still needs
-        distributed.destroy_process_group()
+    over = threading.Event()
+    watch = threading.Thread(target=_end_with_others, args=(_connect(here, hosts=False), over), daemon=True)
+    watch.start()
+    try:
+        yield
+        if _has_failed(_store):  # this one would wait for others that are gone
+            _abort()
+        else:
+            distributed.barrier()  # nobody takes a connection away that another one still needs
+            distributed.destroy_process_group()
+    except BaseException:
+        if _has_failed(_store):
+            _abort()
+        raise
+    finally:
+        over.set()
+        watch.join(_GRACE)
     _store = None
+
+
+def _end_with_others(store: "Store", over: threading.Event) -> None:
+    """End this process where another one has failed and this one does not come to know of it.
+
+    A process that waits for what its GPU gets from another one waits in CUDA, where no signal and no exception of
+    Python's arrives.
+    """
+    while not over.wait(1.0):
+        if not _has_failed(store):
+            continue
+        if not over.wait(_GRACE):
+            _abort()
+        if not over.wait(3 * _GRACE):
+            os._exit(1)
+
+
+def _abort() -> None:
+    """Have what waits for other processes fail, as far as their connections know how to."""
+    from torch import distributed
+
+    with suppress(Exception):
+        assert distributed.group.WORLD is not None
+        distributed.group.WORLD.abort()
 
 
 def _has_failed(store: "Store") -> bool:
@@ -231,7 +282,8 @@ def first_told() -> Iterator[None]:
         raise
 
 
-def _connect(here: Place) -> "Store":
+def _connect(here: Place, *, hosts: bool = True) -> "Store":
+    """The group's store, which the first process hosts, if none of torchrun's agents does, when it connects first."""
     from torch.distributed import PrefixStore, TCPStore
 
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -240,7 +292,8 @@ def _connect(here: Place) -> "Store":
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             here.size,
-            is_master=here.rank == 0 and not hosted,
+            is_master=hosts and here.rank == 0 and not hosted,
+            wait_for_workers=hosts,
             timeout=timedelta(minutes=5),
         )
     except (OSError, RuntimeError) as error:
@@ -301,11 +354,17 @@ def run_together(work: Callable[..., object], count: int, *arguments: Any) -> No
             codes = _wait(processes)
     finally:
         _end(processes)
+    if not any(codes):
+        return
+    failure = _failure(PrefixStore("ema-seg/0", server), codes)
     for number in passed:
         if -number in codes:
-            raise Preempted(f"stopped by {signal.Signals(number).name} before the work had begun.")
-    if any(codes):
-        raise _failure(PrefixStore("ema-seg/0", server), codes)
+            failure = Preempted(f"stopped by {signal.Signals(number).name} before the work had begun.")
+    if passed and isinstance(failure, Preempted):
+        handler = signal.getsignal(passed[0])
+        if callable(handler):  # such as submitit's, which queues the job again
+            handler(passed[0], None)
+    raise failure
 
 
 @contextmanager
@@ -362,15 +421,20 @@ def _be_member(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(1)
-    with made_for_good():
-        work, arguments, sys.argv = pickle.loads(sys.stdin.buffer.read())  # noqa: S301, from the parent alone
+    try:
+        with made_for_good():
+            work, arguments, sys.argv = pickle.loads(sys.stdin.buffer.read())  # noqa: S301, from the parent alone
+        _work_together(work, arguments)
+    except KeyboardInterrupt:  # which the parent has seen, too
+        sys.exit(130)
+
+
+def _work_together(work: Callable[..., object], arguments: Sequence[Any]) -> None:
     try:
         with joined(), first_told():
             work(*arguments)
     except Exception as error:  # has been told
         raise Silent(error) from None
-    except KeyboardInterrupt:  # which the parent has seen, too
-        sys.exit(130)
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:

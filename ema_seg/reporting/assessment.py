@@ -9,7 +9,6 @@ from torch import nn
 
 from ema_seg.data import SegmentationDataModule
 from ema_seg.data.loading import read_skipped
-from ema_seg.distributed.collectives import gather
 from ema_seg.distributed.start import place
 from ema_seg.errors import ConfigError, DataError
 from ema_seg.evaluation import (
@@ -79,8 +78,8 @@ def assess_checkpoint(
     wanted = bool(saved["config"]["trainer"].get("deterministic"))
     with module.explained(), deterministic_algorithms(wanted):
         cost, evaluation, predictions = _measure(model, module, settings, directory, quiet=quiet)
-    # Of several processes each has skipped its own.
-    skipped = {name: reason for part in gather(module.skipped.samples) for (_, name), reason in part.items()}
+    module.skipped.share()
+    skipped = sorted(name for _, name in module.skipped.samples)
     if place().rank:
         return {}
     dataset = module.test_dataset
@@ -106,7 +105,7 @@ def assess_checkpoint(
             "name": module.dataset_name,
             "root": str(dataset.root),
             "split": module.evaluation_split,
-            "skipped": {**_skipped_in_training(run), module.evaluation_split: sorted(skipped)},
+            "skipped": {**_skipped_in_training(run), module.evaluation_split: skipped},
         },
         model=config["model"],
         attention={**config["attention"], "placement": config["placement"]},

@@ -100,6 +100,15 @@ def test_seed_and_epoch_decide_order_and_crops_for_any_number_of_workers(root: P
     assert once != epochs(2, workers=0)
 
 
+def test_a_loader_that_is_made_anew_draws_as_the_first_did(root: Path) -> None:
+    """While a training runs, each process has random numbers of its own, but all draw the parts of the same batches."""
+    module = make_module(root)
+    first = list(module.train_dataloader().sampler)
+    torch.manual_seed(1234)
+
+    assert list(module.train_dataloader().sampler) == first
+
+
 def test_loading_leaves_the_generator_of_training_alone(root: Path) -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)

@@ -52,6 +52,18 @@ def test_an_evaluation_counts_every_image_once(results, count):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
+def test_what_cannot_be_read_is_counted_over_all_processes(results, count):
+    for part in results[0][count]:
+        known, one_allowed = part["skip"]
+        assert known == [str(rank) for rank in range(count)]
+        if count == 1:
+            assert one_allowed == known
+        else:
+            assert one_allowed.startswith(f"{count} samples cannot be read, and data.max_skipped=1 allows no more; the")
+            assert one_allowed.endswith(".png: cannot be read.")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
 def test_costs_say_on_how_many_devices_they_were_measured(results, count):
     costs = [part["score"]["cost"] for part in results[0][count]]
 

@@ -1,8 +1,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -59,6 +61,57 @@ def test_processes_end_when_the_one_that_started_them_is_killed():
         time.sleep(0.02)
 
 
+def test_whoever_had_a_signal_first_has_the_last_word(tmp_path):
+    """As submitit, which queues a job again, after the processes have kept what they have."""
+    alive = []
+
+    def queue_again(number, frame):
+        alive.extend(is_alive(json.loads(file.read_text())) for file in tmp_path.iterdir())
+        raise InterruptedError(number)
+
+    def ask():
+        while len([file for file in tmp_path.iterdir() if file.read_text()]) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    earlier = signal.signal(signal.SIGUSR2, queue_again)
+    try:
+        threading.Thread(target=ask).start()
+        with pytest.raises(InterruptedError):
+            run_together(workers.leave, 2, tmp_path)
+    finally:
+        signal.signal(signal.SIGUSR2, earlier)
+
+    assert alive == [False, False]
+
+
+def test_a_process_that_cannot_be_told_of_a_failure_ends_too():
+    """Started by others than this project, and busy where neither an exception nor a signal reaches it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = (
+        "from ema_seg.distributed.start import first_told, joined; from tests.distributed import workers\n"
+        "with joined(), first_told(): workers.fail('busy')"
+    )
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+    words = [process.communicate(timeout=60)[1] for process in processes]
+
+    assert [process.returncode for process in processes] == [1, 1]
+    assert "seed=-1 is none." in words[1]
+    assert "Traceback" not in words[0]
+
+
 def _children(parent):
     return [int(text) for text in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
@@ -76,10 +129,12 @@ def _children(parent):
                 "SLURM_PROCID": "5",
                 "SLURM_LOCALID": "1",
                 "SLURM_JOB_ID": "1234567",
+                "SLURM_STEP_ID": "2",
+                "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
             },
             "Slurm",
             {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu17"}
-            | {"MASTER_PORT": "19567"},
+            | {"MASTER_PORT": "21585"},
         ),
         (
             {
@@ -100,6 +155,14 @@ def test_whoever_has_started_the_processes_is_known(monkeypatch, variables, name
 
     assert started_group() == name
     assert {key: os.environ[key] for key in expected} == expected
+
+
+def test_machines_have_as_many_tasks_of_slurm(monkeypatch):
+    layout = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "2,1"}
+    monkeypatch.setattr(os, "environ", {**layout, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"})
+
+    with pytest.raises(ConfigError, match=r"unequal numbers of tasks on the machines \(2,1\); .*--ntasks-per-node"):
+        started_group()
 
 
 def test_a_process_that_ends_without_a_word_is_named():

@@ -26,6 +26,15 @@ def sleep() -> None:
     time.sleep(1000)
 
 
+def leave(folder: Path) -> None:
+    """Leave when asked to."""
+    from ema_seg.distributed.preemption import Preemption
+
+    with Preemption().watched():
+        write(folder, os.getpid())
+        time.sleep(1000)
+
+
 def exchange(folder: Path) -> None:
     import torch
 
@@ -59,15 +68,39 @@ def fail(how: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "hang":
             time.sleep(1000)
+        if how == "busy":
+            raise ConfigError("seed=-1 is none.")
         sys.exit(how)
     if how == "hang":
         raise ConfigError("seed=-1 is none.")
+    if how == "busy":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        time.sleep(1000)
     wait_for_all()
 
 
 def share(root: Path, folder: Path, values: "Tensor") -> None:
     """All that is shared, because starting a process takes longer than any of it."""
-    write(folder, {"score": score(root, folder), "lose": lose(6), "normalise": normalise(values)})
+    write(folder, {"score": score(root, folder), "lose": lose(6), "normalise": normalise(values), "skip": skip()})
+
+
+def skip() -> list[object]:
+    """What all processes know to be skipped, of which each could not read one; and what is said where that is a lot."""
+    from ema_seg.data.loading import Skipped
+    from ema_seg.errors import DataError
+
+    rank, size = place()[:2]
+    found: list[object] = []
+    for most in (size, 1):
+        skipped = Skipped(most)
+        skipped.add("val", f"{rank}", f"{rank}.png: cannot be read.")
+        try:
+            skipped.share()
+            found.append(sorted(name for _, name in skipped.samples))
+        except DataError as error:
+            found.append(str(error))
+    return found
 
 
 def score(root: Path, folder: Path) -> dict[str, object]:
