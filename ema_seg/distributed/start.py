@@ -47,6 +47,9 @@ _PATIENCE = timedelta(minutes=30)
 # Seconds that the others have to end by themselves, after one has failed.
 _GRACE = 3.0
 
+# PyTorch would print its stack for each connection that a process which has ended takes with it.
+_QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+
 # What asks a process to leave its machine. Slurm sends one of the latter two as long before as it is told to; submitit
 # has it send the last.
 LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -196,6 +199,8 @@ def joined() -> Iterator[None]:
         ConfigError: the first process cannot be reached.
     """
     global _store
+    for key, value in _QUIET.items():
+        os.environ.setdefault(key, value)
     import torch
     from torch import distributed
 
@@ -403,7 +408,7 @@ def _start(rank: int, count: int, port: int) -> subprocess.Popen[bytes]:
     }
     return subprocess.Popen(
         [sys.executable, "-c", f"from {__name__} import _be_member; _be_member({os.getpid()})"],
-        env={**os.environ, **{key: str(value) for key, value in variables.items()}},
+        env={**_QUIET, **os.environ, **{key: str(value) for key, value in variables.items()}},
         stdin=subprocess.PIPE,
     )
 

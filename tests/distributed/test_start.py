@@ -87,12 +87,29 @@ def test_whoever_had_a_signal_first_has_the_last_word(tmp_path):
 
 def test_a_process_that_cannot_be_told_of_a_failure_ends_too():
     """Started by others than this project, and busy where neither an exception nor a signal reaches it."""
+    codes, words = start_two("busy")
+
+    assert codes == [1, 1]
+    assert "seed=-1 is none." in words[1]
+    assert words[0] == ""
+
+
+def test_the_end_of_the_first_process_is_quiet_in_the_others():
+    """Which has the connection that they tell failures by; whoever has started them says that it is gone."""
+    codes, words = start_two("first killed")
+
+    assert codes == [-signal.SIGKILL, 1]
+    assert words == ["", ""]
+
+
+def start_two(how):
+    """Exit statuses of two processes that are started as by torchrun or srun, and what they print as errors."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = (
         "from ema_seg.distributed.start import first_told, joined; from tests.distributed import workers\n"
-        "with joined(), first_told(): workers.fail('busy')"
+        f"with joined(), first_told(): workers.fail({how!r})"
     )
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
@@ -104,12 +121,8 @@ def test_a_process_that_cannot_be_told_of_a_failure_ends_too():
         )
         for rank in range(2)
     ]
-
     words = [process.communicate(timeout=60)[1] for process in processes]
-
-    assert [process.returncode for process in processes] == [1, 1]
-    assert "seed=-1 is none." in words[1]
-    assert "Traceback" not in words[0]
+    return [process.returncode for process in processes], words
 
 
 def _children(parent):

@@ -70,9 +70,14 @@ def fail(how: str) -> None:
             time.sleep(1000)
         if how == "busy":
             raise ConfigError("seed=-1 is none.")
+        if how == "first killed":
+            wait_for_all()
         sys.exit(how)
     if how == "hang":
         raise ConfigError("seed=-1 is none.")
+    if how == "first killed":
+        time.sleep(1)  # until the other one waits
+        os.kill(os.getpid(), signal.SIGKILL)
     if how == "busy":
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
