@@ -36,7 +36,7 @@ def keep_freed_memory() -> bool:
 def made_for_good() -> Iterator[None]:
     """Import libraries within: the garbage collector passes over what has been made until then.
 
-    PyTorch, Lightning and what they bring make half a million objects that stay. Without this, the collector walks
+    PyTorch, Lightning and what they bring make almost a million objects that stay. Without this, the collector walks
     through them again and again while they are made, a sixth of the time that it takes, and then after each job of a
     sweep. Only the first use in a process does so, for the garbage of a job is not to stay.
     """
