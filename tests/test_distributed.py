@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from torch.testing import assert_close
 from ema_seg.errors import ConfigError
 from ema_seg.reporting import load_report
 from ema_seg.sweeps import job_state, read_plan
-from tests.conftest import QUICK, ROOT, made_once, write_camvid
+from tests.conftest import QUICK, ROOT, free_port, made_once, write_camvid
 
 TINY = (*QUICK, "data=camvid", "+model.decoder_segmentation_channels=32", "+model.decoder_pyramid_channels=32")
 # Nothing that a process draws at random by itself; and double precision, because in float32 these steps, which
@@ -144,9 +143,7 @@ def assert_close_weights(run, other):
 
 
 def test_torchrun_on_two_machines_does_the_same(together, root, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     machines = [
         subprocess.Popen(
             [

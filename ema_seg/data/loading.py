@@ -395,9 +395,8 @@ def _start_worker(_worker: int) -> None:
     cv2.setNumThreads(0)
     # A cluster that wants its machine back tells every process of a job, and the one that trains is still to save its
     # last step: its workers end with it, not before.
-    for number in LEAVE_SIGNALS:
-        if number != signal.SIGTERM:
-            signal.signal(number, signal.SIG_IGN)
+    for number in set(LEAVE_SIGNALS) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_await_end, args=(os.getppid(),), daemon=True).start()

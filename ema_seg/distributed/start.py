@@ -216,7 +216,7 @@ def joined() -> Iterator[None]:
         timeout=_PATIENCE,
     )
     over = threading.Event()
-    watch = threading.Thread(target=_end_with_others, args=(_connect(here, hosts=False), over), daemon=True)
+    watch = threading.Thread(target=_end_with_others, args=(_store.clone(), over), daemon=True)
     watch.start()
     try:
         yield
@@ -287,8 +287,7 @@ def first_told() -> Iterator[None]:
         raise
 
 
-def _connect(here: Place, *, hosts: bool = True) -> "Store":
-    """The group's store, which the first process hosts, if none of torchrun's agents does, when it connects first."""
+def _connect(here: Place) -> "Store":
     from torch.distributed import PrefixStore, TCPStore
 
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -297,8 +296,7 @@ def _connect(here: Place, *, hosts: bool = True) -> "Store":
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             here.size,
-            is_master=hosts and here.rank == 0 and not hosted,
-            wait_for_workers=hosts,
+            is_master=here.rank == 0 and not hosted,
             timeout=timedelta(minutes=5),
         )
     except (OSError, RuntimeError) as error:

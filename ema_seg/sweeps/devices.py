@@ -37,12 +37,12 @@ def deal_devices(folder: Path, number: int = 1) -> str | None:
     Raises:
         ConfigError: the machine has fewer, or this process holds another number already.
     """
-    if _held and len(_held) != number:
-        raise ConfigError(
-            f"this process of the launcher has {len(_held)} GPUs from an earlier job and cannot change to {number}; "
-            "sweep jobs of different trainer.devices apart, or use launcher=serial."
-        )
     if _held:
+        if len(_held) != number:
+            raise ConfigError(
+                f"this process of the launcher has {len(_held)} GPUs from an earlier job and cannot change to {number};"
+                " sweep jobs of different trainer.devices apart, or use launcher=serial."
+            )
         return os.environ["CUDA_VISIBLE_DEVICES"]
     count = count_devices()
     if not count:

@@ -1,7 +1,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -12,7 +11,7 @@ import pytest
 
 from ema_seg.distributed.start import Place, ProcessFailed, place, run_together, started_group
 from ema_seg.errors import ConfigError, TrainingError
-from tests.conftest import is_alive
+from tests.conftest import free_port, is_alive
 from tests.distributed import workers
 
 
@@ -104,14 +103,11 @@ def test_the_end_of_the_first_process_is_quiet_in_the_others():
 
 def start_two(how):
     """Exit statuses of two processes that are started as by torchrun or srun, and what they print as errors."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     program = (
         "from ema_seg.distributed.start import first_told, joined; from tests.distributed import workers\n"
         f"with joined(), first_told(): workers.fail({how!r})"
     )
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", program],
