@@ -11,12 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch.testing import assert_close
 
-from ema_seg.errors import ConfigError
+from configs.command_line import plain_config
+from ema_seg.distributed.start import run_together
+from ema_seg.errors import ConfigError, Preempted
 from ema_seg.reporting import load_report
 from ema_seg.sweeps import job_state, read_plan
+from ema_seg.training.checkpoints import load_last
 from tests.conftest import QUICK, ROOT, free_port, made_once, write_camvid
+from tests.distributed import workers
 
 TINY = (*QUICK, "data=camvid", "+model.decoder_segmentation_channels=32", "+model.decoder_pyramid_channels=32")
 # Nothing that a process draws at random by itself; and double precision, because in float32 these steps, which
@@ -292,6 +297,19 @@ def test_processes_that_are_asked_to_leave_end_with_one_checkpoint(root, tmp_pat
     assert said.startswith("error: stopped by SIG")
     step = int(said.partition("at step ")[2].partition(",")[0])
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step
+
+
+def test_no_step_waits_for_a_word_of_the_first_process_and_yet_all_leave_with_it(root, tmp_path):
+    run, overrides = tmp_path / "run", ("trainer=ddp_cpu", "epochs=50", f"data.root={root}")
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = plain_config(compose("train", [*TINY, *overrides]))
+
+    with pytest.raises(Preempted, match=r"^stopped by SIGTERM at step \d, in epoch 1; go on with "):
+        run_together(workers.train, 2, config, run, tmp_path)
+
+    steps = load_last(run)[1]["global_step"]
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == ["step"] * steps
 
 
 @pytest.mark.parametrize(

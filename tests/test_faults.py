@@ -1,13 +1,14 @@
 """What really happens to runs: kills, signals, full or silent disks, files that are not what they should be."""
 
 import csv
+import ctypes
 import os
 import random
 import shutil
 import signal
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -305,14 +306,38 @@ def test_a_file_that_vanishes_during_the_training_is_named(damaged, entry, tmp_p
     assert "Traceback" not in err
 
 
+@contextmanager
+def silent(path):
+    """A file or folder in whose place is a disk that never answers, as of a server that is gone.
+
+    It takes root's rights to be such a disk; others get a pipe that nobody writes to.
+    """
+    try:
+        device = os.open("/dev/fuse", os.O_RDWR)
+    except OSError:
+        device = None
+    # Nobody answers even the first question, and so all who come after it wait, whatever signal they get.
+    options = f"fd={device},rootmode={path.stat().st_mode:o},user_id=0,group_id=0"
+    libc = ctypes.CDLL(None)
+    if device is None or libc.mount(b"silent", bytes(path), b"fuse.silent", 0, options.encode()):
+        path.unlink()
+        os.mkfifo(path)
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.close(device)
+        libc.umount2(bytes(path), 2)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_disk_that_gives_nothing_is_not_waited_for(workers, damaged, entry, tmp_path):
     root, image, _ = damaged
-    image.unlink()
-    os.mkfifo(image)  # whose reader waits for a writer
 
     options = ("data.timeout=2", f"data.workers={workers}", f"hydra.run.dir={tmp_path / 'run'}")
-    status, err = entry.run(*TINY, f"data.root={root}", *options)
+    with silent(image):
+        status, err = entry.run(*TINY, f"data.root={root}", *options)
 
     assert status == 1
     said = f"error: {image}: nothing has come from the disk for 2 seconds; see what it is waiting for, or raise "

@@ -98,6 +98,8 @@ class SegmentationDataset(Dataset[Any]):
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
     layout: ClassVar[str]
     """What a root holds, to complete the sentence "expected ..."."""
+    makes_files: ClassVar[bool] = False
+    """Whether the files are made where they are missing, for which nobody can say how long it takes."""
     train_ids: NDArray[np.uint8]
     """Train id of each of the 256 possible mask values; see :func:`train_id_table`."""
 

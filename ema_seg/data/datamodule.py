@@ -4,16 +4,16 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
-from ema_seg.data import build_dataset
-from ema_seg.data.base import SegmentationDataset
-from ema_seg.data.loading import Draws, InTurn, Loader, Samples, Skipped, collate_crops, collate_images, time_limit
+from ema_seg.data import build_dataset, find_dataset_class
+from ema_seg.data.base import Sample, SegmentationDataset
+from ema_seg.data.loading import Draws, InTurn, Loader, Samples, Skipped, collate_crops, collate_images, within
 from ema_seg.data.transforms import TensorSample, build_eval_transform, build_train_transform
 from ema_seg.distributed.start import place
 from ema_seg.errors import ConfigError, DataError
@@ -47,7 +47,7 @@ class SegmentationDataModule(LightningDataModule):
         mean: Mean of each RGB channel, for images in [0, 1].
         std: Standard deviation of each RGB channel, for images in [0, 1].
         evaluation_split: The split of ``test_dataloader``; ``val_dataloader`` always reads "val".
-        timeout: Seconds without anything from the disk after which reading is given up.
+        timeout: Seconds without anything from the disk after which reading, or finding the files, is given up.
         max_skipped: How many samples may be unreadable before reading is given up. In a training batch the next one
             takes the place of such a sample; an evaluation goes on without it.
         **options: The data set's own options.
@@ -102,19 +102,25 @@ class SegmentationDataModule(LightningDataModule):
     @cached_property
     def train_dataset(self) -> SegmentationDataset:
         """The train split, augmented."""
-        return build_dataset(self.dataset_name, self.root, "train", self.train_transform, **self.options)
+        return self._build("train", self.train_transform)
 
     @cached_property
     def val_dataset(self) -> SegmentationDataset:
         """The val split at the images' own sizes."""
-        return build_dataset(self.dataset_name, self.root, "val", self.eval_transform, **self.options)
+        return self._build("val", self.eval_transform)
 
     @cached_property
     def test_dataset(self) -> SegmentationDataset:
         """The split ``evaluation_split`` at the images' own sizes."""
         if self.evaluation_split == "val":
             return self.val_dataset
-        return build_dataset(self.dataset_name, self.root, self.evaluation_split, self.eval_transform, **self.options)
+        return self._build(self.evaluation_split, self.eval_transform)
+
+    def _build(self, split: str, transform: Callable[[Sample], TensorSample]) -> SegmentationDataset:
+        build = partial(build_dataset, self.dataset_name, self.root, split, transform, **self.options)
+        if find_dataset_class(self.dataset_name).makes_files:
+            return build()
+        return within(self.timeout, str(self.root), build)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -194,8 +200,8 @@ class SegmentationDataModule(LightningDataModule):
         for tried in range(len(dataset)):
             near = (index + tried) % len(dataset)
             try:
-                with time_limit(self.timeout, str(dataset.pairs[near].image)):
-                    return (read or dataset.__getitem__)(near)
+                image = str(dataset.pairs[near].image)
+                return within(self.timeout, image, partial(read or dataset.__getitem__, near))
             except DataError:
                 if tried >= self.skipped.most:
                     raise

@@ -8,10 +8,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, wait
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -33,8 +32,10 @@ __all__ = [
     "collate_crops",
     "collate_images",
     "read_skipped",
-    "time_limit",
+    "within",
 ]
+
+T = TypeVar("T")
 
 
 class Skipped:
@@ -160,8 +161,7 @@ class Samples(Dataset[_Item]):
                 generator.manual_seed(seed)
             if info:
                 return self.dataset[index]
-            with time_limit(self.timeout, self.image(index)):
-                return self.dataset[index]
+            return within(self.timeout, self.image(index), lambda: self.dataset[index])
         finally:
             generator.set_state(state)
             slot[1] = -1
@@ -171,33 +171,42 @@ class Samples(Dataset[_Item]):
         return str(self.dataset.pairs[index].image)
 
 
-@contextmanager
-def time_limit(seconds: float, file: str) -> Iterator[None]:
-    """Give up what waits for a file in this process, of which the main thread alone can be interrupted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def within(seconds: float, what: str, read: Callable[[], T]) -> T:
+    """What ``read`` gives; for this process, which no other one watches.
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _Stalled(_stall([file], seconds))
+    It is called in a thread of its own. Whoever waits for the server of a network disk hears of no signal, so of
+    threads only another one can give up, and the process can end.
 
-    earlier = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, earlier)
+    Args:
+        seconds: how long it may take.
+        what: the file or folder that it reads.
+        read: a function that reads from a disk.
+
+    Raises:
+        EmaSegError: it has given nothing in that time.
+    """
+    outcome: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(read())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    if not wait([outcome], seconds).done:
+        raise _Stalled(_stall([what], seconds))
+    return outcome.result()
 
 
 class _Stalled(EmaSegError):
     """The disk gives nothing: no reason to go on with the next sample."""
 
 
-def _stall(images: list[str], seconds: float) -> str:
+def _stall(waited_for: list[str], seconds: float) -> str:
     return (
-        f"{_listed(images) or 'data'}: nothing has come from the disk for {seconds:g} seconds; see what it is waiting "
-        "for, or raise data.timeout."
+        f"{_listed(waited_for) or 'data'}: nothing has come from the disk for {seconds:g} seconds; see what it is "
+        "waiting for, or raise data.timeout."
     )
 
 

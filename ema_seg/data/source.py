@@ -36,7 +36,11 @@ class Source(ABC):
 
     @abstractmethod
     def files(self, folder: str) -> list[str]:
-        """Names of all files under ``folder``, at any depth, sorted; empty where there is no such folder."""
+        """Names of all files under ``folder``, at any depth, sorted; empty where there is no such folder.
+
+        Raises:
+            DataError: A folder, or the archive, cannot be listed.
+        """
 
     @abstractmethod
     def read(self, name: str) -> bytes:
@@ -59,7 +63,13 @@ class FolderSource(Source):
 
     def files(self, folder: str) -> list[str]:
         """See :meth:`Source.files`; symbolic links are followed."""
-        walk = os.walk(self.path / folder, followlinks=True)
+        top = self.path / folder
+
+        def refuse(error: OSError) -> None:
+            if not (isinstance(error, FileNotFoundError | NotADirectoryError) and Path(error.filename) == top):
+                raise DataError(f"{error.filename}: cannot be listed ({error.strerror}).") from error
+
+        walk = os.walk(top, onerror=refuse, followlinks=True)
         found = [(Path(parent) / name).relative_to(self.path) for parent, _, names in walk for name in names]
         return sorted(name.as_posix() for name in found if _is_listed(name))
 

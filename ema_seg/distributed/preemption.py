@@ -31,17 +31,13 @@ class Preemption:
         """Take the signals, in the main thread; others never get any."""
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.getsignal(number) for number in LEAVE_SIGNALS}
-            self.take_signals()
+            for number in LEAVE_SIGNALS:
+                signal.signal(number, self._receive)
         try:
             yield self
         finally:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
-
-    def take_signals(self) -> None:
-        """Take them back from whoever has taken them since, as Lightning does."""
-        for number in self._handlers:
-            signal.signal(number, self._receive)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

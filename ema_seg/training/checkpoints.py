@@ -99,10 +99,6 @@ class LastCheckpoint(Checkpoint):
         self.run, self.every, self.preemption = run, every, preemption
         self.path = run / "checkpoints" / LAST
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals back, which Lightning has taken."""
-        self.preemption.take_signals()
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

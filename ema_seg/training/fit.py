@@ -140,7 +140,7 @@ def _shows_progress(setting: bool | str) -> bool:
 def _build_trainer(config: Mapping[str, Any], run: Path, callbacks: list[Callback], progress: bool) -> Trainer:
     arguments, plugins = trainer_arguments(config["trainer"])
     try:
-        return Trainer(
+        trainer = Trainer(
             **arguments,
             default_root_dir=run,
             logger=build_logger(run, **config["logger"]),
@@ -151,6 +151,19 @@ def _build_trainer(config: Mapping[str, Any], run: Path, callbacks: list[Callbac
         )
     except (MisconfigurationException, TypeError, ValueError) as error:
         raise ConfigError(f"trainer: Lightning refuses these settings: {one_line(error)}") from error
+    _keep_signals(trainer)
+    return trainer
+
+
+def _keep_signals(trainer: Trainer) -> None:
+    """Leave the signals to :class:`Preemption`.
+
+    Lightning's own handler ends a training without a checkpoint, and of several processes has the one that gets a
+    signal send it to the others, whatever these are just exchanging. Before every step it asks the first process
+    whether there was one, for which a GPU has to finish all that it was given. It has no setting for either.
+    """
+    vars(trainer._signal_connector)["register_signal_handlers"] = lambda: None
+    vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = lambda: None
 
 
 def _log_configuration(trainer: Trainer, config: Mapping[str, Any]) -> None:

@@ -1,3 +1,4 @@
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,8 @@ import torch
 from lightning import LightningModule, Trainer
 
 from ema_seg.data import SegmentationDataModule
-from ema_seg.errors import ConfigError, DataError
+from ema_seg.data.source import FolderSource
+from ema_seg.errors import ConfigError, DataError, EmaSegError
 from tests.data.builders import random_image, random_mask, save, write_split_folder
 
 CROP = {"crop": {"transform": "CategoryLimitedCrop", "height": 8, "width": 10}}
@@ -211,3 +213,12 @@ def test_trains_with_lightning_and_a_resumed_run_does_not_repeat_an_epoch(root: 
 def test_a_missing_root_is_named() -> None:
     with pytest.raises(ConfigError, match=r"data\.root is not set; expected a folder with train/"):
         make_module(None).setup("fit")
+
+
+def test_files_that_a_disk_does_not_list_are_not_waited_for(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    monkeypatch.setattr(FolderSource, "files", lambda source, folder: answered.wait(60))
+    with pytest.raises(EmaSegError) as raised:
+        make_module(root, timeout=0.2).setup("fit")
+    answered.set()
+    assert str(raised.value).startswith(f"{root}: nothing has come from the disk for 0.2 seconds; ")

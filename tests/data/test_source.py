@@ -1,3 +1,4 @@
+import errno
 import os
 import pickle
 import struct
@@ -42,6 +43,19 @@ def test_lists_and_reads_the_same_names_from_folder_and_archive(source: Source) 
     assert source.files("a") == ["a/b/y.txt", "a/x.txt"]
     assert source.files("nowhere") == []
     assert [source.read(name) for name in FILES] == list(FILES.values())
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(folder: FolderSource, monkeypatch) -> None:
+    def scandir(path):
+        if Path(path).name == "b":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return listed(path)
+
+    listed = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError) as raised:
+        folder.files("a")
+    assert str(raised.value) == f"{folder.path / 'a/b'}: cannot be listed (Input/output error)."
 
 
 def test_a_missing_file_is_named(source: Source) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,42 @@ def leave(folder: Path) -> None:
     with Preemption().watched():
         write(folder, os.getpid())
         time.sleep(1000)
+
+
+def train(config: dict[str, object], run: Path, folder: Path) -> None:
+    """Train, the first process asked to leave before its first step; leaves the order of steps and broadcasts."""
+    from torch import distributed
+
+    from ema_seg.data import SegmentationDataModule
+    from ema_seg.run import produce_run
+    from ema_seg.training.module import SegmentationModule
+
+    load, broadcast, step = (
+        SegmentationDataModule.train_dataloader,
+        distributed.broadcast,
+        SegmentationModule.training_step,
+    )
+    events: list[str] = []
+
+    def note(event: str, function: Callable[..., object]) -> Callable[..., object]:
+        def noted(*arguments: object, **keywords: object) -> object:
+            events.append(event)
+            return function(*arguments, **keywords)
+
+        return noted
+
+    def ask(data: SegmentationDataModule) -> object:
+        if place().rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return load(data)
+
+    SegmentationDataModule.train_dataloader = ask
+    SegmentationModule.training_step = note("step", step)
+    distributed.broadcast = note("broadcast", broadcast)
+    try:
+        produce_run(config, run, quiet=True, started_by="a test")
+    finally:
+        write(folder, events)
 
 
 def exchange(folder: Path) -> None:
