@@ -31,8 +31,8 @@ class Preemption:
         """Take the signals, in the main thread; others never get any."""
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.getsignal(number) for number in LEAVE_SIGNALS}
-            for number in LEAVE_SIGNALS:
-                signal.signal(number, self._receive)
+            for each in LEAVE_SIGNALS:
+                signal.signal(each, self._receive)
         try:
             yield self
         finally:
