@@ -14,6 +14,8 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
+from tests.forks import Entry
+
 # Without a CUDA device Triton's kernels run in its interpreter, which must be known when Triton is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -86,6 +88,13 @@ QUICK = (
     "evaluation.budget=0.1",
     "trainer=cpu",
 )
+
+
+@pytest.fixture(scope="session")
+def entry(tmp_path_factory):
+    """Runs entry points in processes of their own; see tests/forks.py."""
+    with Entry(tmp_path_factory.mktemp("entry")) as entry:
+        yield entry
 
 
 def is_alive(process):

@@ -1,15 +1,19 @@
-"""Starts entry points in processes of their own that do not have to import anything first.
+"""Starts Python in processes that do not have to import anything first.
 
-A line of JSON on standard input holds the script's name, its arguments, the folder for its output, and limits in bytes:
-of a file that it may write as RLIMIT_FSIZE, and of the address space beyond what is taken already as RLIMIT_AS. A line
-of output holds the process's number, and a second one, when it has ended, its exit status, negative for a signal.
+A line of JSON on standard input holds a command, the folder for its output, the folder that it is started in, what it
+has in its environment besides, and limits in bytes: of a file that it may write as RLIMIT_FSIZE, and of the address
+space beyond what is taken already as RLIMIT_AS. A line of output holds the process's number, and a second one, when it
+has ended, its exit status, negative for a signal.
 """
 
 import json
 import os
 import resource
+import runpy
+import signal
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -21,13 +25,17 @@ class Entry:
 
     def __init__(self, folder):
         self.folder = folder
+        # What tests have Triton's kernels run in is not for benchmarks.
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         self.server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def start(self, *arguments, script="train", **limits):
-        line = json.dumps([script, [str(argument) for argument in arguments], str(self.folder), limits])
-        self.server.stdin.write(f"{line}\n")
+    def start(self, *arguments, script="train", cwd=ROOT, env=(), **limits):
+        """Start it; gives the number of its process."""
+        command = [sys.executable, ROOT / f"{script}.py", *arguments]
+        line = [list(map(str, command)), str(self.folder), str(cwd), dict(env), limits]
+        self.server.stdin.write(f"{json.dumps(line)}\n")
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
 
@@ -37,8 +45,14 @@ class Entry:
         return status, (self.folder / "err").read_text()
 
     def run(self, *arguments, **options):
+        """Start it and wait for its end."""
         self.start(*arguments, **options)
         return self.wait()
+
+    @property
+    def out(self):
+        """Standard output."""
+        return (self.folder / "out").read_text()
 
     def __enter__(self):
         return self
@@ -47,30 +61,57 @@ class Entry:
         self.server.kill()
 
 
-def serve():
-    sys.path.insert(0, str(ROOT))
-    import_module("ema_seg.run")
-    scripts = {name: import_module(name) for name in ("train", "eval")}
-    for line in sys.stdin:
-        name, arguments, folder, limits = json.loads(line)
-        child = os.fork()
-        if not child:
-            run(scripts[name], [str(ROOT / f"{name}.py"), *arguments], Path(folder), limits)
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+class ForkedPython(subprocess.Popen):
+    """A process for a command that starts Python, forked instead: the same but for what is imported already."""
+
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
+        if not isinstance(args, list) or args[0] != sys.executable:
+            super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
+            return
+        pipes = rest[3:9]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid:
+            self._child_created = True
+            self._close_pipe_fds(*pipes)
+            return
+        try:
+            for stream, pipe in enumerate((pipes[0], pipes[3], pipes[5])):
+                if pipe != -1:
+                    os.dup2(pipe, stream)
+            os.closerange(3, 4096)
+            os.chdir(cwd or ".")
+            if env is not None:
+                os.environ.clear()
+                os.environ.update(env)
+            if preexec_fn:
+                preexec_fn()
+            interpret([str(argument) for argument in args[1:]])
+        finally:
+            os._exit(1)
 
 
-def run(script, argv, folder, limits):
-    """In the new process: as if Python had been started with the script; never returns."""
-    for name, stream in (("out", 1), ("err", 2)):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    for name, limit in limits.items():
-        if name == "RLIMIT_AS":
-            limit += int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(getattr(resource, name), (limit, limit))
-    sys.argv, status = argv, 0
+def interpret(arguments):
+    """What Python does with these arguments, in a process of its own; never returns."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(stream, mode, closefd=False) for stream, mode in enumerate("rww"))
+    status = 0
+    if arguments[0] == "-u":
+        arguments = arguments[1:]
     try:
-        script.main()
+        if arguments[0] == "-c":
+            sys.argv = ["-c", *arguments[2:]]
+            exec(arguments[1], {"__name__": "__main__"})  # noqa: S102
+        elif arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = arguments
+            sys.path.insert(0, str(Path(arguments[0]).parent))
+            runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1 if end.code else 0
         if isinstance(end.code, str):
@@ -81,6 +122,36 @@ def run(script, argv, folder, limits):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def limit(limits):
+    """Have the system give this process no more."""
+    for name, most in limits.items():
+        if name == "RLIMIT_AS":
+            most += int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(getattr(resource, name), (most, most))
+
+
+def serve():
+    """Fork a process for each line of standard input."""
+    sys.path.insert(0, str(ROOT))
+    for name in ("ema_seg.run", "ema_seg.reporting.comparison_files", "train", "eval"):
+        import_module(name)
+    subprocess.Popen = ForkedPython
+    for line in sys.stdin:
+        command, folder, cwd, env, limits = json.loads(line)
+        with (Path(folder) / "out").open("w") as out, (Path(folder) / "err").open("w") as err:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                cwd=cwd,
+                env={**os.environ, **env},
+                preexec_fn=partial(limit, limits),
+            )
+        print(process.pid, flush=True)
+        print(process.wait(), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from ema_seg.errors import ConfigError, Preempted
 from ema_seg.reporting import load_report
 from ema_seg.sweeps import job_state, read_plan
 from ema_seg.training.checkpoints import load_last
-from tests.conftest import QUICK, ROOT, free_port, made_once, write_camvid
+from tests.conftest import QUICK, ROOT, free_port, is_alive, made_once, write_camvid
 from tests.distributed import workers
 
 TINY = (*QUICK, "data=camvid", "+model.decoder_segmentation_channels=32", "+model.decoder_pyramid_channels=32")
@@ -112,10 +112,10 @@ def test_two_processes_learn_what_one_does_with_the_whole_batch(together, root, 
     assert scores(run) == scores(only_run(together[0]))
 
 
-def test_two_processes_repeat_the_report_of_a_run(together, tmp_path, run_script):
-    run = only_run(together[0])
+def test_two_processes_repeat_the_report_of_a_run(together, tmp_path, entry):
+    run = only_run(together[0]).absolute()
 
-    status, _, err = run_script("eval", f"run={run}", "devices=2", f"report.dir={tmp_path}")
+    status, err = entry.run(f"run={run}", "devices=2", f"report.dir={tmp_path}", script="eval")
 
     assert status == 0, err
     again = load_report(tmp_path / "report.json")
@@ -123,19 +123,19 @@ def test_two_processes_repeat_the_report_of_a_run(together, tmp_path, run_script
     assert again["environment"]["processes"] == 2
 
 
-def test_a_model_in_pieces_learns_the_same_and_goes_on_in_pieces_or_as_a_whole(together, root, tmp_path, run_script):
+def test_a_model_in_pieces_learns_the_same_and_goes_on_in_pieces_or_as_a_whole(together, root, tmp_path, entry):
     """Of the optimiser's state, the momentum is in pieces, too."""
     runs = {name: tmp_path / name for name in ("pieces", "whole")}
     alone = {"pieces": (), "whole": ("trainer.strategy=auto", "trainer.devices=1")}
     overrides = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "epochs=5")
     folder = f"hydra.run.dir={runs['pieces']}"
-    status, _, err = run_script("train", *TINY, *EVEN, f"data.root={root}", *overrides, folder)
+    status, err = entry.run(*TINY, *EVEN, f"data.root={root}", *overrides, folder)
     assert status == 0, err
     shutil.copytree(runs["pieces"], runs["whole"])
 
     assert_close_weights(runs["pieces"], only_run(together[0]))
     for name, run in runs.items():
-        status, _, err = run_script("train", f"resume={run}", "epochs=6", *alone[name])
+        status, err = entry.run(f"resume={run}", "epochs=6", *alone[name])
         assert status == 0, err
     assert_close_weights(runs["pieces"], runs["whole"])
 
@@ -207,11 +207,11 @@ def test_tasks_of_slurm_do_the_same(together, root, tmp_path):
         ("submitit_local", ["attention=none", "hydra.launcher.tasks_per_node=2"]),
     ],
 )
-def test_every_job_of_every_launcher_trains_in_two_processes(launcher, options, root, tmp_path, run_script):
+def test_every_job_of_every_launcher_trains_in_two_processes(launcher, options, root, tmp_path, entry):
     sweep = tmp_path / "sweep"
     overrides = ("trainer=ddp_cpu", "epochs=1", f"launcher={launcher}", *options, f"hydra.sweep.dir={sweep}")
 
-    status, _, err = run_script("train", "-m", *TINY, f"data.root={root}", *overrides)
+    status, err = entry.run("-m", *TINY, f"data.root={root}", *overrides)
 
     assert status == 0, err
     for job in read_plan(sweep).jobs:
@@ -222,13 +222,13 @@ def test_every_job_of_every_launcher_trains_in_two_processes(launcher, options, 
         assert len(report["images"]) == 7
 
 
-def test_a_job_whose_process_fails_is_told_by_its_reason(tmp_path, run_script):
+def test_a_job_whose_process_fails_is_told_by_its_reason(tmp_path, entry):
     sweep, broken = tmp_path / "sweep", broken_for_the_second(tmp_path)
     launcher = ("launcher=submitit_local", "hydra.launcher.tasks_per_node=2")
 
     overrides = (f"data.root={broken}", "trainer=ddp_cpu", "epochs=1", *launcher, f"hydra.sweep.dir={sweep}")
 
-    status, _, _ = run_script("train", "-m", *TINY, *overrides)
+    status, _ = entry.run("-m", *TINY, *overrides)
 
     assert status == 1
     (job,) = read_plan(sweep).jobs
@@ -244,55 +244,43 @@ def broken_for_the_second(folder):
     return root
 
 
-def start(root, folder, *overrides):
-    return subprocess.Popen(
-        [
-            *(sys.executable, str(ROOT / "train.py"), *TINY, f"data.root={root}", "trainer=ddp_cpu", "epochs=500"),
-            *(f"hydra.run.dir={folder}", *overrides),
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=folder.parent,
-    )
-
-
 def members(process):
-    """The processes that train, by their rank."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    found = {}
-    for child in children:
-        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        ranks = [text.partition(b"=")[2] for text in variables if text.startswith(b"RANK=")]
-        found |= {int(rank): int(child) for rank in ranks}
-    return found
+    """The processes that train, in the order of their ranks."""
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-def test_a_killed_process_ends_all_within_seconds(root, tmp_path):
+@pytest.fixture
+def training(root, tmp_path, entry):
+    """The folder of a run in two processes that has trained an epoch of many, and the number of what started them."""
     run = tmp_path / "run"
-    process = start(root, run)
-    while not (run / "metrics.csv").exists() and process.poll() is None:
+    process = entry.start(*TINY, f"data.root={root}", "trainer=ddp_cpu", "epochs=500", f"hydra.run.dir={run}")
+    while not (run / "metrics.csv").exists() and is_alive(process):
         time.sleep(0.05)
-    everyone = members(process)
+    return run, process
+
+
+def test_a_killed_process_ends_all_within_seconds(training, entry):
+    everyone = members(training[1])
 
     os.kill(everyone[0], signal.SIGKILL)
-    _, err = process.communicate(timeout=20)
+    killed = time.monotonic()
+    status, err = entry.wait()
 
-    assert process.returncode == 1
+    assert status == 1
+    assert time.monotonic() - killed < 20
     assert err.splitlines()[-1].startswith("error: the process 0 of 2 was killed (SIGKILL)")
     assert "Traceback" not in err
-    assert not any(Path(f"/proc/{member}").exists() for member in everyone.values())
+    assert len(everyone) == 2
+    assert not any(map(is_alive, everyone))
 
 
-def test_processes_that_are_asked_to_leave_end_with_one_checkpoint(root, tmp_path):
-    run = tmp_path / "run"
-    process = start(root, run)
-    while not (run / "metrics.csv").exists() and process.poll() is None:
-        time.sleep(0.05)
+def test_processes_that_are_asked_to_leave_end_with_one_checkpoint(training, entry):
+    run, process = training
 
     os.kill(members(process)[1], signal.SIGUSR1)  # one of them is enough
-    _, err = process.communicate(timeout=30)
+    status, err = entry.wait()
 
-    assert process.returncode == 75
+    assert status == 75
     (said,) = [line for line in err.splitlines() if not line.startswith("epoch")]
     assert said.startswith("error: stopped by SIG")
     step = int(said.partition("at step ")[2].partition(",")[0])

@@ -17,7 +17,6 @@ import torch
 from ema_seg.reporting import load_report
 from ema_seg.training.checkpoints import load_last
 from tests.conftest import QUICK, is_alive, made_once, write_camvid
-from tests.forks import Entry
 
 TINY = (
     *QUICK,
@@ -32,12 +31,6 @@ TINY = (
     "training.checkpoint_every=1",
     "trainer.deterministic=true",
 )
-
-
-@pytest.fixture(scope="module")
-def entry(tmp_path_factory):
-    with Entry(tmp_path_factory.mktemp("entry")) as entry:
-        yield entry
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 import copy
 import random
-import subprocess
-import sys
 
 import hydra
 import pytest
@@ -102,10 +100,11 @@ def test_a_training_begins_or_says_in_one_sentence_why_not(part, known, reach, c
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, camvid_root):
+def run(tmp_path_factory, camvid_root, entry):
     def make(folder):
         command = [*QUICK, "data=camvid", f"data.root={camvid_root}", "epochs=1", f"hydra.run.dir={folder / 'run'}"]
-        subprocess.run([sys.executable, ROOT / "train.py", *command], check=True, capture_output=True)
+        status, err = entry.run(*command)
+        assert status == 0, err
 
     return made_once(tmp_path_factory, "overrides", make) / "run"
 

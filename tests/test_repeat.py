@@ -10,15 +10,8 @@ import yaml
 from ema_seg.models import load_checkpoint
 from ema_seg.reporting import load_report
 from tests.conftest import QUICK, made_once
-from tests.forks import Entry
 
 REPRODUCIBLE = (*QUICK, "data=camvid", "attention=ema", "reproducible=true", "training.weight_averaging=0.9")
-
-
-@pytest.fixture(scope="module")
-def entry(tmp_path_factory):
-    with Entry(tmp_path_factory.mktemp("entry")) as entry:
-        yield entry
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +48,7 @@ def test_a_run_is_repeated_from_its_configuration_and_environment(original, entr
 
     status, err = entry.run(f"rerun={original}", f"hydra.run.dir={tmp_path / 'again'}")
     assert status == 0, err
-    assert (entry.folder / "out").read_text().rstrip().endswith("scores   identical")
+    assert entry.out.rstrip().endswith("scores   identical")
     assert json.loads((tmp_path / "again" / "rerun.json").read_text()) == {
         "original": str(original),
         "weights": "identical",
@@ -66,7 +59,7 @@ def test_a_run_is_repeated_from_its_configuration_and_environment(original, entr
 
     status, err = entry.run(f"rerun={bare}", f"hydra.run.dir={tmp_path / 'from_bare'}")
     assert status == 0, err
-    assert (entry.folder / "out").read_text().count("not there to compare with") == 3
+    assert entry.out.count("not there to compare with") == 3
     weights = [
         load_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"] for run in (original, tmp_path / "from_bare")
     ]
@@ -88,7 +81,7 @@ def test_a_run_that_comes_out_otherwise_is_told_so(original, entry, tmp_path):
     assert err.splitlines()[-1].startswith(
         f"error: {tmp_path / 'again'} is no repetition of {changed} to the bit; see "
     )
-    out = (entry.folder / "out").read_text()
+    out = entry.out
     assert "tensors differ, most by" in out
     assert "metrics  epoch 1: " in out
     assert "packages.torch was 1.0, is " in out

@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -18,24 +16,12 @@ from ema_seg.reporting import compare_runs, read_folder
 from ema_seg.sweeps import job_state, read_plan
 from ema_seg.sweeps.search import Search
 from tests.conftest import QUICK, ROOT, is_alive, made_once
-from tests.forks import Entry
 
 TINY = (*QUICK, "data=camvid", "+model.decoder_segmentation_channels=32", "+model.decoder_pyramid_channels=32")
 
 
 def command(camvid_root, folder, *overrides):
     return ["-m", *TINY, f"data.root={camvid_root}", f"hydra.sweep.dir={folder}", *overrides]
-
-
-def run(camvid_root, folder, *overrides, timeout=300):
-    """The sweep in a process of its own."""
-    return subprocess.run(
-        [sys.executable, ROOT / "train.py", *command(camvid_root, folder, *overrides)],
-        capture_output=True,
-        text=True,
-        cwd=folder.parent,
-        timeout=timeout,
-    )
 
 
 def states(folder):
@@ -62,12 +48,6 @@ def comparison_rows(folder):
     chosen = [run for run in runs.runs if run.seed in (0, 1)]
     comparison = compare_runs(dataclasses.replace(runs, runs=chosen), replicates=100)
     return {row["label"]: row for row in comparison["rows"]}
-
-
-@pytest.fixture(scope="module")
-def entry(tmp_path_factory):
-    with Entry(tmp_path_factory.mktemp("entry")) as entry:
-        yield entry
 
 
 @pytest.fixture(scope="module")
@@ -247,13 +227,13 @@ def assert_ran_the_same_jobs(folder, undisturbed, launcher):
 LAUNCHED = ("attention=none,se", "epochs=3", "data.workers=1")
 
 
-def test_ray_runs_the_same_jobs(undisturbed, camvid_root, tmp_path):
+def test_ray_runs_the_same_jobs(undisturbed, camvid_root, tmp_path, entry):
     folder = tmp_path / "sweep"
     options = ("+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false")
 
-    done = run(camvid_root, folder, *LAUNCHED, "launcher=ray", *options)
+    status, err = entry.run(*command(camvid_root, folder, *LAUNCHED, "launcher=ray", *options))
 
-    assert done.returncode == 0, done.stderr
+    assert status == 0, err
     assert_ran_the_same_jobs(folder, undisturbed, "ray")
 
 
@@ -266,26 +246,17 @@ def test_slurm_queues_a_job_again_that_reaches_its_time_limit():
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_a_killed_process_of_a_launcher_does_not_end_the_sweep(launcher, undisturbed, camvid_root, tmp_path):
+def test_a_killed_process_of_a_launcher_does_not_end_the_sweep(launcher, undisturbed, camvid_root, tmp_path, entry):
     folder = tmp_path / "sweep"
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            ROOT / "train.py",
-            *command(camvid_root, folder, *LAUNCHED, f"launcher={launcher}"),
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-    )
-    while not list(folder.glob("*/metrics.csv")) and process.poll() is None:
+    process = entry.start(*command(camvid_root, folder, *LAUNCHED, f"launcher={launcher}"))
+    while not list(folder.glob("*/metrics.csv")) and is_alive(process):
         time.sleep(0.02)
     victim = json.loads(next(folder.glob("*/metrics.csv")).with_name("job.json").read_text())["process"]
-    assert victim != process.pid
+    assert victim != process
     os.kill(victim, signal.SIGKILL)
-    _, err = process.communicate(timeout=200)
+    status, err = entry.wait()
 
-    assert process.returncode == 0, err
+    assert status == 0, err
     assert set(names(folder).values()) == {"finished"}
     assert_ran_the_same_jobs(folder, undisturbed, launcher)
 
@@ -385,20 +356,15 @@ def test_an_interval_is_no_grid(camvid_root, tmp_path, run_script):
     assert "Traceback" not in err
 
 
-def test_an_interrupted_sweep_says_how_it_goes_on(camvid_root, tmp_path):
+def test_an_interrupted_sweep_says_how_it_goes_on(camvid_root, tmp_path, entry):
     folder = tmp_path / "sweep"
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *command(camvid_root, folder, "attention=none,se", "epochs=200")],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-    )
-    while not list(folder.glob("*/metrics.csv")) and process.poll() is None:
+    process = entry.start(*command(camvid_root, folder, "attention=none,se", "epochs=200"))
+    while not list(folder.glob("*/metrics.csv")) and is_alive(process):
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    os.kill(process, signal.SIGINT)
+    status, err = entry.wait()
 
-    assert process.returncode == 130
+    assert status == 130
     assert err.rstrip().splitlines()[-1].startswith("interrupted; the same command goes on")
     assert names(folder)["none"] == "interrupted"
     assert "Traceback" not in err

@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import pytest
 
 from tests.conftest import ROOT
@@ -19,21 +15,13 @@ def benchmarks_importable(monkeypatch):
 
 
 @pytest.fixture
-def run_benchmark():
+def run_benchmark(entry):
     """Run a benchmark as a user does; gives its standard output."""
 
     def run(script, *arguments):
-        environment = {name: value for name, value in os.environ.items() if name not in DISTORTING_VARIABLES}
-        environment["PYTHONPATH"] = str(ROOT)
-        done = subprocess.run(
-            [sys.executable, ROOT / "benchmarks" / f"{script}.py", *map(str, arguments)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        status, err = entry.run(*arguments, script=f"benchmarks/{script}")
+        assert status == 0, err
+        return entry.out
 
     return run
 
