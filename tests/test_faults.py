@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ema_seg.errors import CheckpointError
 from ema_seg.reporting import load_report
 from ema_seg.training.checkpoints import load_last
 from tests.conftest import QUICK, is_alive, made_once, write_camvid
@@ -114,6 +115,65 @@ def test_kills_at_ten_random_moments_change_no_bit(undisturbed, entry, tmp_path)
     assert_same(run, expected)
 
 
+@pytest.mark.parametrize("moment", ["in_validation:1", "in_checkpoint:6"])
+def test_a_kill_at_a_delicate_moment_changes_no_bit(moment, undisturbed, entry, tmp_path):
+    root, expected = undisturbed
+    command = [*TINY, f"data.root={root}", f"hydra.run.dir={tmp_path / 'run'}", "resume=auto"]
+
+    assert entry.run(moment, *command, script="tests/killed")[0] == -signal.SIGKILL
+    status, err = entry.run(*command)
+
+    assert status == 0, err
+    assert_same(tmp_path / "run", expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "moment"),
+    [
+        (("trainer.check_val_every_n_epoch=null", "+trainer.val_check_interval=3"), "after_step:0:2"),
+        (("+trainer.limit_train_batches=3", "+trainer.max_steps=8"), "after_epoch:1"),
+        (("+trainer.max_steps=10",), "after_step:2:0"),
+    ],
+)
+def test_a_kill_changes_no_bit_whatever_lightning_is_to_do(options, moment, undisturbed, entry, tmp_path):
+    command = [*TINY, *options, f"data.root={undisturbed[0]}", "resume=auto"]
+
+    status, err = entry.run(*command, f"hydra.run.dir={tmp_path / 'expected'}")
+    assert status == 0, err
+    assert entry.run(moment, *command, f"hydra.run.dir={tmp_path / 'run'}", script="tests/killed")[0] == -signal.SIGKILL
+    status, err = entry.run(*command, f"hydra.run.dir={tmp_path / 'run'}")
+
+    assert status == 0, err
+    assert_same(tmp_path / "run", tmp_path / "expected")
+
+
+@pytest.mark.parametrize("change", ["seed=1", "data.batch_size=3"])
+def test_what_the_order_of_an_unfinished_epoch_follows_from_cannot_change(change, undisturbed, entry, tmp_path):
+    run = tmp_path / "run"
+    command = [*TINY, f"data.root={undisturbed[0]}", f"hydra.run.dir={run}"]
+    assert entry.run("after_step:0:1", *command, script="tests/killed")[0] == -signal.SIGKILL
+
+    status, err = entry.run(f"resume={run}", change)
+
+    assert status == 1
+    assert err.splitlines()[-1].startswith(
+        f"error: {change.partition('=')[0]}: the run goes on within an epoch, whose "
+    )
+
+
+def test_an_interrupted_run_says_so(undisturbed, entry, tmp_path):
+    run = tmp_path / "run"
+    process = entry.start(*TINY, f"data.root={undisturbed[0]}", f"hydra.run.dir={run}", "epochs=50")
+    while not (run / "metrics.csv").exists():
+        time.sleep(0.002)
+    os.kill(process, signal.SIGINT)
+    status, err = entry.wait()
+
+    assert status == 130
+    assert err.splitlines()[-1] == "interrupted."
+    assert load_last(run)[1]["global_step"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_run_that_is_asked_to_leave_keeps_its_last_step(number, undisturbed, entry, tmp_path):
     root, expected = undisturbed
@@ -182,6 +242,28 @@ def test_a_run_without_a_readable_checkpoint_is_refused_by_name(undisturbed, ent
 
     assert status == 1
     assert err.startswith(f"error: ckpt={run / 'checkpoints' / 'previous.ckpt'}: the file is truncated")
+
+
+def test_an_unreadable_checkpoint_does_not_become_the_one_before(undisturbed, tmp_path, capsys):
+    run = copy_without_report(undisturbed[1], tmp_path / "run")
+    last, previous = (run / "checkpoints" / f"{name}.ckpt" for name in ("last", "previous"))
+    last.write_bytes(last.read_bytes()[:5000])
+
+    step = load_last(run)[1]["global_step"]
+    previous.unlink()
+
+    assert load_last(run)[1]["global_step"] == step == 15
+    assert capsys.readouterr().err.count("Going on from previous.ckpt") == 1
+
+
+def test_weights_alone_are_nothing_to_go_on_from(undisturbed, tmp_path):
+    run = copy_without_report(undisturbed[1], tmp_path / "run")
+    saved = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    torch.save({key: saved[key] for key in ("state_dict", "config", "classes")}, run / "checkpoints" / "last.ckpt")
+    (run / "checkpoints" / "previous.ckpt").unlink()
+
+    with pytest.raises(CheckpointError, match=r"last\.ckpt: holds no optimizer_states, so no training goes on from it"):
+        load_last(run)
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(undisturbed, entry, tmp_path):
@@ -299,6 +381,10 @@ def test_a_file_that_vanishes_during_the_training_is_named(damaged, entry, tmp_p
     assert "Traceback" not in err
 
 
+def mask_of(image):
+    return image.parents[1] / "masks" / f"{image.stem}.png"
+
+
 @contextmanager
 def silent(path):
     """A file or folder in whose place is a disk that never answers, as of a server that is gone.
@@ -333,8 +419,22 @@ def test_a_disk_that_gives_nothing_is_not_waited_for(workers, damaged, entry, tm
         status, err = entry.run(*TINY, f"data.root={root}", *options)
 
     assert status == 1
-    said = f"error: {image}: nothing has come from the disk for 2 seconds; see what it is waiting for, or raise "
-    assert err.splitlines()[-1] == f"{said}data.timeout."
+    said = f"{image} or {mask_of(image)}: nothing has come from the disk for 2 seconds; see what it is waiting for, or "
+    assert err.splitlines()[-1] == f"error: {said}raise data.timeout."
+
+
+def test_a_killed_worker_that_has_read_nothing_is_told(undisturbed, entry, tmp_path):
+    run = tmp_path / "run"
+    options = ("data.workers=3", "epochs=200", f"hydra.run.dir={run}")  # for two batches of a validation
+    process = entry.start(*TINY, f"data.root={undisturbed[0]}", *options)
+    while not (run / "metrics.csv").exists():
+        time.sleep(0.01)
+    os.kill(max(children(process)), signal.SIGKILL)
+    status, err = entry.wait()
+
+    assert status == 1
+    assert err.splitlines()[-1].startswith("error: a process that loads data has been ended (Killed) by the system; ")
+    assert "Traceback" not in err
 
 
 def test_a_killed_worker_is_told_with_the_file_that_it_read(damaged, entry, tmp_path):
@@ -354,7 +454,7 @@ def test_a_killed_worker_is_told_with_the_file_that_it_read(damaged, entry, tmp_
 
     assert status == 1
     said = "error: a process that loads data has been ended (Killed) by the system while it read "
-    assert err.splitlines()[-1].startswith(f"{said}{image}; that is what happens where memory runs out: ")
+    assert err.splitlines()[-1].startswith(f"{said}{image} or {mask_of(image)}; that is what happens where memory runs")
     assert "Traceback" not in err
 
 

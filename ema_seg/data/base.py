@@ -154,6 +154,11 @@ class SegmentationDataset(Dataset[Any]):
         """The sample's name, unique within the split."""
         return self.pairs[index].name
 
+    def files(self, index: int) -> str:
+        """Names of the sample's files, for messages."""
+        pair = self.pairs[index]
+        return f"{pair.image}" if pair.mask is None else f"{pair.image} or {pair.mask}"
+
     def read_image(self, index: int) -> NDArray[np.uint8]:
         """The image, uint8 RGB H x W x 3; raises DataError where it cannot be decoded."""
         return decode_image(self.pairs[index].image)

@@ -1,6 +1,5 @@
 """Samples to batches: the Lightning data module."""
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from ema_seg.errors import ConfigError, DataError
 __all__ = ["SegmentationDataModule", "check_shares"]
 
 _MOST_WORKERS = 1024
+_LONGEST_TIMEOUT = 1_000_000
 
 
 class SegmentationDataModule(LightningDataModule):
@@ -76,8 +76,8 @@ class SegmentationDataModule(LightningDataModule):
         super().__init__()
         _require_at_least(1, batch_size=batch_size, evaluation_batch_size=evaluation_batch_size)
         _require_at_least(0, workers=workers, max_skipped=max_skipped)
-        if not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
-            raise ConfigError(f"data.timeout={timeout!r} is no positive number of seconds.")
+        if not isinstance(timeout, int | float) or not 0 < timeout <= _LONGEST_TIMEOUT:
+            raise ConfigError(f"data.timeout={timeout!r} is no number of seconds from 0 to {_LONGEST_TIMEOUT}.")
         if workers > _MOST_WORKERS:
             raise ConfigError(f"data.workers={workers}: each is a process; choose {_MOST_WORKERS} at most.")
         _require_channels(mean=mean, std=std)
@@ -92,7 +92,7 @@ class SegmentationDataModule(LightningDataModule):
         self.std = std
         self.timeout = timeout
         self.skipped = Skipped(max_skipped)
-        self._had = 0
+        self._had: dict[str, int] = {}  # see state_dict
         self._seed: int | None = None
         self._training: Loader | None = None
         self._loaders: list[Loader] = []
@@ -155,18 +155,35 @@ class SegmentationDataModule(LightningDataModule):
         if self._seed is None:  # of all processes; while they train, each has random numbers of its own
             self._seed = torch.initial_seed()
         draws = Draws(len(self.train_dataset), self._seed, self.batch_size)
-        draws.skipped, self._had = self._had * batch_size, 0
+        draws.skipped, self._had = self._had_batches() * batch_size, {}
         self._training = self._loader(self.train_dataset, collate_crops, "train", batch_size, draws)
         return self._training
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of batches that an unfinished epoch has had, for a checkpoint."""
+        """The number of batches that an unfinished epoch has had, and what their order follows from."""
         loader = self._training
-        return {"batches": loader.passed % len(loader) if loader is not None and len(loader) else 0}
+        if loader is None or loader.passed >= (self.trainer.num_training_batches if self.trainer else len(loader)):
+            return {"batches": 0}
+        return {"batches": loader.passed, **self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Have the next ``train_dataloader`` leave so many batches out."""
-        self._had = state["batches"]
+        self._had = state
+
+    def _order(self) -> dict[str, int]:
+        assert self._seed is not None
+        return {"seed": self._seed, "data.batch_size": self.batch_size, "images": len(self.train_dataset)}
+
+    def _had_batches(self) -> int:
+        batches = self._had.get("batches", 0)
+        if batches:
+            for key, value in self._order().items():
+                if self._had[key] != value:
+                    raise ConfigError(
+                        f"{key}: the run goes on within an epoch, whose order follows from {self._had[key]} and not "
+                        f"from {value}; leave it as it was, or begin a new run."
+                    )
+        return batches
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The val split in order, as batches of whole images."""
@@ -200,8 +217,7 @@ class SegmentationDataModule(LightningDataModule):
         for tried in range(len(dataset)):
             near = (index + tried) % len(dataset)
             try:
-                image = str(dataset.pairs[near].image)
-                return within(self.timeout, image, partial(read or dataset.__getitem__, near))
+                return within(self.timeout, dataset.files(near), partial(read or dataset.__getitem__, near))
             except DataError:
                 if tried >= self.skipped.most:
                     raise

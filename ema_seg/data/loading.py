@@ -75,7 +75,7 @@ class Skipped:
         self.samples[split, name] = reason
         print(f"warning: {reason} Skipped, as {len(self.samples)} of at most {self.most}.", file=sys.stderr, flush=True)
         if self._file is not None:
-            with self._file.open("a", newline="") as file:
+            with self._file.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow([split, name, reason])
 
     def share(self) -> None:
@@ -101,7 +101,7 @@ def read_skipped(file: Path) -> dict[tuple[str, str], str]:
     """The reasons in a file that ``Skipped`` has kept, by split and name; empty if there is none."""
     if not file.is_file():
         return {}
-    with file.open(newline="") as rows:
+    with file.open(newline="", encoding="utf-8") as rows:
         # A kill may have cut the last line off.
         return {(row[0], row[1]): row[2] for row in csv.reader(rows) if len(row) == 3}
 
@@ -153,7 +153,7 @@ class Samples(Dataset[_Item]):
     def _read(self, index: int, seed: int | None) -> TensorSample:
         info = get_worker_info()
         slot = self.workers[info.id if info else 0]
-        slot[0], slot[1] = os.getpid(), index
+        slot[1] = index
         generator = torch.default_generator
         state = generator.get_state()
         try:
@@ -161,14 +161,10 @@ class Samples(Dataset[_Item]):
                 generator.manual_seed(seed)
             if info:
                 return self.dataset[index]
-            return within(self.timeout, self.image(index), lambda: self.dataset[index])
+            return within(self.timeout, self.dataset.files(index), lambda: self.dataset[index])
         finally:
             generator.set_state(state)
             slot[1] = -1
-
-    def image(self, index: int) -> str:
-        """The file of an image."""
-        return str(self.dataset.pairs[index].image)
 
 
 def within(seconds: float, what: str, read: Callable[[], T]) -> T:
@@ -210,8 +206,8 @@ def _stall(waited_for: list[str], seconds: float) -> str:
     )
 
 
-def _listed(images: list[str]) -> str:
-    return ", ".join(images[:3]) + (f" and {len(images) - 3} more" if len(images) > 3 else "")
+def _listed(files: list[str]) -> str:
+    return ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
 
 def _start_method() -> str | None:
@@ -344,17 +340,18 @@ class Loader(DataLoader[Any]):
             waiting = {process: index for process, index in workers.items() if index >= 0}
             for process in waiting:
                 os.kill(process, signal.SIGTERM)  # nobody has to wait for them any longer
-            return DataError(_stall([self.samples.image(index) for index in waiting.values()], self.samples.timeout))
+            files = [self.samples.dataset.files(index) for index in waiting.values()]
+            return DataError(_stall(files, self.samples.timeout))
         if not text.startswith("DataLoader worker (pid"):
             return None
         lost = [int(number) for number in re.findall(r"\d+", re.split(" is | exited ", text)[0])]
         if not set(lost) & set(workers):
             return None
-        images = [self.samples.image(workers[process]) for process in lost if workers.get(process, -1) >= 0]
+        files = [self.samples.dataset.files(workers[process]) for process in lost if workers.get(process, -1) >= 0]
         how = f"{text} {error.__cause__}".partition("signal: ")[2].partition(".")[0].strip()
         return DataError(
             f"a process that loads data has been ended{f' ({how})' if how else ''} by the system"
-            f"{f' while it read {_listed(images)}' if images else ''}; that is what happens where memory runs out: "
+            f"{f' while it read {_listed(files)}' if files else ''}; that is what happens where memory runs out: "
             "lower data.workers or data.batch_size, or look at that file."
         )
 
@@ -399,7 +396,10 @@ def collate_images(samples: list[TensorSample]) -> dict[str, Any]:
     }
 
 
-def _start_worker(_worker: int) -> None:
+def _start_worker(number: int) -> None:
+    info = get_worker_info()
+    assert info is not None and isinstance(info.dataset, Samples)
+    info.dataset.workers[number, 0] = os.getpid()
     # The workers are the parallelism: OpenCV's own threads on top would compete with them for the cores.
     cv2.setNumThreads(0)
     # A cluster that wants its machine back tells every process of a job, and the one that trains is still to save its

@@ -71,6 +71,9 @@ class FolderSource(Source):
 
         walk = os.walk(top, onerror=refuse, followlinks=True)
         found = [(Path(parent) / name).relative_to(self.path) for parent, _, names in walk for name in names]
+        for name in found:
+            if not _is_text(str(name)):
+                raise DataError(f"{str(self.path / name)!r}: the name is not text in UTF-8; rename it.")
         return sorted(name.as_posix() for name in found if _is_listed(name))
 
     def read(self, name: str) -> bytes:
@@ -157,6 +160,14 @@ class File(NamedTuple):
 def _leads_out(name: str) -> bool:
     # By the rules of every system: an archive may be read on another one than it was made for.
     return name.startswith(("/", "\\")) or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/")
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # Python has stand-ins for the bytes of such names, which nothing can write
+        return False
+    return True
 
 
 def _is_listed(name: Path | PurePosixPath) -> bool:

@@ -1,6 +1,8 @@
 """Being asked to leave the machine, by SIGTERM, SIGUSR1 or SIGUSR2."""
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,10 @@ from ema_seg.distributed.start import LEAVE_SIGNALS, place
 from ema_seg.errors import Preempted
 
 __all__ = ["Preemption"]
+
+_NOTHING_LOST = "; the run has not lost anything"
+# Seconds that a process may take to leave where there is nothing to keep.
+_PATIENCE = 5.0
 
 
 class Preemption:
@@ -25,6 +31,7 @@ class Preemption:
         self._handlers: dict[int, Any] = {}
         self._deferred = False
         self._asked: Any = None  # the question to all processes, whose answer is for the next step
+        self._last_resort: threading.Timer | None = None
 
     @contextmanager
     def watched(self) -> Iterator["Preemption"]:
@@ -38,37 +45,58 @@ class Preemption:
         finally:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
+            if self._last_resort is not None:
+                self._last_resort.cancel()
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Leave only where ``is_due`` is asked for."""
+        """Leave only where ``is_due`` is asked for, or at the end.
+
+        Raises:
+            Preempted: at the end, if a process has been asked to leave since.
+        """
         self._deferred = True
         try:
             yield
         finally:
             self._deferred = False
+        if self.is_due(now=True):
+            self.leave(_NOTHING_LOST)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number
-        if not self._deferred:
-            self.leave("; the run has not lost anything")
+        if self._deferred:
+            return
+        if not callable(self._handlers[number]):
+            # Python drops what is raised while it frees an object, and some library may catch it.
+            self._last_resort = threading.Timer(_PATIENCE, _end, [number])
+            self._last_resort.daemon = True
+            self._last_resort.start()
+        self.leave(_NOTHING_LOST)
 
-    def is_due(self) -> bool:
-        """Whether any process has been asked to leave; the same in all of them, which have to ask equally often."""
+    def is_due(self, *, now: bool = False) -> bool:
+        """Whether any process has been asked to leave; the same in all of them, which have to ask equally often.
+
+        Args:
+            now: know what all have been asked so far; otherwise, so that no step waits for the answer, what they had
+                been when this was asked before.
+        """
         if place().size == 1:
             return self._received is not None
         import torch
         from torch import distributed
 
-        # Asked at one step and answered at the next, so that no step waits for it.
-        answer = False
-        if self._asked is not None:
-            work, votes = self._asked
-            work.wait()
-            answer = bool(votes.item())
+        answer = self._answer()
         votes = torch.tensor(int(self._received is not None))
         self._asked = (distributed.all_reduce(votes, async_op=True), votes)
-        return answer
+        return self._answer() or answer if now else answer
+
+    def _answer(self) -> bool:
+        if self._asked is None:
+            return False
+        (work, votes), self._asked = self._asked, None
+        work.wait()
+        return bool(votes.item())
 
     def leave(self, what: str) -> None:
         """Leave, unless an earlier handler of the signal returns.
@@ -77,11 +105,18 @@ class Preemption:
             Preempted: says ``what`` has been kept.
         """
         number, self._received = self._received or signal.SIGTERM, None
-        if self._asked is not None:
-            self._asked[0].wait()
-            self._asked = None
+        self._answer()
         handler = self._handlers.get(number)
         if callable(handler):
             handler(number, None)
             return
-        raise Preempted(f"stopped by {signal.Signals(number).name}{what}.")
+        raise Preempted(_sentence(number, what))
+
+
+def _sentence(number: int, what: str) -> str:
+    return f"stopped by {signal.Signals(number).name}{what}."
+
+
+def _end(number: int) -> None:
+    print(f"error: {_sentence(number, _NOTHING_LOST)}", file=sys.stderr, flush=True)
+    os._exit(Preempted.exit_status)

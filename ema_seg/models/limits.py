@@ -6,12 +6,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import cv2
 import torch
 from torch import Tensor
 
 from ema_seg.errors import ModelError
 
 __all__ = ["describe_memory", "explained_memory", "explained_sizes", "is_out_of_memory"]
+
+# Of torch's allocator on the CPU, of OpenCV's, and of the libraries that take memory of a GPU beside torch's.
+_SHORT_OF_MEMORY = ("can't allocate memory", "Insufficient memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_")
 
 
 @contextmanager
@@ -60,7 +64,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is short: of a GPU, of this machine, or of what the process may have."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError | cv2.error) and any(said in str(error) for said in _SHORT_OF_MEMORY)
 
 
 def describe_memory(device: torch.device) -> str:

@@ -36,17 +36,18 @@ class AtomicCheckpoints(TorchCheckpointIO):
             CheckpointError: the file cannot be written.
         """
         path = Path(path)
+        partial = path.with_name(f"{path.name}.partial")
         try:
-            self._save(checkpoint, path)
+            self._save(checkpoint, path, partial)
         except OSError as error:
+            partial.unlink(missing_ok=True)  # which may be what has filled the disk
             raise CheckpointError(
                 f"{path}: the checkpoint cannot be written ({error.strerror}); the one before it is as it was. Make "
                 f"room or give permission, and go on with resume={path.parent.parent}."
             ) from error
 
-    def _save(self, checkpoint: dict[str, Any], path: Path) -> None:
+    def _save(self, checkpoint: dict[str, Any], path: Path, partial: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
         with partial.open("wb") as file:
             try:
                 torch.save(checkpoint, file)
@@ -81,13 +82,14 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the earlier part's record of the best, which Lightning would drop with the old folder's name."""
         super().load_state_dict(_relocate(state_dict, str(state_dict["dirpath"]), str(self.dirpath)))
+        self.current_score = state_dict["current_score"]
 
 
 class LastCheckpoint(Checkpoint):
     """Writes what a run goes on from: after each epoch, after every so many steps, and when it has to leave.
 
-    Never after the last step of an epoch, whose validation and end of the epoch a run that goes on would leave out; nor
-    between steps whose gradients are accumulated.
+    Never after the last step of an epoch or another one that a validation follows, which a run that goes on would leave
+    out; nor between steps whose gradients are accumulated.
 
     Args:
         run: the run's folder.
@@ -109,7 +111,9 @@ class LastCheckpoint(Checkpoint):
         """
         if (batch_idx + 1) % trainer.accumulate_grad_batches or batch_idx + 1 == trainer.num_training_batches:
             return
-        leaving = self.preemption.is_due()
+        leaving, loop = self.preemption.is_due(), trainer.fit_loop
+        if loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]  # there is one by now
+            return
         if leaving or (self.every and trainer.global_step % self.every == 0):
             trainer.save_checkpoint(self.path)
         if leaving:
@@ -118,7 +122,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""
         trainer.save_checkpoint(self.path)
-        if self.preemption.is_due():
+        if self.preemption.is_due(now=True):
             self._leave(trainer, f"after epoch {trainer.current_epoch + 1}")
 
     def _leave(self, trainer: Trainer, where: str) -> None:
@@ -126,7 +130,15 @@ class LastCheckpoint(Checkpoint):
 
 
 class RunEarlyStopping(EarlyStopping):
-    """Goes on with the patience that a resumed run is given, where Lightning's would take that of the earlier part."""
+    """Looks at each validation, and at it once.
+
+    Goes on with the patience that a resumed run is given, where Lightning's would take that of the earlier part.
+    """
+
+    def __init__(self, monitor: str, patience: int) -> None:
+        # At the end of an epoch without a validation, Lightning would look at an earlier one again, of which a run that
+        # goes on does not know.
+        super().__init__(monitor, patience=patience, mode="max", check_on_train_epoch_end=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take all but the patience."""
@@ -153,14 +165,26 @@ def load_last(run: Path) -> tuple[Path, dict[str, Any]]:
     """
     last, previous = (run / "checkpoints" / name for name in (LAST, PREVIOUS))
     try:
-        return last, load_checkpoint(last)
+        return last, _load_whole(last)
     except CheckpointError as error:
         if not previous.is_file():
             raise
-        saved = load_checkpoint(previous)
+        saved = _load_whole(previous)
         if place().rank == 0:
             print(f"warning: {error} Going on from {previous.name}, of step {saved['global_step']}.", file=sys.stderr)
+            _link(previous, last)  # lest the unreadable one is kept as the one before the next
         return previous, saved
+
+
+def _load_whole(path: Path) -> dict[str, Any]:
+    saved = load_checkpoint(path)
+    missing = [key for key in ("optimizer_states", "loops", "callbacks", "global_step") if key not in saved]
+    if missing:
+        raise CheckpointError(
+            f"ckpt={path}: holds no {missing[0]}, so no training goes on from it (best.ckpt has weights alone); "
+            "restore the file, or begin a new run."
+        )
+    return saved
 
 
 def has_stopped(saved: Mapping[str, Any], trainer: Trainer) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -110,7 +111,11 @@ def fit(
     try:
         with data.explained(), preemption.deferred():
             trainer.fit(module, data, ckpt_path=path, weights_only=True)
-    except RuntimeError as error:
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # of which Lightning makes an exit without a word
+            raise KeyboardInterrupt from None
+        raise
+    except (RuntimeError, MemoryError, cv2.error) as error:
         if not is_out_of_memory(error):
             raise
         raise TrainingError(
@@ -129,7 +134,7 @@ def _callbacks(settings: Mapping[str, Any], run: Path) -> list[Callback]:
     if settings["weight_averaging"]:
         callbacks.append(EMAWeightAveraging(decay=settings["weight_averaging"]))
     if settings["early_stopping"]:
-        callbacks.append(RunEarlyStopping(_MONITORED, patience=settings["early_stopping"], mode="max"))
+        callbacks.append(RunEarlyStopping(_MONITORED, settings["early_stopping"]))
     return callbacks
 
 
@@ -151,19 +156,27 @@ def _build_trainer(config: Mapping[str, Any], run: Path, callbacks: list[Callbac
         )
     except (MisconfigurationException, TypeError, ValueError) as error:
         raise ConfigError(f"trainer: Lightning refuses these settings: {one_line(error)}") from error
-    _keep_signals(trainer)
+    _correct(trainer)
     return trainer
 
 
-def _keep_signals(trainer: Trainer) -> None:
-    """Leave the signals to :class:`Preemption`.
+def _correct(trainer: Trainer) -> None:
+    """Change what Lightning has no setting for.
 
-    Lightning's own handler ends a training without a checkpoint, and of several processes has the one that gets a
-    signal send it to the others, whatever these are just exchanging. Before every step it asks the first process
-    whether there was one, for which a GPU has to finish all that it was given. It has no setting for either.
+    The signals are left to :class:`Preemption`: Lightning's own handler ends a training without a checkpoint, and of
+    several processes has the one that gets a signal send it to the others, whatever these are just exchanging. Before
+    every step it asks the first process whether there was one, for which a GPU has to finish all that it was given.
+
+    A training that max_steps ends goes on from the end of an epoch as any other: Lightning would end that epoch once
+    more.
     """
-    vars(trainer._signal_connector)["register_signal_handlers"] = lambda: None
-    vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = lambda: None
+    for owner, name, answer in (
+        (trainer._signal_connector, "register_signal_handlers", None),
+        (trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", None),
+        (trainer.fit_loop, "_iteration_based_training", False),
+    ):
+        assert callable(getattr(owner, name))
+        vars(owner)[name] = lambda answer=answer: answer
 
 
 def _log_configuration(trainer: Trainer, config: Mapping[str, Any]) -> None:

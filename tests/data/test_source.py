@@ -58,6 +58,12 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(folder: Fo
     assert str(raised.value) == f"{folder.path / 'a/b'}: cannot be listed (Input/output error)."
 
 
+def test_a_name_that_is_not_text_is_named(folder: FolderSource) -> None:
+    os.close(os.open(bytes(folder.path / "a") + b"/\xff.png", os.O_CREAT | os.O_WRONLY))
+    with pytest.raises(DataError, match=r"a/\\udcff\.png'\)?: the name is not text in UTF-8; rename it"):
+        folder.files("a")
+
+
 def test_a_missing_file_is_named(source: Source) -> None:
     with pytest.raises(DataError, match=r"nowhere\.txt"):
         source.read("a/nowhere.txt")

@@ -1,0 +1,42 @@
+"""Being asked to leave: what becomes of the signal, whatever runs when it comes."""
+
+import signal
+import subprocess
+import sys
+
+# Python drops what is raised here, as in all that frees an object.
+DROPPED = """
+import os, signal, time
+from ema_seg.distributed import preemption
+
+class Freed:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+preemption._PATIENCE = 0.1
+{earlier}
+with preemption.Preemption().watched():
+    Freed()
+    time.sleep({seconds})
+"""
+
+
+def run(earlier, seconds):
+    program = DROPPED.format(earlier=earlier, seconds=seconds)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+
+
+def test_a_process_leaves_also_where_what_its_handler_raises_is_dropped():
+    done = run("", 60)
+
+    assert done.returncode == 75
+    assert done.stderr.splitlines()[-1] == "error: stopped by SIGTERM; the run has not lost anything."
+
+
+def test_a_process_goes_on_where_an_earlier_handler_has_it_go_on():
+    """As submitit's, which leaves the decision to another signal."""
+    done = run("signal.signal(signal.SIGTERM, lambda number, frame: print('passed over', number))", 0.5)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"passed over {int(signal.SIGTERM)}\n"
