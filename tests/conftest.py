@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from tests.forks import Entry
+from tests.forks import Entry, leave_blank
 
 # Without a CUDA device Triton's kernels run in its interpreter, which must be known when Triton is first imported.
 if not torch.cuda.is_available():
@@ -128,7 +128,8 @@ def made_once(tmp_path_factory, name, make):
 
 @pytest.fixture
 def run_script(monkeypatch, capsys):
-    """Run ``train`` or ``eval`` in this process; gives exit status, standard output and standard error."""
+    """Run ``train`` or ``eval`` in this process, pictures left blank; gives exit status, output and error."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", leave_blank)
 
     def run(script, *overrides):
         from hydra.core.global_hydra import GlobalHydra
