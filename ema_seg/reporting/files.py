@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from ema_seg.errors import DataError
@@ -23,7 +24,9 @@ def write_file(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
         partial.replace(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}).") from error
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)  # which may be what has filled the disk
+        raise DataError(f"{path}: cannot be written ({error.strerror}); make room or give permission.") from error
 
 
 def file_names(names: Iterable[str]) -> list[str]:

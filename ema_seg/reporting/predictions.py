@@ -12,7 +12,7 @@ from PIL import Image
 
 from ema_seg.distributed.start import place, wait_for_all
 from ema_seg.errors import DataError
-from ema_seg.reporting.files import file_names
+from ema_seg.reporting.files import file_names, write_file
 
 __all__ = ["PredictionWriter", "encode_mask"]
 
@@ -52,9 +52,13 @@ class PredictionWriter:
         return self
 
     def __call__(self, name: str, prediction: NDArray[np.integer]) -> None:
-        """Write an image's mask: class ids in [0, K), H x W."""
+        """Write an image's mask: class ids in [0, K), H x W.
+
+        Raises:
+            DataError: it cannot be written.
+        """
         path = self._partial / self._files[name]
-        path.write_bytes(encode_mask(prediction, self._palette))
+        write_file(path, encode_mask(prediction, self._palette))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

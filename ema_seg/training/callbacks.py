@@ -4,6 +4,7 @@ import csv
 import sys
 import time
 from collections.abc import Sequence
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,8 +16,10 @@ from torch.nn import functional as F
 
 from ema_seg.data import SegmentationDataModule
 from ema_seg.data.transforms import TensorSample
+from ema_seg.errors import DataError
 from ema_seg.evaluation import Example, attention_weights, predict_example
 from ema_seg.reporting import draw_samples
+from ema_seg.reporting.files import write_file
 from ema_seg.training.module import SegmentationModule
 
 __all__ = ["EpochLog", "Pictures", "attention_map"]
@@ -57,9 +60,7 @@ class EpochLog(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read what an earlier part of this run has written: only now is the epoch known to go on from."""
-        if self.path.is_file():
-            with self.path.open(newline="") as file:
-                self._rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < trainer.current_epoch]
+        self._rows = _read_rows(self.path, trainer.current_epoch)
         self.on_train_epoch_start(trainer, pl_module)  # which does not come where a run goes on within an epoch
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,13 +117,22 @@ def _shown(value: Any) -> Any:
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Replace the file in one step, so that a kill leaves the old rows or the new ones."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, _COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+    text = StringIO(newline="")
+    writer = csv.DictWriter(text, _COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, text.getvalue().encode())
+
+
+def _read_rows(path: Path, epochs: int) -> list[dict[str, Any]]:
+    """Those of so many epochs."""
+    if not path.is_file():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [row for row in csv.DictReader(file) if int(row["epoch"]) < epochs]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: is not as train.py wrote it, so its rows cannot go on; move it away.") from error
 
 
 class Pictures(Callback):
@@ -153,8 +163,9 @@ class Pictures(Callback):
         indices = torch.linspace(0, len(dataset) - 1, min(self.count, len(dataset))).round().int().tolist()
         rows = [_row(pl_module, data, data.read_near(dataset, index)) for index in indices]
         figure = draw_samples(rows, data.classes, data.palette)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.directory / f"epoch_{epoch:03d}.png")
+        content = BytesIO()
+        figure.savefig(content, format="png")
+        write_file(self.directory / f"epoch_{epoch:03d}.png", content.getvalue())
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("validation", figure, global_step=trainer.global_step, close=False)

@@ -14,11 +14,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ema_seg.data import SegmentationDataModule
 from ema_seg.distributed.preemption import Preemption
-from ema_seg.errors import CheckpointError, ConfigError, TrainingError, one_line
+from ema_seg.errors import CheckpointError, ConfigError, Preempted, TrainingError, one_line
 from ema_seg.evaluation import describe_environment
 from ema_seg.models import segmenter_from_config
 from ema_seg.models.limits import describe_memory, is_out_of_memory
 from ema_seg.models.mode import set_execution
+from ema_seg.reporting.files import write_file
 from ema_seg.training.callbacks import EpochLog, Pictures
 from ema_seg.training.checkpoints import (
     AtomicCheckpoints,
@@ -183,6 +184,8 @@ def _log_configuration(trainer: Trainer, config: Mapping[str, Any]) -> None:
     for logger in trainer.loggers:
         try:
             logger.log_hyperparams(dict(config))
+        except Preempted:
+            raise
         except Exception as error:  # no account, no server, no disk: each logger has its own for it
             raise ConfigError(
                 f"logger={config['logger']['name']} cannot be started: {one_line(error)[:300]}; correct "
@@ -193,7 +196,7 @@ def _log_configuration(trainer: Trainer, config: Mapping[str, Any]) -> None:
 def _write_environment(run: Path, trainer: Trainer) -> None:
     if trainer.is_global_zero:
         environment = describe_environment(trainer.strategy.root_device)
-        (run / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+        write_file(run / "environment.json", f"{json.dumps(environment, indent=2)}\n".encode())
 
 
 def _best(keeper: BestCheckpoint, run: Path) -> Path:

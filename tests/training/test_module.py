@@ -4,11 +4,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning import Trainer
 from torch import nn
 
 from ema_seg.attention import EMA
-from ema_seg.errors import CheckpointError, ConfigError, TrainingError
+from ema_seg.errors import CheckpointError, ConfigError, DataError, TrainingError
 from ema_seg.models import build_segmenter
+from ema_seg.reporting.files import write_file
 from ema_seg.training.callbacks import EpochLog, attention_map
 from ema_seg.training.checkpoints import AtomicCheckpoints
 from ema_seg.training.loggers import build_logger
@@ -132,10 +134,12 @@ def test_the_epoch_log_survives_a_kill_in_the_middle_of_writing(tmp_path, monkey
     callbacks._write_rows(path, [row])
     before = path.read_text()
 
-    def killed(*_):
+    def killed(file, content):
+        with file.open("wb") as opened:
+            opened.write(content[:10])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(callbacks.csv.DictWriter, "writerows", killed)
+    monkeypatch.setattr(Path, "write_bytes", killed)
     with pytest.raises(KeyboardInterrupt):
         callbacks._write_rows(path, [row, row])
 
@@ -173,3 +177,27 @@ def test_a_prediction_is_scored_at_the_images_own_size():
     lightning_module.validation_step({"image": [image], "mask": [mask], "name": ["x"]}, 0)
 
     assert lightning_module.confusion.matrix.sum() == 40 * 61
+
+
+def test_rows_that_are_not_of_a_run_are_named(tmp_path):
+    (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
+
+    with pytest.raises(DataError, match=r"metrics\.csv: is not as train\.py wrote it"):
+        EpochLog(tmp_path / "metrics.csv").on_train_start(Trainer(logger=False, accelerator="cpu"), None)
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
+def test_a_file_that_cannot_be_written_leaves_the_one_before_and_no_room_taken(failure, tmp_path, monkeypatch):
+    write_file(tmp_path / "config.yaml", b"seed: 0")
+
+    def fail(file, content):
+        with file.open("wb") as opened:
+            opened.write(content[:3])
+        raise failure
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(DataError, match=rf"config\.yaml: cannot be written \({failure.strerror}\)"):
+        write_file(tmp_path / "config.yaml", b"seed: 1")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert (tmp_path / "config.yaml").read_bytes() == b"seed: 0"
