@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from configs.command_line import plain_config, quoted
-from configs.trust import require_harmless
+from configs.trust import require_harmless, require_printable, typed_overrides
 from ema_seg.errors import ConfigError, EmaSegError, Preempted, one_line
 from ema_seg.sweeps import (
     ANY,
@@ -88,6 +88,8 @@ class FolderSweeper(Sweeper):
         # For launchers whose processes start from a bare interpreter, which does not know where train.py lies.
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+        OmegaConf.resolve(self.config.hydra.launcher)
+        require_printable(self.config.hydra.launcher)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=self.hydra_context, task_function=self.task_function, config=self.config
         )
@@ -137,7 +139,7 @@ class FolderSweeper(Sweeper):
         key, epochs, impossible = hashlib.sha256(repr(sorted(overrides)).encode()).hexdigest()[:12], None, None
         try:
             composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-            require_harmless(composed)
+            require_harmless(composed, typed_overrides())
             with open_dict(composed):
                 del composed["hydra"]
             config = plain_config(composed)
