@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ema_seg.errors import ConfigError, did_you_mean
 
-__all__ = ["EVALUATION", "EVALUATION_SECTION", "TRAINING", "require_settings"]
+__all__ = ["EVALUATION", "EVALUATION_SECTION", "REBUILDING", "TRAINING", "require_settings"]
 
 
 class _Setting(NamedTuple):
@@ -163,6 +163,20 @@ TRAINING = _Section(
 )
 """Of ``train.py``."""
 
+_COLOUR = _Setting(
+    _or_null(lambda value: isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_number, value))),
+    "is no list of three numbers",
+)
+REBUILDING = _Section(
+    {
+        "data": _Section({"mean": _COLOUR, "std": _COLOUR}, open=True),
+        "trainer": _OPEN,
+        **{name: TRAINING.settings[name] for name in ("model", "attention", "placement")},
+    },
+    open=True,
+)
+"""What of these a checkpoint has to have for its model to be rebuilt and evaluated."""
+
 EVALUATION = _Section(
     {
         "run": _PATH,
@@ -182,7 +196,7 @@ def require_settings(config: Mapping[str, Any], known: _Section, path: str = "")
 
     Args:
         config: the configuration, or a section of it.
-        known: ``TRAINING`` or ``EVALUATION``, or a section of it.
+        known: ``TRAINING``, ``EVALUATION`` or ``REBUILDING``, or a section of it.
         path: the dotted name of the section, with a dot at its end.
 
     Raises:
