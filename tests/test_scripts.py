@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -480,6 +481,90 @@ def test_a_damaged_checkpoint_is_named(damage, finished_run, run_script, tmp_pat
     assert status == 1
     assert "damaged.ckpt" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("content", [b"data: 3", b"[1, 2]", b"\xff\x00binary", b"", b"hydra", b"report: {dir: 3}"])
+@pytest.mark.parametrize("command", [("train", "resume"), ("train", "rerun"), ("eval", "run")])
+def test_a_configuration_of_another_form_is_named(content, command, run_script, tmp_path):
+    (tmp_path / "config.yaml").write_bytes(content)
+    script, key = command
+
+    status, _, err = run_script(script, f"{key}={tmp_path}")
+
+    assert status == 1
+    assert err.startswith("error: "), err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_repetition_leaves_the_report_of_the_original(finished_run, run_script, tmp_path):
+    run = shutil.copytree(finished_run[0], tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["report"]["dir"] = str(tmp_path / "elsewhere")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+    status, out, err = run_script("train", f"rerun={run}", "--cfg", "job")
+
+    assert status == 0, err
+    assert yaml.safe_load(out)["report"] == {"dir": None}
+
+
+@pytest.fixture
+def unfinished(finished_run, monkeypatch, tmp_path):
+    """Look for the run to go on with among copies of a run, which the function makes unfinished."""
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    settings = yaml.safe_load((finished_run[0] / "config.yaml").read_text())
+
+    def copy(name, report=None):
+        run = shutil.copytree(finished_run[0], tmp_path / "runs" / name)
+        (run / "report").rename(report or run / "no_report")
+        (run / "config.yaml").write_text(yaml.safe_dump({**settings, "report": {"dir": report and str(report)}}))
+        return run
+
+    def find():
+        composed = train.OmegaConf.create({**settings, "hydra": {"run": {"dir": "runs/9"}}})
+        return train._unfinished_run(composed)
+
+    return copy, find
+
+
+def test_what_is_left_of_a_run_does_not_keep_others_from_going_on(unfinished):
+    copy, find = unfinished
+    copy("1")
+    (copy("2") / "config.yaml").unlink()
+    for name, content in {"3": "{", "4": "[1]", "5": "data: 3", "6": "attention: 3", "7": "report: {dir: 3}"}.items():
+        (copy(name) / "config.yaml").write_text(content)
+
+    assert find() == Path("runs/1")
+
+
+def test_a_run_whose_report_is_elsewhere_is_finished(unfinished, tmp_path):
+    copy, find = unfinished
+    copy("1", report=tmp_path / "report")
+
+    assert find() is None
+
+
+@pytest.mark.parametrize("override", ["~model.encoder", "data.root=3", "++attention=3"])
+def test_a_mistake_beside_an_unfinished_run_is_one_sentence(override, run_script, tmp_path):
+    command = [*QUICK, "data=camvid", "data.root=/nowhere", "resume=auto", f"hydra.run.dir={tmp_path / 'run'}"]
+
+    status, _, err = run_script("train", *command, override)
+
+    assert status == 1
+    assert err.startswith("error: "), err
+
+
+@pytest.mark.parametrize("threads", [-1, 0, 10**12, 1.5, True, "two", None])
+def test_a_number_of_threads_that_no_run_had_is_named(threads, finished_run, run_script, tmp_path):
+    run = shutil.copytree(finished_run[0], tmp_path / "run")
+    (run / "environment.json").write_text(json.dumps({"threads": threads}))
+
+    status, _, err = run_script("train", f"rerun={run}", f"hydra.run.dir={tmp_path / 'again'}")
+
+    assert status == 1
+    assert f"{run / 'environment.json'} is not as train.py wrote it" in err
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
