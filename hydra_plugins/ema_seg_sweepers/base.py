@@ -50,6 +50,13 @@ _NOT_OF_THE_NAME = (
     *("sweep.trials", "sweep.parallel", "sweep.retry", "sweep.baseline", "sweep.groups", "sweep.deal_devices"),
 )
 
+# Settings of the sweepers that are values by name, and an example of each.
+_BY_NAME = {
+    "grid": "{attention: [se, ema]}",
+    "variants": "{wide: attention.factor=8}",
+    "space": "{optimizer.lr: 'interval(1e-4,1e-2)'}",
+}
+
 
 class FolderSweeper(Sweeper):
     """A sweeper whose jobs live in a folder named by the sweep, each in a folder named by its configuration."""
@@ -114,6 +121,14 @@ class FolderSweeper(Sweeper):
                 f"sweep.groups={groups!r} are no lists of classes by a name; give them as "
                 "'sweep.groups={thin: [pole, fence]}'."
             )
+        for key, example in _BY_NAME.items():
+            if not isinstance(self.settings.get(key) or {}, dict):
+                raise ConfigError(
+                    f"sweep.{key}={self.settings[key]!r} has nothing by name; give it as 'sweep.{key}={example}'."
+                )
+        for name, texts in (self.settings.get("variants") or {}).items():
+            if not isinstance(texts, str) and not (isinstance(texts, list) and all(isinstance(t, str) for t in texts)):
+                raise ConfigError(f"sweep.variants.{name}={texts!r} is no text of overrides, such as 'attention=se'.")
         if not isinstance(retry, bool):
             raise ConfigError(f"sweep.retry={retry!r} is neither true nor false.")
 
