@@ -125,6 +125,9 @@ TRAINING = _Section(
                 "check_val_every_n_epoch": _whole_or_not_there(1, null=True),
                 "num_sanity_val_steps": _whole_or_not_there(-1, null=True),
                 "log_every_n_steps": _whole_or_not_there(0, null=True),
+                "min_epochs": _whole_or_not_there(0, null=True),
+                "max_steps": _whole_or_not_there(-1),
+                "min_steps": _whole_or_not_there(0, null=True),
                 "sync_batchnorm": _FLAG._replace(optional=True),
                 "deterministic": _Setting(
                     lambda value: isinstance(value, bool) or value in (None, "warn"),

@@ -400,7 +400,7 @@ def test_the_default_data_are_generated_and_read(run_script, tmp_path):
             "there is no setting loss.dise.weight. Did you mean 'loss.dice.weight'",
         ),
         (("+loss.dise.weight=1",), "loss.dise: there is no such loss"),
-        (("trainer.precision=bf17", "evaluation.precision=32"), "trainer: Lightning refuses"),
+        (("trainer.precision=bf17", "evaluation.precision=32"), "trainer.precision='bf17' is no precision"),
         (("+trainer.max_epoch=3",), "trainer.max_epoch: .* no such option. Did you mean 'max_epochs'"),
         (("+trainer.callbacks=3",), "trainer: Lightning refuses"),
         (("launcher=joblib",), "launcher=joblib is for sweeps: python train.py -m launcher=joblib"),
