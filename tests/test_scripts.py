@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -16,6 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
+from ema_seg.errors import ConfigError
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.models import load_segmenter
 from tests.conftest import QUICK, ROOT, write_camvid
@@ -642,6 +644,52 @@ def test_help_is_given_whatever_else_is_asked(run_script):
     status, out, err = run_script("train", "--help", "resume=auto")
     assert status == 0, err
     assert "data.root" in out
+
+
+class Asked:
+    """Stands for a part of the command, during which the process is asked to leave."""
+
+    def __call__(self, *arguments, **keywords):
+        self.handler = signal.getsignal(signal.SIGTERM)
+        if self.handler is not signal.SIG_DFL:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise ConfigError("went on.")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    yield Asked()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_command_that_is_asked_to_leave_before_its_training_leaves_at_once(asked, run_script, monkeypatch):
+    monkeypatch.setattr("train.compose", asked)
+
+    status, _, err = run_script("train")
+
+    assert status == 75
+    assert err == "stopped by SIGTERM outside of the training; give the command again.\n"
+
+
+def test_the_training_finds_the_signals_as_they_were(asked, run_script, monkeypatch, camvid_root, tmp_path):
+    monkeypatch.setattr("ema_seg.run.produce_run", asked)
+
+    run_script("train", *QUICK, "data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={tmp_path / 'run'}")
+
+    assert asked.handler is signal.SIG_DFL
+
+
+def test_a_signal_that_a_launcher_has_taken_stays_its_own(asked, run_script, monkeypatch):
+    monkeypatch.setattr("train.compose", asked)
+    came = []
+    signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        status, _, err = run_script("train")
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    assert (status, err) == (1, "error: went on.\n")
+    assert came == [signal.SIGTERM]
 
 
 def test_what_hydra_cannot_work_with_is_told_and_what_is_wrong_here_is_shown(run_script, monkeypatch):
