@@ -128,6 +128,21 @@ TRAINING = _Section(
                 "min_epochs": _whole_or_not_there(0, null=True),
                 "max_steps": _whole_or_not_there(-1),
                 "min_steps": _whole_or_not_there(0, null=True),
+                "max_time": _Setting(
+                    _or_null(lambda value: isinstance(value, str | Mapping)),
+                    "is no time of the form days:hours:minutes:seconds",
+                    optional=True,
+                ),
+                "gradient_clip_val": _Setting(_or_null(_is_number), "is no number", optional=True),
+                "gradient_clip_algorithm": _Setting(_or_null(_is_text), "is neither norm nor value", optional=True),
+                "fast_dev_run": _Setting(
+                    lambda value: isinstance(value, bool) or _is_whole(0)(value),
+                    "is no number of batches",
+                    optional=True,
+                ),
+                "benchmark": _Setting(_or_null(_is_flag), "is neither true nor false", optional=True),
+                "model_registry": _Setting(_or_null(_is_text), "is no name", optional=True),
+                "profiler": _Setting(_or_null(_is_text), "is no name", optional=True),
                 "sync_batchnorm": _FLAG._replace(optional=True),
                 "deterministic": _Setting(
                     lambda value: isinstance(value, bool) or value in (None, "warn"),

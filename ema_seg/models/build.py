@@ -106,7 +106,12 @@ def build_segmenter(
     if attention == "none":
         build_block(1)  # for its complaint about options that it does not have
     else:
-        place_attention(model, decoder, build_block, placements, encoder_stages=encoder_stages)
+        try:
+            place_attention(model, decoder, build_block, placements, encoder_stages=encoder_stages)
+        except RuntimeError as error:  # some of smp's options are looked at only when there is an image
+            raise ModelError(
+                f"the {decoder} decoder cannot run with encoder={encoder!r}{_shown(options)}: {one_line(error)}"
+            ) from error
     return model
 
 
@@ -175,10 +180,13 @@ def _build_plain(decoder: str, encoder: str, classes: int, options: Mapping[str,
     try:
         return _construct(decoder, encoder, None, classes, options)
     except (AssertionError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        shown = "".join(f", {name}={value!r}" for name, value in options.items())
         raise ModelError(
-            f"the {decoder} decoder cannot be built with encoder={encoder!r}{shown}: {one_line(error)}"
+            f"the {decoder} decoder cannot be built with encoder={encoder!r}{_shown(options)}: {one_line(error)}"
         ) from error
+
+
+def _shown(options: Mapping[str, Any]) -> str:
+    return "".join(f", {name}={value!r}" for name, value in options.items())
 
 
 def _construct(
