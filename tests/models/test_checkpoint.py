@@ -3,8 +3,8 @@ import copy
 import pytest
 import torch
 
-from ema_seg.errors import CheckpointError
-from ema_seg.models import load_checkpoint
+from ema_seg.errors import CheckpointError, Preempted
+from ema_seg.models import build_segmenter, load_checkpoint
 
 CHECKPOINT = {
     "state_dict": {"model.head.weight": torch.zeros(1)},
@@ -67,3 +67,15 @@ def test_a_setting_that_a_checkpoint_lacks_is_named(saved):
     config = {name: section for name, section in CHECKPOINT["config"].items() if name != "placement"}
     with pytest.raises(CheckpointError, match=r"some\.ckpt: its config is none of train.py's: placement is missing"):
         load_checkpoint(saved("config", config))
+
+
+def test_a_signal_while_a_file_is_read_is_no_damage_of_it(saved, monkeypatch):
+    def leave(*arguments, **keywords):
+        raise Preempted("stopped by SIGTERM.")
+
+    path = saved()
+    monkeypatch.setattr(torch, "load", leave)
+    with pytest.raises(Preempted):
+        load_checkpoint(path)
+    with pytest.raises(Preempted):
+        build_segmenter("fpn", classes=2, encoder="resnet18", encoder_weights=str(path))
