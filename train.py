@@ -5,20 +5,30 @@ python train.py --help shows what can be configured.
 
 import gc
 import json
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
+from types import FrameType
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from configs.command_line import argument, expand_home, plain_config, quoted, reports_errors, saved_config
+from configs.command_line import (
+    argument,
+    expand_home,
+    plain_config,
+    quoted,
+    read_config,
+    reports_errors,
+    saved_config,
+)
 from configs.composition import compose, launch
-from ema_seg.distributed.start import Silent, first_told, joined, place, started_group
+from ema_seg.distributed.start import LEAVE_SIGNALS, Silent, first_told, joined, place, started_group
 from ema_seg.errors import ConfigError, Preempted, TrainingError
 from ema_seg.host_memory import keep_freed_memory, made_for_good
 from ema_seg.sweeps import count_devices, deal_devices, hold_job, identity, machine_keys, read_job, read_plan, run_job
@@ -31,7 +41,7 @@ def main() -> None:
     """Compose the configuration, of a resumed run from its own file, and train."""
     keep_freed_memory()
     sys.argv = expand_home(sys.argv)
-    with _group() as started_by:
+    with _handled(signal.SIG_DFL, _leave), _group() as started_by:
         now = datetime.now()
         if started_by is not None:
             now = _join_command(started_by, now)
@@ -53,6 +63,25 @@ def main() -> None:
         if resumed == "auto" and composed:
             _resume_unfinished(composed)
         launch(_train, CONFIGS, config_name)
+
+
+@contextmanager
+def _handled(before: Any, now: Any) -> Iterator[None]:
+    """Handle the signals that ask to leave otherwise than before, but for those that something else has taken."""
+    taken = [number for number in LEAVE_SIGNALS if signal.getsignal(number) == before]
+    for number in taken:
+        signal.signal(number, now)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, before)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Leave while nothing is trained: the imports alone take seconds."""
+    print(f"stopped by {signal.Signals(number).name} outside of the training; give the command again.", file=sys.stderr)
+    sys.exit(Preempted.exit_status)
 
 
 @contextmanager
@@ -108,21 +137,31 @@ def _resume_unfinished(composed: DictConfig) -> None:
 def _unfinished_run(composed: DictConfig) -> Path | None:
     with made_for_good():
         from ema_seg.run import complete_config
+        from ema_seg.training import check_config
 
     here = Path(str(composed.hydra.run.dir))
     named = any(text.startswith("hydra.run.dir=") for text in sys.argv[1:])
     with open_dict(composed):
         del composed["hydra"]
     config = _settings(composed)
+    check_config(config)
     complete_config(config)
     found = [here] if named else sorted(here.parent.glob("*"), key=lambda folder: folder.name, reverse=True)
     for folder in found:
         kept = [folder / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt")]
-        if (folder / "report" / "report.json").is_file() or not any(path.is_file() for path in kept):
-            continue
-        if _is_same(config, folder):
+        if any(path.is_file() for path in kept) and _is_unfinished(config, folder):
             return folder
     return None
+
+
+def _is_unfinished(config: dict[str, Any], run: Path) -> bool:
+    """Whether the run in this folder is one of this configuration, and without a report."""
+    try:
+        saved = read_config(run, key="resume")
+    except ConfigError:  # no run of ours, or what is left of one
+        return False
+    report = Path(str(saved.get("report", {}).get("dir") or run / "report"))
+    return not (report / "report.json").is_file() and _is_same(config, saved)
 
 
 def _register_resumed(run: Path) -> str:
@@ -138,7 +177,8 @@ def _register_resumed(run: Path) -> str:
 
 def _register_repeated(run: Path) -> str:
     """Make a run's own configuration the one of a new run, which nothing but the machine may change."""
-    config = saved_config(run, key="rerun")
+    # Where its report went is the original's own.
+    config = {**saved_config(run, key="rerun"), "report": {"dir": None}}
     free = ("rerun", "hydra", *machine_keys(config))
     for text in sys.argv[1:]:
         if text.startswith("-") or not ("=" in text or text.startswith("~")):
@@ -182,7 +222,8 @@ def _train_run(composed: DictConfig, run: Path) -> None:
 
     if job:
         _require_same_job(config, run)
-    with hold_job(run) if job and place().rank == 0 else nullcontext():
+    # The training takes the signals itself, and would leave the last word to who had them before.
+    with hold_job(run) if job and place().rank == 0 else nullcontext(), _handled(_leave, signal.SIG_DFL):
         report = produce_run(config, run, resume=bool(config["resume"]), job=job, started_by=started_group())
     if place().rank == 0:
         print_report(report)
@@ -205,18 +246,17 @@ def _compare(original: Path, run: Path) -> None:
 
 def _require_same_job(config: dict[str, Any], run: Path) -> None:
     """A ConfigError if a job of a sweep, which is known by its configuration, is to go on as something else."""
-    if not _is_same(config, run):
+    if not _is_same(config, read_config(run, key="resume")):
         raise ConfigError(
             f"resume={run}: this job of a sweep would be another one with the given overrides; leave them out, or add "
             "them to the sweep's command."
         )
 
 
-def _is_same(config: dict[str, Any], run: Path) -> bool:
-    """Whether the run in this folder is one of this configuration."""
-    saved = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(run / "config.yaml")))
+def _is_same(config: dict[str, Any], saved: dict[str, Any]) -> bool:
+    """Whether a run of the one configuration, as it was saved, is one of the other."""
     if config["data"]["batch_size"] == "auto":
-        config = {**config, "data": {**config["data"], "batch_size": saved["data"]["batch_size"]}}
+        config = {**config, "data": {**config["data"], "batch_size": saved.get("data", {}).get("batch_size")}}
     return identity(config) == identity(saved)
 
 
@@ -273,7 +313,7 @@ def _produce_job(
     callbacks = _search_callbacks(composed, run)
     config = _settings(composed)
     try:
-        with first_told():
+        with first_told(), _handled(_leave, signal.SIG_DFL):
             produce_run(config, run, resume=resume, job=job, quiet=True, callbacks=callbacks, started_by=started_by)
     except Silent as silent:
         if place().rank or silent.first is None:

@@ -14,7 +14,11 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from ema_seg.distributed.start import first_told
 from ema_seg.errors import ConfigError, EmaSegError, one_line
 
-__all__ = ["argument", "expand_home", "plain_config", "quoted", "reports_errors", "saved_config"]
+__all__ = ["argument", "expand_home", "plain_config", "quoted", "read_config", "reports_errors", "saved_config"]
+
+# Those that are looked into before the configuration is checked.
+_SECTIONS = ("attention", "data", "evaluation", "model", "report")
+
 
 # What the configs make one key follow another for; a saved configuration has only the values.
 _LINKS = {
@@ -76,15 +80,29 @@ def quoted(path: Path) -> str:
 
 
 def saved_config(run: Path, key: str) -> dict[str, Any]:
-    """The configuration in a run's folder, which the override ``key`` has named."""
+    """The configuration of a run as ``read_config`` reads it, in which keys follow each other as in the project's."""
+    return cast(dict[str, Any], OmegaConf.to_container(_linked(OmegaConf.create(read_config(run, key)))))
+
+
+def read_config(run: Path, key: str) -> dict[str, Any]:
+    """The configuration in a run's folder, which the override ``key`` has named.
+
+    Raises:
+        ConfigError: there is none, or it is not readable, or none of ``train.py``.
+    """
     path = run / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{key}={run}: there is no {path}; give the folder of a run that train.py made.")
     try:
-        config = cast(DictConfig, OmegaConf.load(path))
-        return cast(dict[str, Any], OmegaConf.to_container(_linked(config)))
+        config = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # whatever the YAML reader finds
         raise ConfigError(f"{key}={run}: {path} is not readable as YAML ({one_line(error)}).") from error
+    if not isinstance(config, dict) or not all(isinstance(config.get(name, {}), dict) for name in _SECTIONS):
+        raise ConfigError(
+            f"{key}={run}: {path} is no configuration with the sections {', '.join(_SECTIONS)}; give the folder of a "
+            "run that train.py made."
+        )
+    return cast(dict[str, Any], config)
 
 
 def _linked(config: DictConfig) -> DictConfig:

@@ -17,7 +17,7 @@ from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.trust import forbid_settings_from_text, require_harmless, settings_of
+from configs.trust import forbid_settings_from_text, require_harmless, settings_of, typed_overrides
 from ema_seg.errors import ConfigError, EmaSegError, did_you_mean, one_line
 
 __all__ = ["compose", "launch"]
@@ -53,10 +53,14 @@ def compose(folder: Path, config_name: str) -> DictConfig:
             f"--config-name {options.config_name}: the configuration is that of the run which the command names; leave "
             "this out."
         )
-    # Where Hydra shows something about the application, it calls nothing that is composed.
-    if options.help or options.hydra_help or options.shell_completion:
+    if options.config_path:
+        raise ConfigError(
+            f"--config-path {options.config_path}: the project's own configurations cannot be left out; add a folder "
+            "of yours with --config-dir."
+        )
+    if options.shell_completion:
         return OmegaConf.create()
-    search_path = create_config_search_path(str(folder / (options.config_path or "")))
+    search_path = create_config_search_path(str(folder))
     if options.config_dir:
         if not Path(options.config_dir).is_dir():
             raise ConfigError(f"--config-dir {options.config_dir}: there is no such folder.")
@@ -66,14 +70,30 @@ def compose(folder: Path, config_name: str) -> DictConfig:
     mode = RunMode.MULTIRUN if options.multirun else RunMode.RUN
     name = options.config_name or config_name
     try:
-        composed = loader.load_configuration(name, options.overrides, mode)
+        # Hydra's own help is that of no application; but its logs are set up as they are composed, for this, too.
+        composed = loader.load_configuration(None if options.hydra_help else name, options.overrides, mode)
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         raise ConfigError(_sentence(error, loader, name, options.overrides)) from error
     except Exception as error:  # of the YAML reader, or of a place in Hydra that such text should not reach
         text = " ".join(options.overrides) or name
         raise ConfigError(f"{text}: Hydra cannot compose this ({type(error).__name__}: {one_line(error)}).") from error
-    require_harmless(composed)
+    require_harmless(composed, typed_overrides())
+    if options.help or options.hydra_help:
+        return OmegaConf.create()
+    _check_sweeper(composed, options.multirun)
     return composed
+
+
+def _check_sweeper(composed: DictConfig, multirun: bool) -> None:
+    """Let only those sweep who look at the configuration of each job as ``compose`` does at the first."""
+    settings = OmegaConf.to_container(composed.hydra, resolve=False)
+    assert isinstance(settings, dict)
+    sweeps = multirun or settings["mode"] not in (None, RunMode.RUN)
+    if sweeps and not str(settings["sweeper"]["_target_"]).startswith("hydra_plugins.ema_seg_sweepers."):
+        raise ConfigError(
+            "-m (hydra.mode=MULTIRUN) is for trainings, with the sweepers of this project: python train.py -m "
+            "sweep=grid …; leave it out."
+        )
 
 
 def launch(task: TaskFunction, folder: Path, config_name: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 from ema_seg.errors import EmaSegError
 from ema_seg.models import load_checkpoint
@@ -110,13 +111,19 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 def _compare_scores(original: Path, repeated: Path) -> str | None:
     try:
-        before = load_report(original / "report" / "report.json")
+        before = _report(original)
     except EmaSegError:
         return None
-    now = load_report(repeated / "report" / "report.json")
+    now = _report(repeated)
     if all(before[key] == now[key] for key in _SCORES) and _scored(before) == _scored(now):
         return _IDENTICAL
     return f"mIoU was {before['miou']}, is {now['miou']}"
+
+
+def _report(run: Path) -> dict[str, Any]:
+    """The report of a run, where its configuration has it written."""
+    directory = OmegaConf.select(OmegaConf.load(run / "config.yaml"), "report.dir")
+    return load_report(Path(directory or run / "report") / "report.json")
 
 
 def _scored(report: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -100,7 +100,10 @@ def _threads_of(run: Path) -> int | None:
     """The threads that each process of a run had; None if it does not say."""
     path = run / "environment.json"
     try:
-        return int(json.loads(path.read_text())["threads"])
+        threads = json.loads(path.read_text())["threads"]
+        if type(threads) is not int or not 1 <= threads <= 2**12:  # torch takes, or dies of, any number
+            raise ValueError(threads)
+        return threads
     except OSError:
         return None
     except (KeyError, TypeError, ValueError) as error:

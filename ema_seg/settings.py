@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ema_seg.errors import ConfigError, did_you_mean
 
-__all__ = ["EVALUATION", "EVALUATION_SECTION", "TRAINING", "require_settings"]
+__all__ = ["EVALUATION", "EVALUATION_SECTION", "REBUILDING", "TRAINING", "require_settings"]
 
 
 class _Setting(NamedTuple):
@@ -125,6 +125,24 @@ TRAINING = _Section(
                 "check_val_every_n_epoch": _whole_or_not_there(1, null=True),
                 "num_sanity_val_steps": _whole_or_not_there(-1, null=True),
                 "log_every_n_steps": _whole_or_not_there(0, null=True),
+                "min_epochs": _whole_or_not_there(0, null=True),
+                "max_steps": _whole_or_not_there(-1),
+                "min_steps": _whole_or_not_there(0, null=True),
+                "max_time": _Setting(
+                    _or_null(lambda value: isinstance(value, str | Mapping)),
+                    "is no time of the form days:hours:minutes:seconds",
+                    optional=True,
+                ),
+                "gradient_clip_val": _Setting(_or_null(_is_number), "is no number", optional=True),
+                "gradient_clip_algorithm": _Setting(_or_null(_is_text), "is neither norm nor value", optional=True),
+                "fast_dev_run": _Setting(
+                    lambda value: isinstance(value, bool) or _is_whole(0)(value),
+                    "is no number of batches",
+                    optional=True,
+                ),
+                "benchmark": _Setting(_or_null(_is_flag), "is neither true nor false", optional=True),
+                "model_registry": _Setting(_or_null(_is_text), "is no name", optional=True),
+                "profiler": _Setting(_or_null(_is_text), "is no name", optional=True),
                 "sync_batchnorm": _FLAG._replace(optional=True),
                 "deterministic": _Setting(
                     lambda value: isinstance(value, bool) or value in (None, "warn"),
@@ -163,6 +181,20 @@ TRAINING = _Section(
 )
 """Of ``train.py``."""
 
+_COLOUR = _Setting(
+    _or_null(lambda value: isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_number, value))),
+    "is no list of three numbers",
+)
+REBUILDING = _Section(
+    {
+        "data": _Section({"mean": _COLOUR, "std": _COLOUR}, open=True),
+        "trainer": _OPEN,
+        **{name: TRAINING.settings[name] for name in ("model", "attention", "placement")},
+    },
+    open=True,
+)
+"""What of these a checkpoint has to have for its model to be rebuilt and evaluated."""
+
 EVALUATION = _Section(
     {
         "run": _PATH,
@@ -182,7 +214,7 @@ def require_settings(config: Mapping[str, Any], known: _Section, path: str = "")
 
     Args:
         config: the configuration, or a section of it.
-        known: ``TRAINING`` or ``EVALUATION``, or a section of it.
+        known: ``TRAINING``, ``EVALUATION`` or ``REBUILDING``, or a section of it.
         path: the dotted name of the section, with a dot at its end.
 
     Raises:

@@ -11,9 +11,12 @@ VALUES = (
 )
 
 
-def draw(random, keys, groups):
-    """One override of a configuration with these keys (dotted) and groups (names of options by group)."""
+def draw(random, keys, groups, options):
+    """One override of a configuration with these keys (dotted), groups (names of options by group), further options."""
     kind = random.random()
+    if kind > 0.85:
+        return f"+{random.choice(options)}={random.choice(VALUES)}"
+    kind /= 0.85
     if kind < 0.15:
         group = random.choice(sorted(groups))
         return f"{group}={random.choice([*groups[group], 'nosuch', random.choice(VALUES)])}"

@@ -1,16 +1,23 @@
 """A thousand random overrides at both entry points: each ends in success or in one sentence."""
 
 import copy
+import inspect
 import random
 
+import albumentations as A
 import hydra
 import pytest
+import segmentation_models_pytorch as smp
+import timm
 import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from lightning import Trainer
 from omegaconf import OmegaConf
+from torch.optim import SGD, AdamW
 
 from configs.trust import settings_of
+from ema_seg.data.datamodule import SegmentationDataModule
+from ema_seg.data.folder import FolderDataset
 from ema_seg.errors import EmaSegError
 from tests.conftest import QUICK, ROOT, made_once
 from tests.overrides import draw
@@ -38,6 +45,25 @@ def known():
     groups = {name: options for name, options in groups.items() if options}
     groups["data"].remove("street")  # it would draw its scenes each time
     return own * 5 + [key for key in keys if key.startswith("hydra")], groups
+
+
+@pytest.fixture(scope="module")
+def options():
+    """What the configuration does not name but its parts take, by the signatures of their libraries."""
+    taken = {
+        "trainer": [Trainer],
+        "model": [*smp.MODEL_ARCHITECTURES_MAPPING.values(), timm.create_model],
+        "optimizer": [AdamW, SGD],
+        "data": [SegmentationDataModule, FolderDataset],
+        "data.augmentation.crop": [A.RandomCrop, A.RandomResizedCrop],
+    }
+    names = {f"{section}.{name}" for section, parts in taken.items() for part in parts for name in parameters(part)}
+    transforms = [name for name, part in vars(A).items() if inspect.isclass(part) and issubclass(part, A.DualTransform)]
+    return sorted(names | {f"data.augmentation.{name}.transform" for name in transforms[:5]})
+
+
+def parameters(part):
+    return inspect.signature(part).parameters
 
 
 def remembered(load):
@@ -79,11 +105,11 @@ def complaints(status, err):
     return [f"status {status}: {err[-2000:]}"]
 
 
-def throw(reach, script, common, keys, groups, seed):
+def throw(reach, script, common, known, seed):
     """Statuses of commands with one random override each."""
     generator, found, statuses = random.Random(seed), [], set()
     for number in range(50):
-        override = draw(generator, keys, groups)
+        override = draw(generator, *known)
         status, _, err = reach(script, *(text.format(number=number) for text in common), override)
         found += [f"{override!r}: {complaint}" for complaint in complaints(status, err)]
         statuses.add(status)
@@ -92,11 +118,10 @@ def throw(reach, script, common, keys, groups, seed):
 
 
 @pytest.mark.parametrize("part", TRAINING_PARTS)
-def test_a_training_begins_or_says_in_one_sentence_why_not(part, known, reach, camvid_root):
-    keys, groups = known
+def test_a_training_begins_or_says_in_one_sentence_why_not(part, known, options, reach, camvid_root):
     common = [*QUICK, "data=camvid", f"data.root={camvid_root}", "hydra.run.dir=run_{number}"]
 
-    assert throw(reach, "train", common, keys, groups, part) >= {0, 1}
+    assert throw(reach, "train", common, (*known, options), part) >= {0, 1}
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +135,9 @@ def run(tmp_path_factory, camvid_root, entry):
 
 
 @pytest.mark.parametrize("part", EVALUATION_PARTS)
-def test_an_evaluation_begins_or_says_in_one_sentence_why_not(part, known, reach, run):
+def test_an_evaluation_begins_or_says_in_one_sentence_why_not(part, known, options, reach, run):
     keys = [key for key in known[0] if key.startswith(("data", "evaluation", "report", "hydra"))] + ["devices"] * 20
     groups = {name: known[1][name] for name in ("data", "evaluation")}
+    own = (keys, groups, [name for name in options if name.startswith("data.")])
 
-    assert throw(reach, "eval", [f"run={run}", "report.dir=report_{number}"], keys, groups, part) >= {0, 1}
+    assert throw(reach, "eval", [f"run={run}", "report.dir=report_{number}"], own, part) >= {0, 1}

@@ -5,9 +5,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
+from ema_seg.errors import ConfigError
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.models import load_segmenter
 from tests.conftest import QUICK, ROOT, write_camvid
@@ -399,7 +402,7 @@ def test_the_default_data_are_generated_and_read(run_script, tmp_path):
             "there is no setting loss.dise.weight. Did you mean 'loss.dice.weight'",
         ),
         (("+loss.dise.weight=1",), "loss.dise: there is no such loss"),
-        (("trainer.precision=bf17", "evaluation.precision=32"), "trainer: Lightning refuses"),
+        (("trainer.precision=bf17", "evaluation.precision=32"), "trainer.precision='bf17' is no precision"),
         (("+trainer.max_epoch=3",), "trainer.max_epoch: .* no such option. Did you mean 'max_epochs'"),
         (("+trainer.callbacks=3",), "trainer: Lightning refuses"),
         (("launcher=joblib",), "launcher=joblib is for sweeps: python train.py -m launcher=joblib"),
@@ -482,6 +485,90 @@ def test_a_damaged_checkpoint_is_named(damage, finished_run, run_script, tmp_pat
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("content", [b"data: 3", b"[1, 2]", b"\xff\x00binary", b"", b"hydra", b"report: {dir: 3}"])
+@pytest.mark.parametrize("command", [("train", "resume"), ("train", "rerun"), ("eval", "run")])
+def test_a_configuration_of_another_form_is_named(content, command, run_script, tmp_path):
+    (tmp_path / "config.yaml").write_bytes(content)
+    script, key = command
+
+    status, _, err = run_script(script, f"{key}={tmp_path}")
+
+    assert status == 1
+    assert err.startswith("error: "), err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_repetition_leaves_the_report_of_the_original(finished_run, run_script, tmp_path):
+    run = shutil.copytree(finished_run[0], tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["report"]["dir"] = str(tmp_path / "elsewhere")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+    status, out, err = run_script("train", f"rerun={run}", "--cfg", "job")
+
+    assert status == 0, err
+    assert yaml.safe_load(out)["report"] == {"dir": None}
+
+
+@pytest.fixture
+def unfinished(finished_run, monkeypatch, tmp_path):
+    """Look for the run to go on with among copies of a run, which the function makes unfinished."""
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    settings = yaml.safe_load((finished_run[0] / "config.yaml").read_text())
+
+    def copy(name, report=None):
+        run = shutil.copytree(finished_run[0], tmp_path / "runs" / name)
+        (run / "report").rename(report or run / "no_report")
+        (run / "config.yaml").write_text(yaml.safe_dump({**settings, "report": {"dir": report and str(report)}}))
+        return run
+
+    def find():
+        composed = train.OmegaConf.create({**settings, "hydra": {"run": {"dir": "runs/9"}}})
+        return train._unfinished_run(composed)
+
+    return copy, find
+
+
+def test_what_is_left_of_a_run_does_not_keep_others_from_going_on(unfinished):
+    copy, find = unfinished
+    copy("1")
+    (copy("2") / "config.yaml").unlink()
+    for name, content in {"3": "{", "4": "[1]", "5": "data: 3", "6": "attention: 3", "7": "report: {dir: 3}"}.items():
+        (copy(name) / "config.yaml").write_text(content)
+
+    assert find() == Path("runs/1")
+
+
+def test_a_run_whose_report_is_elsewhere_is_finished(unfinished, tmp_path):
+    copy, find = unfinished
+    copy("1", report=tmp_path / "report")
+
+    assert find() is None
+
+
+@pytest.mark.parametrize("override", ["~model.encoder", "data.root=3", "++attention=3"])
+def test_a_mistake_beside_an_unfinished_run_is_one_sentence(override, run_script, tmp_path):
+    command = [*QUICK, "data=camvid", "data.root=/nowhere", "resume=auto", f"hydra.run.dir={tmp_path / 'run'}"]
+
+    status, _, err = run_script("train", *command, override)
+
+    assert status == 1
+    assert err.startswith("error: "), err
+
+
+@pytest.mark.parametrize("threads", [-1, 0, 10**12, 1.5, True, "two", None])
+def test_a_number_of_threads_that_no_run_had_is_named(threads, finished_run, run_script, tmp_path):
+    run = shutil.copytree(finished_run[0], tmp_path / "run")
+    (run / "environment.json").write_text(json.dumps({"threads": threads}))
+
+    status, _, err = run_script("train", f"rerun={run}", f"hydra.run.dir={tmp_path / 'again'}")
+
+    assert status == 1
+    assert f"{run / 'environment.json'} is not as train.py wrote it" in err
+
+
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_a_run_without_a_sound_last_checkpoint_is_not_resumed(damage, finished_run, run_script, tmp_path):
     run = shutil.copytree(finished_run[0], tmp_path / "run")
@@ -557,6 +644,52 @@ def test_help_is_given_whatever_else_is_asked(run_script):
     status, out, err = run_script("train", "--help", "resume=auto")
     assert status == 0, err
     assert "data.root" in out
+
+
+class Asked:
+    """Stands for a part of the command, during which the process is asked to leave."""
+
+    def __call__(self, *arguments, **keywords):
+        self.handler = signal.getsignal(signal.SIGTERM)
+        if self.handler is not signal.SIG_DFL:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise ConfigError("went on.")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    yield Asked()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_command_that_is_asked_to_leave_before_its_training_leaves_at_once(asked, run_script, monkeypatch):
+    monkeypatch.setattr("train.compose", asked)
+
+    status, _, err = run_script("train")
+
+    assert status == 75
+    assert err == "stopped by SIGTERM outside of the training; give the command again.\n"
+
+
+def test_the_training_finds_the_signals_as_they_were(asked, run_script, monkeypatch, camvid_root, tmp_path):
+    monkeypatch.setattr("ema_seg.run.produce_run", asked)
+
+    run_script("train", *QUICK, "data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={tmp_path / 'run'}")
+
+    assert asked.handler is signal.SIG_DFL
+
+
+def test_a_signal_that_a_launcher_has_taken_stays_its_own(asked, run_script, monkeypatch):
+    monkeypatch.setattr("train.compose", asked)
+    came = []
+    signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        status, _, err = run_script("train")
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    assert (status, err) == (1, "error: went on.\n")
+    assert came == [signal.SIGTERM]
 
 
 def test_what_hydra_cannot_work_with_is_told_and_what_is_wrong_here_is_shown(run_script, monkeypatch):

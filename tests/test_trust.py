@@ -1,10 +1,13 @@
 """Files that somebody has shared: what they may have called."""
 
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from configs.trust import require_harmless
+from configs.trust import require_harmless, require_printable
 from ema_seg.errors import ConfigError
 from ema_seg.sweeps import read_plan
 from tests.conftest import QUICK
@@ -27,6 +30,16 @@ def experiment(tmp_path, monkeypatch):
         return "--config-dir", tmp_path / "shared", "+experiment=theirs"
 
     return write
+
+
+# What logging follows to an object, to an attribute of one, and to a file.
+OBJECT = {"hydra": {"job_logging": {"evil": {"write": "ext://os.system"}}}}
+ATTRIBUTE = {"hydra": {"job_logging": {"handlers": {"console": {".": {"stream": "mark"}}}}}}
+FILE = {"hydra": {"job_logging": {"handlers": {"file": {"filename": "mark", "mode": "w"}}}}}
+HIDDEN = {"scheme": "ext", "hydra": {"job_logging": {"handlers": {"console": {"stream": "${scheme}://os.system"}}}}}
+REFERENCE = {"evil": {"write": "ext://os.system"}, "hydra": {"hydra_logging": "${evil}"}}
+NAMED = {"hydra": {"job": {"name": "../../mark"}}}
+VARIABLE = {"hydra": {"job": {"env_set": {"CXX": "touch mark"}}}}
 
 
 # Settings made out of text, by a name made out of parts, and by one that the first resolution lays bare.
@@ -55,6 +68,40 @@ def test_what_is_called_cannot_hide_in_text(script, settings, experiment, run_sc
     assert not (tmp_path / "mark").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (OBJECT, "hydra.job_logging.evil.write='ext://os.system': the settings of Hydra's logs may lead to no object"),
+        (ATTRIBUTE, "hydra.job_logging.handlers.console..={'stream': 'mark'}: the settings of Hydra's logs"),
+        (FILE, "hydra.job_logging.handlers.file.filename='mark': the settings of Hydra's logs"),
+        (HIDDEN, "hydra.job_logging.handlers.console.stream='${scheme}://os.system': the settings of Hydra's logs"),
+        (REFERENCE, "hydra.hydra_logging='${evil}': the settings of Hydra's logs"),
+        (NAMED, "hydra.job.name='../../mark' names files"),
+        (VARIABLE, "hydra.job.env_set.CXX='touch mark': commands and environment variables of jobs are given on the"),
+    ],
+)
+def test_an_experiment_file_reaches_no_object_file_or_environment(settings, message, experiment, run_script, tmp_path):
+    status, _, err = run_script("train", *experiment(settings), f"hydra.run.dir={tmp_path / 'run'}")
+
+    assert status == 1
+    assert message in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_is_no_way_around(experiment, run_script):
+    command = experiment({"hydra": {"hydra_logging": {"x": "ext://os.system"}}})
+    for option in ("--help", "--hydra-help"):
+        status, _, err = run_script("train", option, *command)
+        assert (status, "hydra.hydra_logging.x='ext://os.system'" in err) == (1, True), err
+
+
+def test_what_is_typed_is_the_users_own(experiment, run_script):
+    command = experiment({"hydra": {"job": {"env_set": {"CXX": "touch mark"}}}})
+    typed = "+hydra.job.env_set={CC: gcc}"  # into which Hydra merges what the file has
+    assert run_script("train", "--cfg", "job", typed)[0] == 0
+    assert "hydra.job.env_set.CXX" in run_script("train", "--cfg", "job", *command, typed)[2]
+
+
 def test_a_sweep_of_an_experiment_file_cannot_have_the_shell_called(experiment, run_script, tmp_path):
     status, _, err = run_script("train", "-m", *experiment(CALLBACK), f"hydra.sweep.dir={tmp_path / 'sweep'}")
 
@@ -74,6 +121,40 @@ def test_a_job_that_an_experiment_file_names_cannot_have_the_shell_called(
 
     (job,) = read_plan(tmp_path / "sweep").jobs
     assert "logging.os.system: a configuration may only have" in job.impossible
+
+
+def test_a_job_that_an_experiment_file_names_sets_no_variable(experiment, run_script, camvid_root, tmp_path):
+    command = experiment({"sweep": {"variants": {"theirs": "+hydra.job.env_set.CXX=mark"}}})
+
+    run_script("train", "-m", *command, *QUICK, "data=camvid", f"data.root={camvid_root}", "hydra.sweep.dir=sweep")
+
+    (job,) = read_plan(tmp_path / "sweep").jobs
+    assert "hydra.job.env_set.CXX='mark': commands and environment variables" in job.impossible
+
+
+def test_a_folder_of_a_sweep_is_no_command_of_its_script(experiment, run_script, camvid_root):
+    command = experiment({"hydra": {"sweep": {"dir": "sweep\ntouch mark"}}})
+    options = ("launcher=submitit", *QUICK, "data=camvid", f"data.root={camvid_root}")
+
+    status, _, err = run_script("train", "-m", *command, *options)
+
+    assert status == 1
+    assert "hydra.launcher.submitit_folder=" in err
+    assert "is no single line of text" in err
+
+
+def test_no_sweeper_composes_jobs_unseen(experiment, run_script):
+    for command in (("eval", "-m"), ("train", "-m", "hydra/sweeper=basic"), ("eval", "hydra.mode=MULTIRUN")):
+        status, _, err = run_script(*command)
+        assert (status, "is for trainings, with the sweepers of this project" in err) == (1, True), err
+
+
+def test_the_configurations_of_the_project_stay(run_script):
+    status, _, err = run_script("train", "--config-path", "elsewhere")
+
+    assert status == 1
+    assert "--config-path elsewhere: the project's own configurations cannot be left out" in err
+    assert "--config-dir" in err
 
 
 def test_the_configuration_of_a_run_cannot_have_the_shell_called(experiment, run_script, tmp_path):
@@ -104,11 +185,58 @@ def test_a_pickled_job_of_hydra_is_not_loaded(run_script):
         {"name": "os.system", "_target_": "${name}"},
         {"class": "logging.handlers.logging.os.system"},
         {"class": "logging.handlers.QueueHandler", "listener": "os.system"},
+        {"launcher": {"_target_": "hydra_plugins.hydra_ray_launcher.ray_aws_launcher.RayAWSLauncher"}},
     ],
 )
 def test_a_name_is_known_by_all_of_it(settings):
     with pytest.raises(ConfigError, match="may only have"):
         require_harmless(OmegaConf.create({"hydra": settings}))
+
+
+FILENAME = "${hydra.runtime.output_dir}/${hydra.job.name}.log"
+COMMANDS = {
+    "setup": ["touch mark"],
+    "python": "touch mark; python",
+    "srun_args": ["--prolog=mark"],
+    "additional_parameters": {"prolog": "mark"},
+    "ray": {"init": {"runtime_env": {"py_executable": "touch mark; python"}}},
+    "_args_": [{"init": {"runtime_env": {"pip": ["mark"]}}}],
+}
+
+
+@pytest.mark.parametrize("key", COMMANDS)
+def test_commands_of_jobs_are_typed(key):
+    config = OmegaConf.create({"hydra": {"launcher": {key: COMMANDS[key]}}})
+    with pytest.raises(ConfigError, match=rf"^hydra\.launcher\.{key}.*: commands and environment variables of jobs"):
+        require_harmless(config)
+    value = re.sub(r"'(\w+)':", r"\1:", repr(COMMANDS[key]))  # as Hydra has it on the command line
+    require_harmless(config, [f"+hydra.launcher.{key}={value}"])
+    with pytest.raises(ConfigError, match="commands and environment variables of jobs"):
+        require_harmless(config, [f"+hydra.launcher.{key}=null"])
+
+
+def test_of_a_typed_sweep_each_value_passes():
+    config = OmegaConf.create({"hydra": {"job": {"env_set": {"MODE": "b"}}}})
+    require_harmless(config, ["+hydra.job.env_set.MODE=a,b"])
+
+
+def test_what_hydra_copies_from_the_environment_passes(monkeypatch):
+    monkeypatch.setenv("MINE", "yes")
+    require_harmless(OmegaConf.create({"hydra": {"job": {"env_set": {"MINE": "yes"}}}}))
+
+
+@pytest.mark.parametrize("section", ["hydra", "job", "launcher"])
+def test_a_section_is_no_reference(section):
+    hydra = "${mine}" if section == "hydra" else {section: "${mine}"}
+    with pytest.raises(ConfigError, match="is one value, where there are several settings"):
+        require_harmless(OmegaConf.create({"mine": {}, "hydra": hydra}))
+
+
+def test_a_launcher_has_single_lines_but_in_its_commands():
+    require_printable(OmegaConf.create({"partition": "gpu", "timeout_min": 60, "setup": ["cd\nls"]}))
+    for value in ("gpu\ntouch mark", Path("gpu\ntouch mark")):
+        with pytest.raises(ConfigError, match=r"^hydra\.launcher\.partition=.* is no single line of text"):
+            require_printable(OmegaConf.create({"partition": value}))
 
 
 def test_what_is_known_passes():
@@ -119,7 +247,7 @@ def test_what_is_known_passes():
                     "launcher": {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"},
                     "sweeper": {"_target_": "hydra_plugins.ema_seg_sweepers.grid.GridSweeper"},
                     "callbacks": {"log": {"_target_": "hydra.experimental.callbacks.LogJobReturnCallback"}},
-                    "job_logging": {"handlers": {"file": {"class": "logging.FileHandler", "filename": "${x}"}}},
+                    "job_logging": {"handlers": {"file": {"class": "logging.FileHandler", "filename": FILENAME}}},
                 }
             }
         )

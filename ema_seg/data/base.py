@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ema_seg.data.source import File
-from ema_seg.errors import ConfigError, DataError
+from ema_seg.data.source import IMAGE_FORMATS, File
+from ema_seg.errors import ConfigError, DataError, EmaSegError
 
 __all__ = [
     "IGNORE_INDEX",
@@ -192,23 +192,23 @@ class SegmentationDataset(Dataset[Any]):
 
 
 def decode_image(file: File) -> NDArray[np.uint8]:
-    """Decode an image of any 8-bit format and colour mode that Pillow reads, to RGB H x W x 3.
+    """Decode an image of one of ``IMAGE_FORMATS`` with 8 bits a channel, of any colour mode, to RGB H x W x 3.
 
     Pixels are taken as they are stored: an EXIF orientation is not applied, for the mask next to the image
     has none.
 
     Raises:
-        DataError: The file is unreadable or truncated, or has more than 8 bits a channel.
+        DataError: The file is unreadable, truncated or of another format, or has more than 8 bits a channel.
     """
     data = file.read()
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             if image.mode.startswith(("I", "F")):
                 raise DataError(f"{file}: the image has mode {image.mode}, expected 8 bits a channel.")
             if image.format == "JPEG" and image.mode in {"L", "RGB"} and _has_end_of_jpeg(data):
                 return _decode_jpeg(data)
             return np.array(image.convert("RGB"))
-    except DataError:
+    except EmaSegError:  # of ours, or from a signal that asked to leave meanwhile
         raise
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, ...
         raise DataError(f"{file}: cannot be decoded as an image ({_first_line(error)}).") from error
@@ -228,14 +228,14 @@ def decode_mask(file: File) -> NDArray[np.uint8]:
     """
     data = file.read()
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             scale = _grey_scale(image)  # before loading, which forgets how the pixels were stored
             if image.mode in {"RGB", "RGBA"}:
                 return np.array(image.convert("RGB"))
             if image.mode not in {"1", "L", "P"} and not image.mode.startswith("I"):
                 raise DataError(f"{file}: the mask has mode {image.mode}, expected grey, palette or RGB.")
             values = np.array(image)
-    except DataError:
+    except EmaSegError:
         raise
     except Exception as error:
         raise DataError(f"{file}: cannot be decoded as a mask ({_first_line(error)}).") from error

@@ -7,7 +7,7 @@
       test/images/...              test/masks/...        (optional)
 
 An image and its mask have the same path below ``images/`` and ``masks/`` up to the suffix; sub-folders are
-optional. Both can be in any format that Pillow reads (JPEG, PNG, TIFF, WebP, BMP, ...).
+optional. Both can be JPEG, PNG, TIFF, WebP, BMP, GIF or PPM.
 
 A mask is either *indexed*, one channel (grey or palette) whose pixels are class values, or *colour-coded*,
 RGB pixels each of which is exactly the colour of a class.

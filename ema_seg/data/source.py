@@ -14,7 +14,11 @@ from typing import NamedTuple
 
 from ema_seg.errors import DataError
 
-__all__ = ["File", "FolderSource", "Source", "ZipSource"]
+__all__ = ["IMAGE_FORMATS", "File", "FolderSource", "Source", "ZipSource"]
+
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow's names of the formats that are read. For others it starts programs: Ghostscript for EPS, whatever the file's
+name says."""
 
 # Left behind by operating systems beside the user's files; never part of a data set.
 _SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}
@@ -88,7 +92,8 @@ class ZipSource(Source):
     """The members of a zip archive, read in place.
 
     An archive is refused that has a member whose name leads out of it, for names become those of files that are
-    written; and a member that would take half a gibibyte or more when it is unpacked is not read.
+    written; and a member is not read that would take half a gibibyte or more when it is unpacked, or of which that
+    cannot be bounded.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -110,6 +115,12 @@ class ZipSource(Source):
                 raise DataError(
                     f"{self.locate(name)}: takes {member.file_size >> 20} MiB when it is unpacked, which no image "
                     "does; take it out of the archive."
+                )
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                # What unpacks the others has no limit: a few bytes of a member could fill the memory.
+                raise DataError(
+                    f"{self.locate(name)}: is neither stored nor deflated, the two ways of compression that are read; "
+                    "pack the archive again."
                 )
             with self._open().open(member) as file:
                 # Given a number, it unpacks no more than that, whatever the compressed bytes would give.

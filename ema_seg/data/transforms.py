@@ -8,6 +8,7 @@ the mean colour in the image (0 after normalisation) and 255 (ignored) in the ma
 import inspect
 import os
 import random
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict, TypeGuard
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ema_seg.data.base import IGNORE_INDEX, Sample
-from ema_seg.errors import ConfigError, did_you_mean, one_line
+from ema_seg.errors import ConfigError, EmaSegError, did_you_mean, one_line
 
 # On import, albumentations asks the network for a newer version of itself unless told not to.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -141,7 +142,7 @@ def build_train_transform(
     Raises:
         ConfigError: A step names no transform, or has arguments that the transform does not take.
     """
-    transforms = [_build_step(name, step, mean) for name, step in steps.items() if step is not None]
+    transforms = {name: _build_step(name, step, mean) for name, step in steps.items() if step is not None}
     return _Augmentation(transforms, _Normalisation(mean, std))
 
 
@@ -176,19 +177,35 @@ class _Normalisation:
 class _Augmentation:
     """Albumentations steps, seeded from torch's generator, followed by normalisation."""
 
-    def __init__(self, transforms: Sequence[A.BasicTransform], normalise: _Normalisation) -> None:
-        self.compose = A.Compose(transforms, mask_interpolation=cv2.INTER_NEAREST)
+    def __init__(self, transforms: Mapping[str, A.BasicTransform], normalise: _Normalisation) -> None:
+        self.names = list(transforms)
+        self.compose = A.Compose(list(transforms.values()), mask_interpolation=cv2.INTER_NEAREST)
         self.normalise = normalise
 
     def __call__(self, sample: Sample) -> TensorSample:
         self._seed()
-        augmented = self.compose(image=sample["image"], mask=sample["mask"])
-        if getattr(augmented["image"], "dtype", None) != np.uint8:
+        try:
+            augmented = self.compose(image=sample["image"], mask=sample["mask"])
+        except (EmaSegError, MemoryError):
+            raise
+        except Exception as error:  # each transform of albumentations has its own
             raise ConfigError(
-                "augmentation must keep images of bytes; leave out the step that converts or normalises them,"
-                " which happens after the last step by itself."
+                f"data.augmentation{self._at_work(error)} cannot be applied to {sample['name']} ({one_line(error)}); "
+                "correct its settings, or leave it out."
+            ) from error
+        image = augmented["image"]
+        if getattr(image, "dtype", None) != np.uint8 or image.shape[2:] != (3,):
+            raise ConfigError(
+                "augmentation must keep images of bytes, and their three channels; leave out the step that converts or"
+                " normalises them, which happens after the last step by itself."
             )
-        return self.normalise({**sample, "image": augmented["image"], "mask": augmented["mask"]})
+        return self.normalise({**sample, "image": image, "mask": augmented["mask"]})
+
+    def _at_work(self, error: Exception) -> str:
+        """The step in which an exception was raised, as the end of its key."""
+        inside = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        steps = zip(self.names, self.compose.transforms, strict=True)
+        return next((f".{name}" for name, step in steps if any(step is one for one in inside)), "")
 
     def _seed(self) -> None:
         # Albumentations 2 keeps generators of its own, which torch's seed does not reach and which a worker

@@ -18,6 +18,16 @@ __all__ = ["build_segmenter", "decoder_names", "model_stride", "segmenter_from_c
 
 _DECODERS: dict[str, type[nn.Module]] = dict(smp.MODEL_ARCHITECTURES_MAPPING)
 
+# Options of smp's and of timm's that are decided here: images are RGB, the model gives logits of their size, and
+# weights are read as data.
+_DECIDED = {
+    *("activation", "aux_params", "in_channels", "upsampling"),
+    *("cache_dir", "checkpoint_path", "features_only", "in_chans", "model_name", "out_indices", "pretrained"),
+    *("pretrained_cfg", "pretrained_cfg_overlay"),
+}
+# Decoders that enlarge what they make by as much whatever the encoder's depth.
+_FIXED_DEPTH = ("fpn", "pspnet")
+
 
 def decoder_names() -> tuple[str, ...]:
     """The decoders that ``build_segmenter`` knows: all of segmentation-models-pytorch."""
@@ -96,7 +106,12 @@ def build_segmenter(
     if attention == "none":
         build_block(1)  # for its complaint about options that it does not have
     else:
-        place_attention(model, decoder, build_block, placements, encoder_stages=encoder_stages)
+        try:
+            place_attention(model, decoder, build_block, placements, encoder_stages=encoder_stages)
+        except RuntimeError as error:  # some of smp's options are looked at only when there is an image
+            raise ModelError(
+                f"the {decoder} decoder cannot run with encoder={encoder!r}{_shown(options)}: {one_line(error)}"
+            ) from error
     return model
 
 
@@ -108,8 +123,14 @@ def segmenter_from_config(config: Mapping[str, Any], classes: int, *, pretrained
             options) and ``placement`` (``encoder``, ``decoder``, ``head`` as booleans; ``encoder_stages``).
         classes: number of classes.
         pretrained: False leaves the encoder's weights random, for a model that a checkpoint will fill.
+
+    Raises:
+        EmaSegError: see ``build_segmenter``.
     """
     arguments = dict(config["model"])
+    for option in arguments:
+        if option not in ("decoder", "encoder", "encoder_weights") and (not isinstance(option, str) or option in _OWN):
+            raise ConfigError(f"model.{option}: this is no option of a decoder; leave it out.")
     if not pretrained:
         arguments["encoder_weights"] = None
     attention = dict(config["attention"])
@@ -124,6 +145,9 @@ def segmenter_from_config(config: Mapping[str, Any], classes: int, *, pretrained
     )
 
 
+_OWN = inspect.signature(build_segmenter).parameters
+
+
 def model_stride(model: nn.Module) -> int:
     """The number of pixels that height and width of an input must be multiples of."""
     return int(model.encoder.output_stride)  # type: ignore[union-attr, arg-type]
@@ -135,8 +159,13 @@ def _check_options(decoder: str, encoder: str, options: Mapping[str, Any]) -> No
         name
         for name, parameter in inspect.signature(_DECODERS[decoder]).parameters.items()
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    } - {"encoder_name", "encoder_weights", "classes"}
-    for option in options:
+    } - {"encoder_name", "encoder_weights", "classes", *_DECIDED}
+    for option, value in options.items():
+        if option in _DECIDED or (option == "encoder_depth" and decoder in _FIXED_DEPTH):
+            raise ConfigError(
+                f"model.{option}={value!r} cannot be chosen: {decoder} takes RGB images here, gives logits of their "
+                "size, and has its weights from model.encoder_weights; leave it out."
+            )
         if option in known:
             continue
         hint = did_you_mean(option, known)
@@ -151,10 +180,13 @@ def _build_plain(decoder: str, encoder: str, classes: int, options: Mapping[str,
     try:
         return _construct(decoder, encoder, None, classes, options)
     except (AssertionError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        shown = "".join(f", {name}={value!r}" for name, value in options.items())
         raise ModelError(
-            f"the {decoder} decoder cannot be built with encoder={encoder!r}{shown}: {one_line(error)}"
+            f"the {decoder} decoder cannot be built with encoder={encoder!r}{_shown(options)}: {one_line(error)}"
         ) from error
+
+
+def _shown(options: Mapping[str, Any]) -> str:
+    return "".join(f", {name}={value!r}" for name, value in options.items())
 
 
 def _construct(

@@ -1,13 +1,15 @@
 """Rebuild a model from a checkpoint alone."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ema_seg.errors import CheckpointError, one_line
+from ema_seg.errors import CheckpointError, ConfigError, Preempted, one_line
 from ema_seg.models.build import segmenter_from_config
+from ema_seg.settings import REBUILDING, require_settings
 
 __all__ = ["load_checkpoint", "load_segmenter"]
 
@@ -27,6 +29,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"ckpt={path}: no such file; give the path of a checkpoint that train.py wrote.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Preempted:  # a signal may come at any moment
+        raise
     except Exception as error:  # torch, pickle and zipfile each have their own
         raise CheckpointError(
             f"ckpt={path}: the file is truncated or no checkpoint of plain data ({type(error).__name__}); "
@@ -40,7 +44,23 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"ckpt={path}: the file was not written by train.py (it lacks {', '.join(missing)}); "
             "to start from foreign encoder weights use model.encoder_weights=<file>."
         )
+    _check_contents(path, checkpoint)
     return checkpoint
+
+
+def _check_contents(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Data can be of the right names and be anything."""
+    weights, config, classes = (checkpoint[key] for key in ("state_dict", "config", "classes"))
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise CheckpointError(f"ckpt={path}: its state_dict has no weights by name; give one that train.py wrote.")
+    if not isinstance(classes, list | tuple) or not classes or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(f"ckpt={path}: its classes are no list of names; give one that train.py wrote.")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"ckpt={path}: its config has no settings by name; give one that train.py wrote.")
+    try:
+        require_settings(config, REBUILDING)
+    except ConfigError as error:
+        raise CheckpointError(f"ckpt={path}: its config is none of train.py's: {error}") from error
 
 
 def load_segmenter(path: Path) -> tuple[nn.Module, dict[str, Any]]:

@@ -23,6 +23,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.transforms import Bbox
 from PIL import Image
 
+from ema_seg.data.source import IMAGE_FORMATS
 from ema_seg.errors import DataError
 from ema_seg.reporting.comparison import SIZES, Comparison, Contrast, Disagreement, Row
 from ema_seg.reporting.comparison_tables import SIGNIFICANT, points_text, probability_text
@@ -539,7 +540,7 @@ def _read_picture(directory: Path, path: str | None) -> np.ndarray | None:
     if path is None:
         return None
     try:
-        with Image.open(directory / path) as file:
+        with Image.open(directory / path, formats=IMAGE_FORMATS) as file:
             picture = file.convert("RGB")
     except OSError as error:
         raise DataError(f"{directory / path}: cannot be read ({error}); draw up the comparison again.") from error

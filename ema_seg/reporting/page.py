@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from ema_seg.data.source import IMAGE_FORMATS
 from ema_seg.reporting.comparison import Comparison
 from ema_seg.reporting.files import write_file
 
@@ -59,7 +60,7 @@ def _embed(data: Any) -> str:
 def _data_uri(path: Path) -> str:
     """The picture itself; photographs of other formats as JPEG, which is a tenth of their size."""
     content, kind = path.read_bytes(), path.suffix.lstrip(".").lower().replace("jpg", "jpeg")
-    with Image.open(BytesIO(content)) as picture:
+    with Image.open(BytesIO(content), formats=IMAGE_FORMATS) as picture:
         if picture.mode == "RGB" and kind != "jpeg" and len(content) > 2**16:
             buffer = BytesIO()
             picture.save(buffer, format="JPEG", quality=_JPEG_QUALITY)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ema_seg.data.source import IMAGE_FORMATS
 from ema_seg.errors import EmaSegError, one_line
 from ema_seg.reporting.compare import Match
 from ema_seg.reporting.comparison import Disagreement
@@ -132,7 +133,7 @@ class _Album:
         if path is None:
             return None
         try:
-            with Image.open(result.path.parent / path) as mask:
+            with Image.open(result.path.parent / path, formats=IMAGE_FORMATS) as mask:
                 # The indices alone: shrinking must not mix colours, and the palette is the comparison's.
                 return _encode(Image.frombytes("L", mask.size, mask.tobytes()), result.report["palette"])
         except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from ema_seg.data.source import IMAGE_FORMATS
 from ema_seg.errors import DataError, EmaSegError, ModelError, one_line
 from ema_seg.evaluation.attention import attention_weights
 from ema_seg.models import load_segmenter, model_stride
@@ -67,7 +68,7 @@ def _draw_map(axes: Axes, weights: np.ndarray, title: str) -> None:
 
 def _read_image(path: Path) -> np.ndarray:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             return np.asarray(image.convert("RGB"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read as an image; give a JPEG or PNG file.") from error

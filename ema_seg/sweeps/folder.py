@@ -135,6 +135,9 @@ def read_plan(folder: Path) -> Plan:
         if content.pop("schema") != SCHEMA:
             raise ValueError("another version")
         jobs = [PlannedJob(**job) for job in content.pop("jobs")]
+        for job in jobs:
+            if Path(job.folder).name != job.folder or job.folder in ("", ".."):
+                raise ValueError(f"{job.folder!r} is no plain name of a job's folder")
         return Plan(**content, jobs=jobs)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give the folder of a sweep.") from error

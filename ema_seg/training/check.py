@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning import Trainer
 from torch import nn
+from torch.optim import Optimizer
 
 from ema_seg.data import SegmentationDataModule, check_dataset
 from ema_seg.data.datamodule import check_shares
@@ -26,6 +27,9 @@ __all__ = ["check_config", "check_model"]
 
 # Of a model's parts only the head depends on the number of classes, which is not known without the data.
 _CLASSES = 2
+# Lightning's options that have it make loaders of its own.
+_SPOILING = ("overfit_batches", "reload_dataloaders_every_n_epochs")
+_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "16", "bf16", "32", "64")
 # More than any warm-up: how many steps a training has is not known without the data.
 _STEPS = 2**40
 
@@ -51,7 +55,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     if config["data"]["batch_size"] != "auto":
         check_shares(config["data"]["batch_size"], processes)
     _check_loss(config["loss"])
-    build_schedule(build_optimizer(nn.Linear(1, 1), **config["optimizer"]), _STEPS, **config["schedule"])
+    build_schedule(_check_optimizer(config["optimizer"]), _STEPS, **config["schedule"])
     check_logger(config["logger"]["name"])
     check_settings(config["evaluation"])
 
@@ -92,6 +96,18 @@ def _check_loss(terms: Mapping[str, Any]) -> None:
         raise ConfigError(f"loss={dict(terms)}: torch cannot compute this: {one_line(error)}.") from error
 
 
+def _check_optimizer(settings: Mapping[str, Any]) -> Optimizer:
+    """Build the optimiser, and take a step: torch looks at some of its settings only then."""
+    layer = nn.Linear(1, 1)
+    optimizer = build_optimizer(layer, **settings)
+    layer(torch.zeros(1, 1)).sum().backward()
+    try:
+        optimizer.step()
+    except Exception as error:  # torch asserts, unpacks, computes
+        raise ConfigError(f"optimizer={dict(settings)}: torch cannot train with this: {one_line(error)}") from error
+    return optimizer
+
+
 def _weighted_classes(terms: Mapping[str, Any]) -> int | None:
     """The number of classes that a loss has weights for, which only the data can confirm; None without weights."""
     weights = [options.get("class_weights") for options in terms.values() if isinstance(options, Mapping)]
@@ -104,6 +120,22 @@ def _check_trainer(settings: Mapping[str, Any]) -> None:
     for key in settings:
         if key not in known:
             raise ConfigError(f"trainer.{key}: Lightning's Trainer has no such option.{did_you_mean(key, known)}")
+    for key in _SPOILING:
+        if settings.get(key):
+            raise ConfigError(
+                f"trainer.{key}={settings[key]!r} changes the order of the samples, which a run that goes on could not "
+                "find again; leave it out."
+            )
+    precision, interval = settings.get("precision"), settings.get("val_check_interval")
+    if precision is not None and str(precision) not in _PRECISIONS:
+        raise ConfigError(
+            f"trainer.precision={precision!r} is no precision of Lightning's; choose one of {', '.join(_PRECISIONS)}."
+        )
+    if type(interval) is int and settings.get("check_val_every_n_epoch", 1) is not None:
+        raise ConfigError(
+            f"trainer.val_check_interval={interval} counts batches, of which an epoch may have fewer; give a share of "
+            "an epoch such as 0.5, or set trainer.check_val_every_n_epoch=null to count on from epoch to epoch."
+        )
     epochs = settings.get("max_epochs")
     # None and -1 are Lightning's ways to say that something else, such as max_steps, is the end.
     if epochs not in (None, -1) and not _is_whole(epochs, 1):

@@ -24,7 +24,7 @@ def check_logger(name: str | None) -> None:
         raise ConfigError(f"logger.name: unknown logger {name!r}; choose among {', '.join(_LOGGERS)}, none.")
 
 
-def build_logger(run: Path, *, name: str | None, **options: Any) -> Logger | bool:
+def build_logger(run: Path, /, *, name: str | None, **options: Any) -> Logger | bool:
     """The Lightning logger called ``name``, writing into the run's folder; False for ``"none"``.
 
     Args:

@@ -17,7 +17,7 @@ _OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": AdamW, "sgd": SGD}
 
 
 def build_optimizer(
-    model: nn.Module, *, name: str, lr: float, encoder_lr_factor: float, weight_decay: float, **options: Any
+    model: nn.Module, /, *, name: str, lr: float, encoder_lr_factor: float, weight_decay: float, **options: Any
 ) -> Optimizer:
     """An optimiser in which the encoder learns at its own rate, and norms and biases do not decay.
 
@@ -53,7 +53,7 @@ def build_optimizer(
     ]
     try:
         return _OPTIMIZERS[name](settings, lr=lr, **options)
-    except (TypeError, ValueError) as error:
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"optimizer: torch refuses these settings of {name}: {error}.") from error
 
 
@@ -77,7 +77,7 @@ _SCHEDULES: dict[str, Callable[..., float]] = {"poly": _poly, "cosine": _cosine,
 
 
 def build_schedule(
-    optimizer: Optimizer, total_steps: int, *, name: str, warmup_steps: int | float = 0, **options: Any
+    optimizer: Optimizer, total_steps: int, /, *, name: str, warmup_steps: int | float = 0, **options: Any
 ) -> LambdaLR:
     """A learning-rate schedule that is stepped after every optimiser step.
 

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from configs.command_line import plain_config, quoted
-from configs.trust import require_harmless
+from configs.trust import require_harmless, require_printable, typed_overrides
 from ema_seg.errors import ConfigError, EmaSegError, Preempted, one_line
 from ema_seg.sweeps import (
     ANY,
@@ -49,6 +49,13 @@ _NOT_OF_THE_NAME = (
     *("seed", "launcher", "hydra"),
     *("sweep.trials", "sweep.parallel", "sweep.retry", "sweep.baseline", "sweep.groups", "sweep.deal_devices"),
 )
+
+# Settings of the sweepers that are values by name, and an example of each.
+_BY_NAME = {
+    "grid": "{attention: [se, ema]}",
+    "variants": "{wide: attention.factor=8}",
+    "space": "{optimizer.lr: 'interval(1e-4,1e-2)'}",
+}
 
 
 class FolderSweeper(Sweeper):
@@ -88,6 +95,8 @@ class FolderSweeper(Sweeper):
         # For launchers whose processes start from a bare interpreter, which does not know where train.py lies.
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+        OmegaConf.resolve(self.config.hydra.launcher)
+        require_printable(self.config.hydra.launcher)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=self.hydra_context, task_function=self.task_function, config=self.config
         )
@@ -112,6 +121,14 @@ class FolderSweeper(Sweeper):
                 f"sweep.groups={groups!r} are no lists of classes by a name; give them as "
                 "'sweep.groups={thin: [pole, fence]}'."
             )
+        for key, example in _BY_NAME.items():
+            if not isinstance(self.settings.get(key) or {}, dict):
+                raise ConfigError(
+                    f"sweep.{key}={self.settings[key]!r} has nothing by name; give it as 'sweep.{key}={example}'."
+                )
+        for name, texts in (self.settings.get("variants") or {}).items():
+            if not isinstance(texts, str) and not (isinstance(texts, list) and all(isinstance(t, str) for t in texts)):
+                raise ConfigError(f"sweep.variants.{name}={texts!r} is no text of overrides, such as 'attention=se'.")
         if not isinstance(retry, bool):
             raise ConfigError(f"sweep.retry={retry!r} is neither true nor false.")
 
@@ -137,7 +154,7 @@ class FolderSweeper(Sweeper):
         key, epochs, impossible = hashlib.sha256(repr(sorted(overrides)).encode()).hexdigest()[:12], None, None
         try:
             composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-            require_harmless(composed)
+            require_harmless(composed, typed_overrides())
             with open_dict(composed):
                 del composed["hydra"]
             config = plain_config(composed)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ema_seg.data.base import decode_image, decode_mask
 from ema_seg.data.source import File, FolderSource
-from ema_seg.errors import DataError
+from ema_seg.errors import DataError, Preempted
 from tests.data.builders import random_image, truncate
 
 
@@ -82,6 +82,28 @@ def test_an_image_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
     for decode in (decode_image, decode_mask):
         with pytest.raises(DataError, match=r"huge\.png: cannot be decoded .*400000000 pixels"):
             decode(as_file(tmp_path / "huge.png"))
+
+
+def test_what_starts_programs_is_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*arguments: object, **keywords: object) -> None:
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", start)
+    Image.fromarray(random_image(0)).save(tmp_path / "a.jpg", format="EPS")
+    for decode in (decode_image, decode_mask):
+        with pytest.raises(DataError, match=r"a\.jpg: cannot be decoded .*cannot identify image file"):
+            decode(as_file(tmp_path / "a.jpg"))
+
+
+def test_a_signal_while_a_file_is_decoded_is_no_defect_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(*arguments: object, **keywords: object) -> None:
+        raise Preempted("stopped by SIGTERM.")
+
+    monkeypatch.setattr(Image, "open", leave)
+    (tmp_path / "a.jpg").touch()
+    for decode in (decode_image, decode_mask):
+        with pytest.raises(Preempted):
+            decode(as_file(tmp_path / "a.jpg"))
 
 
 def test_palette_masks_give_their_indices(tmp_path: Path) -> None:

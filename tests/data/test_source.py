@@ -141,6 +141,14 @@ def test_a_bomb_is_not_unpacked(bomb: Path) -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_what_unpacks_without_a_limit_is_not_read(compression: int, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "files.zip", "w", compression) as packed:
+        packed.writestr("zeros.png", bytes(2**20))
+    with pytest.raises(DataError, match=r"zeros\.png: is neither stored nor deflated.*pack the archive again"):
+        ZipSource(tmp_path / "files.zip").read("zeros.png")
+
+
 def test_a_bomb_that_says_that_it_is_small_is_not_unpacked(bomb: Path, tmp_path: Path) -> None:
     content = bytearray(bomb.read_bytes())
     (directory,) = struct.unpack_from("<I", content, content.rindex(b"PK\x05\x06") + 16)

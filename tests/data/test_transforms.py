@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import albumentations as A
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from ema_seg.data.transforms import (
     build_eval_transform,
     build_train_transform,
 )
-from ema_seg.errors import ConfigError
+from ema_seg.errors import ConfigError, Preempted
 from tests.data.builders import random_image, random_mask
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -206,8 +207,42 @@ def test_mean_and_std_must_be_three_numbers(mean: tuple[float, ...], std: tuple[
         build_eval_transform(mean, std)
 
 
-@pytest.mark.parametrize("name", ["Normalize", "ToFloat", "ToTensorV2"])
-def test_steps_that_convert_the_image_are_refused(name: str) -> None:
-    transform = build_train_transform({"s": {"transform": name, "p": 1}}, MEAN, STD)
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"transform": "Normalize"},
+        {"transform": "ToFloat"},
+        {"transform": "ToTensorV2"},
+        {"transform": "ToGray", "num_output_channels": 1},
+    ],
+)
+def test_steps_that_convert_the_image_are_refused(step: dict[str, Any]) -> None:
+    transform = build_train_transform({"s": {**step, "p": 1}}, MEAN, STD)
     with pytest.raises(ConfigError, match="augmentation must keep images of bytes"):
         transform(make_sample())
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"transform": "Mosaic"},
+        {"transform": "RandomCropNearBBox", "max_part_shift": 0.1},
+        {"transform": "RandomCrop", "height": 4000, "width": 4000, "pad_if_needed": False},
+    ],
+)
+def test_a_step_that_cannot_be_applied_is_named_with_the_sample(step: dict[str, Any]) -> None:
+    steps = {"flip": {"transform": "HorizontalFlip"}, "mine": {**step, "p": 1.0}}
+    sample: Sample = {"image": np.zeros((8, 8, 3), np.uint8), "mask": np.zeros((8, 8), np.uint8), "name": "street_1"}
+    with pytest.raises(ConfigError, match=r"^data\.augmentation\.mine cannot be applied to street_1 \("):
+        build_train_transform(steps, [0.5] * 3, [0.25] * 3)(sample)
+
+
+@pytest.mark.parametrize("error", [Preempted("stopped by SIGTERM."), MemoryError()])
+def test_what_is_no_fault_of_a_step_passes(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **keywords: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(A.HorizontalFlip, "apply", fail)
+    sample: Sample = {"image": np.zeros((8, 8, 3), np.uint8), "mask": np.zeros((8, 8), np.uint8), "name": "street_1"}
+    with pytest.raises(type(error)):
+        build_train_transform({"flip": {"transform": "HorizontalFlip", "p": 1.0}}, [0.5] * 3, [0.25] * 3)(sample)

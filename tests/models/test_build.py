@@ -38,6 +38,38 @@ def build(decoder, **arguments):
     return build_segmenter(decoder, classes=3, encoder=encoder_of(decoder), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("decoder", "options"),
+    [
+        ("unet", {"in_channels": 1}),
+        ("unet", {"aux_params": {"classes": 2}}),
+        ("unet", {"activation": "softmax"}),
+        ("fpn", {"upsampling": 2}),
+        ("fpn", {"encoder_depth": 3}),
+        ("pspnet", {"encoder_depth": 4}),
+        ("unet", {"encoder": "tu-mobilenetv3_small_050", "checkpoint_path": "x"}),
+        ("unet", {"encoder": "tu-mobilenetv3_small_050", "pretrained_cfg_overlay": {"file": "x"}}),
+    ],
+)
+def test_what_is_decided_here_is_refused_by_name(decoder, options):
+    *_, option = options
+    with pytest.raises(ConfigError, match=rf"^model\.{option}=.* cannot be chosen: {decoder} takes RGB images"):
+        build_segmenter(decoder, classes=2, **{"encoder": "resnet18", **options})
+
+
+@pytest.mark.parametrize("option", ["classes", "attention", "placements", "encoder_stages", 1])
+def test_what_is_set_elsewhere_is_no_option_of_a_model(option):
+    config = {"model": {"decoder": "fpn", "encoder": "resnet18", option: 3}}
+    with pytest.raises(ConfigError, match=rf"^model\.{option}: this is no option of a decoder"):
+        segmenter_from_config(config, 2)
+
+
+def test_the_depth_of_an_encoder_can_be_chosen_where_the_size_follows_it():
+    model = build_segmenter("unet", classes=2, encoder="resnet18", encoder_depth=3, decoder_channels=(16, 16, 8))
+    assert model_stride(model) == 8
+    assert model.eval()(torch.zeros(1, 3, 40, 48)).shape == (1, 2, 40, 48)
+
+
 def test_the_table_covers_every_decoder_of_smp():
     assert set(decoder_names()) == set(EXPECTED_BLOCKS) == set(smp.MODEL_ARCHITECTURES_MAPPING)
 
@@ -169,7 +201,8 @@ def test_unknown_names_are_config_errors(arguments, message):
         ({"placements": ["neck"]}, "'neck' is unknown; choose among encoder, decoder, head"),
         ({"placements": ["encoder"], "encoder_stages": [1]}, "stage 1 of the encoder does not feed the fpn"),
         ({"attention_options": {"factor": 7}}, r"cannot split 128 channels into factor=7"),
-        ({"encoder_depth": 9}, r"cannot be built with encoder='resnet18', encoder_depth=9"),
+        ({"decoder_interpolation": "abc"}, r"cannot run with encoder='resnet18', decoder_interpolation='abc'"),
+        ({"decoder_pyramid_channels": -9}, r"cannot be built with encoder='resnet18', decoder_pyramid_channels=-9"),
     ],
 )
 def test_parts_that_do_not_fit_are_model_errors(arguments, message):

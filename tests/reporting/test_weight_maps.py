@@ -19,6 +19,7 @@ def checkpoint(tmp_path):
             "attention": {"name": attention, **options},
             "placement": {"encoder": False, "decoder": True, "head": False, "encoder_stages": None},
             "data": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
+            "trainer": {},
         }
         state = {f"model.{name}": value for name, value in model.state_dict().items()}
         torch.save({"state_dict": state, "config": config, "classes": ["a", "b"]}, tmp_path / "model.ckpt")

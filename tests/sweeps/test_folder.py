@@ -60,6 +60,16 @@ def test_what_is_no_plan_is_named(tmp_path, content):
         read_plan(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("name", ["../../victim/x", "/victim", "..", ".", "", "a/b"])
+def test_a_plan_names_folders_of_its_own(tmp_path, name):
+    write_plan(tmp_path, Plan("grid", [], None, [ONE]))
+    content = json.loads((tmp_path / "sweep.json").read_text())
+    content["jobs"][0]["folder"] = name
+    (tmp_path / "sweep.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"sweep\.json: .* is no plain name of a job's folder"):
+        read_plan(tmp_path)
+
+
 def test_the_state_follows_from_the_files(tmp_path):
     folder = tmp_path / "job"
     assert job_state(folder).name == "missing"

@@ -80,6 +80,23 @@ def test_a_job_that_dies_twice_has_failed(sweep, tmp_path):
     assert (state.name, state.reason) == ("failed", "its process was ended (RuntimeError: a process was killed)")
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sweep.grid=3", "sweep.grid=3 has nothing by name; give it as 'sweep.grid={"),
+        ("sweep.variants=3", "sweep.variants=3 has nothing by name"),
+        ("+sweep.variants.a=3", "sweep.variants.a=3 is no text of overrides"),
+    ],
+)
+def test_settings_of_another_form_are_named(override, message, run_script, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    status, _, err = run_script("train", "-m", override)
+
+    assert status == 1
+    assert f"error: {message}" in err
+
+
 def test_a_launcher_that_starts_nothing_is_a_mistake(tmp_path):
     class Broken:
         def launch(self, batch, initial_job_idx):

@@ -1,0 +1,81 @@
+import copy
+
+import pytest
+import torch
+
+from ema_seg.errors import CheckpointError, Preempted
+from ema_seg.models import build_segmenter, load_checkpoint
+
+CHECKPOINT = {
+    "state_dict": {"model.head.weight": torch.zeros(1)},
+    "classes": ["road", "sky"],
+    "config": {
+        "data": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
+        "model": {"decoder": "fpn", "encoder": "resnet18", "encoder_weights": None},
+        "attention": {"name": "none"},
+        "placement": {"encoder": False, "decoder": True, "head": False, "encoder_stages": None},
+        "trainer": {},
+    },
+}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(path="", value=None):
+        checkpoint = copy.deepcopy(CHECKPOINT)
+        if path:
+            *sections, last = path.split(".")
+            node = checkpoint
+            for section in sections:
+                node = node[section]
+            node[last] = value
+        torch.save(checkpoint, tmp_path / "some.ckpt")
+        return tmp_path / "some.ckpt"
+
+    return save
+
+
+def test_a_checkpoint_of_the_right_form_is_read(saved):
+    assert load_checkpoint(saved())["classes"] == ["road", "sky"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("config", 3, "its config has no settings by name"),
+        ("config", [], "its config has no settings by name"),
+        ("config.model", 3, "model=3 is one value"),
+        ("config.model.decoder", {}, "model.decoder={} is no name"),
+        ("config.data", 3, "data=3 is one value"),
+        ("config.data.mean", "grey", "data.mean='grey' is no list of three numbers"),
+        ("config.placement", None, "placement=None is one value"),
+        ("config.trainer", "gpu", "trainer='gpu' is one value"),
+        ("classes", 2, "its classes are no list of names"),
+        ("classes", [], "its classes are no list of names"),
+        ("state_dict", [], "its state_dict has no weights by name"),
+        ("state_dict", {1: torch.zeros(1)}, "its state_dict has no weights by name"),
+    ],
+)
+def test_plain_data_of_another_form_is_named(path, value, message, saved):
+    with pytest.raises(CheckpointError) as raised:
+        load_checkpoint(saved(path, value))
+    assert str(raised.value).startswith("ckpt=")
+    assert message in str(raised.value)
+
+
+def test_a_setting_that_a_checkpoint_lacks_is_named(saved):
+    config = {name: section for name, section in CHECKPOINT["config"].items() if name != "placement"}
+    with pytest.raises(CheckpointError, match=r"some\.ckpt: its config is none of train.py's: placement is missing"):
+        load_checkpoint(saved("config", config))
+
+
+def test_a_signal_while_a_file_is_read_is_no_damage_of_it(saved, monkeypatch):
+    def leave(*arguments, **keywords):
+        raise Preempted("stopped by SIGTERM.")
+
+    path = saved()
+    monkeypatch.setattr(torch, "load", leave)
+    with pytest.raises(Preempted):
+        load_checkpoint(path)
+    with pytest.raises(Preempted):
+        build_segmenter("fpn", classes=2, encoder="resnet18", encoder_weights=str(path))
