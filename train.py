@@ -287,7 +287,8 @@ def _lead_job(composed: DictConfig, run: Path, started_by: str | None) -> None:
         worked = True
         agree((resume,))
         if composed.sweep.deal_devices and composed.trainer.accelerator != "cpu":
-            deal_devices(run.parent, _each(composed.trainer.devices))
+            devices = composed.trainer.devices
+            deal_devices(run.parent, devices if OmegaConf.is_list(devices) else _each(devices))
         _produce_job(composed, run, resume, {**job, "launcher": launcher}, started_by)
 
     run_job(run, job, work, retry=composed.sweep.retry)

@@ -4,11 +4,14 @@
     python benchmarks/bench_scaling.py --processes 1 2 --batch 2 data.augmentation.crop.height=64 …
     python benchmarks/bench_scaling.py --accelerator cpu    # 1 and 2 processes on the CPU, to see that it runs
 
-Each number of processes takes the training steps of ``train.py``, with the same batch for each process, in three ways
-and in turns: on batches from the data set; on one batch again and again; and on that batch without exchanging
-anything, neither gradients nor the statistics of BatchNorm, as if each process were alone. All processes start a
-sample together, and it ends with the last of them. The first way against the second is what waiting for data costs,
-the second against the third what communication and waiting for one another cost.
+Each number of processes takes the training steps of ``train.py``, with the same batch for each process, in three ways:
+on batches from the data set; on one batch again and again; and on that batch without exchanging anything, neither
+gradients nor statistics nor the loss, as if each process were alone. All processes start a sample together, and it ends
+with the last of them. The first way against the second is what waiting for data costs, the second against the third
+what communication and waiting for one another cost.
+
+The second and third way take turns. The first comes before them and in one go, from a queue that has been emptied: what
+workers fetch while nobody asks for it would flatter the rate. They have ended before the others are timed.
 
 Overrides of ``train.py``'s configuration choose model, data and precision. Lightning's loop around the steps, which
 logs and shows progress, is left out.
@@ -19,20 +22,21 @@ import json
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
-from measuring import describe_run, markdown_table, number, positive_int, ratio, run_as_markdown, write_result
+from measuring import describe_run, markdown_table, number, positive_int, run_as_markdown, write_result
 from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_seg.data import SegmentationDataModule
-from ema_seg.distributed.start import place, run_together, wait_for_all
+from ema_seg.distributed.start import alone, place, run_together, wait_for_all
 from ema_seg.errors import EmaSegError
 from ema_seg.evaluation.inference import autocast
 from ema_seg.models import segmenter_from_config
@@ -44,7 +48,6 @@ from ema_seg.training.sync_batch_norm import SyncLayers
 SCHEMA = 1
 NAME = "bench_scaling"
 ROOT = Path(__file__).resolve().parents[1]
-WAYS = ("data", "one batch", "alone")
 
 
 def measure(config: dict[str, Any], cuda: bool, steps: int, rounds: int, path: str) -> None:
@@ -56,40 +59,67 @@ def measure(config: dict[str, Any], cuda: bool, steps: int, rounds: int, path: s
         torch.cuda.set_device(device)
     data = SegmentationDataModule(**config["data"])
     data.setup("fit")
-    loader = iter(_endless(data))
-    batch = next(loader)
-    alone = _stepper(config, data, device, together=False)
-    together = _stepper(config, data, device, together=True) if here.size > 1 else alone
-    calls: dict[str, Callable[[], None]] = {
-        "data": lambda: together(next(loader)),
-        "one batch": lambda: together(batch),
-        "alone": lambda: alone(batch),
-    }
-    samples: dict[str, list[float]] = {way: [] for way in WAYS}
-    for turn in range(rounds + 1):
-        for way in WAYS:
-            seconds = _time(calls[way], steps, device)
-            if turn:  # the first one warms up
-                samples[way].append(seconds)
+    loader = data.train_dataloader()
+    batches = _endless(loader)
+    batch = next(batches)
+    by_itself = stepper(config, data.num_classes, device, together=False)
+    together = stepper(config, data.num_classes, device, together=True) if here.size > 1 else by_itself
+    calls = {"one batch": lambda: together(batch), "alone": lambda: by_itself(batch)}
+    for call in calls.values():
+        _time(call, steps, device)  # warms up
+    ahead = loader.num_workers * (loader.prefetch_factor or 0)
+    samples = {"data": time_with_data(batches, together, loader.num_workers, ahead, steps, rounds, device)}
+    del data, loader, batches  # and with them the workers
+    samples |= {way: [] for way in calls}
+    for _ in range(rounds):
+        for way, call in calls.items():
+            samples[way].append(_time(call, steps, device))
     if here.rank == 0:
         Path(path).write_text(json.dumps({"samples": samples, "run": describe_run(device)}), encoding="utf-8")
 
 
-def _endless(data: SegmentationDataModule) -> Iterator[dict[str, Any]]:
-    loader = data.train_dataloader()
+def _endless(loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     while True:
         yield from loader
 
 
-def _stepper(
-    config: Mapping[str, Any], data: SegmentationDataModule, device: torch.device, *, together: bool
+def time_with_data(
+    batches: Iterator[Mapping[str, Any]],
+    step: Callable[[Mapping[str, Any]], None],
+    workers: int,
+    ahead: int,
+    steps: int,
+    rounds: int,
+    device: torch.device,
+) -> list[float]:
+    """Seconds of a step on each next batch, in samples without a break.
+
+    Args:
+        batches: from the workers.
+        step: takes a training step.
+        workers: their number; 0 for none.
+        ahead: batches that they fetch before these are asked for.
+        steps: of a sample, at least: each has as many from every worker, which may all be ready at once.
+        rounds: samples.
+        device: where the steps are taken.
+    """
+    turn = max(1, workers)
+    for _ in range(ahead + 1):
+        next(batches)
+    for _ in range(turn):  # workers that are fast enough get ahead again
+        step(next(batches))
+    return [_time(lambda: step(next(batches)), -(-steps // turn) * turn, device) for _ in range(rounds)]
+
+
+def stepper(
+    config: Mapping[str, Any], classes: int, device: torch.device, *, together: bool
 ) -> Callable[[Mapping[str, Any]], None]:
-    """A model and a function that takes a training step with it."""
+    """A model and a function that takes a training step with it, ``together`` with the other processes or alone."""
     torch.manual_seed(config["seed"])
-    segmenter = segmenter_from_config(config, data.num_classes)
+    segmenter = segmenter_from_config(config, classes)
     settings = config["training"]
     set_execution(segmenter, channels_last=settings["channels_last"], compile=settings["compile"])
-    loss = build_loss(config["loss"], data.num_classes).to(device)
+    loss = build_loss(config["loss"], classes).to(device)
     model: nn.Module = segmenter.to(device).train()
     optimizer = build_optimizer(segmenter, **config["optimizer"])
     if together:
@@ -100,9 +130,10 @@ def _stepper(
 
     def step(batch: Mapping[str, Any]) -> None:
         images, masks = (batch[key].to(device, non_blocking=True) for key in ("image", "mask"))
-        with autocast(device, precision):
-            logits = model(images)
-        loss(logits, masks).backward()
+        with nullcontext() if together else alone():
+            with autocast(device, precision):
+                logits = model(images)
+            loss(logits, masks).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -132,16 +163,16 @@ def summarise(counts: Sequence[int], batch: int, found: Sequence[Mapping[str, li
     rows = []
     first = counts[0] * batch / float(np.median(found[0]["data"]))
     for count, samples in zip(counts, found, strict=True):
-        rate = count * batch / float(np.median(samples["data"]))
-        fetched, exchanged = ratio(samples["one batch"], samples["data"]), ratio(samples["alone"], samples["data"])
+        data, one_batch, by_itself = (float(np.median(samples[way])) for way in ("data", "one batch", "alone"))
+        rate = count * batch / data
         rows.append(
             {
                 "processes": count,
                 "images_per_second": rate,
                 "speedup": rate / first,
                 "efficiency": rate / first * counts[0] / count,
-                "data_share": max(0.0, 1 - fetched.median),
-                "communication_share": max(0.0, fetched.median - exchanged.median) if count > 1 else 0.0,
+                "data_share": max(0.0, 1 - one_batch / data),
+                "communication_share": max(0.0, (one_batch - by_itself) / data) if count > 1 else 0.0,
             }
         )
     return rows

@@ -13,10 +13,10 @@ from lightning import Callback, seed_everything
 from omegaconf import OmegaConf
 
 from ema_seg.data.datamodule import check_shares
-from ema_seg.distributed.collectives import agree
+from ema_seg.distributed.collectives import agree, require_shared
 from ema_seg.distributed.preemption import Preemption
 from ema_seg.distributed.start import place, run_together
-from ema_seg.errors import ConfigError
+from ema_seg.errors import ConfigError, TrainingError
 from ema_seg.models import encoder_normalisation
 from ema_seg.models.mode import deterministic_algorithms
 from ema_seg.reporting import assess_checkpoint, find_device, load_report
@@ -70,7 +70,11 @@ def _work(config: dict[str, Any], run: Path, directory: Path, settings: Mapping[
     here = place()
     if here.rank:
         warnings.simplefilter("ignore")  # the first process's are enough
+    run, directory = agree((run.absolute(), directory.absolute()))
+    for folder in (run, directory):
+        require_shared(folder)
     take_device(config["trainer"])
+    evaluation = _evaluation(config)
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])  # on which the order of additions depends
     seed_everything(config["seed"], workers=True, verbose=False)
@@ -92,8 +96,29 @@ def _work(config: dict[str, Any], run: Path, directory: Path, settings: Mapping[
             preemption=preemption,
         )
         return assess_checkpoint(
-            best, config["data"], config["evaluation"], directory, run=str(run), job=settings["job"], quiet=quiet
+            best, config["data"], evaluation, directory, run=str(run), job=settings["job"], quiet=quiet
         )
+
+
+def _evaluation(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the evaluation, for which each of several processes has a device of its own.
+
+    Raises:
+        ConfigError: the device that they name is none, or would be shared.
+    """
+    settings: Mapping[str, Any] = config["evaluation"]
+    if place().size == 1:
+        return settings
+    trained_on = training_device(config["trainer"]).type
+    if settings["device"] == "auto":
+        return {**settings, "device": trained_on}
+    device = find_device(settings["device"])
+    if device.type != "cpu" and trained_on == "cpu":
+        raise ConfigError(
+            f"evaluation.device={settings['device']}: the {place().size} processes train on the CPU and would share "
+            "one device; set evaluation.device=auto."
+        )
+    return settings
 
 
 def _threads_of(run: Path) -> int | None:
@@ -113,7 +138,8 @@ def _threads_of(run: Path) -> int | None:
 def _batch_size(config: dict[str, Any], run: Path, settings: Mapping[str, Any]) -> int:
     """The largest batch that fits; of a run that goes on, the one that it was begun with."""
     if settings["resume"]:
-        return int(OmegaConf.load(run / "config.yaml").data.batch_size)
+        # Read by the first process alone, which writes the file next.
+        return agree(int(OmegaConf.load(run / "config.yaml").data.batch_size) if place().rank == 0 else 0)
     found = find_batch_size(config, training_device(config["trainer"]))
     if place().rank == 0:
         print(f"data.batch_size=auto: {found} is the largest that fits.", file=sys.stderr, flush=True)
@@ -158,11 +184,28 @@ def evaluate_run(
 
 
 def _report_of(work: Callable[..., dict[str, Any]], processes: int, directory: Path, *arguments: Any) -> dict[str, Any]:
-    """Do the work here if this is one of the processes already, or else in new ones, which leave the report."""
+    """Do the work here if this is one of the processes already, or else in new ones, which leave the report.
+
+    Raises:
+        TrainingError: they have not left it.
+    """
     if processes == place().size:
         return work(*arguments)
+    path = directory / "report.json"
+    earlier = _version(path)
     run_together(work, processes, *arguments)
-    return load_report(directory / "report.json")
+    if _version(path) == earlier:
+        raise TrainingError(f"{path} was not written, though all {processes} processes have ended well; try again.")
+    return load_report(path)
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """What changes where a file is replaced; None of one that is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _assess(
@@ -176,7 +219,9 @@ def _assess(
 ) -> dict[str, Any]:
     take_device(trainer)
     # Each may have named the folder by its own time.
-    return assess_checkpoint(checkpoint, data, settings, agree(directory), run=run, job=job)
+    directory = agree(directory.absolute())
+    require_shared(directory)
+    return assess_checkpoint(checkpoint, data, settings, directory, run=run, job=job)
 
 
 def complete_config(config: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ema_seg.attention.checks import check_positive
+from ema_seg.distributed.start import is_alone
 from ema_seg.errors import ModelError
 
 __all__ = ["EMAU"]
@@ -85,7 +86,7 @@ class EMAU(nn.Module):
     def _follow(self, mu: Tensor) -> None:
         """Move the buffer a step towards the mean of the bases (B, C, K) over batch and processes."""
         mean = mu.mean(dim=0, keepdim=True).to(self.mu.dtype)
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_available() and dist.is_initialized() and not is_alone():
             dist.all_reduce(mean)
             mean = mean / dist.get_world_size()
         self.mu.lerp_(mean, 1 - self.momentum)

@@ -1,15 +1,22 @@
 """Values that the processes of a group exchange; of a process by itself, each function gives back what it is given."""
 
+import time
+from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 from torch import Tensor, distributed
 
-from ema_seg.distributed.start import place
+from ema_seg.distributed.start import place, wait_for_all
+from ema_seg.errors import ConfigError
 
-__all__ = ["agree", "gather", "global_sum", "sum_in_place"]
+__all__ = ["agree", "gather", "global_sum", "require_shared", "sum_in_place"]
 
 T = TypeVar("T")
+
+# Seconds after which a file that one machine has made is taken not to come on another.
+_LATENCY = 5.0
 
 
 def agree(value: T) -> T:
@@ -30,6 +37,41 @@ def gather(value: T) -> list[T]:
     # Objects travel on the device of the default backend, which for a group of both is the CPU.
     distributed.all_gather_object(values, value)
     return values
+
+
+def require_shared(folder: Path) -> None:
+    """See that all machines have this folder in common; on one machine, nothing is looked at.
+
+    Raises:
+        ConfigError: in every process, that a process does not see what the first one writes there.
+    """
+    here = place()
+    if here.size == here.local_size:
+        return
+    # A name that no machine has looked for before, and so none remembers as missing.
+    file = folder / f".shared-{agree(uuid4().hex)}"
+    if here.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    wait_for_all()
+    seen = gather(_appears(file))
+    if here.rank == 0:
+        file.unlink()
+    if not all(seen):
+        raise ConfigError(
+            f"{folder}: the run's folder must be on a disk that all machines share, but the process "
+            f"{seen.index(False)} does not see what the process 0 writes there; choose another with hydra.run.dir or "
+            "report.dir."
+        )
+
+
+def _appears(file: Path) -> bool:
+    deadline = time.monotonic() + _LATENCY
+    while not file.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def sum_in_place(tensor: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from importlib import import_module
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ema_seg.errors import ConfigError, Preempted, TrainingError, one_line
+from ema_seg.errors import ConfigError, EmaSegError, Preempted, TrainingError, one_line
 from ema_seg.host_memory import made_for_good
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ __all__ = [
     "Place",
     "ProcessFailed",
     "Silent",
+    "alone",
     "first_told",
+    "is_alone",
     "joined",
     "place",
     "run_together",
@@ -79,14 +81,14 @@ class ProcessFailed(RuntimeError):
 
 
 class Silent(SystemExit):
-    """The end, with status 1, of a process whose failure another one tells, or has caused.
+    """The end of a process whose failure another one tells, or has caused, with the status of the first to fail.
 
     Attributes:
         first: what has failed first; None if the process that keeps it is gone.
     """
 
     def __init__(self, first: Exception | None) -> None:
-        super().__init__(1)
+        super().__init__(first.exit_status if isinstance(first, EmaSegError) else 1)
         self.first = first
 
 
@@ -110,6 +112,11 @@ def alone() -> Iterator[None]:
         yield
     finally:
         _alone = False
+
+
+def is_alone() -> bool:
+    """Whether this process is ``alone`` for now."""
+    return _alone
 
 
 def wait_for_all() -> None:
@@ -216,18 +223,21 @@ def joined() -> Iterator[None]:
         timeout=_PATIENCE,
     )
     over = threading.Event()
-    watch = threading.Thread(target=_end_with_others, args=(_store.clone(), over), daemon=True)
+    watch = threading.Thread(target=_end_with_others, args=(_store.clone(), here, over), daemon=True)
     watch.start()
     try:
         yield
         if _has_failed(_store):  # this one would wait for others that are gone
             _abort()
         else:
-            distributed.barrier()  # nobody takes a connection away that another one still needs
+            with first_told():
+                distributed.barrier()  # nobody takes a connection away that another one still needs
             distributed.destroy_process_group()
     except BaseException:
         if _has_failed(_store):
             _abort()
+            over.set()
+            _leave_together(_store, here)
         raise
     finally:
         over.set()
@@ -235,7 +245,7 @@ def joined() -> Iterator[None]:
     _store = None
 
 
-def _end_with_others(store: "Store", over: threading.Event) -> None:
+def _end_with_others(store: "Store", here: Place, over: threading.Event) -> None:
     """End this process where another one has failed and this one does not come to know of it.
 
     A process that waits for what its GPU gets from another one waits in CUDA, where no signal and no exception of
@@ -244,6 +254,9 @@ def _end_with_others(store: "Store", over: threading.Event) -> None:
     while not over.wait(1.0):
         if not _has_failed(store):
             continue
+        if _are_leaving(store) and not over.wait(_GRACE / 3):
+            _leave_together(store, here)  # what this one waits for may not hear of it
+            os._exit(Preempted.exit_status)
         if not over.wait(_GRACE):
             _abort()
         if not over.wait(3 * _GRACE):
@@ -257,6 +270,25 @@ def _abort() -> None:
     with suppress(Exception):
         assert distributed.group.WORLD is not None
         distributed.group.WORLD.abort()
+
+
+def _leave_together(store: "Store", here: Place) -> None:
+    """Where the processes were asked to leave, wait a moment for all to know it.
+
+    Slurm ends the others when the first one has gone, and with that one may go the store.
+    """
+    with suppress(Exception):  # not all come, or the process that holds the store has ended
+        if _are_leaving(store):
+            store.set(f"leaving/{here.rank}", "")
+            store.wait([f"leaving/{rank}" for rank in range(here.size)], timedelta(seconds=_GRACE))
+
+
+def _are_leaving(store: "Store") -> bool:
+    """Whether what has failed first was asked to."""
+    try:
+        return isinstance(_told(store.get(_FAILURE).decode()), Preempted)
+    except Exception:  # the process that holds the store has ended
+        return False
 
 
 def _has_failed(store: "Store") -> bool:
@@ -309,6 +341,9 @@ def _connect(here: Place) -> "Store":
 
 def _word(error: Exception) -> str:
     """An exception as text, from which ``_told`` makes it again if it is one of ours."""
+    if isinstance(error, OSError) and error.strerror:
+        where = "the operating system" if error.filename is None else error.filename
+        error = TrainingError(f"{where}: {error.strerror}.")
     own = type(error).__module__.startswith("ema_seg.")
     return json.dumps(
         {
@@ -343,7 +378,8 @@ def run_together(work: Callable[..., object], count: int, *arguments: Any) -> No
         EmaSegError: what the first process to fail has raised.
         ProcessFailed: the first process to fail has raised something else.
         TrainingError: a process was killed.
-        Preempted: the processes were asked to leave, as this one was, before they could know what to keep.
+        Preempted: the processes were asked to leave, as this one was; those that had nothing to keep are said to have
+            been stopped.
     """
     from torch.distributed import PrefixStore, TCPStore
 
@@ -359,10 +395,7 @@ def run_together(work: Callable[..., object], count: int, *arguments: Any) -> No
         _end(processes)
     if not any(codes):
         return
-    failure = _failure(PrefixStore("ema-seg/0", server), codes)
-    for number in passed:
-        if -number in codes:
-            failure = Preempted(f"stopped by {signal.Signals(number).name} before the work had begun.")
+    failure = _failure(PrefixStore("ema-seg/0", server), codes, passed)
     if passed and isinstance(failure, Preempted):
         handler = signal.getsignal(passed[0])
         if callable(handler):  # such as submitit's, which queues the job again
@@ -401,11 +434,14 @@ def _start(rank: int, count: int, port: int) -> subprocess.Popen[bytes]:
         "LOCAL_WORLD_SIZE": count,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
+        "GROUP_RANK": 0,
+        "TORCHELASTIC_RESTART_COUNT": 0,  # that of an earlier torchrun would hide what the processes say
         "TORCHELASTIC_USE_AGENT_STORE": True,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     return subprocess.Popen(
-        [sys.executable, "-c", f"from {__name__} import _be_member; _be_member({os.getpid()})"],
+        # -P: without it, modules of the current directory would come before all others.
+        [sys.executable, "-P", "-c", f"from {__name__} import _be_member; _be_member({os.getpid()})"],
         env={**_QUIET, **os.environ, **{key: str(value) for key, value in variables.items()}},
         stdin=subprocess.PIPE,
     )
@@ -460,15 +496,21 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _failure(store: "Store", codes: list[int]) -> Exception:
-    # The word of a process that has lost another one is not the reason, if that one was killed.
+def _failure(store: "Store", codes: Sequence[int], passed: Sequence[int]) -> Exception:
+    """Why processes that ended with these codes, and have been passed these signals, have failed."""
+    for number in passed:
+        if -number in codes:  # where nothing was to be kept
+            return Preempted(f"stopped by {signal.Signals(number).name}; what was written before it is there.")
+    told = store.check([_FAILURE])
+    # The word of a process that has lost another one is not the reason, if that one was killed. But NCCL may abort one
+    # that waits for another which has failed.
     for rank, code in enumerate(codes):
-        if code < 0:
+        if code < 0 and not (told and code == -signal.SIGABRT):
             return TrainingError(
                 f"the process {rank} of {len(codes)} was killed ({_signal_name(-code)}); if the system did so for want "
                 "of memory, lower data.batch_size or data.workers."
             )
-    if not store.check([_FAILURE]):
+    if not told:
         rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
         return ProcessFailed(f"the process {rank} of {len(codes)} ended with status {code} and without a word")
     return _told(store.get(_FAILURE).decode())

@@ -197,11 +197,20 @@ def _read_curves(run: str | None) -> dict[str, list[float | None]] | None:
 
 
 def find_device(name: str) -> torch.device:
-    """The device that a configuration calls ``name``; a ConfigError if this machine does not have it."""
+    """The device that a configuration calls ``name``.
+
+    Raises:
+        ConfigError: this machine does not have it, or several processes would share it.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     try:
         device = torch.device("cuda" if name == "gpu" else name)
+        if device.type != "cpu" and device.index is not None and place().size > 1:
+            raise ConfigError(
+                f"evaluation.device={name} is one device, and there are {place().size} processes; leave the number "
+                "out, and each takes its own."
+            )
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:
         raise ConfigError(f"evaluation.device={name} cannot be used here ({str(error).splitlines()[0]}).") from error

@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from socket import gethostname
 
@@ -22,21 +23,28 @@ def count_devices() -> int:
     return torch.cuda.device_count()
 
 
-def deal_devices(folder: Path, number: int = 1) -> str | None:
+def deal_devices(folder: Path, number: int | Sequence[int] = 1) -> str | None:
     """Take the CUDA devices that the fewest other processes of the sweep have, and keep them until this process ends.
 
     To be called before anything is computed on a device: a process cannot change its devices later.
 
     Args:
         folder: of the sweep, where a lock for each device is.
-        number: of devices.
+        number: of devices; not which, as a list would say.
 
     Returns:
         The devices' names in ``CUDA_VISIBLE_DEVICES``; None on a machine without CUDA.
 
     Raises:
-        ConfigError: the machine has fewer, or this process holds another number already.
+        ConfigError: the machine has fewer, or this process holds another number already, or ``number`` is a list.
     """
+    if isinstance(number, Sequence):
+        if not count_devices():
+            return None
+        raise ConfigError(
+            f"trainer.devices={list(number)} names GPUs, but launcher=joblib deals them out to the jobs; give their "
+            f"number, {len(number)}, and name them all in CUDA_VISIBLE_DEVICES, or use launcher=serial."
+        )
     if _held:
         if len(_held) != number:
             raise ConfigError(

@@ -48,7 +48,8 @@ def find_batch_size(config: Mapping[str, Any], device: torch.device) -> int:
         device: where this process trains.
 
     Raises:
-        ConfigError: not even a single crop fits, or no size can be found here (see ``check_automatic``).
+        ConfigError: not even a single crop fits, or one and the decoder needs two, or no size can be found here (see
+            ``check_automatic``).
     """
     check_automatic(config, device)
     data = SegmentationDataModule(**{**config["data"], "batch_size": place().size, "workers": 0})
@@ -59,13 +60,18 @@ def find_batch_size(config: Mapping[str, Any], device: torch.device) -> int:
     most = len(data.train_dataset) // place().size
     with torch.random.fork_rng(devices), alone():
         crop = data.read_near(data.train_dataset, 0)["image"]
-        own = largest_that_fits(_Attempt(config, data.num_classes, crop.shape, device, copies).fits, most)
+        attempt = _Attempt(config, data.num_classes, crop.shape, device, copies)
+        own = largest_that_fits(attempt.fits, most)
     smallest = min(gather(own))
-    if not smallest:
+    # Normalised over all processes, one crop in each is enough.
+    least = 1 if place().size > 1 and config["trainer"]["sync_batchnorm"] else attempt.least
+    if smallest < least:
         height, width = crop.shape[1:]
+        found = "only one" if smallest else "not even one"
         raise ConfigError(
-            f"data.batch_size=auto: not even one crop of {height} x {width} pixels fits into the memory of {device}; "
-            "lower data.augmentation.crop.height and width, set trainer.precision=bf16-mixed, or take a smaller "
+            f"data.batch_size=auto: {found} crop of {height} x {width} pixels fits into the memory of {device}"
+            f"{', and this decoder normalises over two at least' if smallest else ''}; lower "
+            "data.augmentation.crop.height and width, set trainer.precision=bf16-mixed, or take a smaller "
             "model.encoder."
         )
     return smallest * place().size
@@ -90,7 +96,11 @@ def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
 
 
 class _Attempt:
-    """Trains on made-up crops of a size as ``fit`` would, and forgets it."""
+    """Trains on made-up crops of a size as ``fit`` would, and forgets it.
+
+    Attributes:
+        least: the smallest batch that a process can train on by itself, as far as has been tried.
+    """
 
     def __init__(
         self, config: Mapping[str, Any], classes: int, crop: torch.Size, device: torch.device, copies: int
@@ -100,6 +110,7 @@ class _Attempt:
         self.crop = crop
         self.device = device
         self.copies = copies
+        self.least = 1
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
         self.most = None if free is None else _SHARE * free
 
@@ -111,6 +122,11 @@ class _Attempt:
             if not is_out_of_memory(error):
                 raise
             return False
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            self.least = batch_size + 1
+            return True
         else:
             return self.most is None or torch.cuda.max_memory_reserved(self.device) <= self.most
         finally:

@@ -169,6 +169,8 @@ def trainer_arguments(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list
     if here.size == 1:
         # Said to Lightning, which would otherwise wait for others that it takes Slurm to have started.
         environment = LightningEnvironment()
+        # Lightning reads it from RANK, which something else may have left; with another rank nothing is logged.
+        environment.set_global_rank(0)
         if not isinstance(arguments.get("devices"), list):
             arguments["devices"] = 1
         return {**arguments, "num_nodes": 1, "strategy": "auto"}, [environment]
@@ -198,8 +200,18 @@ class _ReplicatedStrategy(DDPStrategy):
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         # A step waits for the gradients of all weights, unless it is to look first which of them will come.
-        self._ddp_kwargs["find_unused_parameters"] = _has_unused(cast(nn.Module, model.model), self.root_device)
+        unused = _keeps_order(self.root_device) or _has_unused(cast(nn.Module, model.model), self.root_device)
+        self._ddp_kwargs["find_unused_parameters"] = unused
         return super()._setup_model(model)
+
+
+def _keeps_order(device: torch.device) -> bool:
+    """Whether a run that goes on has to add up gradients in the order in which it would have without a break.
+
+    After a first step DDP puts the gradients in another order, unless it looks for those that do not come; and with
+    their places changes the order in which three or more processes add them up.
+    """
+    return place().size > 2 and (device.type == "cpu" or torch.are_deterministic_algorithms_enabled())
 
 
 def _has_unused(segmenter: nn.Module, device: torch.device) -> bool:

@@ -97,6 +97,11 @@ def test_normalisation_over_processes_is_that_of_the_whole_batch(results, count)
                 assert_close(torch.tensor(one), torch.tensor(expected), atol=1e-4, rtol=1e-4)
 
 
+def test_three_processes_add_up_gradients_in_an_order_that_a_break_does_not_change(results):
+    """After which DDP takes a first step again, and would put them into another order after it."""
+    assert [part["repeats"] for part in results[0][3]] == [True] * 3
+
+
 @pytest.mark.parametrize("name", ["ohem", "lovasz"])
 def test_a_process_without_labels_adds_nothing_to_the_losses_that_sort(results, name):
     *others, last = [part["lose"][name] for part in results[0][3]]

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -8,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 
-from ema_seg.distributed.start import Place, ProcessFailed, place, run_together, started_group
-from ema_seg.errors import ConfigError, TrainingError
-from tests.conftest import free_port, is_alive
+from ema_seg.distributed import start
+from ema_seg.distributed.start import Place, ProcessFailed, Silent, place, run_together, started_group
+from ema_seg.errors import ConfigError, Preempted, TrainingError
+from tests.conftest import ROOT, free_port, is_alive
 from tests.distributed import workers
 
 
@@ -22,6 +25,12 @@ def test_processes_know_their_place_and_exchange_values(tmp_path):
     assert (first.pop("place"), second.pop("place")) == ([0, 2, 0, 2], [1, 2, 1, 2])
     # The processes count the sum once and twice, and have put in what they have once and twice.
     assert (first.pop("gradient"), second.pop("gradient")) == ([3.0, 3.0], [6.0, 6.0])
+    assert not list((tmp_path / "disk").iterdir())
+    for rank, result in enumerate((first, second)):
+        together, apart, alone = result.pop("shared")
+        assert (together, alone) == (True, False)
+        assert apart.startswith(f"{tmp_path / f'disk-{rank}'}: the run's folder must be on a disk that all machines")
+        assert "the process 1 does not see what the process 0 writes" in apart
     assert first == second == {"agreed": "of 0", "gathered": [0, 1], "sum": 11, "global_sum": [3.0, 6.0]}
     assert place() == Place(0, 1, 0, 1)
 
@@ -35,11 +44,81 @@ def test_processes_know_their_place_and_exchange_values(tmp_path):
         ("killed", TrainingError, r"^the process 1 of 2 was killed \(SIGKILL\)"),
     ],
 )
-def test_a_process_that_fails_ends_the_others_with_its_word(how, kind, message):
+def test_a_process_that_fails_ends_the_others_with_its_word(how, kind, message, monkeypatch, tmp_path):
+    """Also in a folder with a module of a library's name, and with variables that an earlier torchrun has left."""
+    (tmp_path / "json.py").write_text("raise SystemExit(4)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+
     with pytest.raises(kind, match=f"(?s){message}") as caught:
         run_together(workers.fail, 2, how)
 
     assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/data/a.png"), "/data/a.png: No such file or"),
+        (OSError(errno.ENOSPC, "No space left on device"), "the operating system: No space left on device."),
+    ],
+)
+def test_what_the_operating_system_says_is_told_in_a_sentence(error, message):
+    told = start._told(start._word(error))
+
+    assert type(told) is TrainingError
+    assert str(told).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("word", "codes", "passed", "message"),
+    [
+        (ConfigError("seed=-1 is none."), [1, -signal.SIGABRT], [], "seed=-1 is none."),
+        (ConnectionError("lost"), [1, -signal.SIGKILL], [], r"the process 1 of 2 was killed \(SIGKILL\)"),
+        (ConnectionError("lost"), [1, -signal.SIGBUS], [], r"the process 1 of 2 was killed \(SIGBUS\)"),
+        (None, [0, -signal.SIGABRT], [], r"the process 1 of 2 was killed \(SIGABRT\)"),
+        (None, [0, -signal.SIGUSR1], [signal.SIGUSR1], "stopped by SIGUSR1; what was written before it is there."),
+    ],
+)
+def test_the_reason_is_what_failed_first(word, codes, passed, message):
+    store = HashStore()
+    if word is not None:
+        store.set("failure", start._word(word))
+
+    with pytest.raises(Exception, match=f"^{message}"):
+        raise start._failure(store, codes, passed)
+
+
+def test_processes_that_are_asked_to_leave_wait_for_each_other_and_end_with_the_same_status():
+    store, first = HashStore(), Preempted("stopped by SIGUSR1.")
+    store.set("failure", start._word(first))
+    leaving = threading.Thread(target=start._leave_together, args=(store, Place(0, 2, 0, 1)))
+
+    leaving.start()
+    leaving.join(0.2)
+    assert leaving.is_alive()
+    start._leave_together(store, Place(1, 2, 0, 1))
+    leaving.join(1)
+
+    assert not leaving.is_alive()
+    assert [Silent(error).code for error in (first, ConfigError("seed=-1 is none."), None)] == [75, 1, 1]
+
+
+def test_a_process_that_waits_for_one_that_was_asked_to_leave_ends_with_its_status(monkeypatch):
+    store, ends = HashStore(), []
+    store.set("failure", start._word(Preempted("stopped by SIGUSR1.")))
+    monkeypatch.setattr(start, "_GRACE", 0.3)
+    over = threading.Event()
+
+    def end(status):
+        ends.append((status, store.check(["leaving/1"])))
+        over.set()
+
+    monkeypatch.setattr(os, "_exit", end)
+    start._end_with_others(store, Place(1, 2, 0, 1), over)
+
+    assert ends == [(75, True)]
 
 
 def test_processes_end_when_the_one_that_started_them_is_killed():
@@ -47,7 +126,9 @@ def test_processes_end_when_the_one_that_started_them_is_killed():
         "from ema_seg.distributed.start import run_together; from tests.distributed import workers;"
         "run_together(workers.sleep, 2)"
     )
-    starter = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.DEVNULL)
+    starter = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     while len(children := _children(starter.pid)) < 2:
         time.sleep(0.02)
 

@@ -78,6 +78,7 @@ def exchange(folder: Path) -> None:
     from ema_seg.distributed.collectives import agree, gather, global_sum, sum_in_place
 
     here = place()
+    written = shared(folder)
     tensor = torch.tensor([1.0, 2.0], requires_grad=True)
     summed = global_sum(tensor * (here.rank + 1))
     ((here.rank + 1) * summed).sum().backward()
@@ -90,8 +91,25 @@ def exchange(folder: Path) -> None:
             "sum": sum_in_place(torch.tensor(10**here.rank)).item(),
             "global_sum": summed.tolist(),
             "gradient": tensor.grad.tolist(),
+            "shared": written,
         },
     )
+
+
+def shared(folder: Path) -> list[object]:
+    """What is said of a folder that two machines share, and of one that each has for itself; what one writes."""
+    from ema_seg.distributed import collectives
+
+    rank, found = place().rank, []
+    collectives._LATENCY = 0.5
+    for machines, own in ((2, folder / "disk"), (2, folder / f"disk-{rank}"), (1, folder / "none")):
+        os.environ["LOCAL_WORLD_SIZE"] = str(2 // machines)
+        try:
+            collectives.require_shared(own)
+            found.append(own.exists())
+        except ConfigError as error:
+            found.append(str(error))
+    return found
 
 
 def fail(how: str) -> None:
@@ -124,7 +142,40 @@ def fail(how: str) -> None:
 
 def share(root: Path, folder: Path, values: "Tensor") -> None:
     """All that is shared, because starting a process takes longer than any of it."""
-    write(folder, {"score": score(root, folder), "lose": lose(6), "normalise": normalise(values), "skip": skip()})
+    found = {"score": score(root, folder), "lose": lose(6), "normalise": normalise(values), "skip": skip()}
+    write(folder, {**found, "repeats": step_twice() if place().size == 3 else None})
+
+
+def step_twice() -> bool:
+    """Whether a model has the same gradient in a second step as in the first, to the bit."""
+    import torch
+    from torch import nn
+
+    from ema_seg.training.strategy import _ReplicatedStrategy
+
+    class Module(nn.Module):
+        """As much of a module of Lightning's as the strategy looks at."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.Conv2d(40, 20, 3))
+            self.model.encoder = nn.Identity()
+            self.model.encoder.output_stride = 1
+
+        def forward(self, x: "Tensor") -> "Tensor":
+            return self.model(x)
+
+    torch.manual_seed(0)
+    strategy = _ReplicatedStrategy()
+    strategy.parallel_devices = [torch.device("cpu")]
+    model = strategy._setup_model(Module())
+    image = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(place().rank))
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        model(image).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    return all(map(torch.equal, *gradients))
 
 
 def skip() -> list[object]:

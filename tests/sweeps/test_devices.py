@@ -57,7 +57,12 @@ def test_names_behind_the_last_device_that_cuda_finds_are_not_dealt(start):
 
 
 @pytest.mark.parametrize(
-    ("numbers", "message"), [((3,), "3 devices are more than the 2 GPUs"), ((2, 1), "has 2 GPUs from an earlier job")]
+    ("numbers", "message"),
+    [
+        ((3,), "3 devices are more than the 2 GPUs"),
+        ((2, 1), "has 2 GPUs from an earlier job"),
+        (([4, 7],), r"trainer\.devices=\[4, 7\] names GPUs, but launcher=joblib deals them out"),
+    ],
 )
 def test_devices_that_cannot_be_dealt_are_refused(tmp_path, monkeypatch, numbers, message):
     monkeypatch.setattr(devices, "count_devices", lambda: 2)
@@ -78,5 +83,5 @@ def test_where_cuda_finds_no_device_none_is_dealt(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     monkeypatch.setattr("ema_seg.sweeps.devices.count_devices", lambda: 0)
 
-    assert deal_devices(tmp_path) is None
+    assert deal_devices(tmp_path) is deal_devices(tmp_path, [0, 1]) is None
     assert not list(tmp_path.iterdir())

@@ -3,6 +3,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from configs.command_line import plain_config
+from ema_seg.attention import build_attention
+from ema_seg.distributed.start import alone
 from ema_seg.errors import ConfigError
 from ema_seg.models import segmenter_from_config
 from ema_seg.run import complete_config
@@ -69,6 +71,35 @@ def test_no_room_for_a_single_crop_is_told(config, monkeypatch):
 
     with pytest.raises(ConfigError, match="not even one crop of 64 x 64 pixels fits"):
         find_batch_size(config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("room", [1, 3])
+def test_a_decoder_that_needs_two_crops_is_given_two_or_refused(config, monkeypatch, room):
+    give_room_for(room, monkeypatch)
+    config["model"] = {**config["model"], "decoder": "deeplabv3plus"}
+    for option in ("decoder_pyramid_channels", "decoder_segmentation_channels"):
+        config["model"].pop(option, None)
+
+    if room == 3:
+        assert find_batch_size(config, torch.device("cpu")) == 3
+        return
+    with pytest.raises(ConfigError, match=r"only one crop of 64 x 64 .* decoder normalises over two"):
+        find_batch_size(config, torch.device("cpu"))
+
+
+def test_emau_exchanges_nothing_while_a_process_tries_by_itself(monkeypatch):
+    """Each process makes as many trials as it has room for."""
+    exchanged = []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_reduce", exchanged.append)
+    block = build_attention("emau", 8)
+
+    with alone():
+        block(torch.rand(2, 8, 4, 4))
+    assert exchanged == []
+    block(torch.rand(2, 8, 4, 4))
+    assert len(exchanged) == 1
 
 
 def test_without_a_gpu_there_is_no_automatic_batch(config):

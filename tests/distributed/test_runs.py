@@ -1,0 +1,56 @@
+"""What a run does as one of several processes, which are only told of."""
+
+import pytest
+import torch
+
+from ema_seg import run
+from ema_seg.distributed.start import Place
+from ema_seg.errors import ConfigError, TrainingError
+from ema_seg.reporting import assessment
+from ema_seg.training import strategy
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """Pretends that this process is the second of two, on a machine with two GPUs."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for module in (run, strategy, assessment):
+        monkeypatch.setattr(module, "place", lambda: Place(1, 2, 1, 2))
+
+
+@pytest.mark.parametrize(("accelerator", "expected"), [("cpu", "cpu"), ("auto", "cuda"), ("gpu", "cuda")])
+def test_processes_are_tested_on_the_devices_that_they_train_on(group, accelerator, expected):
+    config = {"trainer": {"accelerator": accelerator, "devices": 2}, "evaluation": {"device": "auto", "budget": 1}}
+
+    assert run._evaluation(config) == {"device": expected, "budget": 1}
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "device", "message"),
+    [
+        ("auto", "cuda:1", "evaluation.device=cuda:1 is one device, and there are 2 processes; leave the number out"),
+        ("cpu", "gpu", "evaluation.device=gpu: the 2 processes train on the CPU and would share one device"),
+    ],
+)
+def test_processes_do_not_share_a_device_of_the_evaluation(group, monkeypatch, accelerator, device, message):
+    monkeypatch.setattr(torch, "empty", lambda *_, device: None)
+
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        run._evaluation({"trainer": {"accelerator": accelerator, "devices": 2}, "evaluation": {"device": device}})
+
+
+def test_a_run_that_goes_on_has_the_batch_that_the_first_process_reads(group, monkeypatch, tmp_path):
+    """Which writes the file, so that the others may find half of it."""
+    monkeypatch.setattr(run, "agree", lambda value: 6)
+
+    assert run._batch_size({}, tmp_path, {"resume": True}) == 6
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_report_that_was_there_before_is_not_taken_for_the_result(monkeypatch, tmp_path, earlier):
+    if earlier:
+        (tmp_path / "report.json").write_text("{}")
+    monkeypatch.setattr(run, "run_together", lambda *arguments: None)
+
+    with pytest.raises(TrainingError, match=r"report\.json was not written, though all 2 processes have ended well"):
+        run._report_of(print, 2, tmp_path)
