@@ -31,7 +31,17 @@ from configs.composition import compose, launch
 from ema_seg.distributed.start import LEAVE_SIGNALS, Silent, first_told, joined, place, started_group
 from ema_seg.errors import ConfigError, Preempted, TrainingError
 from ema_seg.host_memory import keep_freed_memory, made_for_good
-from ema_seg.sweeps import count_devices, deal_devices, hold_job, identity, machine_keys, read_job, read_plan, run_job
+from ema_seg.sweeps import (
+    count_devices,
+    deal_devices,
+    hold_run,
+    identity,
+    is_running,
+    machine_keys,
+    read_job,
+    read_plan,
+    run_job,
+)
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -148,6 +158,8 @@ def _unfinished_run(composed: DictConfig) -> Path | None:
     complete_config(config)
     found = [here] if named else sorted(here.parent.glob("*"), key=lambda folder: folder.name, reverse=True)
     for folder in found:
+        if not named and is_running(folder):
+            continue
         kept = [folder / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt")]
         if any(path.is_file() for path in kept) and _is_unfinished(config, folder):
             return folder
@@ -223,7 +235,7 @@ def _train_run(composed: DictConfig, run: Path) -> None:
     if job:
         _require_same_job(config, run)
     # The training takes the signals itself, and would leave the last word to who had them before.
-    with hold_job(run) if job and place().rank == 0 else nullcontext(), _handled(_leave, signal.SIG_DFL):
+    with hold_run(run) if place().rank == 0 else nullcontext(), _handled(_leave, signal.SIG_DFL):
         report = produce_run(config, run, resume=bool(config["resume"]), job=job, started_by=started_group())
     if place().rank == 0:
         print_report(report)
@@ -235,9 +247,10 @@ def _train_run(composed: DictConfig, run: Path) -> None:
 def _compare(original: Path, run: Path) -> None:
     """Tell whether a run has repeated another one, and write it down; an error if it has not."""
     from ema_seg.repeat import compare_runs, describe_comparison
+    from ema_seg.reporting.files import write_file
 
     comparison = compare_runs(original, run)
-    (run / "rerun.json").write_text(json.dumps(comparison, indent=2) + "\n")
+    write_file(run / "rerun.json", f"{json.dumps(comparison, indent=2)}\n".encode())
     lines, identical = describe_comparison(comparison)
     print(f"compared with {original}:", *lines, sep="\n")
     if not identical:

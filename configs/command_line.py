@@ -1,5 +1,6 @@
 """What ``train.py`` and ``eval.py`` share of the way from a command line to a configuration."""
 
+import errno
 import re
 import sys
 from collections.abc import Callable
@@ -28,6 +29,9 @@ _LINKS = {
 }
 
 
+# What a disk says while it is written to, where the system does not tell which file it was.
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -51,9 +55,10 @@ def reports_errors(function: Callable[P, R]) -> Callable[P, R]:
             print(f"error: {one_line(error)}", file=sys.stderr)
             sys.exit(1)
         except OSError as error:
-            if error.filename is None:
+            if error.filename is None and error.errno not in _OF_DISKS:
                 raise
-            print(f"error: {error.filename}: {error.strerror}.", file=sys.stderr)
+            where = f"{error.filename}: " if error.filename else "a file cannot be written: "
+            print(f"error: {where}{error.strerror}.", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted.", file=sys.stderr)

@@ -52,6 +52,8 @@ _COMMANDS = (
     "hydra.job.env_set",
     *(f"hydra.launcher.{key}" for key in ("_args_", "additional_parameters", "python", "ray", "setup", "srun_args")),
 )
+# The project's own, of configs/launcher.
+_OWN_COMMANDS = ("export SLURM_KILL_BAD_EXIT=1",)
 # The sections around them, of which a reference would make what no look at the settings finds.
 _AROUND = ("hydra", "hydra.job", "hydra.launcher")
 
@@ -103,7 +105,7 @@ def require_harmless(config: DictConfig, typed: Sequence[str] = ()) -> None:
             _check_log(path, key, value)
         elif path == "hydra.job.name" and not re.fullmatch(r"[\w.-]+", str(value)):
             raise ConfigError(f"{path}={value!r} names files; take it out, or give a plain name on the command line.")
-        elif _is_below(path, _COMMANDS) and value is not None and not _is_in_environment(path, value):
+        elif _is_below(path, _COMMANDS) and not (value in (None, *_OWN_COMMANDS) or _is_in_environment(path, value)):
             raise ConfigError(
                 f"{path}={value!r}: commands and environment variables of jobs are given on the command line only; "
                 "take it out, or type it there."

@@ -20,6 +20,7 @@ from ema_seg.errors import ConfigError, TrainingError
 from ema_seg.models import encoder_normalisation
 from ema_seg.models.mode import deterministic_algorithms
 from ema_seg.reporting import assess_checkpoint, find_device, load_report
+from ema_seg.reporting.files import write_file
 from ema_seg.training import check_config, count_processes, find_batch_size, fit, take_device, training_device
 
 __all__ = ["complete_config", "evaluate_run", "produce_run"]
@@ -85,8 +86,7 @@ def _work(config: dict[str, Any], run: Path, directory: Path, settings: Mapping[
         if config["data"]["batch_size"] == "auto":
             config["data"]["batch_size"] = _batch_size(config, run, settings)
         if here.rank == 0:
-            run.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(config, run / "config.yaml")
+            write_file(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)).encode())
         best = fit(
             config,
             run,

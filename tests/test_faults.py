@@ -16,6 +16,7 @@ import torch
 
 from ema_seg.errors import CheckpointError
 from ema_seg.reporting import load_report
+from ema_seg.sweeps import hold_run
 from ema_seg.training.checkpoints import load_last
 from tests.conftest import QUICK, is_alive, made_once, write_camvid
 
@@ -321,8 +322,13 @@ def test_a_command_goes_on_with_its_own_unfinished_run(undisturbed, entry, tmp_p
         train.OmegaConf.register_new_resolver("started", lambda pattern: "9", replace=True)
         train.OmegaConf.register_new_resolver("parallel_jobs", lambda devices: 1, replace=True)
         found = train._unfinished_run(train.compose(train.CONFIGS, "train"))
+        with hold_run(parent / "2_same"):  # as another process that trains it
+            other = train._unfinished_run(train.compose(train.CONFIGS, "train"))
+            status, err = entry.run(*command, f"hydra.run.dir={parent / '2_same'}")
 
-    assert found == Path("runs/2_same")
+    assert (found, other) == (Path("runs/2_same"), None)
+    assert status == 1
+    assert err.splitlines()[-1].startswith(f"error: {parent / '2_same'}: another process is training this run; ")
     status, err = entry.run(*command, f"hydra.run.dir={parent / '2_same'}")
     assert status == 0, err
     assert_same(parent / "2_same", expected)

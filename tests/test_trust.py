@@ -252,3 +252,9 @@ def test_what_is_known_passes():
             }
         )
     )
+
+
+def test_the_projects_own_launchers_are_harmless(run_script):
+    for launcher in ("serial", "joblib", "submitit", "submitit_local", "ray"):
+        status, _, err = run_script("train", f"launcher={launcher}", "--cfg", "hydra")
+        assert status == 0, err

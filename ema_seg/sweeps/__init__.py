@@ -5,9 +5,19 @@ job follows from the files in its own folder, so that a kill at any moment leave
 """
 
 from ema_seg.sweeps.devices import count_devices, deal_devices
-from ema_seg.sweeps.folder import ANY, JobState, Plan, PlannedJob, job_state, read_plan, record_failure, write_plan
+from ema_seg.sweeps.folder import (
+    ANY,
+    JobState,
+    Plan,
+    PlannedJob,
+    is_running,
+    job_state,
+    read_plan,
+    record_failure,
+    write_plan,
+)
 from ema_seg.sweeps.identity import identity, job_name, machine_keys
-from ema_seg.sweeps.job import Pruned, hold_job, is_settled, read_job, run_job
+from ema_seg.sweeps.job import Pruned, hold_run, is_settled, read_job, run_job
 
 __all__ = [
     "ANY",
@@ -17,8 +27,9 @@ __all__ = [
     "Pruned",
     "count_devices",
     "deal_devices",
-    "hold_job",
+    "hold_run",
     "identity",
+    "is_running",
     "is_settled",
     "job_name",
     "job_state",

@@ -13,7 +13,7 @@
 ============  ========================================================================================
 
 Of a job's folder ``report/report.json``, which is written last and in one step, means finished; ``failure.json`` means
-failed or pruned; a lock on ``job.lock``, which the system frees when its holder dies however it dies, means running.
+failed or pruned; a lock on ``run.lock``, which the system frees when its holder dies however it dies, means running.
 """
 
 import csv
@@ -34,11 +34,12 @@ __all__ = [
     "JobState",
     "Plan",
     "PlannedJob",
-    "job_lock",
+    "is_running",
     "job_state",
     "read_failure",
     "read_plan",
     "record_failure",
+    "run_lock",
     "write_plan",
     "write_text",
 ]
@@ -145,9 +146,9 @@ def read_plan(folder: Path) -> Plan:
         raise DataError(f"{path}: is no plan of a sweep of this version ({one_line(error)}).") from error
 
 
-def job_lock(folder: Path) -> FileLock:
-    """The lock that a job holds while it runs."""
-    return FileLock(folder / "job.lock")
+def run_lock(folder: Path) -> FileLock:
+    """The lock that a run, or a job of a sweep, holds while it is trained."""
+    return FileLock(folder / "run.lock")
 
 
 def job_state(folder: Path, impossible: str | None = None, *, locked_by_us: bool = False) -> JobState:
@@ -165,7 +166,7 @@ def job_state(folder: Path, impossible: str | None = None, *, locked_by_us: bool
     progress = _progress(folder)
     if (folder / "report" / "report.json").is_file():
         return JobState("finished", **progress)
-    if not locked_by_us and _is_running(folder):
+    if not locked_by_us and is_running(folder):
         return JobState("running", **progress)
     failure = read_failure(folder)
     if failure is not None:
@@ -174,9 +175,10 @@ def job_state(folder: Path, impossible: str | None = None, *, locked_by_us: bool
     return JobState("interrupted" if started else "missing", **progress)
 
 
-def _is_running(folder: Path) -> bool:
+def is_running(folder: Path) -> bool:
+    """Whether a process holds the lock of the run in this folder."""
     try:
-        with (folder / "job.lock").open("rb") as file:
+        with (folder / "run.lock").open("rb") as file:
             # Shared: who only looks must not be taken for a job by another who looks, nor keep a job from starting.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:

@@ -12,9 +12,9 @@ from typing import Any
 from filelock import Timeout
 
 from ema_seg.errors import ConfigError, DataError, Preempted, one_line
-from ema_seg.sweeps.folder import JobState, job_lock, job_state, record_failure, write_text
+from ema_seg.sweeps.folder import JobState, job_state, record_failure, run_lock, write_text
 
-__all__ = ["MOST_ATTEMPTS", "Pruned", "hold_job", "is_settled", "read_job", "run_job"]
+__all__ = ["MOST_ATTEMPTS", "Pruned", "hold_run", "is_settled", "read_job", "run_job"]
 
 # A job that has failed is tried once more when the sweep's command is given again.
 MOST_ATTEMPTS = 2
@@ -48,17 +48,25 @@ def read_job(run: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def hold_job(folder: Path) -> Iterator[None]:
-    """Keep the job in this folder from being run by a sweep meanwhile.
+def hold_run(folder: Path) -> Iterator[None]:
+    """Keep the run in this folder, which may be a job of a sweep, from being trained by another process meanwhile.
+
+    A disk that knows no locks is trusted.
 
     Raises:
-        ConfigError: a sweep is running it.
+        ConfigError: another process is training it.
     """
-    lock = job_lock(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = run_lock(folder)
     try:
         lock.acquire(timeout=1)
     except Timeout:
-        raise ConfigError(f"resume={folder}: a sweep is running this job; wait for it.") from None
+        raise ConfigError(
+            f"{folder}: another process is training this run; wait for it, or choose another hydra.run.dir."
+        ) from None
+    except NotImplementedError:
+        yield
+        return
     try:
         yield
     finally:
@@ -82,7 +90,7 @@ def run_job(folder: Path, job: Mapping[str, Any], work: Callable[[bool], None], 
         The state in which the job is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with job_lock(folder):
+    with run_lock(folder):
         start = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "host": gethostname(),

@@ -625,7 +625,7 @@ def test_a_group_cannot_take_the_name_of_a_size(sweep):
 def test_a_sweep_whose_locks_cannot_be_taken_is_read(sweep, tmp_path):
     folder = write_sweep(tmp_path / "copied")
     job = folder / "se_seed0"
-    (job / "job.lock").mkdir(parents=True)
+    (job / "run.lock").mkdir(parents=True)
     rows = rows_of(compare(read_folder(folder)))
     assert rows["se"]["jobs"][0]["state"] == "missing"
 

@@ -117,8 +117,8 @@ def test_an_unreadable_failure_is_one(tmp_path):
 def test_a_killed_job_no_longer_runs(tmp_path):
     write_metrics(tmp_path)
     program = (
-        "import sys, time; from pathlib import Path; from ema_seg.sweeps.folder import job_lock\n"
-        "with job_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from ema_seg.sweeps.folder import run_lock\n"
+        "with run_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
@@ -131,13 +131,13 @@ def test_a_killed_job_no_longer_runs(tmp_path):
 
 def test_who_looks_is_not_taken_for_a_job(tmp_path):
     write_metrics(tmp_path)
-    (tmp_path / "job.lock").touch()
+    (tmp_path / "run.lock").touch()
     program = (
         "import fcntl, sys, time\n"
         "with open(sys.argv[1]) as file:\n"
         "    fcntl.flock(file, fcntl.LOCK_SH); print('looks', flush=True); time.sleep(60)"
     )
-    lock = str(tmp_path / "job.lock")
+    lock = str(tmp_path / "run.lock")
     with subprocess.Popen([sys.executable, "-c", program, lock], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "looks\n"
         assert job_state(tmp_path).name == "interrupted"

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from ema_seg.errors import ConfigError, DataError, TrainingError
-from ema_seg.sweeps import Pruned, hold_job, job_state, read_job, run_job
+from ema_seg.sweeps import Pruned, hold_run, job_state, read_job, run_job
 
 JOB = {"identity": "1a", "overrides": {"attention": "ema"}}
 
@@ -56,9 +56,9 @@ def test_a_failed_job_is_tried_once_more(tmp_path):
 
 
 def test_a_job_that_is_held_is_not_run(tmp_path):
-    with hold_job(tmp_path):
+    with hold_run(tmp_path):
         assert job_state(tmp_path).name == "running"
-        with pytest.raises(ConfigError, match="a sweep is running this job"), hold_job(tmp_path):
+        with pytest.raises(ConfigError, match="another process is training this run"), hold_run(tmp_path):
             pass
     assert job_state(tmp_path).name == "missing"
 
@@ -99,9 +99,9 @@ def test_what_ends_the_process_is_no_failure_of_the_job(tmp_path, end):
 
 def test_a_job_that_another_process_runs_is_waited_for(tmp_path):
     program = (
-        "import sys, time; from pathlib import Path; from ema_seg.sweeps.folder import job_lock\n"
+        "import sys, time; from pathlib import Path; from ema_seg.sweeps.folder import run_lock\n"
         "folder = Path(sys.argv[1])\n"
-        "with job_lock(folder):\n"
+        "with run_lock(folder):\n"
         "    print('held', flush=True); time.sleep(1)\n"
         "    (folder / 'report').mkdir(); (folder / 'report' / 'report.json').write_text('{}')"
     )

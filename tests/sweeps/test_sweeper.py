@@ -11,9 +11,9 @@ from hydra_plugins.ema_seg_sweepers.grid import GridSweeper
 
 # A job: says that it has started, holds its lock for a while, and leaves a report, or dies before.
 JOB = (
-    "import os, sys, time; from pathlib import Path; from ema_seg.sweeps.folder import job_lock\n"
+    "import os, sys, time; from pathlib import Path; from ema_seg.sweeps.folder import run_lock\n"
     "folder = Path(sys.argv[1]); folder.mkdir(exist_ok=True)\n"
-    "with job_lock(folder):\n"
+    "with run_lock(folder):\n"
     "    (folder / 'job.json').write_text(str(time.time_ns())); (folder / 'metrics.csv').touch()\n"
     "    print('runs', flush=True); time.sleep(float(sys.argv[2]))\n"
     "    if sys.argv[3] == 'dies': os._exit(9)\n"
