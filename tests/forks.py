@@ -102,7 +102,7 @@ def interpret(arguments):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(stream, mode, closefd=False) for stream, mode in enumerate("rww"))
     status = 0
-    if arguments[0] == "-u":
+    while arguments[0] in ("-u", "-P"):
         arguments = arguments[1:]
     try:
         if arguments[0] == "-c":
