@@ -28,6 +28,7 @@ class Entry:
 
     def __init__(self, folder):
         self.folder = folder
+        self.process = None  # that is not waited for yet
         # What tests have Triton's kernels run in is not for benchmarks.
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         self.server = subprocess.Popen(
@@ -35,16 +36,20 @@ class Entry:
         )
 
     def start(self, *arguments, script="train", cwd=ROOT, env=(), **limits):
-        """Start it; gives the number of its process."""
+        """Start it; gives the number of its process. One that a failed test has left behind is ended."""
+        if self.process is not None:
+            os.kill(self.process, signal.SIGKILL)
+            self.wait()
         command = [sys.executable, ROOT / f"{script}.py", *arguments]
         line = [list(map(str, command)), str(self.folder), str(cwd), dict(env), limits]
         self.server.stdin.write(f"{json.dumps(line)}\n")
         self.server.stdin.flush()
-        return int(self.server.stdout.readline())
+        self.process = int(self.server.stdout.readline())
+        return self.process
 
     def wait(self):
         """Exit status and standard error."""
-        status = int(self.server.stdout.readline())
+        status, self.process = int(self.server.stdout.readline()), None
         return status, (self.folder / "err").read_text()
 
     def run(self, *arguments, **options):
