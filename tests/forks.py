@@ -135,7 +135,8 @@ def interpret(arguments):
 def leave_blank(figure, file, **options):
     """Save a figure without drawing it, which is half of a short run's report; tests of figures have them drawn."""
     suffix = options.get("format") or Path(file).suffix[1:]
-    Image.new("L", (1, 1)).save(file, suffix)
+    width, height = figure.get_size_inches() * options.get("dpi", figure.dpi)
+    Image.new("L", (int(width), int(height))).save(file, suffix)
 
 
 def limit(limits):

@@ -1,6 +1,5 @@
 """A thousand random overrides at both entry points: each ends in success or in one sentence."""
 
-import copy
 import inspect
 import random
 
@@ -19,6 +18,7 @@ from configs.trust import settings_of
 from ema_seg.data.datamodule import SegmentationDataModule
 from ema_seg.data.folder import FolderDataset
 from ema_seg.errors import EmaSegError
+from ema_seg.models import build_segmenter
 from tests.conftest import QUICK, ROOT, made_once
 from tests.overrides import draw
 
@@ -66,17 +66,26 @@ def parameters(part):
     return inspect.signature(part).parameters
 
 
-def remembered(load):
-    """Of what Hydra does with a command, most is to compose the same configuration three times."""
+def remembered(function, key):
+    """What a function has given before for the same key of its arguments, and would take most of the time."""
     known = {}
 
-    def load_configuration(loader, config_name, overrides, run_mode, **options):
-        key = (config_name, *(text for text in overrides if text != "hydra.mode=RUN"))
-        if key not in known:
-            known[key] = load(loader, config_name, overrides, run_mode, **options)
-        return copy.deepcopy(known[key])
+    def call(*arguments, **keywords):
+        this = key(*arguments, **keywords)
+        if this not in known:
+            known[this] = function(*arguments, **keywords)
+        return known[this]
 
-    return load_configuration
+    return call
+
+
+# The same model in nearly every command.
+build = remembered(build_segmenter, lambda *arguments, **keywords: repr((arguments, keywords)))
+
+
+def composed(loader, config_name, overrides, run_mode, **options):
+    """A command, whose configuration Hydra composes three times."""
+    return (config_name, *(text for text in overrides if text != "hydra.mode=RUN"))
 
 
 @pytest.fixture
@@ -89,7 +98,9 @@ def reach(run_script, monkeypatch, tmp_path):
     monkeypatch.setattr(Trainer, "fit", stop)
     monkeypatch.setattr("ema_seg.reporting.assessment.measure_cost", stop)
     monkeypatch.setattr("ema_seg.run.run_together", stop)
-    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", remembered(ConfigLoaderImpl.load_configuration))
+    monkeypatch.setattr("ema_seg.models.build.build_segmenter", build)
+    load = remembered(ConfigLoaderImpl.load_configuration, composed)
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", lambda *given, **named: load(*given, **named))
     monkeypatch.setattr("yaml.SafeLoader", yaml.CSafeLoader)
     monkeypatch.chdir(tmp_path)
     return run_script

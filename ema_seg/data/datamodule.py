@@ -10,7 +10,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
-from ema_seg.data import build_dataset, find_dataset_class
+from ema_seg.data import build_dataset, check_dataset, find_dataset_class
 from ema_seg.data.base import Sample, SegmentationDataset
 from ema_seg.data.loading import Draws, InTurn, Loader, Samples, Skipped, collate_crops, collate_images, within
 from ema_seg.data.transforms import TensorSample, build_eval_transform, build_train_transform
@@ -117,6 +117,7 @@ class SegmentationDataModule(LightningDataModule):
         return self._build(self.evaluation_split, self.eval_transform)
 
     def _build(self, split: str, transform: Callable[[Sample], TensorSample]) -> SegmentationDataset:
+        check_dataset(self.dataset_name, self.root, self.options)
         build = partial(build_dataset, self.dataset_name, self.root, split, transform, **self.options)
         if find_dataset_class(self.dataset_name).makes_files:
             return build()

@@ -222,3 +222,9 @@ def test_files_that_a_disk_does_not_list_are_not_waited_for(root: Path, monkeypa
         make_module(root, timeout=0.2).setup("fit")
     answered.set()
     assert str(raised.value).startswith(f"{root}: nothing has come from the disk for 0.2 seconds; ")
+
+
+@pytest.mark.parametrize("option", ["split", "transform"])
+def test_what_the_module_chooses_itself_is_no_option(root: Path, option: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^data\.{option}='x' is not an option of the data set 'folder'"):
+        make_module(root, **{option: "x"}).setup("fit")

@@ -8,25 +8,17 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from ema_seg.distributed.start import run_together
 from tests.conftest import made_once, write_camvid
-from tests.distributed import workers
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, entry):
     """What each of 1, 2 and 3 processes has left, by their number, and the folders."""
 
     def make(folder):
         root = write_camvid(folder / "data", sizes=((64, 96), (32, 64), (50, 70)), val=7)
-        values = 100 + torch.randn(6, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-        for count in (1, 2, 3):
-            own = folder / str(count)
-            own.mkdir()
-            if count == 1:
-                workers.share(root, own, values)
-            else:
-                run_together(workers.share, count, root, own, values)
+        status, err = entry.run(root, folder, script="tests/distributed/share")
+        assert status == 0, err
 
     folder = made_once(tmp_path_factory, "sharing", make)
     found = {
