@@ -510,6 +510,8 @@ def _failure(store: "Store", codes: Sequence[int], passed: Sequence[int]) -> Exc
                 f"the process {rank} of {len(codes)} was killed ({_signal_name(-code)}); if the system did so for want "
                 "of memory, lower data.batch_size or data.workers."
             )
+    if not told and Preempted.exit_status in codes:  # of a process that could not raise it
+        return Preempted("stopped; what was written before it is there.")
     if not told:
         rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
         return ProcessFailed(f"the process {rank} of {len(codes)} ended with status {code} and without a word")

@@ -78,6 +78,7 @@ def test_what_the_operating_system_says_is_told_in_a_sentence(error, message):
         (ConnectionError("lost"), [1, -signal.SIGKILL], [], r"the process 1 of 2 was killed \(SIGKILL\)"),
         (ConnectionError("lost"), [1, -signal.SIGBUS], [], r"the process 1 of 2 was killed \(SIGBUS\)"),
         (None, [0, -signal.SIGABRT], [], r"the process 1 of 2 was killed \(SIGABRT\)"),
+        (None, [75, 0], [], "stopped; what was written before it is there."),
         (None, [0, -signal.SIGUSR1], [signal.SIGUSR1], "stopped by SIGUSR1; what was written before it is there."),
     ],
 )
