@@ -11,7 +11,7 @@ from torch import nn
 
 from ema_seg.attention import build_attention
 from ema_seg.errors import ConfigError, ModelError, did_you_mean, one_line
-from ema_seg.models.placement import PLACEMENTS, place_attention
+from ema_seg.models.placement import PLACEMENTS, place_attention, run_once
 from ema_seg.models.weights import check_encoder_name, load_encoder_weights
 
 __all__ = ["build_segmenter", "decoder_names", "model_stride", "segmenter_from_config"]
@@ -105,13 +105,15 @@ def build_segmenter(
         )
     if attention == "none":
         build_block(1)  # for its complaint about options that it does not have
-    else:
-        try:
+    try:
+        if attention != "none":
             place_attention(model, decoder, build_block, placements, encoder_stages=encoder_stages)
-        except RuntimeError as error:  # some of smp's options are looked at only when there is an image
-            raise ModelError(
-                f"the {decoder} decoder cannot run with encoder={encoder!r}{_shown(options)}: {one_line(error)}"
-            ) from error
+        elif options:
+            run_once(model)
+    except RuntimeError as error:  # some of smp's options are looked at only when there is an image
+        raise ModelError(
+            f"the {decoder} decoder cannot run with encoder={encoder!r}{_shown(options)}: {one_line(error)}"
+        ) from error
     return model
 
 

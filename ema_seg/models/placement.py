@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ema_seg.errors import ModelError
 from ema_seg.models.mode import evaluation_mode
 
-__all__ = ["PLACEMENTS", "place_attention"]
+__all__ = ["PLACEMENTS", "place_attention", "run_once"]
 
 PLACEMENTS = ("encoder", "decoder", "head")
 
@@ -221,6 +221,12 @@ def _probe(model: SegmentationModel, blocks: list[nn.Module]) -> _Probe:
         if feature.grad is not None and feature.shape[1] > 0
     }
     return _Probe(stages, [channels[block] for block in blocks], head_input[0].shape[1])
+
+
+def run_once(model: SegmentationModel) -> None:
+    """Run the model on a small image, for its complaints."""
+    with evaluation_mode(model), torch.inference_mode():
+        model(_small_image(model))
 
 
 def _small_image(model: SegmentationModel) -> Tensor:

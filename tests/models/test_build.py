@@ -202,6 +202,7 @@ def test_unknown_names_are_config_errors(arguments, message):
         ({"placements": ["encoder"], "encoder_stages": [1]}, "stage 1 of the encoder does not feed the fpn"),
         ({"attention_options": {"factor": 7}}, r"cannot split 128 channels into factor=7"),
         ({"decoder_interpolation": "abc"}, r"cannot run with encoder='resnet18', decoder_interpolation='abc'"),
+        ({"decoder_interpolation": "ab", "attention": "none", "attention_options": {}}, "decoder_interpolation='ab'"),
         ({"decoder_pyramid_channels": -9}, r"cannot be built with encoder='resnet18', decoder_pyramid_channels=-9"),
     ],
 )
