@@ -3,15 +3,20 @@
 python train.py --help shows what can be configured.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Before all that takes time: from here on no signal ends a command without a word and a status.
+    from ema_seg.distributed.leaving import leave_when_asked
+
+    leave_when_asked()
+
 import gc
 import json
-import signal
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -28,7 +33,8 @@ from configs.command_line import (
     saved_config,
 )
 from configs.composition import compose, launch
-from ema_seg.distributed.start import LEAVE_SIGNALS, Silent, first_told, joined, place, started_group
+from ema_seg.distributed.leaving import stay_when_asked
+from ema_seg.distributed.start import Silent, first_told, joined, place, started_group
 from ema_seg.errors import ConfigError, Preempted, TrainingError
 from ema_seg.host_memory import keep_freed_memory, made_for_good
 from ema_seg.sweeps import (
@@ -51,7 +57,7 @@ def main() -> None:
     """Compose the configuration, of a resumed run from its own file, and train."""
     keep_freed_memory()
     sys.argv = expand_home(sys.argv)
-    with _handled(signal.SIG_DFL, _leave), _group() as started_by:
+    with _group() as started_by:
         now = datetime.now()
         if started_by is not None:
             now = _join_command(started_by, now)
@@ -73,25 +79,6 @@ def main() -> None:
         if resumed == "auto" and composed:
             _resume_unfinished(composed)
         launch(_train, CONFIGS, config_name)
-
-
-@contextmanager
-def _handled(before: Any, now: Any) -> Iterator[None]:
-    """Handle the signals that ask to leave otherwise than before, but for those that something else has taken."""
-    taken = [number for number in LEAVE_SIGNALS if signal.getsignal(number) == before]
-    for number in taken:
-        signal.signal(number, now)
-    try:
-        yield
-    finally:
-        for number in taken:
-            signal.signal(number, before)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    """Leave while nothing is trained: the imports alone take seconds."""
-    print(f"stopped by {signal.Signals(number).name} outside of the training; give the command again.", file=sys.stderr)
-    sys.exit(Preempted.exit_status)
 
 
 @contextmanager
@@ -234,9 +221,9 @@ def _train_run(composed: DictConfig, run: Path) -> None:
 
     if job:
         _require_same_job(config, run)
-    # The training takes the signals itself, and would leave the last word to who had them before.
-    with hold_run(run) if place().rank == 0 else nullcontext(), _handled(_leave, signal.SIG_DFL):
+    with hold_run(run) if place().rank == 0 else nullcontext():
         report = produce_run(config, run, resume=bool(config["resume"]), job=job, started_by=started_group())
+    stay_when_asked()
     if place().rank == 0:
         print_report(report)
         print(f"run: {run}")
@@ -327,7 +314,7 @@ def _produce_job(
     callbacks = _search_callbacks(composed, run)
     config = _settings(composed)
     try:
-        with first_told(), _handled(_leave, signal.SIG_DFL):
+        with first_told():
             produce_run(config, run, resume=resume, job=job, quiet=True, callbacks=callbacks, started_by=started_by)
     except Silent as silent:
         if place().rank or silent.first is None:

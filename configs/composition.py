@@ -5,11 +5,13 @@ import os
 import re
 import traceback
 from pathlib import Path
+from typing import Any
 
 import hydra
+import hydra._internal.hydra as hydras_own
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path, get_args_parser
-from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -21,6 +23,25 @@ from configs.trust import forbid_settings_from_text, require_harmless, settings_
 from ema_seg.errors import ConfigError, EmaSegError, did_you_mean, one_line
 
 __all__ = ["compose", "launch"]
+
+
+class _Loader(ConfigLoaderImpl):
+    """Hands out no configuration that has not been looked at, in this process and in those of a launcher.
+
+    A look at an earlier composition of the same command would not do: a defaults list may choose its files by the time.
+    """
+
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        super().__init__(config_search_path)
+        self._typed = typed_overrides()  # only the first process has them
+
+    def load_configuration(
+        self, config_name: str | None, overrides: list[str], run_mode: RunMode, *options: Any, **named: Any
+    ) -> DictConfig:
+        composed = super().load_configuration(config_name, overrides, run_mode, *options, **named)
+        require_harmless(composed, self._typed)
+        _check_sweeper(composed, multirun=run_mode == RunMode.MULTIRUN)
+        return composed
 
 
 def compose(folder: Path, config_name: str) -> DictConfig:
@@ -66,26 +87,24 @@ def compose(folder: Path, config_name: str) -> DictConfig:
             raise ConfigError(f"--config-dir {options.config_dir}: there is no such folder.")
         added = Path(options.config_dir).absolute()
         search_path.prepend("command-line", f"file://{added}", SearchPathQuery(provider="schema"))
-    loader = ConfigLoaderImpl(search_path)
+    loader = _Loader(search_path)
     mode = RunMode.MULTIRUN if options.multirun else RunMode.RUN
     name = options.config_name or config_name
     try:
         # Hydra's own help is that of no application; but its logs are set up as they are composed, for this, too.
         composed = loader.load_configuration(None if options.hydra_help else name, options.overrides, mode)
+    except ConfigError:
+        raise
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         raise ConfigError(_sentence(error, loader, name, options.overrides)) from error
     except Exception as error:  # of the YAML reader, or of a place in Hydra that such text should not reach
         text = " ".join(options.overrides) or name
         raise ConfigError(f"{text}: Hydra cannot compose this ({type(error).__name__}: {one_line(error)}).") from error
-    require_harmless(composed, typed_overrides())
-    if options.help or options.hydra_help:
-        return OmegaConf.create()
-    _check_sweeper(composed, options.multirun)
-    return composed
+    return OmegaConf.create() if options.help or options.hydra_help else composed
 
 
 def _check_sweeper(composed: DictConfig, multirun: bool) -> None:
-    """Let only those sweep who look at the configuration of each job as ``compose`` does at the first."""
+    """Let only those sweep who look at a launcher's settings before they are text in a script."""
     settings = OmegaConf.to_container(composed.hydra, resolve=False)
     assert isinstance(settings, dict)
     sweeps = multirun or settings["mode"] not in (None, RunMode.RUN)
@@ -99,6 +118,7 @@ def _check_sweeper(composed: DictConfig, multirun: bool) -> None:
 def launch(task: TaskFunction, folder: Path, config_name: str) -> None:
     """Have Hydra do what the command line asks for; what goes wrong comes out as the exception that it was."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    hydras_own.ConfigLoaderImpl = _Loader  # type: ignore[misc]  # Hydra lets nobody else look at what it composes
     try:
         hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
     except Exception as error:

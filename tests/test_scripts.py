@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 import yaml
 from PIL import Image
 
-from ema_seg.errors import ConfigError
+from ema_seg.distributed.leaving import LEAVE_SIGNALS, leave_when_asked
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.models import load_segmenter
 from tests.conftest import QUICK, ROOT, write_camvid
@@ -646,50 +647,40 @@ def test_help_is_given_whatever_else_is_asked(run_script):
     assert "data.root" in out
 
 
-class Asked:
-    """Stands for a part of the command, during which the process is asked to leave."""
+@pytest.mark.parametrize("number", LEAVE_SIGNALS)
+def test_a_command_that_is_asked_to_leave_while_it_starts_does_so_with_a_word(number):
+    process = subprocess.Popen([sys.executable, ROOT / "train.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not _catches(process.pid, number):
+        time.sleep(0.001)
+    libraries = Path(f"/proc/{process.pid}/maps").read_text()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
 
-    def __call__(self, *arguments, **keywords):
-        self.handler = signal.getsignal(signal.SIGTERM)
-        if self.handler is not signal.SIG_DFL:
-            os.kill(os.getpid(), signal.SIGTERM)
-        raise ConfigError("went on.")
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    yield Asked()
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert process.returncode == 75
+    assert err.decode() == f"stopped by {number.name} outside of the training; give the command again.\n"
+    assert "_yaml" not in libraries  # Hydra is not even imported
 
 
-def test_a_command_that_is_asked_to_leave_before_its_training_leaves_at_once(asked, run_script, monkeypatch):
-    monkeypatch.setattr("train.compose", asked)
-
-    status, _, err = run_script("train")
-
-    assert status == 75
-    assert err == "stopped by SIGTERM outside of the training; give the command again.\n"
+def _catches(process, number):
+    """Whether a process has a handler of its own for a signal."""
+    caught = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)[1]
+    return int(caught, 16) >> (number - 1) & 1
 
 
-def test_the_training_finds_the_signals_as_they_were(asked, run_script, monkeypatch, camvid_root, tmp_path):
-    monkeypatch.setattr("ema_seg.run.produce_run", asked)
-
-    run_script("train", *QUICK, "data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={tmp_path / 'run'}")
-
-    assert asked.handler is signal.SIG_DFL
-
-
-def test_a_signal_that_a_launcher_has_taken_stays_its_own(asked, run_script, monkeypatch):
-    monkeypatch.setattr("train.compose", asked)
-    came = []
-    signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+def test_a_command_that_is_asked_to_leave_after_its_report_ends_well(run_script, monkeypatch, camvid_root, tmp_path):
+    monkeypatch.setattr("ema_seg.run.produce_run", lambda *arguments, **named: {})
+    monkeypatch.setattr("ema_seg.reporting.print_report", lambda report: os.kill(os.getpid(), signal.SIGTERM))
+    leave_when_asked()
     try:
-        status, _, err = run_script("train")
+        status, out, err = run_script(
+            "train", *QUICK, "data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={tmp_path / 'run'}"
+        )
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in LEAVE_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
 
-    assert (status, err) == (1, "error: went on.\n")
-    assert came == [signal.SIGTERM]
+    assert (status, err) == (0, "")
+    assert out.endswith(f"run: {tmp_path / 'run'}\n")
 
 
 def test_what_hydra_cannot_work_with_is_told_and_what_is_wrong_here_is_shown(run_script, monkeypatch):

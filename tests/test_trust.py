@@ -1,5 +1,6 @@
 """Files that somebody has shared: what they may have called."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -147,6 +148,25 @@ def test_no_sweeper_composes_jobs_unseen(experiment, run_script):
     for command in (("eval", "-m"), ("train", "-m", "hydra/sweeper=basic"), ("eval", "hydra.mode=MULTIRUN")):
         status, _, err = run_script(*command)
         assert (status, "is for trainings, with the sweepers of this project" in err) == (1, True), err
+
+
+@pytest.mark.parametrize("turns", range(2))
+def test_what_hydra_acts_on_is_what_was_looked_at(turns, experiment, run_script, tmp_path):
+    # A defaults list that chooses by the time, which is another one each time that it is read.
+    read = itertools.count()
+    OmegaConf.register_new_resolver("clock", lambda: "late" if next(read) > turns else "soon", replace=True)
+    command = experiment({"defaults": [{"/taken": "${clock:}"}, "_self_"]})
+    (tmp_path / "shared" / "taken").mkdir()
+    for name, settings in {"soon": {}, "late": HANDLER}.items():
+        text = "# @package _global_\n" + yaml.safe_dump(settings)
+        (tmp_path / "shared" / "taken" / f"{name}.yaml").write_text(text)
+
+    status, _, err = run_script("train", *command, "data=camvid", "data.root=none", f"hydra.run.dir={tmp_path / 'run'}")
+
+    assert status == 1
+    assert "logging.os.system: a configuration may only have" in err
+    assert next(read) > turns + 1
+    assert not (tmp_path / "mark").exists()
 
 
 def test_the_configurations_of_the_project_stay(run_script):

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from ema_seg.data.base import SegmentationDataset
 from ema_seg.data.transforms import TensorSample
 from ema_seg.distributed.collectives import gather
-from ema_seg.distributed.start import LEAVE_SIGNALS, place
+from ema_seg.distributed.leaving import LEAVE_SIGNALS
+from ema_seg.distributed.start import place
 from ema_seg.errors import ConfigError, DataError, EmaSegError
 
 __all__ = [

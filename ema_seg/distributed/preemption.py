@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from ema_seg.distributed.start import LEAVE_SIGNALS, place
+from ema_seg.distributed.leaving import LEAVE_SIGNALS, Handler, earlier_handler
+from ema_seg.distributed.start import place
 from ema_seg.errors import Preempted
 
 __all__ = ["Preemption"]
@@ -22,13 +23,12 @@ _PATIENCE = 5.0
 class Preemption:
     """Takes the signals, and lets a training leave at the end of a step, with a checkpoint.
 
-    Where the signals had another handler before, such as submitit's, which queues its job again, that one has the last
-    word.
+    Where somebody had taken the signals before, such as submitit, which queues its job again, they have the last word.
     """
 
     def __init__(self) -> None:
         self._received: int | None = None
-        self._handlers: dict[int, Any] = {}
+        self._earlier: dict[int, Handler | None] = {}
         self._deferred = False
         self._asked: Any = None  # the question to all processes, whose answer is for the next step
         self._last_resort: threading.Timer | None = None
@@ -36,14 +36,14 @@ class Preemption:
     @contextmanager
     def watched(self) -> Iterator["Preemption"]:
         """Take the signals, in the main thread; others never get any."""
+        handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.getsignal(number) for number in LEAVE_SIGNALS}
-            for each in LEAVE_SIGNALS:
-                signal.signal(each, self._receive)
+            self._earlier = {number: earlier_handler(number) for number in LEAVE_SIGNALS}
+            handlers = {number: signal.signal(number, self._receive) for number in LEAVE_SIGNALS}
         try:
             yield self
         finally:
-            for number, handler in self._handlers.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
             if self._last_resort is not None:
                 self._last_resort.cancel()
@@ -67,7 +67,7 @@ class Preemption:
         self._received = number
         if self._deferred:
             return
-        if not callable(self._handlers[number]):
+        if self._earlier[number] is None:
             # Python drops what is raised while it frees an object, and some library may catch it.
             self._last_resort = threading.Timer(_PATIENCE, _end, [number])
             self._last_resort.daemon = True
@@ -106,8 +106,8 @@ class Preemption:
         """
         number, self._received = self._received or signal.SIGTERM, None
         self._answer()
-        handler = self._handlers.get(number)
-        if callable(handler):
+        handler = self._earlier.get(number)
+        if handler is not None:
             handler(number, None)
             return
         raise Preempted(_sentence(number, what))

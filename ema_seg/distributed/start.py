@@ -23,6 +23,7 @@ from importlib import import_module
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ema_seg.distributed.leaving import LEAVE_SIGNALS, earlier_handler
 from ema_seg.errors import ConfigError, EmaSegError, Preempted, TrainingError, one_line
 from ema_seg.host_memory import made_for_good
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 __all__ = [
-    "LEAVE_SIGNALS",
     "Place",
     "ProcessFailed",
     "Silent",
@@ -51,10 +51,6 @@ _GRACE = 3.0
 
 # PyTorch would print its stack for each connection that a process which has ended takes with it.
 _QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-
-# What asks a process to leave its machine. Slurm sends one of the latter two as long before as it is told to; submitit
-# has it send the last.
-LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 _FAILURE = "failure"
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
@@ -397,8 +393,8 @@ def run_together(work: Callable[..., object], count: int, *arguments: Any) -> No
         return
     failure = _failure(PrefixStore("ema-seg/0", server), codes, passed)
     if passed and isinstance(failure, Preempted):
-        handler = signal.getsignal(passed[0])
-        if callable(handler):  # such as submitit's, which queues the job again
+        handler = earlier_handler(passed[0])
+        if handler is not None:
             handler(passed[0], None)
     raise failure
 

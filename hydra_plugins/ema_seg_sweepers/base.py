@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from configs.command_line import plain_config, quoted
-from configs.trust import require_harmless, require_printable, typed_overrides
+from configs.trust import require_printable
 from ema_seg.errors import ConfigError, EmaSegError, Preempted, one_line
 from ema_seg.sweeps import (
     ANY,
@@ -154,7 +154,6 @@ class FolderSweeper(Sweeper):
         key, epochs, impossible = hashlib.sha256(repr(sorted(overrides)).encode()).hexdigest()[:12], None, None
         try:
             composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-            require_harmless(composed, typed_overrides())
             with open_dict(composed):
                 del composed["hydra"]
             config = plain_config(composed)

@@ -4,10 +4,12 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 # Python drops what is raised here, as in all that frees an object.
 DROPPED = """
 import os, signal, time
-from ema_seg.distributed import preemption
+from ema_seg.distributed import leaving, preemption
 
 class Freed:
     def __del__(self):
@@ -27,16 +29,19 @@ def run(earlier, seconds):
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
 
 
-def test_a_process_leaves_also_where_what_its_handler_raises_is_dropped():
-    done = run("", 60)
+# Within a training the last word is its own, also where the process would have left before.
+@pytest.mark.parametrize("earlier", ["", "leaving.leave_when_asked()"])
+def test_a_process_leaves_also_where_what_its_handler_raises_is_dropped(earlier):
+    done = run(earlier, 60)
 
     assert done.returncode == 75
     assert done.stderr.splitlines()[-1] == "error: stopped by SIGTERM; the run has not lost anything."
 
 
-def test_a_process_goes_on_where_an_earlier_handler_has_it_go_on():
+@pytest.mark.parametrize("later", ["", "; leaving.leave_when_asked()"])
+def test_a_process_goes_on_where_an_earlier_handler_has_it_go_on(later):
     """As submitit's, which leaves the decision to another signal."""
-    done = run("signal.signal(signal.SIGTERM, lambda number, frame: print('passed over', number))", 0.5)
+    done = run(f"signal.signal(signal.SIGTERM, lambda number, frame: print('passed over', number)){later}", 0.5)
 
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"passed over {int(signal.SIGTERM)}\n"
