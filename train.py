@@ -268,7 +268,7 @@ def _train_job(composed: DictConfig, run: Path) -> None:
                 _follow_job(composed, run, started_by)
             else:
                 _lead_job(composed, run, started_by)
-        except Preempted as error:  # which Hydra would take for a failure
+        except Preempted as error:  # for the launchers an end as any other
             print(error, file=sys.stderr)
             sys.exit(error.exit_status)
     _free_memory()  # not earlier: what a job has raised holds on to all that it had

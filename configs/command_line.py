@@ -1,6 +1,5 @@
 """What ``train.py`` and ``eval.py`` share of the way from a command line to a configuration."""
 
-import errno
 import re
 import sys
 from collections.abc import Callable
@@ -13,13 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ema_seg.distributed.start import first_told
-from ema_seg.errors import ConfigError, EmaSegError, one_line
+from ema_seg.errors import ConfigError, EmaSegError, Preempted, one_line, system_sentence
 
 __all__ = ["argument", "expand_home", "plain_config", "quoted", "read_config", "reports_errors", "saved_config"]
 
 # Those that are looked into before the configuration is checked.
 _SECTIONS = ("attention", "data", "evaluation", "model", "report")
-
 
 # What the configs make one key follow another for; a saved configuration has only the values.
 _LINKS = {
@@ -27,10 +25,6 @@ _LINKS = {
     "trainer.deterministic": "reproducible",
     "evaluation.batch_size": "data.evaluation_batch_size",
 }
-
-
-# What a disk says while it is written to, where the system does not tell which file it was.
-_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,17 +42,16 @@ def reports_errors(function: Callable[P, R]) -> Callable[P, R]:
         try:
             with first_told():
                 return function(*arguments, **keywords)
-        except EmaSegError as error:
+        except (EmaSegError, Preempted) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(error.exit_status)
         except (HydraException, OmegaConfBaseException) as error:
             print(f"error: {one_line(error)}", file=sys.stderr)
             sys.exit(1)
         except OSError as error:
-            if error.filename is None and error.errno not in _OF_DISKS:
+            if (sentence := system_sentence(error)) is None:
                 raise
-            where = f"{error.filename}: " if error.filename else "a file cannot be written: "
-            print(f"error: {where}{error.strerror}.", file=sys.stderr)
+            print(f"error: {sentence}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted.", file=sys.stderr)

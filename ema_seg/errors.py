@@ -5,6 +5,7 @@ Each is raised where the fact is known, with a message that is one sentence: wha
 a traceback; a notebook sees an ordinary exception.
 """
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -18,7 +19,11 @@ __all__ = [
     "TrainingError",
     "did_you_mean",
     "one_line",
+    "system_sentence",
 ]
+
+# What a disk says while it is written to, where the system does not tell which file it was.
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def did_you_mean(name: object, known: Iterable[str], most: int = 1) -> str:
@@ -30,6 +35,14 @@ def did_you_mean(name: object, known: Iterable[str], most: int = 1) -> str:
 def one_line(error: BaseException) -> str:
     """What a library's error says, as part of a sentence: without line breaks; its type where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def system_sentence(error: OSError) -> str | None:
+    """What the operating system says about a file or a disk; None where it speaks of something else."""
+    if not error.strerror or (error.filename is None and error.errno not in _OF_DISKS):
+        return None
+    where = "a file cannot be written" if error.filename is None else error.filename
+    return f"{where}: {error.strerror}."
 
 
 class EmaSegError(Exception):
@@ -62,8 +75,11 @@ class TrainingError(EmaSegError):
     """Training cannot go on, for example because the loss is no longer finite."""
 
 
-class Preempted(EmaSegError):
+class Preempted(BaseException):
     """A run was asked to leave the machine, and can go on from where it was.
+
+    Like KeyboardInterrupt it may come at any moment, and is no ``Exception``: what handles the failures of some work,
+    here or in a library, does not take it for one.
 
     Attributes:
         exit_status: of a process that ends so: EX_TEMPFAIL of <sysexits.h>, "try again later".

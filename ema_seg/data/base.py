@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ema_seg.data.source import IMAGE_FORMATS, File
-from ema_seg.errors import ConfigError, DataError, EmaSegError
+from ema_seg.errors import ConfigError, DataError
 
 __all__ = [
     "IGNORE_INDEX",
@@ -208,7 +208,7 @@ def decode_image(file: File) -> NDArray[np.uint8]:
             if image.format == "JPEG" and image.mode in {"L", "RGB"} and _has_end_of_jpeg(data):
                 return _decode_jpeg(data)
             return np.array(image.convert("RGB"))
-    except EmaSegError:  # of ours, or from a signal that asked to leave meanwhile
+    except DataError:
         raise
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, ...
         raise DataError(f"{file}: cannot be decoded as an image ({_first_line(error)}).") from error
@@ -235,7 +235,7 @@ def decode_mask(file: File) -> NDArray[np.uint8]:
             if image.mode not in {"1", "L", "P"} and not image.mode.startswith("I"):
                 raise DataError(f"{file}: the mask has mode {image.mode}, expected grey, palette or RGB.")
             values = np.array(image)
-    except EmaSegError:
+    except DataError:
         raise
     except Exception as error:
         raise DataError(f"{file}: cannot be decoded as a mask ({_first_line(error)}).") from error

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ema_seg.distributed.leaving import LEAVE_SIGNALS, earlier_handler
-from ema_seg.errors import ConfigError, EmaSegError, Preempted, TrainingError, one_line
+from ema_seg.errors import ConfigError, EmaSegError, Preempted, TrainingError, one_line, system_sentence
 from ema_seg.host_memory import made_for_good
 
 if TYPE_CHECKING:
@@ -56,6 +56,9 @@ _FAILURE = "failure"
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
+Failure = Exception | Preempted
+
+
 class Place(NamedTuple):
     """Which of the processes this one is.
 
@@ -83,8 +86,8 @@ class Silent(SystemExit):
         first: what has failed first; None if the process that keeps it is gone.
     """
 
-    def __init__(self, first: Exception | None) -> None:
-        super().__init__(first.exit_status if isinstance(first, EmaSegError) else 1)
+    def __init__(self, first: Failure | None) -> None:
+        super().__init__(first.exit_status if isinstance(first, EmaSegError | Preempted) else 1)
         self.first = first
 
 
@@ -302,7 +305,7 @@ def first_told() -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, Preempted) as error:
         if _store is None:
             raise
         word = _word(error)
@@ -335,11 +338,10 @@ def _connect(here: Place) -> "Store":
     return PrefixStore(f"ema-seg/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def _word(error: Exception) -> str:
+def _word(error: Failure) -> str:
     """An exception as text, from which ``_told`` makes it again if it is one of ours."""
-    if isinstance(error, OSError) and error.strerror:
-        where = "the operating system" if error.filename is None else error.filename
-        error = TrainingError(f"{where}: {error.strerror}.")
+    if isinstance(error, OSError) and (sentence := system_sentence(error)) is not None:
+        error = TrainingError(sentence)
     own = type(error).__module__.startswith("ema_seg.")
     return json.dumps(
         {
@@ -351,12 +353,12 @@ def _word(error: Exception) -> str:
     )
 
 
-def _told(text: str) -> Exception:
+def _told(text: str) -> Failure:
     word = json.loads(text)
     if word["class"] is None:
         return ProcessFailed(f"{word['message']}, in the process {word['rank']}:\n{word['traceback']}")
     module, name = word["class"]
-    failure: Exception = getattr(import_module(module), name)(word["message"])
+    failure: Failure = getattr(import_module(module), name)(word["message"])
     return failure
 
 
@@ -468,7 +470,7 @@ def _work_together(work: Callable[..., object], arguments: Sequence[Any]) -> Non
     try:
         with joined(), first_told():
             work(*arguments)
-    except Exception as error:  # has been told
+    except (Exception, Preempted) as error:  # has been told
         raise Silent(error) from None
 
 
@@ -492,7 +494,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _failure(store: "Store", codes: Sequence[int], passed: Sequence[int]) -> Exception:
+def _failure(store: "Store", codes: Sequence[int], passed: Sequence[int]) -> Failure:
     """Why processes that ended with these codes, and have been passed these signals, have failed."""
     for number in passed:
         if -number in codes:  # where nothing was to be kept

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ema_seg.errors import CheckpointError, ConfigError, Preempted, one_line
+from ema_seg.errors import CheckpointError, ConfigError, one_line
 from ema_seg.models.build import segmenter_from_config
 from ema_seg.settings import REBUILDING, require_settings
 
@@ -29,8 +29,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"ckpt={path}: no such file; give the path of a checkpoint that train.py wrote.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Preempted:  # a signal may come at any moment
-        raise
     except Exception as error:  # torch, pickle and zipfile each have their own
         raise CheckpointError(
             f"ckpt={path}: the file is truncated or no checkpoint of plain data ({type(error).__name__}); "

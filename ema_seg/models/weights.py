@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ema_seg.errors import CheckpointError, ConfigError, Preempted, did_you_mean, one_line
+from ema_seg.errors import CheckpointError, ConfigError, did_you_mean, one_line
 
 __all__ = ["Normalisation", "check_encoder_name", "encoder_normalisation", "load_encoder_weights"]
 
@@ -62,8 +62,6 @@ def encoder_normalisation(encoder: str, weights: str | None) -> Normalisation:
         return Normalisation(_IMAGENET_MEAN, _IMAGENET_STD)
     try:
         parameters = smp.encoders.get_preprocessing_params(encoder, pretrained=weights)
-    except Preempted:  # a signal may come at any moment
-        raise
     except Exception as error:
         raise _hub_error(encoder, error) from error
     if parameters["input_space"] != "RGB":
@@ -127,8 +125,6 @@ def _from_hub(name: str, fetch: Callable[[], nn.Module]) -> nn.Module:
             return fetch()
     except KeyError as error:
         raise CheckpointError(f"model.encoder_weights=imagenet: {one_line(error)}; use {_ways(name)}.") from error
-    except Preempted:  # a signal may come at any moment
-        raise
     except Exception as error:
         # The hub client has no common base for "no network": OSError, httpx, requests and its own errors occur.
         raise _hub_error(name, error) from error
@@ -167,8 +163,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             content: Any = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Preempted:  # a signal may come at any moment
-        raise
     except Exception as error:
         raise CheckpointError(
             # Not torch's own words, which advise to run what is in the file.

@@ -1,5 +1,6 @@
 """How reports are written: whole files or none, under names that every file system takes."""
 
+import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -18,7 +19,7 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         DataError: it cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another process may write the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)

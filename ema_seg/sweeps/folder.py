@@ -19,7 +19,6 @@ failed or pruned; a lock on ``run.lock``, which the system frees when its holder
 import csv
 import fcntl
 import json
-import os
 import traceback
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 from filelock import FileLock
 
 from ema_seg.errors import DataError, EmaSegError, one_line
+from ema_seg.reporting.files import write_file
 
 __all__ = [
     "ANY",
@@ -41,7 +41,6 @@ __all__ = [
     "record_failure",
     "run_lock",
     "write_plan",
-    "write_text",
 ]
 
 SCHEMA = "ema-seg.sweep/1"
@@ -120,7 +119,8 @@ def write_plan(folder: Path, plan: Plan) -> Plan:
         tried = [job for job in earlier if not job.impossible or (folder / job.folder).is_dir()]
         kept = [job for job in tried if job.identity not in planned]
         merged = replace(plan, jobs=[*own, *kept])
-        write_text(path, json.dumps({"schema": SCHEMA, **asdict(merged)}, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps({"schema": SCHEMA, **asdict(merged)}, indent=1, ensure_ascii=False) + "\n"
+        write_file(path, text.encode())
     return merged
 
 
@@ -232,12 +232,5 @@ def record_failure(folder: Path, error: BaseException | str, state: str = "faile
         "attempts": 1 + (earlier["attempts"] if earlier else 0),
         "traceback": None if known else "".join(traceback.format_exception(error)),  # type: ignore[arg-type]
     }
-    write_text(folder / "failure.json", json.dumps(failure, indent=1, ensure_ascii=False) + "\n")
+    write_file(folder / "failure.json", (json.dumps(failure, indent=1, ensure_ascii=False) + "\n").encode())
     return reason
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step, so that a kill leaves the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -11,8 +11,9 @@ from typing import Any
 
 from filelock import Timeout
 
-from ema_seg.errors import ConfigError, DataError, Preempted, one_line
-from ema_seg.sweeps.folder import JobState, job_state, record_failure, run_lock, write_text
+from ema_seg.errors import ConfigError, DataError, one_line
+from ema_seg.reporting.files import write_file
+from ema_seg.sweeps.folder import JobState, job_state, record_failure, run_lock
 
 __all__ = ["MOST_ATTEMPTS", "Pruned", "hold_run", "is_settled", "read_job", "run_job"]
 
@@ -96,13 +97,11 @@ def run_job(folder: Path, job: Mapping[str, Any], work: Callable[[bool], None], 
             "host": gethostname(),
             "process": os.getpid(),
         }
-        write_text(folder / "job.json", json.dumps({**job, **start}, ensure_ascii=False) + "\n")
+        write_file(folder / "job.json", (json.dumps({**job, **start}, ensure_ascii=False) + "\n").encode())
         if not is_settled(job_state(folder, locked_by_us=True), retry=retry):
             try:
                 work((folder / "checkpoints" / "last.ckpt").is_file())
                 (folder / "failure.json").unlink(missing_ok=True)
-            except Preempted:  # it has not failed, and goes on elsewhere
-                raise
             except Pruned as error:
                 record_failure(folder, str(error), state="pruned")
             except Exception as error:  # whatever a combination may bring about

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ema_seg.data import SegmentationDataModule
 from ema_seg.distributed.preemption import Preemption
-from ema_seg.errors import CheckpointError, ConfigError, Preempted, TrainingError, one_line
+from ema_seg.errors import CheckpointError, ConfigError, TrainingError, one_line
 from ema_seg.evaluation import describe_environment
 from ema_seg.models import segmenter_from_config
 from ema_seg.models.limits import describe_memory, is_out_of_memory
@@ -184,8 +184,6 @@ def _log_configuration(trainer: Trainer, config: Mapping[str, Any]) -> None:
     for logger in trainer.loggers:
         try:
             logger.log_hyperparams(dict(config))
-        except Preempted:
-            raise
         except Exception as error:  # no account, no server, no disk: each logger has its own for it
             raise ConfigError(
                 f"logger={config['logger']['name']} cannot be started: {one_line(error)[:300]}; correct "

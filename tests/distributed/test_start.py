@@ -61,7 +61,7 @@ def test_a_process_that_fails_ends_the_others_with_its_word(how, kind, message, 
     ("error", "message"),
     [
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/data/a.png"), "/data/a.png: No such file or"),
-        (OSError(errno.ENOSPC, "No space left on device"), "the operating system: No space left on device."),
+        (OSError(errno.ENOSPC, "No space left on device"), "a file cannot be written: No space left on device."),
     ],
 )
 def test_what_the_operating_system_says_is_told_in_a_sentence(error, message):
@@ -87,7 +87,7 @@ def test_the_reason_is_what_failed_first(word, codes, passed, message):
     if word is not None:
         store.set("failure", start._word(word))
 
-    with pytest.raises(Exception, match=f"^{message}"):
+    with pytest.raises((Exception, Preempted), match=f"^{message}"):
         raise start._failure(store, codes, passed)
 
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from ema_seg.errors import ConfigError, DataError, TrainingError
+from ema_seg.errors import ConfigError, DataError, Preempted, TrainingError
 from ema_seg.sweeps import Pruned, hold_run, job_state, read_job, run_job
 
 JOB = {"identity": "1a", "overrides": {"attention": "ema"}}
@@ -87,7 +87,7 @@ def test_a_pruned_job_is_not_tried_again(tmp_path):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit, Preempted])
 def test_what_ends_the_process_is_no_failure_of_the_job(tmp_path, end):
     def work(resume):
         raise end
