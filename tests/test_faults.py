@@ -1,14 +1,13 @@
 """What really happens to runs: kills, signals, full or silent disks, files that are not what they should be."""
 
 import csv
-import ctypes
 import os
 import random
 import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from ema_seg.errors import CheckpointError
 from ema_seg.reporting import load_report
 from ema_seg.sweeps import hold_run
 from ema_seg.training.checkpoints import load_last
-from tests.conftest import QUICK, is_alive, made_once, write_camvid
+from tests.conftest import QUICK, is_alive, made_once, silent, write_camvid
 
 TINY = (
     *QUICK,
@@ -391,31 +390,6 @@ def mask_of(image):
     return image.parents[1] / "masks" / f"{image.stem}.png"
 
 
-@contextmanager
-def silent(path):
-    """A file or folder in whose place is a disk that never answers, as of a server that is gone.
-
-    It takes root's rights to be such a disk; others get a pipe that nobody writes to.
-    """
-    try:
-        device = os.open("/dev/fuse", os.O_RDWR)
-    except OSError:
-        device = None
-    # Nobody answers even the first question, and so all who come after it wait, whatever signal they get.
-    options = f"fd={device},rootmode={path.stat().st_mode:o},user_id=0,group_id=0"
-    libc = ctypes.CDLL(None)
-    if device is None or libc.mount(b"silent", bytes(path), b"fuse.silent", 0, options.encode()):
-        path.unlink()
-        os.mkfifo(path)
-        yield
-        return
-    try:
-        yield
-    finally:
-        os.close(device)
-        libc.umount2(bytes(path), 2)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_disk_that_gives_nothing_is_not_waited_for(workers, damaged, entry, tmp_path):
     root, image, _ = damaged
@@ -425,8 +399,8 @@ def test_a_disk_that_gives_nothing_is_not_waited_for(workers, damaged, entry, tm
         status, err = entry.run(*TINY, f"data.root={root}", *options)
 
     assert status == 1
-    said = f"{image} or {mask_of(image)}: nothing has come from the disk for 2 seconds; see what it is waiting for, or "
-    assert err.splitlines()[-1] == f"error: {said}raise data.timeout."
+    said = f"{image} or {mask_of(image)}: nothing has come from the disk for 2 seconds; see what it is waiting for, "
+    assert err.splitlines()[-1] == f"error: {said}or allow it more (data.timeout of a training, --timeout of a check)."
 
 
 def test_a_killed_worker_that_has_read_nothing_is_told(undisturbed, entry, tmp_path):

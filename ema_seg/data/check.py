@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch.utils.data import DataLoader, Dataset
 
 from ema_seg.data import DATASETS, build_dataset, find_dataset_class
 from ema_seg.data.base import IGNORE_INDEX, MissingSplitError, SegmentationDataset
+from ema_seg.data.loading import LONGEST_TIMEOUT, InTurn, Loader, Samples, Skipped, within
 from ema_seg.errors import DataError, EmaSegError
 
 __all__ = ["SplitReport", "check_split", "main"]
@@ -66,11 +66,12 @@ class SplitReport:
         return table
 
 
-class _Findings(Dataset[_Finding]):
-    """Checks the pair at an index, so that a DataLoader spreads the work over processes."""
+class _Findings:
+    """Checks the pair at an index, so that a loader spreads the work over processes."""
 
     def __init__(self, dataset: SegmentationDataset) -> None:
         self.dataset = dataset
+        self.name, self.files = dataset.name, dataset.files
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -95,16 +96,30 @@ class _Findings(Dataset[_Finding]):
         return _Finding(pixels, defects)
 
 
-def check_split(dataset: SegmentationDataset, workers: int = 0, progress: Progress | None = None) -> SplitReport:
+def check_split(
+    dataset: SegmentationDataset, workers: int = 0, timeout: float = 300, progress: Progress | None = None
+) -> SplitReport:
     """Decode and check every file of a split.
 
     Args:
         dataset: The split, made with ``allow_unpaired=True``.
         workers: Worker processes; 0 checks in this one.
+        timeout: Seconds that the disk may take for the files of a pair.
         progress: Where to show progress, if anywhere.
+
+    Raises:
+        EmaSegError: The disk has given nothing in that time, or the system has killed a worker.
     """
     report = SplitReport(dataset.split, dataset.classes, len(dataset), list(dataset.unpaired))
-    findings: Any = DataLoader(_Findings(dataset), batch_size=None, num_workers=workers, collate_fn=_as_is)
+    findings: Any = Loader(
+        Samples(_Findings(dataset), workers, max_skipped=0, timeout=timeout),
+        _alone,
+        skipped=Skipped(0),
+        split=dataset.split,
+        workers=workers,
+        batch_size=1,
+        sampler=InTurn(len(dataset)),
+    )
     if progress is not None:
         findings = progress.track(findings, total=len(dataset), description=dataset.split)
     for finding in findings:
@@ -118,11 +133,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = _parse(arguments)
     try:
-        datasets, defects = _open_splits(options)
+        datasets, defects = within(options.timeout, options.root, lambda: _open_splits(options))
+        reports = [_check_with_progress(dataset, options) for dataset in datasets]
     except EmaSegError as error:
         print(error, file=sys.stderr)
         return 1
-    reports = [_check_with_progress(dataset, options.workers) for dataset in datasets]
     console = Console()
     for report in reports:
         console.print(report.table())
@@ -134,10 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if defects else 0
 
 
-def _check_with_progress(dataset: SegmentationDataset, workers: int) -> SplitReport:
+def _check_with_progress(dataset: SegmentationDataset, options: argparse.Namespace) -> SplitReport:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        return check_split(dataset, workers, progress)
+        return check_split(dataset, options.workers, options.timeout, progress)
 
 
 def _open_splits(options: argparse.Namespace) -> tuple[list[SegmentationDataset], list[str]]:
@@ -180,6 +195,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=min(os.cpu_count() or 1, 8),
         help="worker processes (default: %(default)s)",
     )
+    parser.add_argument(
+        "--timeout",
+        type=_parse_seconds,
+        default=300,
+        help="seconds that the disk may take, as data.timeout of a training (default: %(default)s)",
+    )
     parsed = parser.parse_intermixed_args(arguments)
     parsed.options = dict(parsed.options)
     return parsed
@@ -192,8 +213,15 @@ def _parse_option(text: str) -> tuple[str, Any]:
     return key, yaml.safe_load(value)  # the types that the option would have in a config
 
 
-def _as_is(finding: Any) -> Any:
-    # The DataLoader's own conversion would turn the counts into tensors.
+def _parse_seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= LONGEST_TIMEOUT:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds from 0 to {LONGEST_TIMEOUT}")
+    return seconds
+
+
+def _alone(findings: list[_Finding]) -> _Finding:
+    (finding,) = findings
     return finding
 
 

@@ -12,7 +12,17 @@ from torch.utils.data import DataLoader, Sampler
 
 from ema_seg.data import build_dataset, check_dataset, find_dataset_class
 from ema_seg.data.base import Sample, SegmentationDataset
-from ema_seg.data.loading import Draws, InTurn, Loader, Samples, Skipped, collate_crops, collate_images, within
+from ema_seg.data.loading import (
+    LONGEST_TIMEOUT,
+    Draws,
+    InTurn,
+    Loader,
+    Samples,
+    Skipped,
+    collate_crops,
+    collate_images,
+    within,
+)
 from ema_seg.data.transforms import TensorSample, build_eval_transform, build_train_transform
 from ema_seg.distributed.start import place
 from ema_seg.errors import ConfigError, DataError
@@ -20,7 +30,6 @@ from ema_seg.errors import ConfigError, DataError
 __all__ = ["SegmentationDataModule", "check_shares"]
 
 _MOST_WORKERS = 1024
-_LONGEST_TIMEOUT = 1_000_000
 
 
 class SegmentationDataModule(LightningDataModule):
@@ -76,8 +85,8 @@ class SegmentationDataModule(LightningDataModule):
         super().__init__()
         _require_at_least(1, batch_size=batch_size, evaluation_batch_size=evaluation_batch_size)
         _require_at_least(0, workers=workers, max_skipped=max_skipped)
-        if not isinstance(timeout, int | float) or not 0 < timeout <= _LONGEST_TIMEOUT:
-            raise ConfigError(f"data.timeout={timeout!r} is no number of seconds from 0 to {_LONGEST_TIMEOUT}.")
+        if not isinstance(timeout, int | float) or not 0 < timeout <= LONGEST_TIMEOUT:
+            raise ConfigError(f"data.timeout={timeout!r} is no number of seconds from 0 to {LONGEST_TIMEOUT}.")
         if workers > _MOST_WORKERS:
             raise ConfigError(f"data.workers={workers}: each is a process; choose {_MOST_WORKERS} at most.")
         _require_channels(mean=mean, std=std)

@@ -10,14 +10,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from ema_seg.data.base import SegmentationDataset
 from ema_seg.data.transforms import TensorSample
 from ema_seg.distributed.collectives import gather
 from ema_seg.distributed.leaving import LEAVE_SIGNALS
@@ -25,6 +24,7 @@ from ema_seg.distributed.start import place
 from ema_seg.errors import ConfigError, DataError, EmaSegError
 
 __all__ = [
+    "LONGEST_TIMEOUT",
     "Draws",
     "InTurn",
     "Loader",
@@ -37,6 +37,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+# Seconds; the system takes no number of any size.
+LONGEST_TIMEOUT = 1_000_000
 
 
 class Skipped:
@@ -107,10 +110,24 @@ def read_skipped(file: Path) -> dict[tuple[str, str], str]:
         return {(row[0], row[1]): row[2] for row in csv.reader(rows) if len(row) == 3}
 
 
+class Readable(Protocol):
+    """What is read by index, and can say what it reads."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+    def name(self, index: int, /) -> str:
+        """The name of a sample."""
+
+    def files(self, index: int, /) -> str:
+        """Its files."""
+
+
 class _Item(NamedTuple):
     """A sample, or None if it could not be read, and names and reasons of those that were tried before."""
 
-    sample: TensorSample | None
+    sample: Any
     skipped: list[tuple[str, str]]
 
 
@@ -121,13 +138,13 @@ class Samples(Dataset[_Item]):
     that batches stay full. Without, such a sample is left out.
 
     Args:
-        dataset: the data set.
+        dataset: the data set, or what else reads its files.
         workers: the number of worker processes.
         max_skipped: how many samples may be unreadable before reading raises what was wrong with the last one.
         timeout: seconds that a sample may take where no other process waits for it.
     """
 
-    def __init__(self, dataset: SegmentationDataset, workers: int, max_skipped: int, timeout: float) -> None:
+    def __init__(self, dataset: Readable, workers: int, max_skipped: int, timeout: float) -> None:
         self.dataset = dataset
         self.max_skipped = max_skipped
         self.timeout = timeout
@@ -151,7 +168,7 @@ class Samples(Dataset[_Item]):
                 return _Item(None, skipped)
             index = (index + 1) % len(self.dataset)
 
-    def _read(self, index: int, seed: int | None) -> TensorSample:
+    def _read(self, index: int, seed: int | None) -> Any:
         info = get_worker_info()
         slot = self.workers[info.id if info else 0]
         slot[1] = index
@@ -203,7 +220,7 @@ class _Stalled(EmaSegError):
 def _stall(waited_for: list[str], seconds: float) -> str:
     return (
         f"{_listed(waited_for) or 'data'}: nothing has come from the disk for {seconds:g} seconds; see what it is "
-        "waiting for, or raise data.timeout."
+        "waiting for, or allow it more (data.timeout of a training, --timeout of a check)."
     )
 
 
@@ -284,7 +301,7 @@ class Loader(DataLoader[Any]):
     def __init__(
         self,
         samples: Samples,
-        collate: Callable[[list[TensorSample]], dict[str, Any]],
+        collate: Callable[[list[Any]], Any],
         *,
         skipped: Skipped,
         split: str,
@@ -360,10 +377,10 @@ class Loader(DataLoader[Any]):
 class _Collate:
     """Items to a batch of their samples, None if there is none, and what has been skipped for it."""
 
-    def __init__(self, collate: Callable[[list[TensorSample]], dict[str, Any]]) -> None:
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
 
-    def __call__(self, items: list[_Item]) -> tuple[dict[str, Any] | None, list[tuple[str, str]]]:
+    def __call__(self, items: list[_Item]) -> tuple[Any, list[tuple[str, str]]]:
         samples = [item.sample for item in items if item.sample is not None]
         return self.collate(samples) if samples else None, [entry for item in items for entry in item.skipped]
 

@@ -1,3 +1,5 @@
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -5,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ema_seg.data.check import main
+from tests.conftest import silent
 from tests.data.builders import (
     random_image,
     random_mask,
@@ -73,6 +76,31 @@ def test_a_split_can_be_chosen(root: Path, capsys: pytest.CaptureFixture[str]) -
     assert "no images in test/images/; splits with images: train, val" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_disk_that_gives_nothing_is_not_waited_for(
+    root: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    with silent(root / "train/images/t1.jpg"):
+        assert main(["camvid", str(root), "--workers", workers, "--timeout", "1"]) == 1
+    said = f"{root}/train/images/t1.jpg or {root}/train/masks/t1.png: nothing has come from the disk for 1 seconds; see"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(said)
+
+
+def test_a_killed_worker_is_told_with_the_files_that_it_read(root: Path) -> None:
+    image = root / "train/images/t1.jpg"
+    image.unlink()
+    os.mkfifo(image)
+    command = [sys.executable, "-m", "ema_seg.data.check", "camvid", str(root), "--workers", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as check:
+        writer = os.open(image, os.O_WRONLY)  # waits until the worker reads, which then waits for what never comes
+        (worker,) = Path(f"/proc/{check.pid}/task/{check.pid}/children").read_text().split()
+        os.kill(int(worker), signal.SIGKILL)
+        _, err = check.communicate(timeout=60)
+        os.close(writer)
+    assert check.returncode == 1
+    assert f"by the system while it read {image} or " in err.splitlines()[-1]
+
+
 def test_options_reach_the_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_cityscapes(tmp_path, "train", ["aachen_000000_000019"], [7])
     write_cityscapes(tmp_path, "train_extra", ["erlangen_000000_000000"], [7], labels="gtCoarse")
@@ -97,7 +125,9 @@ def test_a_wrong_root_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixt
     assert captured.err.count("\n") == 1 and "nowhere: no such file or folder" in captured.err
 
 
-@pytest.mark.parametrize("arguments", [["pascal", "root"], ["camvid", "root", "coarse"]])
+@pytest.mark.parametrize(
+    "arguments", [["pascal", "root"], ["camvid", "root", "coarse"], ["camvid", "root", "--timeout", "nan"]]
+)
 def test_a_wrong_command_line_shows_the_usage(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
