@@ -6,7 +6,7 @@ python train.py --help shows what can be configured.
 import sys
 
 if __name__ == "__main__":
-    # Before all that takes time: from here on no signal ends a command without a word and a status.
+    # Before all that takes time: from here on a signal ends a command with a word and a status.
     from ema_seg.distributed.leaving import leave_when_asked
 
     leave_when_asked()
@@ -79,6 +79,7 @@ def main() -> None:
         if resumed == "auto" and composed:
             _resume_unfinished(composed)
         launch(_train, CONFIGS, config_name)
+    stay_when_asked()
 
 
 @contextmanager

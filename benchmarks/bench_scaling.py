@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ema_seg.data import SegmentationDataModule
 from ema_seg.distributed.start import alone, place, run_together, wait_for_all
-from ema_seg.errors import EmaSegError
+from ema_seg.errors import EmaSegError, Preempted
 from ema_seg.evaluation.inference import autocast
 from ema_seg.models import segmenter_from_config
 from ema_seg.models.mode import set_execution
@@ -220,8 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     try:
         record = _measure_all(options, counts, cuda=gpus > 0)
-    except EmaSegError as error:
-        parser.exit(1, f"error: {error}\n")
+    except (EmaSegError, Preempted) as error:
+        parser.exit(error.exit_status, f"error: {error}\n")
     write_result(options.output, NAME, record, as_markdown(record))
     print(as_markdown(record))
     print(f"Written to {options.output}.")

@@ -11,6 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from ema_seg.distributed.leaving import as_asked
 from ema_seg.distributed.start import first_told
 from ema_seg.errors import ConfigError, EmaSegError, Preempted, one_line, system_sentence
 
@@ -34,13 +35,13 @@ def reports_errors(function: Callable[P, R]) -> Callable[P, R]:
     """Turn an error that the user can correct into one sentence on standard error and its exit status.
 
     What Hydra finds wrong, and what the operating system says about a file, are such errors too. Of several processes
-    only the one that fails first says so. Ctrl-C ends with a word and status 130.
+    only the one that fails first says so. Ctrl-C ends with a word and status 130; see ``as_asked`` for other signals.
     """
 
     @wraps(function)
     def wrapped(*arguments: P.args, **keywords: P.kwargs) -> R:
         try:
-            with first_told():
+            with as_asked(), first_told():
                 return function(*arguments, **keywords)
         except (EmaSegError, Preempted) as error:
             print(f"error: {error}", file=sys.stderr)

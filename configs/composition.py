@@ -19,7 +19,7 @@ from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.trust import forbid_settings_from_text, require_harmless, settings_of, typed_overrides
+from configs.trust import forbid_settings_from_text, require_harmless, settings_of
 from ema_seg.errors import ConfigError, EmaSegError, did_you_mean, one_line
 
 __all__ = ["compose", "launch"]
@@ -33,14 +33,17 @@ class _Loader(ConfigLoaderImpl):
 
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
         super().__init__(config_search_path)
-        self._typed = typed_overrides()  # only the first process has them
+        # Of the command line, which the processes of a launcher have not.
+        options = get_args_parser().parse_args()
+        self._typed = options.overrides
+        self._sweeps = options.multirun and not (options.help or options.hydra_help)
 
     def load_configuration(
         self, config_name: str | None, overrides: list[str], run_mode: RunMode, *options: Any, **named: Any
     ) -> DictConfig:
         composed = super().load_configuration(config_name, overrides, run_mode, *options, **named)
         require_harmless(composed, self._typed)
-        _check_sweeper(composed, multirun=run_mode == RunMode.MULTIRUN)
+        _check_sweeper(composed, self._sweeps)
         return composed
 
 
@@ -118,13 +121,16 @@ def _check_sweeper(composed: DictConfig, multirun: bool) -> None:
 def launch(task: TaskFunction, folder: Path, config_name: str) -> None:
     """Have Hydra do what the command line asks for; what goes wrong comes out as the exception that it was."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    hydras_own.ConfigLoaderImpl = _Loader  # type: ignore[misc]  # Hydra lets nobody else look at what it composes
+    if not get_args_parser().parse_args().shell_completion:  # which acts on no setting
+        hydras_own.ConfigLoaderImpl = _Loader  # type: ignore[misc]  # Hydra lets nobody else look at what it composes
     try:
         hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
     except Exception as error:
         if isinstance(error, EmaSegError | OSError) or _is_ours(error, task):
             raise
         raise ConfigError(f"Hydra cannot work with its settings (hydra.…): {one_line(error)}.") from error
+    finally:
+        hydras_own.ConfigLoaderImpl = ConfigLoaderImpl  # type: ignore[misc]
 
 
 def _is_ours(error: Exception, task: TaskFunction) -> bool:
@@ -190,7 +196,8 @@ def _known_keys(loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> li
     chosen = [str(o.input_line) for o in _choices(loader, overrides)]
     for groups in (chosen, []):
         try:
-            composed = loader.load_configuration(name, groups, RunMode.MULTIRUN)
+            # Of what is not allowed the keys are known, too.
+            composed = ConfigLoaderImpl.load_configuration(loader, name, groups, RunMode.MULTIRUN)
             return [path for path, _, _ in settings_of(composed)]
         except (HydraException, OmegaConfBaseException, ValueError):
             continue

@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
@@ -21,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ema_seg.errors import ConfigError
 
-__all__ = ["forbid_settings_from_text", "require_harmless", "require_printable", "settings_of", "typed_overrides"]
+__all__ = ["forbid_settings_from_text", "require_harmless", "require_printable", "settings_of"]
 
 _CALLBACKS = (
     "hydra.experimental.callbacks.LogJobReturnCallback",
@@ -68,18 +67,12 @@ def forbid_settings_from_text() -> None:
         OmegaConf.clear_resolver(name)
 
 
-def typed_overrides() -> list[str]:
-    """The overrides on the command line of this process."""
-    overrides: list[str] = get_args_parser().parse_args().overrides
-    return overrides
-
-
 def require_harmless(config: DictConfig, typed: Sequence[str] = ()) -> None:
     """Look at everything in a composed configuration, Hydra's own settings included, that would do more than set.
 
     Args:
         config: with Hydra's settings; of a job of a sweep, too.
-        typed: the overrides of the command line, see ``typed_overrides``: what stands there is the user's own.
+        typed: the overrides of the command line: what stands there is the user's own.
 
     Raises:
         ConfigError: something is called that is none of Hydra's plugins (its launchers and sweepers and this

@@ -2,7 +2,7 @@
 
 Each is raised where the fact is known, with a message that is one sentence: what was found, where
 (file, key, value), and what to do. The entry points print the sentence and exit with status 1, without
-a traceback; a notebook sees an ordinary exception.
+a traceback; a notebook sees an ordinary exception. Being asked to leave is no such mistake: Preempted stands beside it.
 """
 
 import errno
@@ -22,8 +22,9 @@ __all__ = [
     "system_sentence",
 ]
 
-# What a disk says while it is written to, where the system does not tell which file it was.
+# What the system says without a file's name: of a disk that is written to, and of what there is no more of.
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_OF_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 
 
 def did_you_mean(name: object, known: Iterable[str], most: int = 1) -> str:
@@ -38,10 +39,17 @@ def one_line(error: BaseException) -> str:
 
 
 def system_sentence(error: OSError) -> str | None:
-    """What the operating system says about a file or a disk; None where it speaks of something else."""
-    if not error.strerror or (error.filename is None and error.errno not in _OF_DISKS):
+    """What the operating system says about a file, a disk or its limits; None where it speaks of something else."""
+    if not error.strerror:
         return None
-    where = "a file cannot be written" if error.filename is None else error.filename
+    if error.filename is not None:
+        where = error.filename
+    elif error.errno in _OF_DISKS:
+        where = "a file cannot be written"
+    elif error.errno in _OF_LIMITS:
+        where = "the operating system has no more"
+    else:
+        return None
     return f"{where}: {error.strerror}."
 
 

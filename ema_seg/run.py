@@ -16,7 +16,7 @@ from ema_seg.data.datamodule import check_shares
 from ema_seg.distributed.collectives import agree, require_shared
 from ema_seg.distributed.preemption import Preemption
 from ema_seg.distributed.start import place, run_together
-from ema_seg.errors import ConfigError, TrainingError
+from ema_seg.errors import ConfigError, Preempted, TrainingError
 from ema_seg.models import encoder_normalisation
 from ema_seg.models.mode import deterministic_algorithms
 from ema_seg.reporting import assess_checkpoint, find_device, load_report
@@ -189,11 +189,15 @@ def _report_of(work: Callable[..., dict[str, Any]], processes: int, directory: P
     Raises:
         TrainingError: they have not left it.
     """
-    if processes == place().size:
-        return work(*arguments)
     path = directory / "report.json"
     earlier = _version(path)
-    run_together(work, processes, *arguments)
+    try:
+        if processes == place().size:
+            return work(*arguments)
+        run_together(work, processes, *arguments)
+    except Preempted:
+        if _version(path) == earlier:
+            raise  # else it came too late for there to be anything to go on with
     if _version(path) == earlier:
         raise TrainingError(f"{path} was not written, though all {processes} processes have ended well; try again.")
     return load_report(path)

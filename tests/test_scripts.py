@@ -641,10 +641,31 @@ def test_help_names_every_group_and_every_option():
             assert option.stem in re.findall(r"\w+", help_text), option
 
 
-def test_help_is_given_whatever_else_is_asked(run_script):
-    status, out, err = run_script("train", "--help", "resume=auto")
+@pytest.mark.parametrize(
+    "command",
+    [("train", "--help", "resume=auto"), ("eval", "-m", "--help"), ("train", "-m", "--hydra-help")],
+)
+def test_help_is_given_whatever_else_is_asked(command, run_script):
+    status, out, err = run_script(*command)
     assert status == 0, err
-    assert "data.root" in out
+    assert "data.root" in out or "Hydra" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [("python train.py +hydra.job.env_set.MODE=a see", "seed="), ("python eval.py -m rep", "report.")],
+)
+def test_a_shell_completes_what_is_typed(line, completed, run_script, monkeypatch):
+    monkeypatch.setenv("COMP_LINE", line)
+    status, out, err = run_script(line.split()[1].removesuffix(".py"), "--shell-completion", "query=bash")
+    assert status == 0, err
+    assert completed in out.split()
+
+
+def test_the_nearest_setting_of_an_evaluation_is_suggested(run_script):
+    status, _, err = run_script("eval", "report.dirr=4")
+    assert status == 1
+    assert "Did you mean 'report.dir'?" in err
 
 
 @pytest.mark.parametrize("number", LEAVE_SIGNALS)

@@ -4,8 +4,10 @@ import itertools
 import re
 from pathlib import Path
 
+import hydra._internal.hydra as hydras_own
 import pytest
 import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import OmegaConf
 
 from configs.trust import require_harmless, require_printable
@@ -167,6 +169,24 @@ def test_what_hydra_acts_on_is_what_was_looked_at(turns, experiment, run_script,
     assert "logging.os.system: a configuration may only have" in err
     assert next(read) > turns + 1
     assert not (tmp_path / "mark").exists()
+    assert hydras_own.ConfigLoaderImpl is ConfigLoaderImpl  # for whoever composes next in this process
+
+
+def test_what_a_process_of_a_launcher_acts_on_is_looked_at_there(experiment, run_script, camvid_root, tmp_path):
+    command = experiment({"defaults": [{"/taken": "${oc.env:SUBMITIT_EXECUTOR,here}"}, "_self_"]})
+    (tmp_path / "shared" / "taken").mkdir()
+    for name, settings in {"here": {}, "local": HANDLER}.items():
+        text = "# @package _global_\n" + yaml.safe_dump(settings)
+        (tmp_path / "shared" / "taken" / f"{name}.yaml").write_text(text)
+
+    status, _, err = run_script(
+        *("train", "-m", *command, "launcher=submitit_local", *QUICK),
+        *("data=camvid", f"data.root={camvid_root}", "hydra.sweep.dir=sweep"),
+    )
+
+    assert status == 1
+    assert "(FailedJobError: ema_seg.errors.ConfigError: hydra.job_logging.handlers.console.class=logging.os." in err
+    assert not list(tmp_path.rglob("mark"))
 
 
 def test_the_configurations_of_the_project_stay(run_script):

@@ -1,15 +1,13 @@
 """Being asked to leave the machine, by SIGTERM, SIGUSR1 or SIGUSR2."""
 
-import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from ema_seg.distributed.leaving import LEAVE_SIGNALS, Handler, earlier_handler
+from ema_seg.distributed.leaving import LEAVE_SIGNALS, Handler, earlier_handler, leave_if_stuck
 from ema_seg.distributed.start import place
 from ema_seg.errors import Preempted
 
@@ -68,10 +66,7 @@ class Preemption:
         if self._deferred:
             return
         if self._earlier[number] is None:
-            # Python drops what is raised while it frees an object, and some library may catch it.
-            self._last_resort = threading.Timer(_PATIENCE, _end, [number])
-            self._last_resort.daemon = True
-            self._last_resort.start()
+            self._last_resort = leave_if_stuck(_PATIENCE, f"error: {_sentence(number, _NOTHING_LOST)}")
         self.leave(_NOTHING_LOST)
 
     def is_due(self, *, now: bool = False) -> bool:
@@ -115,8 +110,3 @@ class Preemption:
 
 def _sentence(number: int, what: str) -> str:
     return f"stopped by {signal.Signals(number).name}{what}."
-
-
-def _end(number: int) -> None:
-    print(f"error: {_sentence(number, _NOTHING_LOST)}", file=sys.stderr, flush=True)
-    os._exit(Preempted.exit_status)

@@ -229,7 +229,7 @@ class FolderSweeper(Sweeper):
             batch = [self._arguments(name, overrides) for name, overrides in jobs.items()]
             results = self.launcher.launch(batch, initial_job_idx=0)
         except Exception as error:  # whatever a launcher says when one of its processes is killed
-            death = f"its process was ended ({type(error).__name__}: {one_line(error)[:300]})"
+            death = f"its process was ended ({type(error).__name__}: {_reason(error)[:300]})"
         for name, result in zip(jobs, results, strict=False):
             if result.status is JobStatus.FAILED:  # before the job could take care of itself
                 record_failure(self.folder / name, result._return_value)
@@ -283,6 +283,13 @@ class FolderSweeper(Sweeper):
         print(f"sweep: {self.folder}")
         if overview.counts.keys() - {"finished", "pruned"}:
             sys.exit(1)
+
+
+def _reason(error: Exception) -> str:
+    """What an error says; where it holds a traceback, as submitit's do, what that one ends in."""
+    _, traceback, rest = str(error).rpartition("Traceback (most recent call last):")
+    ends = [line for line in rest.splitlines() if line and not line.startswith(" ")]
+    return ends[0] if traceback and ends else one_line(error)
 
 
 def by_dotted_key(settings: Mapping[str, Any] | None, prefix: str = "") -> dict[str, Any]:

@@ -38,6 +38,31 @@ def test_a_process_leaves_also_where_what_its_handler_raises_is_dropped(earlier)
     assert done.stderr.splitlines()[-1] == "error: stopped by SIGTERM; the run has not lost anything."
 
 
+# A library may make an exception of its own of what the signal has raised, and may go on.
+SWALLOWED = """
+import os, signal, time
+from ema_seg.distributed import leaving
+
+leaving._PATIENCE = 0.1
+leaving.leave_when_asked()
+with leaving.as_asked():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except SystemExit:
+        {then}
+"""
+
+
+@pytest.mark.parametrize("then", ["raise AttributeError", "pass", "time.sleep(60)", "os.kill(os.getpid(), 15)"])
+def test_a_process_that_is_asked_to_leave_ends_so_whatever_is_made_of_it(then):
+    program = SWALLOWED.format(then=then)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+
+    assert done.returncode == 75
+    assert done.stderr == "stopped by SIGTERM outside of the training; give the command again.\n"
+
+
 @pytest.mark.parametrize("later", ["", "; leaving.leave_when_asked()"])
 def test_a_process_goes_on_where_an_earlier_handler_has_it_go_on(later):
     """As submitit's, which leaves the decision to another signal."""

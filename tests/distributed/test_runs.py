@@ -5,7 +5,7 @@ import torch
 
 from ema_seg import run
 from ema_seg.distributed.start import Place
-from ema_seg.errors import ConfigError, TrainingError
+from ema_seg.errors import ConfigError, Preempted, TrainingError
 from ema_seg.reporting import assessment
 from ema_seg.training import strategy
 
@@ -54,3 +54,20 @@ def test_a_report_that_was_there_before_is_not_taken_for_the_result(monkeypatch,
 
     with pytest.raises(TrainingError, match=r"report\.json was not written, though all 2 processes have ended well"):
         run._report_of(print, 2, tmp_path)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_that_comes_after_the_report_comes_too_late(processes, monkeypatch, tmp_path):
+    def work(text):
+        if text:
+            (tmp_path / "new").write_text(text)
+            (tmp_path / "new").replace(tmp_path / "report.json")
+        raise Preempted("stopped by SIGTERM.")
+
+    monkeypatch.setattr(run, "run_together", lambda work, count, *arguments: work(*arguments))
+    (tmp_path / "report.json").write_text("{}")
+    monkeypatch.setattr(run, "load_report", lambda path: path.read_text())
+
+    with pytest.raises(Preempted):
+        run._report_of(work, processes, tmp_path, "")
+    assert run._report_of(work, processes, tmp_path, '{"miou": 1}') == '{"miou": 1}'
