@@ -147,53 +147,45 @@ def assert_close_weights(run, other):
         assert_close(pieces[name], tensor, atol=1e-6, rtol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_torchrun_on_two_machines_does_the_same(together, root, tmp_path):
+def run_at_once(entry, folder, commands):
+    """Standard output and standard error of commands that all end well."""
+    status, err = entry.run(entry.folder, json.dumps(commands), script="tests/started", cwd=folder)
+    outputs = [tuple((entry.folder / f"{number}.{name}").read_text() for name in ("out", "err")) for number in (0, 1)]
+    assert (status, err) == (0, ""), outputs
+    assert json.loads(entry.out) == [0] * len(commands), outputs
+    return outputs
+
+
+def test_torchrun_on_two_machines_does_the_same(together, root, tmp_path, entry):
     port = free_port()
     machines = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={machine}"),
-                *("--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"),
-                *(str(ROOT / "train.py"), *TINY, *EVEN, f"data.root={root}"),
-                *("trainer=ddp", "trainer.accelerator=cpu", "epochs=5"),
-            ],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-        )
+        [
+            # Which one is the host each finds out by its address, were that not the same.
+            *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--rdzv-conf=is_host={1 - machine}"),
+            *("--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"),
+            *(str(ROOT / "train.py"), *TINY, *EVEN, f"data.root={root}"),
+            *("trainer=ddp", "trainer.accelerator=cpu", "epochs=5"),
+        ]
         for machine in range(2)
     ]
-    for machine in machines:
-        _, err = machine.communicate(timeout=200)
-        assert machine.returncode == 0, err
+
+    run_at_once(entry, tmp_path, [(machine, {}) for machine in machines])
 
     assert_same(only_run(tmp_path), only_run(together[0]))
 
 
-def test_tasks_of_slurm_do_the_same(together, root, tmp_path):
-    tasks = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *TINY, *EVEN, f"data.root={root}", "trainer=ddp_cpu", "epochs=5"],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-            env={
-                **os.environ,
-                "SLURM_JOB_ID": str(os.getpid()),
-                "SLURM_NTASKS": "2",
-                "SLURM_STEP_NUM_TASKS": "2",
-                "SLURM_STEP_NUM_NODES": "1",
-                "SLURM_STEP_NODELIST": "localhost",
-                "SLURM_PROCID": str(task),
-                "SLURM_LOCALID": str(task),
-            },
-        )
-        for task in range(2)
-    ]
-    outputs = [task.communicate(timeout=200) for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], outputs
+def test_tasks_of_slurm_do_the_same(together, root, tmp_path, entry):
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, *EVEN, f"data.root={root}", "trainer=ddp_cpu", "epochs=5"]
+    step = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+    }
+    tasks = [(command, {**step, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)}) for task in range(2)]
+
+    outputs = run_at_once(entry, tmp_path, tasks)
 
     assert sum(out.count("run: ") for out, _ in outputs) == 1
     assert_same(only_run(tmp_path), only_run(together[0]))

@@ -12,6 +12,15 @@ from ema_seg.models.placement import PLACEMENTS
 # The lightest encoder that each decoder takes.
 ENCODERS = {"dpt": "tu-vit_tiny_patch16_224", "segformer": "mit_b0"}
 
+# Fewer channels than by default, where those take seconds.
+LIGHT = {
+    "deeplabv3": {"decoder_channels": 32},
+    "dpt": {"decoder_intermediate_channels": (16, 16, 16, 16), "decoder_fusion_channels": 16},
+    "unet": {"decoder_channels": (32, 32, 16, 16, 16)},
+    "unetplusplus": {"decoder_channels": (32, 32, 16, 16, 16)},
+    "upernet": {"decoder_channels": 32},
+}
+
 # Blocks that each placement adds: feature maps that the decoder reads, blocks of the decoder, always one head.
 EXPECTED_BLOCKS = {
     "unet": (5, 5),
@@ -77,7 +86,8 @@ def test_the_table_covers_every_decoder_of_smp():
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("decoder", decoder_names())
 def test_every_placement_is_in_the_graph_of_every_decoder(decoder, placement):
-    model = build(decoder, attention="ema", attention_options={"factor": "auto"}, placements=[placement])
+    options = {"attention": "ema", "attention_options": {"factor": "auto"}, "placements": [placement]}
+    model = build(decoder, **options, **LIGHT.get(decoder, {}))
     stride = model_stride(model)
     images = torch.randn(2, 3, 128, 192)  # not square; multiples of every stride
 
