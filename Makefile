@@ -7,7 +7,8 @@
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip
-INSTALL := $(PIP) install --constraint constraints.txt
+# Python compiles what it imports; all that the libraries have would take half a minute.
+INSTALL := $(PIP) install --no-compile --constraint constraints.txt
 
 .PHONY: train test lint
 
