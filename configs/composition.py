@@ -122,7 +122,8 @@ def launch(task: TaskFunction, folder: Path, config_name: str) -> None:
     """Have Hydra do what the command line asks for; what goes wrong comes out as the exception that it was."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
     if not get_args_parser().parse_args().shell_completion:  # which acts on no setting
-        hydras_own.ConfigLoaderImpl = _Loader  # type: ignore[misc]  # Hydra lets nobody else look at what it composes
+        # Hydra lets nobody else look at what it composes; mypy takes the name of a class for fixed.
+        hydras_own.ConfigLoaderImpl = _Loader  # type: ignore[misc]
     try:
         hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
     except Exception as error:
