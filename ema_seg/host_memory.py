@@ -11,6 +11,8 @@ __all__ = ["keep_freed_memory", "made_for_good"]
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
+_made = False  # see made_for_good; the collector would count what it passes over
+
 
 def keep_freed_memory() -> bool:
     """Make the process keep what it frees, to use it again, instead of giving it back to the system.
@@ -40,9 +42,11 @@ def made_for_good() -> Iterator[None]:
     through them again and again while they are made, a sixth of the time that it takes, and then after each job of a
     sweep. Only the first use in a process does so, for the garbage of a job is not to stay.
     """
-    if gc.get_freeze_count() or not gc.isenabled():
+    global _made
+    if _made or not gc.isenabled():
         yield
         return
+    _made = True
     gc.disable()
     try:
         yield

@@ -76,8 +76,8 @@ def camvid_root(tmp_path_factory):
 
 # The smallest model and the shortest training that still pass every station.
 QUICK = (
-    "model=fpn",
-    "model.encoder=tu-mobilenetv3_small_050",
+    "model=linknet",
+    "model.encoder=tu-test_efficientnet",
     "model.encoder_weights=null",
     "data.batch_size=2",
     "data.evaluation_batch_size=2",

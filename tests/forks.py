@@ -17,6 +17,8 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -150,8 +152,11 @@ def limit(limits):
 def serve():
     """Fork a process for each line of standard input."""
     sys.path.insert(0, str(ROOT))
-    for name in ("ema_seg.run", "ema_seg.reporting.comparison_files", "train", "eval"):
+    for name in ("ema_seg.run", "ema_seg.reporting.comparison_files", "ema_seg.sweeps", "train", "eval"):
         import_module(name)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        compose("train", ["seed=1"])  # so that the parser of overrides need not be made ready each time
+    GlobalHydra.instance().clear()
     subprocess.Popen, Figure.savefig = ForkedPython, leave_blank
     for line in sys.stdin:
         command, folder, cwd, env, limits = json.loads(line)

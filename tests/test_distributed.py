@@ -23,7 +23,8 @@ from ema_seg.training.checkpoints import load_last
 from tests.conftest import QUICK, ROOT, free_port, is_alive, made_once, write_camvid
 from tests.distributed import workers
 
-TINY = (*QUICK, "data=camvid", "+model.decoder_segmentation_channels=32", "+model.decoder_pyramid_channels=32")
+FPN = ("model=fpn", "+model.decoder_segmentation_channels=32", "+model.decoder_pyramid_channels=32")
+TINY = (*QUICK, *FPN, "data=camvid")
 # Nothing that a process draws at random by itself; and double precision, because in float32 these steps, which
 # normalise over a few pixels, blow a difference in the last digit up to one in the second within 20 of them.
 EVEN = ("+model.decoder_dropout=0", "trainer.precision=64-true", "evaluation.precision=32-true", "optimizer=sgd")

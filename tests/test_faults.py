@@ -22,6 +22,7 @@ from tests.conftest import QUICK, is_alive, made_once, silent, write_camvid
 TINY = (
     *QUICK,
     "data=camvid",
+    "model=fpn",
     "+model.decoder_segmentation_channels=32",
     "+model.decoder_pyramid_channels=32",
     "epochs=4",

@@ -17,7 +17,8 @@ from ema_seg.sweeps import job_state, read_plan
 from ema_seg.sweeps.search import Search
 from tests.conftest import QUICK, ROOT, is_alive, made_once
 
-TINY = (*QUICK, "data=camvid", "+model.decoder_segmentation_channels=32", "+model.decoder_pyramid_channels=32")
+FPN = ("model=fpn", "+model.decoder_segmentation_channels=32", "+model.decoder_pyramid_channels=32")
+TINY = (*QUICK, *FPN, "data=camvid")
 
 
 def command(camvid_root, folder, *overrides):
