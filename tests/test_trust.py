@@ -23,13 +23,15 @@ FACTORY = {"hydra": {"job_logging": {"formatters": {"simple": {"()": "os.system"
 
 @pytest.fixture
 def experiment(tmp_path, monkeypatch):
-    """Write an experiment file, and give the command line that takes it."""
+    """Write an experiment file, and the options of a group "taken" of theirs; gives the command line that takes it."""
     monkeypatch.chdir(tmp_path)
 
-    def write(settings):
-        (tmp_path / "shared" / "experiment").mkdir(parents=True)
-        text = "# @package _global_\n" + yaml.safe_dump(settings)
-        (tmp_path / "shared" / "experiment" / "theirs.yaml").write_text(text)
+    def write(settings, **taken):
+        files = {"experiment/theirs": settings, **{f"taken/{option}": content for option, content in taken.items()}}
+        for name, content in files.items():
+            file = tmp_path / "shared" / f"{name}.yaml"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("# @package _global_\n" + yaml.safe_dump(content))
         return "--config-dir", tmp_path / "shared", "+experiment=theirs"
 
     return write
@@ -157,11 +159,7 @@ def test_what_hydra_acts_on_is_what_was_looked_at(turns, experiment, run_script,
     # A defaults list that chooses by the time, which is another one each time that it is read.
     read = itertools.count()
     OmegaConf.register_new_resolver("clock", lambda: "late" if next(read) > turns else "soon", replace=True)
-    command = experiment({"defaults": [{"/taken": "${clock:}"}, "_self_"]})
-    (tmp_path / "shared" / "taken").mkdir()
-    for name, settings in {"soon": {}, "late": HANDLER}.items():
-        text = "# @package _global_\n" + yaml.safe_dump(settings)
-        (tmp_path / "shared" / "taken" / f"{name}.yaml").write_text(text)
+    command = experiment({"defaults": [{"/taken": "${clock:}"}, "_self_"]}, soon={}, late=HANDLER)
 
     status, _, err = run_script("train", *command, "data=camvid", "data.root=none", f"hydra.run.dir={tmp_path / 'run'}")
 
@@ -173,11 +171,8 @@ def test_what_hydra_acts_on_is_what_was_looked_at(turns, experiment, run_script,
 
 
 def test_what_a_process_of_a_launcher_acts_on_is_looked_at_there(experiment, run_script, camvid_root, tmp_path):
-    command = experiment({"defaults": [{"/taken": "${oc.env:SUBMITIT_EXECUTOR,here}"}, "_self_"]})
-    (tmp_path / "shared" / "taken").mkdir()
-    for name, settings in {"here": {}, "local": HANDLER}.items():
-        text = "# @package _global_\n" + yaml.safe_dump(settings)
-        (tmp_path / "shared" / "taken" / f"{name}.yaml").write_text(text)
+    choice = "${oc.env:SUBMITIT_EXECUTOR,here}"
+    command = experiment({"defaults": [{"/taken": choice}, "_self_"]}, here={}, local=HANDLER)
 
     status, _, err = run_script(
         *("train", "-m", *command, "launcher=submitit_local", *QUICK),

@@ -10,7 +10,7 @@ from ema_seg.models import build_segmenter, decoder_names, model_stride, segment
 from ema_seg.models.placement import PLACEMENTS
 
 # The lightest encoder that each decoder takes.
-ENCODERS = {"dpt": "tu-vit_tiny_patch16_224", "segformer": "mit_b0"}
+ENCODERS = {"dpt": "tu-test_vit", "segformer": "mit_b0"}
 
 # Fewer channels than by default, where those take seconds.
 LIGHT = {
@@ -39,7 +39,7 @@ EXPECTED_BLOCKS = {
 
 
 def encoder_of(decoder):
-    return ENCODERS.get(decoder, "resnet18")
+    return ENCODERS.get(decoder, "tu-test_resnet")
 
 
 def build(decoder, **arguments):
