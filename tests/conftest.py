@@ -5,6 +5,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import ctypes
+import signal
 import socket
 import sys
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from tests.forks import Entry, leave_blank
 # Without a CUDA device Triton's kernels run in its interpreter, which must be known when Triton is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell's script ignores Ctrl-C for what it starts in the background, and so would all processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 # The entry points are scripts beside the package, not part of it.
