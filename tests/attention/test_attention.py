@@ -139,7 +139,7 @@ def test_few_channels_and_single_pixels_work_or_are_refused_in_a_sentence(name, 
 @pytest.fixture(scope="module")
 def unet():
     torch.manual_seed(0)
-    return build_segmenter("unet", classes=3, encoder="tu-mobilenetv3_small_050")
+    return build_segmenter("unet", classes=3, encoder="tu-test_efficientnet")
 
 
 @pytest.mark.parametrize("placements", [("encoder",), ("decoder",), ("head",), PLACEMENTS], ids="+".join)

@@ -9,7 +9,7 @@ import torch
 from ema_seg.attention import attention_names
 
 NAMES = ("ema", "cbam", "emau")
-SMALL = ("--encoder", "tu-mobilenetv3_small_050", "--batch", "2", "--size", "64", "32", "--device", "cpu")
+SMALL = ("--encoder", "tu-test_efficientnet", "--batch", "2", "--size", "64", "32", "--device", "cpu")
 QUICK = (*SMALL, "--budget", "0.001", "--layouts", "channels_last")
 
 

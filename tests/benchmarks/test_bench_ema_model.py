@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-SMALL = ("--encoder", "tu-mobilenetv3_small_050", "--batch", "2", "--budget", "0.001")
+SMALL = ("--encoder", "tu-test_efficientnet", "--batch", "2", "--budget", "0.001")
 ATTENTIONS = ["none", "none, again", "EMA, reference", "EMA, auto"]
 
 
@@ -31,7 +31,7 @@ def test_each_attention_has_its_rates_and_overheads(run_benchmark, tmp_path):
     assert result["auto"] in ("factorised", "cpp")
     assert [aim["at_most"] for aim in record["aims"]] == [0.1, 0.1]
     assert record["settings"] == {
-        "encoder": "tu-mobilenetv3_small_050",
+        "encoder": "tu-test_efficientnet",
         "batch": 2,
         "size": [64, 32],
         "precision": "32-true",

@@ -56,8 +56,8 @@ def build(decoder, **arguments):
         ("fpn", {"upsampling": 2}),
         ("fpn", {"encoder_depth": 3}),
         ("pspnet", {"encoder_depth": 4}),
-        ("unet", {"encoder": "tu-mobilenetv3_small_050", "checkpoint_path": "x"}),
-        ("unet", {"encoder": "tu-mobilenetv3_small_050", "pretrained_cfg_overlay": {"file": "x"}}),
+        ("unet", {"encoder": "tu-test_efficientnet", "checkpoint_path": "x"}),
+        ("unet", {"encoder": "tu-test_efficientnet", "pretrained_cfg_overlay": {"file": "x"}}),
     ],
 )
 def test_what_is_decided_here_is_refused_by_name(decoder, options):
