@@ -94,6 +94,8 @@ QUICK = (
     "evaluation.budget=0.1",
     "trainer=cpu",
 )
+# A decoder that has dropout, as small as it can be.
+FPN = ("model=fpn", "+model.decoder_segmentation_channels=32", "+model.decoder_pyramid_channels=32")
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,6 @@ from importlib import import_module
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -156,7 +155,6 @@ def serve():
         import_module(name)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         compose("train", ["seed=1"])  # so that the parser of overrides need not be made ready each time
-    GlobalHydra.instance().clear()
     subprocess.Popen, Figure.savefig = ForkedPython, leave_blank
     for line in sys.stdin:
         command, folder, cwd, env, limits = json.loads(line)

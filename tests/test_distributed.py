@@ -20,10 +20,9 @@ from ema_seg.errors import ConfigError, Preempted
 from ema_seg.reporting import load_report
 from ema_seg.sweeps import job_state, read_plan
 from ema_seg.training.checkpoints import load_last
-from tests.conftest import QUICK, ROOT, free_port, is_alive, made_once, write_camvid
+from tests.conftest import FPN, QUICK, ROOT, free_port, is_alive, made_once, write_camvid
 from tests.distributed import workers
 
-FPN = ("model=fpn", "+model.decoder_segmentation_channels=32", "+model.decoder_pyramid_channels=32")
 TINY = (*QUICK, *FPN, "data=camvid")
 # Nothing that a process draws at random by itself; and double precision, because in float32 these steps, which
 # normalise over a few pixels, blow a difference in the last digit up to one in the second within 20 of them.
@@ -151,7 +150,8 @@ def assert_close_weights(run, other):
 def run_at_once(entry, folder, commands):
     """Standard output and standard error of commands that all end well."""
     status, err = entry.run(entry.folder, json.dumps(commands), script="tests/started", cwd=folder)
-    outputs = [tuple((entry.folder / f"{number}.{name}").read_text() for name in ("out", "err")) for number in (0, 1)]
+    files = [[entry.folder / f"{number}.{name}" for name in ("out", "err")] for number in range(len(commands))]
+    outputs = [tuple(file.read_text() for file in pair) for pair in files]
     assert (status, err) == (0, ""), outputs
     assert json.loads(entry.out) == [0] * len(commands), outputs
     return outputs

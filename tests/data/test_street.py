@@ -168,13 +168,13 @@ def test_processes_that_generate_at_the_same_time_end_with_one_whole_folder(tmp_
 
 
 def test_a_killed_generation_is_done_again(tmp_path: Path) -> None:
-    writer = generate(tmp_path, train_images=20)
+    writer = generate(tmp_path, train_images=40)
     while not list(tmp_path.glob(".street-*/leftImg8bit/train/*/*.png")):
         assert writer.poll() is None
     writer.kill()
     writer.wait()
     assert not list(tmp_path.glob("street-*"))
-    assert len(StreetDataset(tmp_path, **TINY | {"train_images": 20})) == 20
+    assert len(StreetDataset(tmp_path, **TINY | {"train_images": 40})) == 40
 
 
 def test_what_a_killed_generation_left_is_removed_after_a_day(tmp_path: Path) -> None:
