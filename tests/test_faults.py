@@ -17,14 +17,12 @@ from ema_seg.errors import CheckpointError
 from ema_seg.reporting import load_report
 from ema_seg.sweeps import hold_run
 from ema_seg.training.checkpoints import load_last
-from tests.conftest import QUICK, is_alive, made_once, silent, write_camvid
+from tests.conftest import FPN, QUICK, is_alive, made_once, silent, write_camvid
 
 TINY = (
     *QUICK,
     "data=camvid",
-    "model=fpn",
-    "+model.decoder_segmentation_channels=32",
-    "+model.decoder_pyramid_channels=32",
+    *FPN,
     "epochs=4",
     "data.workers=1",
     # All that a training keeps from step to step; the model has dropout.
@@ -428,7 +426,10 @@ def test_a_killed_worker_is_told_with_the_file_that_it_read(damaged, entry, tmp_
         time.sleep(0.01)
         with suppress(OSError):  # until there is a reader, who then waits for what never comes
             writer = os.open(image, os.O_WRONLY | os.O_NONBLOCK)
-    (reading,) = [worker for worker in children(process) if has_open(worker, image)]
+    readers = []
+    while not readers and is_alive(process):  # which may still be opening it
+        readers = [worker for worker in children(process) if has_open(worker, image)]
+    (reading,) = readers
     os.kill(reading, signal.SIGKILL)
     status, err = entry.wait()
     os.close(writer)
