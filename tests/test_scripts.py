@@ -708,11 +708,11 @@ def test_a_command_that_is_asked_to_leave_after_its_report_ends_well(run_script,
     assert out.endswith(f"run: {tmp_path / 'run'}\n")
 
 
-def test_what_hydra_cannot_work_with_is_told_and_what_is_wrong_here_is_shown(run_script, monkeypatch):
+def test_what_hydra_cannot_work_with_is_told_and_what_is_wrong_here_is_shown(run_script, monkeypatch, tmp_path):
     status, _, err = run_script("train", "hydra.verbose=nan")
     assert status == 1
     assert err.splitlines()[-1].startswith("error: Hydra cannot work with its settings")
 
     monkeypatch.setattr("train._train_run", lambda *arguments: {}["missing"])
     with pytest.raises(KeyError, match="missing"):
-        run_script("train", "data=camvid", "data.root=/nowhere")
+        run_script("train", "data=camvid", "data.root=/nowhere", f"hydra.run.dir={tmp_path / 'run'}")
