@@ -1,11 +1,11 @@
-"""What every data set shares: samples, decoding of images and masks, and pairing of the two.
+"""The base of all data sets: samples, train ids, and the pairing of images and masks.
 
 The path of a sample is ``files -> decoded uint8 arrays -> train ids -> transform``. Every mistake in the
 files ends in a DataError whose one sentence names the file, what was found in it and what was expected.
 """
 
-import io
 import os
+import unicodedata
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,10 +14,10 @@ from typing import Any, ClassVar, NamedTuple, TypedDict
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torch.utils.data import Dataset
 
-from ema_seg.data.source import IMAGE_FORMATS, File
+from ema_seg.data.decoding import decode_image, decode_mask, read_traits
+from ema_seg.data.source import File
 from ema_seg.errors import ConfigError, DataError
 
 __all__ = [
@@ -30,8 +30,6 @@ __all__ = [
     "Sample",
     "SegmentationDataset",
     "apply_table",
-    "decode_image",
-    "decode_mask",
     "pair_files",
     "train_id_table",
 ]
@@ -98,6 +96,12 @@ class SegmentationDataset(Dataset[Any]):
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
     layout: ClassVar[str]
     """What a root holds, to complete the sentence "expected ..."."""
+    upright: bool = False
+    """Whether files are turned by their orientation tag; else their pixels are taken as stored."""
+    expects_all_classes: bool = False
+    """Whether a class without a single pixel may be a mistake, which :meth:`problem` then explains."""
+    unlabelled_splits: ClassVar[tuple[str, ...]] = ()
+    """Splits published without labels, or with dummies."""
     makes_files: ClassVar[bool] = False
     """Whether the files are made where they are missing, for which nobody can say how long it takes."""
     train_ids: NDArray[np.uint8]
@@ -161,7 +165,7 @@ class SegmentationDataset(Dataset[Any]):
 
     def read_image(self, index: int) -> NDArray[np.uint8]:
         """The image, uint8 RGB H x W x 3; raises DataError where it cannot be decoded."""
-        return decode_image(self.pairs[index].image)
+        return decode_image(self.pairs[index].image, upright=self.upright)
 
     def read_mask(self, index: int) -> NDArray[np.uint8]:
         """The mask's train ids, uint8 H x W with 255 = ignore.
@@ -173,7 +177,11 @@ class SegmentationDataset(Dataset[Any]):
         file = self.pairs[index].mask
         if file is None:
             raise DataError(f"{self.root}: the split {self.split!r} has no labels; choose a split that has.")
-        return self.to_train_ids(decode_mask(file), file)
+        return self.to_train_ids(self.decode_mask(file), file)
+
+    def decode_mask(self, file: File) -> NDArray[np.uint8]:
+        """Decode a mask to values, uint8 H x W, or to colours, uint8 H x W x 3; see :func:`decode_mask`."""
+        return decode_mask(file, upright=self.upright)
 
     def to_train_ids(self, mask: NDArray[np.uint8], file: File) -> NDArray[np.uint8]:
         """Map a decoded mask (uint8 H x W values, or H x W x 3 colours) to train ids, uint8 H x W."""
@@ -187,62 +195,36 @@ class SegmentationDataset(Dataset[Any]):
             pair = self.pairs[index]
             raise DataError(
                 f"{pair.mask}: the mask is {_size(mask)} pixels (width x height), expected"
-                f" {_size(image)} as in its image {pair.image}."
+                f" {_size(image)} as in its image {pair.image}{self._turned(pair)}."
             )
 
+    def notes(self, index: int) -> list[str]:
+        """Name the ways of reading that were chosen for the sample's files, for the data check to count."""
+        return []
 
-def decode_image(file: File) -> NDArray[np.uint8]:
-    """Decode an image of one of ``IMAGE_FORMATS`` with 8 bits a channel, of any colour mode, to RGB H x W x 3.
+    def problem(self, pixels: NDArray[np.int64]) -> str | None:
+        """Say in a sentence why nothing can be learned or scored with this split; None if something can.
 
-    Pixels are taken as they are stored: an EXIF orientation is not applied, for the mask next to the image
-    has none.
+        Args:
+            pixels: The split's pixels by train id, 256.
+        """
+        if pixels[:IGNORE_INDEX].any():
+            return None
+        return (
+            f"{self.root}: the split {self.split!r} has no labelled pixel; expected a split with labels: choose "
+            "another, or correct the class list or the masks."
+        )
 
-    Raises:
-        DataError: The file is unreadable, truncated or of another format, or has more than 8 bits a channel.
-    """
-    data = file.read()
-    try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            if image.mode.startswith(("I", "F")):
-                raise DataError(f"{file}: the image has mode {image.mode}, expected 8 bits a channel.")
-            if image.format == "JPEG" and image.mode in {"L", "RGB"} and _has_end_of_jpeg(data):
-                return _decode_jpeg(data)
-            return np.array(image.convert("RGB"))
-    except DataError:
-        raise
-    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise DataError(f"{file}: cannot be decoded as an image ({_first_line(error)}).") from error
-
-
-def decode_mask(file: File) -> NDArray[np.uint8]:
-    """Decode a mask without touching its values.
-
-    Grey masks give their grey values and palette images their indices, whatever the bit depth; colour masks
-    give RGB.
-
-    Returns:
-        uint8, H x W, or H x W x 3 for a colour image.
-
-    Raises:
-        DataError: The file is unreadable or truncated, or a value in it exceeds 255.
-    """
-    data = file.read()
-    try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            scale = _grey_scale(image)  # before loading, which forgets how the pixels were stored
-            if image.mode in {"RGB", "RGBA"}:
-                return np.array(image.convert("RGB"))
-            if image.mode not in {"1", "L", "P"} and not image.mode.startswith("I"):
-                raise DataError(f"{file}: the mask has mode {image.mode}, expected grey, palette or RGB.")
-            values = np.array(image)
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(f"{file}: cannot be decoded as a mask ({_first_line(error)}).") from error
-    if values.dtype not in (np.uint8, np.bool_) and (values.min() < 0 or values.max() > 255):
-        worst = values.max() if values.max() > 255 else values.min()
-        raise DataError(f"{file}: mask value {worst} is outside the class list, expected values from 0 to 255.")
-    return values.astype(np.uint8, copy=False) // scale
+    def _turned(self, pair: Pair) -> str:
+        """Explain a difference in size by the orientation tag, if there is one."""
+        orientation = read_traits(pair.image).orientation
+        if orientation == 1:
+            return ""
+        if self.upright:
+            advice = "by which it was turned upright; for masks of the pixels as stored set data.orientation=ignore"
+        else:
+            advice = "by which it was not turned"
+        return f", which has the orientation tag {orientation}, {advice}"
 
 
 def train_id_table(train_ids: Mapping[int, int]) -> NDArray[np.uint8]:
@@ -293,7 +275,8 @@ def pair_files(
 
 def _by_name(files: Iterable[tuple[str, File]], defects: list[str]) -> dict[str, File]:
     by_name: dict[str, File] = {}
-    for name, file in files:
+    for given, file in files:
+        name = unicodedata.normalize("NFC", given)  # macOS decomposes the names of files
         if name in by_name:
             defects.append(f"{file}: has the same name {name} as {by_name[name]}, expected one file per name.")
         else:
@@ -308,28 +291,6 @@ def _summarise(defects: list[str]) -> str:
     return f"{defects[0].removesuffix('.')} ({others})."
 
 
-def _has_end_of_jpeg(data: bytes) -> bool:
-    # OpenCV decodes a truncated JPEG without complaint, with grey where data are missing. A file without the
-    # end marker is therefore left to Pillow, which refuses it.
-    return b"\xff\xd9" in data[-64:]
-
-
-def _decode_jpeg(data: bytes) -> NDArray[np.uint8]:
-    # Three times as fast as Pillow, which goes through four bytes a pixel.
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    if pixels is None:
-        raise ValueError("broken JPEG data")
-    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), dtype=np.uint8)
-
-
-def _grey_scale(image: Image.Image) -> int:
-    """The factor by which Pillow stretches grey values of 2 or 4 bits to the range of 8 bits."""
-    tiles = getattr(image, "tile", None)
-    arguments = tiles[0][3] if tiles else None
-    raw_mode = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
-    return {"L;2": 85, "L;4": 17}.get(str(raw_mode), 1)
-
-
 def _ranges(values: NDArray[np.integer[Any]]) -> str:
     """Sorted distinct values in short: ``0-18, 255``."""
     runs = np.split(values, np.flatnonzero(np.diff(values.astype(int)) > 1) + 1)
@@ -338,7 +299,3 @@ def _ranges(values: NDArray[np.integer[Any]]) -> str:
 
 def _size(array: NDArray[np.uint8]) -> str:
     return f"{array.shape[1]} x {array.shape[0]}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

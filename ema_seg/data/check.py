@@ -1,13 +1,14 @@
 """Verify a whole data set: ``python -m ema_seg.data.check cityscapes <root>``.
 
 Every file of every split is decoded, and its size, its mask values and its pairing are checked. Printed are
-a table per split of how often each class occurs, and every defect on a line of its own. The exit status is 1
-if there is a defect, else 0.
+a table per split of how often each class occurs, how masks and orientation tags were read, and every defect on a
+line of its own. The exit status is 1 if there is a defect, else 0.
 """
 
 import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ class _Finding(NamedTuple):
     pixels: NDArray[np.int64]
     """Pixels by train id, 256."""
     defects: list[str]
+    notes: list[str]
 
 
 @dataclass
@@ -48,6 +50,8 @@ class SplitReport:
     """Pixels by train id in all readable masks, 256."""
     images_with: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
     """Images that contain the train id, 256."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """Number of files by the way in which they were read, where there is a choice."""
 
     def table(self) -> Table:
         """The share of the labelled pixels and the number of images of each class."""
@@ -78,6 +82,7 @@ class _Findings:
 
     def __getitem__(self, index: int) -> _Finding:
         defects: list[str] = []
+        notes: list[str] = []
         pixels = np.zeros(256, dtype=np.int64)
         image = mask = None
         try:
@@ -85,15 +90,16 @@ class _Findings:
         except DataError as error:
             defects.append(str(error))
         if self.dataset.pairs[index].mask is None:
-            return _Finding(pixels, defects)
+            return _Finding(pixels, defects, notes)
         try:
             mask = self.dataset.read_mask(index)
             pixels = np.bincount(mask.ravel(), minlength=256)
             if image is not None:
                 self.dataset.check_sizes(index, image, mask)
+            notes = self.dataset.notes(index)
         except DataError as error:
             defects.append(str(error))
-        return _Finding(pixels, defects)
+        return _Finding(pixels, defects, notes)
 
 
 def check_split(
@@ -126,6 +132,14 @@ def check_split(
         report.pixels += finding.pixels
         report.images_with += finding.pixels > 0
         report.defects += finding.defects
+        report.notes.update(finding.notes)
+    # Of a split without a readable mask the defects tell enough.
+    if (
+        report.pixels.any()
+        and dataset.split not in dataset.unlabelled_splits
+        and (problem := dataset.problem(report.pixels))
+    ):
+        report.defects.append(problem)
     return report
 
 
@@ -141,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     for report in reports:
         console.print(report.table())
+        for note, count in sorted(report.notes.items()):
+            print(f"{report.split}: {count} {note}")
         defects += report.defects
     # Not through the console, which would break long lines.
     for defect in defects:

@@ -82,6 +82,7 @@ class CityscapesDataset(SegmentationDataset):
         "the Cityscapes folder, which holds leftImg8bit/ and gtFine/, or leftImg8bit_trainvaltest.zip and"
         " gtFine_trainvaltest.zip"
     )
+    unlabelled_splits: ClassVar[tuple[str, ...]] = ("test",)
     train_ids = train_id_table(_LABEL_IDS)
     ready_train_ids = train_id_table(_TRAIN_IDS)
 

@@ -1,11 +1,13 @@
 """Samples to batches: the Lightning data module."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
@@ -30,6 +32,15 @@ from ema_seg.errors import ConfigError, DataError
 __all__ = ["SegmentationDataModule", "check_shares"]
 
 _MOST_WORKERS = 1024
+
+_DATASETS_OF_STAGE = {
+    "fit": ("train_dataset", "val_dataset", "test_dataset"),
+    "validate": ("val_dataset",),
+    "test": ("test_dataset",),
+}
+
+# After so many masks, some seconds, a search for labels says what it does.
+_MANY_MASKS = 1000
 
 
 class SegmentationDataModule(LightningDataModule):
@@ -105,6 +116,7 @@ class SegmentationDataModule(LightningDataModule):
         self._seed: int | None = None
         self._training: Loader | None = None
         self._loaders: list[Loader] = []
+        self._labelled: list[SegmentationDataset] = []
         self.train_transform = build_train_transform(augmentation, mean, std)
         self.eval_transform = build_eval_transform(mean, std)
 
@@ -148,7 +160,7 @@ class SegmentationDataModule(LightningDataModule):
         return self.test_dataset.num_classes
 
     def setup(self, stage: str) -> None:
-        """Find the files that the stage ("fit", "validate", "test") needs, to fail early."""
+        """Find the files that the stage ("fit", "validate", "test") needs, and a label in them, to fail early."""
         if stage == "fit":
             self._check_batch(len(self.train_dataset))
         if stage in {"fit", "validate"} and len(self.val_dataset) < place().size:
@@ -156,8 +168,11 @@ class SegmentationDataModule(LightningDataModule):
                 f"{self.val_dataset.root}: the {len(self.val_dataset)} validation images do not give each of "
                 f"{place().size} processes one; train in fewer."
             )
-        if stage == "test":
-            _ = self.test_dataset
+        for name in _DATASETS_OF_STAGE[stage]:
+            dataset = getattr(self, name)
+            if place().rank == 0 and dataset not in self._labelled:  # Lightning sets up what has been set up already
+                self._require_labels(dataset)
+                self._labelled.append(dataset)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches of crops; where a run goes on within an epoch, first those that it has not had."""
@@ -232,6 +247,32 @@ class SegmentationDataModule(LightningDataModule):
                 if tried >= self.skipped.most:
                     raise
         raise DataError(f"{dataset.root}: the split {dataset.split!r} has no image that can be read.")
+
+    def _require_labels(self, dataset: SegmentationDataset) -> None:
+        """Read masks until one has a labelled pixel, or all classes have one where the data set expects that.
+
+        Raises:
+            DataError: There is none; training and scoring would go on, and end in a score of nothing.
+        """
+        pixels = np.zeros(256, dtype=np.int64)
+        unreadable: DataError | None = None
+        for index in range(len(dataset)):
+            try:
+                mask = within(self.timeout, dataset.files(index), partial(dataset.read_mask, index))
+            except DataError as error:  # counted where samples are read
+                unreadable = unreadable or error
+                continue
+            pixels += np.bincount(mask.ravel(), minlength=256)
+            present = pixels[: dataset.num_classes] > 0
+            if present.all() if dataset.expects_all_classes else present.any():
+                return
+            if index == _MANY_MASKS:
+                absent = dataset.classes[int(np.argmin(present))]
+                print(f"{dataset.root}: looking for {absent!r} in all {len(dataset)} masks.", file=sys.stderr)
+        if unreadable and not pixels.any():
+            raise unreadable
+        if problem := dataset.problem(pixels):
+            raise DataError(problem)
 
     def _evaluation_loader(self, dataset: SegmentationDataset, split: str) -> Loader:
         return self._loader(dataset, collate_images, split, self.evaluation_batch_size, InTurn(len(dataset)))

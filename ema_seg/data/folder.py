@@ -7,10 +7,13 @@
       test/images/...              test/masks/...        (optional)
 
 An image and its mask have the same path below ``images/`` and ``masks/`` up to the suffix; sub-folders are
-optional. Both can be JPEG, PNG, TIFF, WebP, BMP, GIF or PPM.
+optional. Images can be JPEG, PNG, TIFF, WebP, BMP, GIF or PPM with 8 bits a channel; masks the same but for lossy
+compression, and opaque. Images, and masks, are turned upright by their orientation tag if they have one.
 
-A mask is either *indexed*, one channel (grey or palette) whose pixels are class values, or *colour-coded*,
-RGB pixels each of which is exactly the colour of a class.
+A mask is either *indexed*, one channel whose pixels are class values, or *colour-coded*, each pixel exactly the
+colour of a class. Which of the two follows from the classes and the mask (``masks="auto"``): RGB is colour-coded; a
+palette is colour-coded if the classes have colours, else its indices are class values; grey holds class values unless
+the classes have colours all of which are grey.
 
 The classes file is a list of classes, or a mapping with such a list and the ignored pixels::
 
@@ -26,8 +29,8 @@ The classes file is a list of classes, or a mapping with such a list and the ign
 - ``color`` is ``[red, green, blue]`` (0 to 255 each) or ``"#rrggbb"``: the class's colour in colour-coded masks
   and in figures. Give it to all classes or to none; without, figures get distinct colours and masks must be
   indexed.
-- ``ignore`` is a mask value or colour, or a list of them, that belongs to no class; without it, the value 255.
-  Any other value or colour in a mask is an error.
+- ``ignore`` is a mask value or colour, or a list of them, that belongs to no class; without it, the value 255
+  unless a class has it. Any other value or colour in a mask is an error.
 
 The shortest classes file is thus ``[background, leaf]``.
 """
@@ -55,8 +58,9 @@ from ema_seg.data.base import (
     pair_files,
     train_id_table,
 )
+from ema_seg.data.decoding import decode_mask, read_traits
 from ema_seg.data.source import File, FolderSource
-from ema_seg.errors import DataError, one_line
+from ema_seg.errors import ConfigError, DataError, did_you_mean, one_line
 
 __all__ = ["ClassList", "FolderDataset", "pair_split_folder"]
 
@@ -74,6 +78,8 @@ class ClassList:
     """Each class's colour, or None where the file gives none."""
     ignored_values: tuple[int, ...] = (IGNORE_INDEX,)
     ignored_colors: tuple[Color, ...] = ()
+    ignores_by_default: bool = False
+    """Whether the file leaves ``ignore`` out, so that the ignored value is ours."""
 
     @classmethod
     def read(cls, path: Path) -> "ClassList":
@@ -100,10 +106,16 @@ class ClassList:
         _refuse_unknown_keys(content, {"classes", "ignore"}, "the classes file")
         entries = content.get("classes")
         if not isinstance(entries, list) or not 1 <= len(entries) <= _MAX_CLASSES:
-            raise ValueError(f"expected a list of 1 to {_MAX_CLASSES} classes, found {_shown(entries)}")
+            raise ValueError(f"expected a list of 2 to {_MAX_CLASSES} classes, found {_shown(entries)}")
         classes = [_parse_class(entry, position) for position, entry in enumerate(entries)]
         names, values, colors = zip(*classes, strict=True)
-        ignored = _parse_ignored(content.get("ignore", IGNORE_INDEX))
+        if len(classes) == 1:
+            raise ValueError(
+                f"{names[0]!r} is the only class, from which there is nothing to tell it apart; name the other pixels "
+                f"too, as in [background, {names[0]}]"
+            )
+        default = None if IGNORE_INDEX in values else IGNORE_INDEX
+        ignored = _parse_ignored(content.get("ignore", default))
         ignored_values = tuple(item for item in ignored if isinstance(item, int))
         ignored_colors = tuple(item for item in ignored if isinstance(item, tuple))
         _refuse_repeated(names, "name")
@@ -113,7 +125,14 @@ class ClassList:
             raise ValueError(
                 f"class {names[colors.index(None)]!r} has no color but others have; give it to all or none"
             )
-        return cls(names, values, None if None in colors else colors, ignored_values, ignored_colors)
+        return cls(
+            names,
+            values,
+            None if None in colors else colors,
+            ignored_values,
+            ignored_colors,
+            ignores_by_default="ignore" not in content,
+        )
 
     @property
     def value_train_ids(self) -> dict[int, int]:
@@ -134,6 +153,9 @@ class FolderDataset(SegmentationDataset):
         split: "train", "val" or "test".
         transform: Maps a sample to what indexing returns.
         classes: The classes file; ``<root>/classes.yaml`` by default.
+        masks: "index" or "color": the masks hold class values, or the classes' colours; "auto" chooses as the module's
+            docstring says.
+        orientation: "upright" turns files by their orientation tag, as viewers do; "ignore" takes pixels as stored.
         allow_unpaired: See :class:`SegmentationDataset`.
     """
 
@@ -146,23 +168,42 @@ class FolderDataset(SegmentationDataset):
         transform: Callable[[Sample], Any] | None = None,
         *,
         classes: str | os.PathLike[str] | None = None,
+        masks: str = "auto",
+        orientation: str = "upright",
         allow_unpaired: bool = False,
     ) -> None:
+        _require_choice("masks", masks, ("auto", "index", "color"))
+        _require_choice("orientation", orientation, ("upright", "ignore"))
         super().__init__(root, split, transform, allow_unpaired=allow_unpaired)
         self.classes_file = self.root / "classes.yaml" if classes is None else Path(classes).expanduser()
         self.class_list = ClassList.read(self.classes_file)
         self.classes = self.class_list.names
         self.palette = self.class_list.colors or distinct_colors(len(self.classes))
         self.train_ids = train_id_table(self.class_list.value_train_ids)
+        self.expects_all_classes = split == "train" and self.class_list.ignores_by_default
+        self.upright = orientation == "upright"
+        self.masks = masks
+        colors = self.class_list.colors
+        if masks == "color" and colors is None:
+            raise DataError(f"{self.classes_file}: gives no colors, which data.masks=color needs; add them.")
+        self.palette_colors = masks == "color" or (masks == "auto" and colors is not None)
+        grey = colors is not None and all(len(set(color)) == 1 for color in colors)
+        self.grey_colors = masks == "color" or (masks == "auto" and grey)
 
     def find_pairs(self) -> Pairing:
         """See :meth:`SegmentationDataset.find_pairs`."""
         return pair_split_folder(self.root, self.split, self.layout)
 
+    def decode_mask(self, file: File) -> NDArray[np.uint8]:
+        """See :meth:`SegmentationDataset.decode_mask`."""
+        return decode_mask(file, palette_colors=self.palette_colors, grey_colors=self.grey_colors, upright=self.upright)
+
     def to_train_ids(self, mask: NDArray[np.uint8], file: File) -> NDArray[np.uint8]:
         """See :meth:`SegmentationDataset.to_train_ids`; colours are looked up in the classes file."""
         if mask.ndim == 2:
             return super().to_train_ids(mask, file)
+        if self.masks == "index":
+            raise DataError(f"{file}: is a colour image, but data.masks=index expects one channel of class values.")
         color_train_ids = self.class_list.color_train_ids
         if self.class_list.colors is None:
             raise DataError(f"{file}: is a colour image, but {self.classes_file} gives the classes no colors.")
@@ -171,11 +212,48 @@ class FolderDataset(SegmentationDataset):
         if len(outside):
             row, column = outside[0]
             color = tuple(int(channel) for channel in mask[row, column])
+            advice = ""
+            if self._reading(file) in ("colours of a palette", "colours of a grey image"):
+                advice = "; if the masks hold class values, set data.masks=index"
             raise DataError(
                 f"{file}: mask colour {color} (row {row}, column {column}, {len(outside) - 1} more pixels)"
-                f" is not the colour of a class or of ignored pixels in {self.classes_file}."
+                f" is not the colour of a class or of ignored pixels in {self.classes_file}{advice}."
             )
         return train_ids
+
+    def notes(self, index: int) -> list[str]:
+        """See :meth:`SegmentationDataset.notes`: how the mask is read, and orientation tags."""
+        image, mask = self.pairs[index].image, self.pairs[index].mask
+        notes = [] if mask is None else [f"masks read as {self._reading(mask)}"]
+        done = "turned upright by it" if self.upright else "read as stored (data.orientation=ignore)"
+        for kind, file in (("images", image), ("masks", mask)):
+            if file is not None and read_traits(file).orientation != 1:
+                notes.append(f"{kind} with an orientation tag, {done}")
+        return notes
+
+    def problem(self, pixels: NDArray[np.int64]) -> str | None:
+        """See :meth:`SegmentationDataset.problem`; nor may a class be absent while pixels are ignored by default."""
+        absent = np.flatnonzero(pixels[: self.num_classes] == 0)
+        ignored = pixels[IGNORE_INDEX]
+        if not (self.expects_all_classes and len(absent) and ignored):
+            return super().problem(pixels)
+        names = ", ".join(repr(self.classes[train_id]) for train_id in absent[:3]) + (", …" if len(absent) > 3 else "")
+        value = self.class_list.values[absent[0]]
+        return (
+            f"{self.classes_file}: no training pixel is {names} (mask value {value}), but "
+            f"{100 * ignored / pixels.sum():.2g} % of all pixels have the value {IGNORE_INDEX}, which is ignored by "
+            f"default; write {{name: {self.classes[absent[0]]}, value: {IGNORE_INDEX}}} if that is the class's value, "
+            f"or ignore: {IGNORE_INDEX} beside classes: if these pixels belong to no class."
+        )
+
+    def _reading(self, file: File) -> str:
+        """Name what a mask's pixels are taken for."""
+        traits = read_traits(file)
+        if traits.palette:
+            return "colours of a palette" if self.palette_colors else "indices of a palette"
+        if traits.grey:
+            return "colours of a grey image" if self.grey_colors else "class values"
+        return "colours"
 
 
 def pair_split_folder(root: Path, split: str, layout: str) -> Pairing:
@@ -214,6 +292,11 @@ def distinct_colors(count: int) -> tuple[Color, ...]:
         return sum((label >> (3 * bit + offset) & 1) << (7 - bit) for bit in range(3))
 
     return tuple((channel(label, 0), channel(label, 1), channel(label, 2)) for label in range(1, count + 1))
+
+
+def _require_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"data.{key}={value!r} must be one of {', '.join(choices)}.{did_you_mean(value, choices)}")
 
 
 def _is_image(name: str) -> bool:

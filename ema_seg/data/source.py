@@ -20,9 +20,9 @@ IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow's names of the formats that are read. For others it starts programs: Ghostscript for EPS, whatever the file's
 name says."""
 
-# Left behind by operating systems beside the user's files; never part of a data set.
-_SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}
-_SYSTEM_FOLDERS = {"__MACOSX"}
+# Left behind by operating systems and network disks beside the user's files, in any case; never part of a data set.
+_SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini"}
+_SYSTEM_FOLDERS = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
 
 # Far beyond any image: what a member of an archive may take in memory.
 _LARGEST_MEMBER = 2**29
@@ -182,5 +182,5 @@ def _is_text(name: str) -> bool:
 
 
 def _is_listed(name: Path | PurePosixPath) -> bool:
-    hidden = any(part.startswith(".") or part in _SYSTEM_FOLDERS for part in name.parts)
-    return not hidden and name.name not in _SYSTEM_FILES
+    hidden = any(part.startswith(".") or part.lower() in _SYSTEM_FOLDERS for part in name.parts)
+    return not hidden and name.name.lower() not in _SYSTEM_FILES

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
-from ema_seg.data.source import IMAGE_FORMATS
+from ema_seg.data.decoding import decode_image
+from ema_seg.data.source import File, FolderSource
 from ema_seg.errors import DataError, EmaSegError, ModelError, one_line
 from ema_seg.evaluation.attention import attention_weights
 from ema_seg.models import load_segmenter, model_stride
@@ -66,14 +66,6 @@ def _draw_map(axes: Axes, weights: np.ndarray, title: str) -> None:
     axes.set_title(f"{title}\n{weights.min():.2f} to {weights.max():.2f}", fontsize=8)
 
 
-def _read_image(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read as an image; give a JPEG or PNG file.") from error
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw the figure that the command line asks for; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -82,11 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("figure", type=Path, help="where to write the figure: .png, .jpg, .pdf or .svg")
     parser.add_argument("checkpoint", type=Path, help="a checkpoint of train.py")
-    parser.add_argument("image", type=Path, help="an image, taken at its own size")
+    parser.add_argument("image", type=Path, help="an image, taken at its own size and turned upright")
     options = parser.parse_args(arguments)
     try:
         model, checkpoint = load_segmenter(options.checkpoint)
-        pixels = _read_image(options.image)
+        pixels = decode_image(File(FolderSource(options.image.parent), options.image.name), upright=True)
         data = checkpoint["config"]["data"]
         scale = [torch.tensor(data[key])[:, None, None] for key in ("mean", "std")]
         image = (torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255 - scale[0]) / scale[1]

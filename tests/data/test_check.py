@@ -69,6 +69,29 @@ def test_all_defects_are_listed(root: Path, capsys: pytest.CaptureFixture[str], 
     assert lines[-1].endswith("6 defects")
 
 
+def test_ways_of_reading_and_useless_labels_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, values in (("train", [0, 255]), ("val", [255])):
+        write_split_folder(tmp_path, split, ["a", "b"], values)
+    (tmp_path / "classes.yaml").write_text("[background, leaf]")
+    assert main(["folder", str(tmp_path), "--workers", "0"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "train: 2 masks read as class values" in lines
+    (train,) = (line for line in lines if "no training pixel is 'leaf' (mask value 1)" in line)
+    assert "write {name: leaf, value: 255} if that is the class's value, or ignore: 255 beside classes:" in train
+    assert any("the split 'val' has no labelled pixel" in line for line in lines)
+    assert lines[-1].endswith("2 defects")
+
+    (tmp_path / "classes.yaml").write_text("[background, {name: leaf, value: 255}]")
+    assert main(["folder", str(tmp_path), "--workers", "0"]) == 0
+    (tmp_path / "classes.yaml").write_text("{classes: [background, leaf], ignore: 255}")
+    assert main(["folder", str(tmp_path), "--workers", "0", "--split", "train"]) == 0
+
+
+def test_labels_that_are_withheld_are_no_defect(tmp_path: Path) -> None:
+    write_cityscapes(tmp_path, "test", ["berlin_000000_000019"], [0])  # dummies, as published
+    assert main(["cityscapes", str(tmp_path), "--workers", "0"]) == 0
+
+
 def test_a_split_can_be_chosen(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "train/masks/t0.png").unlink()
     assert main(["camvid", str(root), "--split", "val", "--workers", "0"]) == 0

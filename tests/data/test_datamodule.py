@@ -228,3 +228,22 @@ def test_files_that_a_disk_does_not_list_are_not_waited_for(root: Path, monkeypa
 def test_what_the_module_chooses_itself_is_no_option(root: Path, option: str) -> None:
     with pytest.raises(ConfigError, match=rf"^data\.{option}='x' is not an option of the data set 'folder'"):
         make_module(root, **{option: "x"}).setup("fit")
+
+
+def test_labels_that_teach_or_score_nothing_are_refused(root: Path) -> None:
+    make_module(root).setup("fit")
+    (root / "classes.yaml").write_text(
+        "[ground, sky, rest]"
+    )  # of which the masks have the first two, and nothing ignored
+    make_module(root).setup("fit")
+    for path in (root / "test/masks").iterdir():
+        save(path, random_mask([255]))
+    module = make_module(root, evaluation_split="test")
+    for stage in ("fit", "test"):
+        with pytest.raises(DataError, match="the split 'test' has no labelled pixel"):
+            module.setup(stage)
+    save(root / "train/masks/t0.png", random_mask([0, 255]))
+    with pytest.raises(DataError, match=r"classes\.yaml: no training pixel is 'rest' \(mask value 2\)"):
+        make_module(root).setup("fit")
+    (root / "classes.yaml").write_text("{classes: [ground, sky, rest], ignore: 255}")
+    make_module(root).setup("fit")

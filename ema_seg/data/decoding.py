@@ -1,0 +1,237 @@
+"""Files to arrays: images to RGB, masks to values or colours.
+
+A file is refused where decoding it would change it without a word: more than 8 bits a channel, a damaged JPEG, a mask
+with lossy compression or erased pixels. Each refusal is a DataError that names the file.
+"""
+
+import io
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, TiffImagePlugin
+
+from ema_seg.data.source import IMAGE_FORMATS, File
+from ema_seg.errors import DataError
+
+__all__ = ["Traits", "decode_image", "decode_mask", "read_traits"]
+
+Pixels = NDArray[np.uint8]
+
+_JPEG = {"JPEG", "MPO"}  # MPO: several JPEGs in one file, as phones write them; the first one counts
+
+# The step from stored to upright pixels by orientation tag (EXIF 2.32, tag 0x0112); 1 is upright already.
+_TURNS: Mapping[int, Callable[[Pixels], Pixels]] = {
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+_INVERSE = {6: 8, 8: 6}
+
+
+class Traits(NamedTuple):
+    """Properties of an image file that its decoded pixels no longer show."""
+
+    orientation: int
+    """The orientation tag, 1 to 8; 1 where there is none."""
+    palette: bool
+    grey: bool
+
+
+def read_traits(file: File) -> Traits:
+    """Read a file's traits; raises DataError where it is no image."""
+    with _opened(file, "an image") as (image, _):
+        return Traits(_orientation(image), image.mode == "P", _is_grey(image.mode))
+
+
+def decode_image(file: File, *, upright: bool = False) -> Pixels:
+    """Decode an image of one of ``IMAGE_FORMATS``, of any colour mode, to RGB.
+
+    Args:
+        file: The file.
+        upright: Turn the image as its orientation tag says, and as viewers show it; else the pixels are as stored.
+
+    Returns:
+        uint8 RGB, H x W x 3.
+
+    Raises:
+        DataError: The file is unreadable, damaged, of another format, or has more than 8 bits a channel.
+    """
+    with _opened(file, "an image") as (image, data):
+        if depth := _excess_depth(image):
+            raise DataError(f"{file}: the image has {depth}; expected 8 bits a channel: scale its values to 0 … 255.")
+        orientation = _orientation(image)  # which loads a PNG, and so comes after its depth
+        pixels = _decode_jpeg(image, data) if image.format in _JPEG else np.array(image.convert("RGB"))
+        return _turn(pixels, image, orientation, upright)
+
+
+def decode_mask(
+    file: File, *, palette_colors: bool = False, grey_colors: bool = False, upright: bool = False
+) -> Pixels:
+    """Decode a mask without touching its values.
+
+    Args:
+        file: The file.
+        palette_colors: Give the colours of a mask with a palette, instead of its indices.
+        grey_colors: Give the colours of a grey mask (v, v, v), instead of its values.
+        upright: Turn the mask as its orientation tag says; else the pixels are as stored.
+
+    Returns:
+        uint8, H x W values, or H x W x 3 for colours.
+
+    Raises:
+        DataError: The file is unreadable or truncated, its compression is lossy, it has transparent pixels (a palette
+            of which only the indices count may have them), or a value in it exceeds 255.
+    """
+    with _opened(file, "a mask") as (image, data):
+        if lossy := _lossy_compression(image, data):
+            raise DataError(
+                f"{file}: the mask is {lossy}, a lossy compression that changes mask values; expected a lossless "
+                "format: export the masks again as PNG."
+            )
+        if not (image.mode in {"P", "RGB", "RGBA"} or _is_grey(image.mode)):
+            raise DataError(f"{file}: the mask has mode {image.mode}, expected grey, palette or RGB.")
+        as_colors = palette_colors if image.mode == "P" else grey_colors if _is_grey(image.mode) else True
+        depth, scale, orientation = _excess_depth(image), _grey_scale(image, file), _orientation(image)
+        if image.mode in {"RGBA", "LA"} or (as_colors and "transparency" in image.info):
+            _require_opaque(image, file)
+        if as_colors:
+            if depth:
+                raise DataError(f"{file}: the mask has {depth}; expected 8 bits a channel.")
+            if image.mode == "P":
+                _require_colors(image, file)
+            return _turn(np.array(image.convert("RGB")), image, orientation, upright)
+        values = np.array(image.convert("L") if image.mode == "LA" else image)
+        if values.dtype not in (np.uint8, np.bool_) and (values.min() < 0 or values.max() > 255):
+            worst = values.max() if values.max() > 255 else values.min()
+            raise DataError(f"{file}: mask value {worst} is outside the class list, expected values from 0 to 255.")
+        return _turn(values.astype(np.uint8, copy=False) // scale, image, orientation, upright)
+
+
+@contextmanager
+def _opened(file: File, kind: str) -> Iterator[tuple[Image.Image, bytes]]:
+    """Open a file with Pillow, which reads its header; an error of a decoder becomes a DataError."""
+    data = file.read()
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            yield image, data
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, ...
+        raise DataError(f"{file}: cannot be decoded as {kind} ({_first_line(error)}).") from error
+
+
+def _decode_jpeg(image: Image.Image, data: bytes) -> Pixels:
+    """Decode with an error where libjpeg-turbo only warns of damaged data, as Pillow and OpenCV do not."""
+    if image.mode in {"L", "RGB"}:
+        return np.asarray(simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False))
+    simplejpeg.decode_jpeg(data, "CMYK")  # for its errors; Pillow knows which files hold inverted inks
+    return np.array(image.convert("RGB"))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        tag = int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow's parser has no error of its own; viewers do without damaged metadata, too
+        return 1
+    return tag if tag in _TURNS else 1
+
+
+def _turn(pixels: Pixels, image: Image.Image, orientation: int, upright: bool) -> Pixels:
+    """Turn decoded pixels upright, or back to as they are stored."""
+    if image.format == "TIFF":  # Pillow has turned it
+        turn = 1 if upright else _INVERSE.get(orientation, orientation)
+    else:
+        turn = orientation if upright else 1
+    return np.ascontiguousarray(_TURNS[turn](pixels)) if turn in _TURNS else pixels
+
+
+def _excess_depth(image: Image.Image) -> str | None:
+    """Describe a depth of more than 8 bits a channel, of which Pillow would keep the high byte; None for 8 or less."""
+    if image.mode.startswith(("I", "F")):
+        return f"mode {image.mode}"
+    arguments = _decoder_arguments(image)
+    # BMP has "BGR;16", which is 16 bits a pixel.
+    if image.format in {"PNG", "TIFF"} and arguments and ";16" in str(arguments[0]):
+        return "16 bits a channel"
+    if image.format == "PPM" and isinstance(arguments[-1], int) and arguments[-1] > 255:
+        return f"values up to {arguments[-1]}"
+    return None
+
+
+def _grey_scale(image: Image.Image, file: File) -> int:
+    """The factor by which Pillow stretches grey values of 2 or 4 bits to the range of 8 bits.
+
+    To be asked before the pixels are loaded, after which Pillow has forgotten how they were stored.
+    """
+    arguments = _decoder_arguments(image)
+    if image.format == "PPM" and isinstance(arguments[-1], int):
+        raise DataError(
+            f"{file}: the mask has the largest value {arguments[-1]} in its header, to which its values would be "
+            "scaled; expected 255: save it as PNG."
+        )
+    return {"L;2": 85, "L;4": 17}.get(str(arguments[0]) if arguments else "", 1)
+
+
+def _decoder_arguments(image: Image.Image) -> tuple[object, ...]:
+    """Pillow's arguments of the decoder; the first is how the pixels are stored ("RGB;16B")."""
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0][3] if tiles else ()
+    return arguments if isinstance(arguments, tuple) else (arguments,)
+
+
+def _is_grey(mode: str) -> bool:
+    return mode in {"1", "L", "LA"} or mode.startswith("I")
+
+
+def _require_opaque(image: Image.Image, file: File) -> None:
+    transparent = np.count_nonzero(np.array(image.convert("RGBA").getchannel("A")) < 255)
+    if transparent:
+        raise DataError(
+            f"{file}: the mask has {transparent} transparent pixels, whose hidden colour would count as a class; "
+            "expected an opaque mask: fill them with a class's colour or an ignored one."
+        )
+
+
+def _require_colors(image: Image.Image, file: File) -> None:
+    """Refuse indices beyond the end of the palette, for which Pillow gives black."""
+    indices, colors = np.array(image), len(image.getpalette() or ()) // 3
+    if indices.max() >= colors:
+        raise DataError(
+            f"{file}: the mask has the palette index {indices.max()}, but its palette has {colors} colours; export it "
+            "again, or set data.masks=index if its indices are class values."
+        )
+
+
+def _lossy_compression(image: Image.Image, data: bytes) -> str | None:
+    if image.format in _JPEG:
+        return "a JPEG"
+    if image.format == "WEBP" and _is_lossy_webp(data):
+        return "a lossy WebP"
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.info.get("compression") in {"jpeg", "tiff_jpeg"}:
+        return "a TIFF with JPEG compression"
+    return None
+
+
+def _is_lossy_webp(data: bytes) -> bool:
+    """Whether the (first) frame is VP8 instead of VP8L (https://developers.google.com/speed/webp/docs/riff_container)."""
+    at = 12  # after "RIFF", the size and "WEBP"
+    while at + 8 <= len(data):
+        kind, size = struct.unpack_from("<4sI", data, at)
+        if kind in {b"VP8 ", b"VP8L"}:
+            return bool(kind == b"VP8 ")
+        # The frame of an animation has 16 bytes of its own before the chunks within it.
+        at += 24 if kind == b"ANMF" else 8 + size + size % 2
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
