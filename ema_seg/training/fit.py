@@ -9,7 +9,7 @@ from typing import Any
 
 import cv2
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ema_seg.data import SegmentationDataModule
@@ -20,6 +20,7 @@ from ema_seg.models import load_checkpoint, model_weights, segmenter_from_config
 from ema_seg.models.limits import describe_memory, is_out_of_memory
 from ema_seg.models.mode import set_execution
 from ema_seg.reporting.files import write_file
+from ema_seg.training.averaging import GrowingAverage
 from ema_seg.training.callbacks import EpochLog, Pictures
 from ema_seg.training.checkpoints import (
     AtomicCheckpoints,
@@ -142,7 +143,7 @@ def _callbacks(settings: Mapping[str, Any], run: Path) -> list[Callback]:
     if settings["pictures_every"]:
         callbacks.append(Pictures(run / "pictures", every=settings["pictures_every"]))
     if settings["weight_averaging"]:
-        callbacks.append(EMAWeightAveraging(decay=settings["weight_averaging"]))
+        callbacks.append(GrowingAverage(settings["weight_averaging"]))
     if settings["early_stopping"]:
         callbacks.append(RunEarlyStopping(_MONITORED, settings["early_stopping"]))
     return callbacks
