@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ema_seg.distributed.leaving import LEAVE_SIGNALS, leave_when_asked
 from ema_seg.evaluation import ConfusionMatrix
@@ -88,6 +89,20 @@ def test_metrics_have_a_full_row_per_epoch(finished_run):
 
     assert [row["epoch"] for row in rows] == ["0", "1"]
     assert all(value != "" for row in rows for value in row.values())
+
+
+def test_tensorboard_shows_each_score_and_no_number_of_its_own(finished_run):
+    run, _ = finished_run
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    rows = rows_of(run)
+
+    assert {"epoch", *rows[0]} - {"step", "seconds"} <= {*events.Tags()["scalars"]}
+    assert {"val_iou/sky", "val_iou/road"} <= {*events.Tags()["scalars"]}
+    assert not any("hp_metric" in tag for tag in events.Tags()["scalars"])
+    for name in ("learning_rate", "images_per_second", "val/loss", "val/miou"):
+        assert [event.value for event in events.Scalars(name)] == pytest.approx(
+            [float(row[name]) for row in rows], rel=1e-4
+        )
 
 
 def test_the_report_agrees_with_the_checkpoint_and_the_files(finished_run, camvid_root):
@@ -254,6 +269,7 @@ def test_options_of_training_work_together(camvid_root, run_script, tmp_path):
     assert len(rows_of(run)) < 5  # nothing is learned, so training stops early
     assert checkpoint["global_step"] == len(rows_of(run))  # two batches an epoch make one step
     assert "current_model_state" in checkpoint
+    assert all(row["val/miou_unaveraged"] for row in rows_of(run))
 
 
 def test_a_run_that_has_stopped_early_does_not_train_on(camvid_root, run_script, tmp_path):

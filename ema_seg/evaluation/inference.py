@@ -11,6 +11,7 @@ from ema_seg.errors import ConfigError, ModelError
 from ema_seg.models.limits import explained_memory, explained_sizes
 
 __all__ = [
+    "LESS_MEMORY",
     "PRECISIONS",
     "autocast",
     "device_of",
@@ -31,7 +32,7 @@ PRECISIONS: dict[str, torch.dtype | None] = {
 }
 
 
-_LESS = "lower data.evaluation_batch_size, set evaluation.precision=bf16-mixed, or take a device with more"
+LESS_MEMORY = "lower data.evaluation_batch_size, set evaluation.precision=bf16-mixed, or take a device with more"
 
 
 def autocast(device: torch.device | str, precision: str | int) -> AbstractContextManager[object]:
@@ -113,7 +114,7 @@ def predict(model: nn.Module, images: Sequence[Tensor], stride: int) -> list[Ten
     for (_, height, width), indices in by_size.items():
         batch = torch.stack([images[index].to(device, non_blocking=True) for index in indices])
         padded = pad_to_stride(batch, stride).contiguous(memory_format=memory_format)
-        with explained_sizes(padded), explained_memory(padded, _LESS):
+        with explained_sizes(padded), explained_memory(padded, LESS_MEMORY):
             output = model(padded)
         if output.shape[-2:] != padded.shape[-2:]:
             raise ModelError(

@@ -10,6 +10,7 @@ from segmentation_models_pytorch.base import SegmentationModel
 from torch import nn
 
 from ema_seg.attention import build_attention
+from ema_seg.attention.ema.module import groups_in_weights
 from ema_seg.errors import ConfigError, ModelError, did_you_mean, one_line
 from ema_seg.models.placement import PLACEMENTS, place_attention, run_once
 from ema_seg.models.weights import check_encoder_name, load_encoder_weights
@@ -44,6 +45,7 @@ def build_segmenter(
     attention_options: Mapping[str, Any] | None = None,
     placements: Sequence[str] = ("decoder",),
     encoder_stages: Sequence[int] | None = None,
+    weights: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Build an encoder–decoder segmentation model with attention blocks.
@@ -63,6 +65,8 @@ def build_segmenter(
         placements: where the blocks sit: any of ``"encoder"``, ``"decoder"``, ``"head"``.
         encoder_stages: for ``"encoder"``: indices of the feature maps to re-weight; None for all that the
             decoder reads.
+        weights: the state dict that the model will be filled with. Its shapes tell the number of groups of each EMA
+            block with ``factor="auto"``: weights from earlier versions may have fewer channels per group.
         **options: further keyword arguments of the smp architecture or, for timm encoders, of the encoder.
 
     Returns:
@@ -92,8 +96,14 @@ def build_segmenter(
             "or leave the stages out."
         )
 
-    def build_block(channels: int) -> nn.Module:
-        return build_attention(attention, channels, **(attention_options or {}))
+    def build_block(channels: int, path: str) -> nn.Module:
+        block_options = dict(attention_options or {})
+        groups = groups_in_weights(weights or {}, path, channels) if block_options.get("factor") == "auto" else None
+        if groups is None:
+            return build_attention(attention, channels, **block_options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about one channel per group, which nobody chose now
+            return build_attention(attention, channels, **(block_options | {"factor": groups}))
 
     model = _build_plain(decoder, encoder, classes, options)
     if encoder_weights is not None:
@@ -104,7 +114,7 @@ def build_segmenter(
             fetch=lambda: _construct(decoder, encoder, "imagenet", classes, options).encoder,
         )
     if attention == "none":
-        build_block(1)  # for its complaint about options that it does not have
+        build_block(1, "")  # for its complaint about options that it does not have
     try:
         if attention != "none":
             place_attention(model, decoder, build_block, placements, encoder_stages=encoder_stages)
@@ -117,7 +127,9 @@ def build_segmenter(
     return model
 
 
-def segmenter_from_config(config: Mapping[str, Any], classes: int, *, pretrained: bool = True) -> nn.Module:
+def segmenter_from_config(
+    config: Mapping[str, Any], classes: int, *, pretrained: bool = True, weights: Mapping[str, Any] | None = None
+) -> nn.Module:
     """Build the segmenter that a run's configuration describes, see ``build_segmenter``.
 
     Args:
@@ -125,6 +137,7 @@ def segmenter_from_config(config: Mapping[str, Any], classes: int, *, pretrained
             options) and ``placement`` (``encoder``, ``decoder``, ``head`` as booleans; ``encoder_stages``).
         classes: number of classes.
         pretrained: False leaves the encoder's weights random, for a model that a checkpoint will fill.
+        weights: see ``build_segmenter``.
 
     Raises:
         EmaSegError: see ``build_segmenter``.
@@ -144,6 +157,7 @@ def segmenter_from_config(config: Mapping[str, Any], classes: int, *, pretrained
         attention_options=attention,
         placements=[place for place in PLACEMENTS if placement[place]],
         encoder_stages=placement["encoder_stages"],
+        weights=weights,
     )
 
 

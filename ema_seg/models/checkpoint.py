@@ -11,7 +11,7 @@ from ema_seg.errors import CheckpointError, ConfigError, one_line
 from ema_seg.models.build import segmenter_from_config
 from ema_seg.settings import REBUILDING, require_settings
 
-__all__ = ["load_checkpoint", "load_segmenter"]
+__all__ = ["load_checkpoint", "load_segmenter", "model_weights"]
 
 _MODEL_PREFIX = "model."
 
@@ -61,6 +61,15 @@ def _check_contents(path: Path, checkpoint: Mapping[str, Any]) -> None:
         raise CheckpointError(f"ckpt={path}: its config is none of train.py's: {error}") from error
 
 
+def model_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Select the segmenter's state dict from a checkpoint that ``load_checkpoint`` has read."""
+    return {
+        name.removeprefix(_MODEL_PREFIX): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith(_MODEL_PREFIX)
+    }
+
+
 def load_segmenter(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """Rebuild the model that a checkpoint holds.
 
@@ -71,12 +80,9 @@ def load_segmenter(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         CheckpointError: see ``load_checkpoint``; or the weights do not fit the configuration beside them.
     """
     checkpoint = load_checkpoint(path)
-    model = segmenter_from_config(checkpoint["config"], len(checkpoint["classes"]), pretrained=False)
-    weights = {
-        name.removeprefix(_MODEL_PREFIX): tensor
-        for name, tensor in checkpoint["state_dict"].items()
-        if name.startswith(_MODEL_PREFIX)
-    }
+    weights = model_weights(checkpoint)
+    classes = len(checkpoint["classes"])
+    model = segmenter_from_config(checkpoint["config"], classes, pretrained=False, weights=weights)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -38,7 +38,7 @@ _BLOCK_CONTAINERS = {
 }
 _BLOCK_ATTRIBUTES = {"pan": ("gau3", "gau2", "gau1")}
 
-BuildBlock = Callable[[int], nn.Module]
+BuildBlock = Callable[[int, str], nn.Module]
 
 
 class AttentionAfter(nn.Module):
@@ -114,7 +114,8 @@ def place_attention(
     Args:
         model: a model of segmentation-models-pytorch with ``encoder``, ``decoder``, ``segmentation_head``.
         decoder: smp's name of the architecture, such as ``"unet"``.
-        build_block: makes a block for a number of channels.
+        build_block: makes a block for a number of channels, at a path in the finished model, such as
+            ``"decoder.blocks.0.attention"``.
         placements: some of ``PLACEMENTS``.
         encoder_stages: indices into the encoder's list of feature maps (index i has stride 2^i for most
             encoders); None takes every feature map that the decoder reads.
@@ -129,18 +130,19 @@ def place_attention(
         return
     blocks = _decoder_blocks(model, decoder)
     probe = _probe(model, [block for _, _, block in blocks])
+    paths = {module: path for path, module in model.named_modules()}
 
     if "encoder" in placements:
         stages = _chosen_stages(probe.stages, encoder_stages, decoder)
-        attention = {stage: build_block(probe.stages[stage]) for stage in stages}
+        attention = {stage: build_block(probe.stages[stage], f"encoder.attention.{stage}") for stage in stages}
         model.encoder = AttentionOnFeatures(model.encoder, attention)
     if "decoder" in placements:
         for (parent, name, block), channels in zip(blocks, probe.block_channels, strict=True):
             # Unet++ keeps placeholder blocks without channels for encoders that lack the stride-2 feature map.
             if channels > 0:
-                _replace(parent, name, AttentionAfter(block, build_block(channels)))
+                _replace(parent, name, AttentionAfter(block, build_block(channels, f"{paths[block]}.attention")))
     if "head" in placements:
-        attention_block = build_block(probe.head_channels)
+        attention_block = build_block(probe.head_channels, "segmentation_head.attention")
         model.segmentation_head = AttentionBefore(attention_block, model.segmentation_head)
 
 

@@ -20,6 +20,7 @@ from ema_seg.errors import DataError
 from ema_seg.evaluation import Example, attention_weights, predict_example
 from ema_seg.reporting import draw_samples
 from ema_seg.reporting.files import write_file
+from ema_seg.training.averaging import UNAVERAGED
 from ema_seg.training.module import SegmentationModule
 
 __all__ = ["EpochLog", "Pictures", "attention_map"]
@@ -36,7 +37,10 @@ _COLUMNS = (
     "learning_rate",
     "images_per_second",
     "seconds",
+    "val/loss",
 )
+# Columns of those runs alone that have values for them.
+_OPTIONAL = (UNAVERAGED,)
 
 
 class EpochLog(Callback):
@@ -84,19 +88,23 @@ class EpochLog(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the row, after the epoch's validation if there was one."""
         means = cast(SegmentationModule, pl_module).epoch_means()
+        speed = self._images / self._train_seconds if self._images else 0.0
+        rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+        pl_module.log_dict({"learning_rate": rate, "images_per_second": speed})
         if not trainer.is_global_zero:
             return
         logged = trainer.logged_metrics | trainer.callback_metrics | means
         row: dict[str, Any] = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
-            "learning_rate": max(group["lr"] for group in trainer.optimizers[0].param_groups),
-            "images_per_second": self._images / self._train_seconds if self._images else 0.0,
+            "learning_rate": rate,
+            "images_per_second": speed,
             "seconds": time.perf_counter() - self._start,
         }
-        current = [name for name in _COLUMNS if name in logged and (self._validated or not name.startswith("val/"))]
-        row |= {name: float(logged[name]) for name in current}
-        self._rows.append({name: _shown(row[name]) if name in row else "" for name in _COLUMNS})
+        known = [*_COLUMNS, *(name for name in _OPTIONAL if name in logged)]
+        current = [name for name in known if name in logged and (self._validated or not name.startswith("val/"))]
+        row |= {name: float(logged[name]) for name in current if name not in row}
+        self._rows.append({name: _shown(row[name]) if name in row else "" for name in known})
         _write_rows(self.path, self._rows)
         # Standard error, because standard output carries the report and the path of the run.
         if not self.quiet:
@@ -106,6 +114,8 @@ class EpochLog(Callback):
 def _line(row: dict[str, Any], trainer: Trainer) -> str:
     epochs = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
     scores = f"val mIoU {row['val/miou']:.4f}" if "val/miou" in row else "not validated"
+    if UNAVERAGED in row:
+        scores += f" ({row[UNAVERAGED]:.4f} without averaging)"
     return (
         f"epoch {row['epoch'] + 1}{epochs}  loss {row['train/loss']:.3f}  {scores}  "
         f"{row['images_per_second']:.1f} images/s  {row['seconds']:.0f} s"
@@ -118,7 +128,8 @@ def _shown(value: Any) -> Any:
 
 def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     text = StringIO(newline="")
-    writer = csv.DictWriter(text, _COLUMNS)
+    columns = [*_COLUMNS, *(name for name in _OPTIONAL if any(name in row for row in rows))]
+    writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)
     write_file(path, text.getvalue().encode())

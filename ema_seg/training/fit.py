@@ -9,17 +9,18 @@ from typing import Any
 
 import cv2
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ema_seg.data import SegmentationDataModule
 from ema_seg.distributed.preemption import Preemption
 from ema_seg.errors import CheckpointError, ConfigError, TrainingError, one_line
 from ema_seg.evaluation import describe_environment
-from ema_seg.models import segmenter_from_config
+from ema_seg.models import load_checkpoint, model_weights, segmenter_from_config
 from ema_seg.models.limits import describe_memory, is_out_of_memory
 from ema_seg.models.mode import set_execution
 from ema_seg.reporting.files import write_file
+from ema_seg.training.averaging import GrowingAverage
 from ema_seg.training.callbacks import EpochLog, Pictures
 from ema_seg.training.checkpoints import (
     AtomicCheckpoints,
@@ -82,7 +83,9 @@ def fit(
     data = SegmentationDataModule(**config["data"])
     data.skipped.keep_in(run / "skipped.csv")
     data.setup("fit")
-    model = segmenter_from_config(config, data.num_classes, pretrained=not resume)
+    path, saved = load_last(run) if resume else (None, None)
+    weights = _weights_to_match(config, saved)
+    model = segmenter_from_config(config, data.num_classes, pretrained=not resume, weights=weights)
     settings = config["training"]
     set_execution(model, channels_last=settings["channels_last"], compile=settings["compile"])
     module = SegmentationModule(
@@ -97,7 +100,6 @@ def fit(
     # averaged weights, too, out of a checkpoint of weights alone.
     weights_only = not settings["weight_averaging"]
     best = BestCheckpoint(run, monitor=_MONITORED, mode="max", save_weights_only=weights_only)
-    path, saved = load_last(run) if resume else (None, None)
     progress = not quiet and _shows_progress(settings["progress_bar"])
     last = LastCheckpoint(run, settings.get("checkpoint_every"), preemption)
     own = [best, last, EpochLog(run / "metrics.csv", quiet=quiet), *_callbacks(settings, run)]
@@ -128,12 +130,20 @@ def fit(
     return _best(best, run)
 
 
+def _weights_to_match(config: Mapping[str, Any], saved: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Select the weights whose shapes the model must have: those of the run resumed or repeated, if any."""
+    if saved is None and config.get("rerun"):
+        original = Path(config["rerun"]) / "checkpoints" / "best.ckpt"
+        saved = load_checkpoint(original) if original.is_file() else None
+    return None if saved is None else model_weights(saved)
+
+
 def _callbacks(settings: Mapping[str, Any], run: Path) -> list[Callback]:
     callbacks: list[Callback] = []
     if settings["pictures_every"]:
         callbacks.append(Pictures(run / "pictures", every=settings["pictures_every"]))
     if settings["weight_averaging"]:
-        callbacks.append(EMAWeightAveraging(decay=settings["weight_averaging"]))
+        callbacks.append(GrowingAverage(settings["weight_averaging"]))
     if settings["early_stopping"]:
         callbacks.append(RunEarlyStopping(_MONITORED, settings["early_stopping"]))
     return callbacks

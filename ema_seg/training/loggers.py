@@ -12,7 +12,7 @@ __all__ = ["build_logger", "check_logger"]
 
 # Name: the class, and its fixed arguments. Loaded only when named.
 _LOGGERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "tensorboard": ("TensorBoardLogger", {"name": "", "version": "tensorboard"}),
+    "tensorboard": ("TensorBoardLogger", {"name": "", "version": "tensorboard", "default_hp_metric": False}),
     "wandb": ("WandbLogger", {}),
     "mlflow": ("MLFlowLogger", {}),
 }

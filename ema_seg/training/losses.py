@@ -8,6 +8,7 @@ Lovász loss, which sort the pixels, are means of the processes' own.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,9 +30,11 @@ def _global_mean(total: Tensor, count: Tensor) -> Tensor:
 
     Args:
         total: the sum over the process's own pixels, a scalar.
-        count: their number, or the sum of their weights; not a part of the graph.
+        count: their number, or the sum of their weights; not a part of the graph. Where all processes together
+            have none, the mean is 0.
     """
-    return place().size * total / sum_in_place(count.clone())
+    count = sum_in_place(count.clone())
+    return place().size * total * (count > 0) / count.where(count > 0, 1)
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, *, reduction: str, **options: Any) -> Tensor:
@@ -57,7 +60,8 @@ class CrossEntropy(nn.Module):
 
     Args:
         classes: number K of classes.
-        class_weights: K factors, one per class; the mean is then weighted.
+        class_weights: K factors of 0 or more, one per class; the mean is then weighted. A batch whose labelled
+            pixels all weigh 0 has a loss of 0.
         label_smoothing: share of the probability spread evenly over all classes.
     """
 
@@ -65,10 +69,8 @@ class CrossEntropy(nn.Module):
         self, classes: int, class_weights: Sequence[float] | None = None, label_smoothing: float = 0.0
     ) -> None:
         super().__init__()
-        if class_weights is not None and len(class_weights) != classes:
-            raise ConfigError(
-                f"loss.cross_entropy.class_weights: {len(class_weights)} weights for {classes} classes; give one each."
-            )
+        if class_weights is not None:
+            _check_class_weights(class_weights, classes)
         self.class_weights: Tensor | None
         self.register_buffer(
             "class_weights", None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
@@ -83,6 +85,23 @@ class CrossEntropy(nn.Module):
         labels = target[target != IGNORE_INDEX]
         weights = torch.ones_like(labels) if self.class_weights is None else self.class_weights[labels]
         return _global_mean(total, weights.sum())
+
+
+def _check_class_weights(weights: Sequence[float], classes: int) -> None:
+    key = "loss.cross_entropy.class_weights"
+    if not isinstance(weights, Sequence) or isinstance(weights, str):
+        raise ConfigError(f"{key}={weights!r} must be a list of one weight per class, or null.")
+    if len(weights) != classes:
+        raise ConfigError(f"{key}: {len(weights)} weights for {classes} classes; give one each.")
+    for weight in weights:
+        _check_weight(f"{key}={list(weights)}: a weight", weight)
+    if not any(weights):
+        raise ConfigError(f"{key}={list(weights)}: all weights are 0, so nothing is learned; give one above 0.")
+
+
+def _check_weight(key: str, weight: object) -> None:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        raise ConfigError(f"{key} must be a number of 0 or more, got {weight!r}.")
 
 
 class OHEM(nn.Module):
@@ -121,10 +140,11 @@ class Dice(nn.Module):
 
     Args:
         classes: number K of classes.
-        smooth: added to numerator and denominator.
+        smooth: added to numerator and denominator; 0 or more.
     """
 
     def __init__(self, classes: int, smooth: float = 1.0) -> None:
+        _check_weight("loss.dice.smooth", smooth)
         super().__init__()
         self.classes = classes
         self.smooth = smooth
@@ -147,11 +167,16 @@ class Focal(nn.Module):
 
     Args:
         classes: number K of classes (unused, for the common signature).
-        gamma: how much easy pixels are weighed down.
+        gamma: how much easy pixels are weighed down; 0 or more.
         alpha: weight of a class's own pixels, from 0 to 1, against those of the others; None weighs all alike.
     """
 
     def __init__(self, classes: int, gamma: float = 2.0, alpha: float | None = None) -> None:
+        _check_weight("loss.focal.gamma", gamma)
+        if alpha is not None:
+            _check_weight("loss.focal.alpha", alpha)
+            if alpha > 1:
+                raise ConfigError(f"loss.focal.alpha must be a number from 0 to 1, got {alpha!r}.")
         super().__init__()
         self.sum = FocalLoss("multiclass", alpha=alpha, gamma=gamma, ignore_index=IGNORE_INDEX, reduction="sum")
 
@@ -215,7 +240,7 @@ def build_loss(terms: Mapping[str, Mapping[str, Any] | None], classes: int) -> W
         classes: number K of classes.
 
     Raises:
-        ConfigError: a name or an option is unknown, or nothing is left to sum.
+        ConfigError: a name or an option is unknown, a weight is negative, or nothing is left to sum.
     """
     built: dict[str, tuple[float, nn.Module]] = {}
     for name, options in terms.items():
@@ -229,8 +254,7 @@ def build_loss(terms: Mapping[str, Mapping[str, Any] | None], classes: int) -> W
             raise ConfigError(f"loss.{name}={options!r}: give its weight as loss.{name}.weight={options!r}.")
         settings = dict(options)
         weight = settings.pop("weight", 1.0)
-        if not isinstance(weight, int | float):
-            raise ConfigError(f"loss.{name}.weight={weight!r} is no number.")
+        _check_weight(f"loss.{name}.weight", weight)
         known = [key for key in inspect.signature(_LOSSES[name]).parameters if key != "classes"]
         for key in settings:
             if key not in known:
@@ -238,4 +262,8 @@ def build_loss(terms: Mapping[str, Mapping[str, Any] | None], classes: int) -> W
         built[name] = (float(weight), _LOSSES[name](classes, **settings))
     if not built:
         raise ConfigError(f"loss: no term is left; name at least one of {', '.join(_LOSSES)}.")
+    if not any(weight for weight, _ in built.values()):
+        raise ConfigError(
+            f"loss: the weight of each term ({', '.join(built)}) is 0, so nothing is learned; raise one of them."
+        )
     return WeightedSum(built)

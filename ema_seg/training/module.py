@@ -1,6 +1,7 @@
 """The Lightning module: one training step, one validation pass, one optimiser with its schedule."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,13 +10,15 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, distributed, nn
 
+from ema_seg.data.base import IGNORE_INDEX
 from ema_seg.distributed.collectives import sum_in_place
-from ema_seg.distributed.start import place
+from ema_seg.distributed.start import alone, place
 from ema_seg.errors import ConfigError, TrainingError
 from ema_seg.evaluation import ConfusionMatrix
-from ema_seg.evaluation.inference import segment
+from ema_seg.evaluation.confusion import Scores
+from ema_seg.evaluation.inference import LESS_MEMORY, predict
 from ema_seg.models import model_stride
-from ema_seg.models.limits import explained_sizes
+from ema_seg.models.limits import explained_memory, explained_sizes
 from ema_seg.training.optimisation import build_optimizer, build_schedule
 from ema_seg.training.sharded import whole
 
@@ -26,8 +29,9 @@ class SegmentationModule(LightningModule):
     """Trains a segmenter and scores it on the validation images at their own size.
 
     Logs ``train/loss`` per epoch, and the mean and the largest norm of a step's gradient before any clipping, as
-    ``train/gradient_norm`` and ``train/gradient_norm_max``, which a checkpoint within an epoch keeps; ``val/miou``,
-    ``val/mean_accuracy`` and ``val/pixel_accuracy`` per validation, all three from one confusion matrix.
+    ``train/gradient_norm`` and ``train/gradient_norm_max``, which a checkpoint within an epoch keeps; per validation
+    ``val/miou``, ``val/mean_accuracy``, ``val/pixel_accuracy`` and ``val_iou/<class>`` of each class that occurs, all
+    from one confusion matrix, and ``val/loss``, the mean over the images of each whole image's loss.
 
     Args:
         model: maps float images (B, 3, H, W) to logits (B, K, H, W).
@@ -61,6 +65,8 @@ class SegmentationModule(LightningModule):
         self.schedule_settings = dict(schedule)
         self.stride = model_stride(model)
         self.confusion = ConfusionMatrix(len(classes))
+        self.validation_loss, self.validation_images = 0.0, 0
+        self.iou_names = _tags("val_iou", self.classes)
         self.crops = "images"  # what the last batch was of, for messages
         # Of loss times images, images, gradient norms and steps, and the largest norm. Lightning's own means would
         # begin anew in a run that goes on within an epoch.
@@ -141,20 +147,45 @@ class SegmentationModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Start the scores of this validation from zero, of one model in all processes."""
         self.confusion = ConfusionMatrix(len(self.classes))
+        self.validation_loss, self.validation_images = 0.0, 0
         if place().size > 1:
             # The first process's, which are those in the checkpoints. The weights are the same everywhere.
             for buffer in self.model.buffers():
                 distributed.broadcast(buffer, 0)
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        """Count the pixels of whole images, at their own size."""
-        for prediction, target in zip(segment(self.model, batch["image"], self.stride), batch["mask"], strict=True):
-            self.confusion.update(prediction, target)
+        """Count the pixels of whole images, at their own size, and add up the loss of each."""
+        for logits, target in zip(self.score(batch), batch["mask"], strict=True):
+            if (target != IGNORE_INDEX).any():
+                # By itself: the processes need not have the same number of images.
+                with alone(), explained_memory(logits[None], LESS_MEMORY):
+                    self.validation_loss += float(self.loss(logits[None], target[None]))
+                self.validation_images += 1
+
+    def score(self, batch: dict[str, Any]) -> list[Tensor]:
+        """Count the pixels of whole images in the confusion matrix.
+
+        Returns:
+            The logits K x H x W of each image.
+        """
+        predicted = predict(self.model, batch["image"], self.stride)
+        for logits, target in zip(predicted, batch["mask"], strict=True):
+            self.confusion.update(logits.argmax(dim=0), target)
+        return predicted
+
+    def compute_scores(self) -> Scores:
+        """Compute the scores over the images of all processes; a collective."""
+        sum_in_place(self.confusion.matrix)
+        return self.confusion.compute()
 
     def on_validation_epoch_end(self) -> None:
-        """Log the scores over the images of all processes."""
-        sum_in_place(self.confusion.matrix)
-        scores = self.confusion.compute()
+        """Log the loss and the scores over the images of all processes."""
+        scores = self.compute_scores()
+        loss, images = sum_in_place(torch.tensor([self.validation_loss, self.validation_images], dtype=torch.float64))
+        self.log("val/loss", float(loss / images))
+        for index, iou in enumerate(scores["iou"]):
+            if not math.isnan(iou):
+                self.log(self.iou_names[index], iou)
         self.log("val_miou", scores["miou"], prog_bar=True, logger=False)
         for name in ("miou", "mean_accuracy", "pixel_accuracy"):
             self.log(f"val/{name}", scores[name])
@@ -183,3 +214,11 @@ class SegmentationModule(LightningModule):
             self.sums.copy_(checkpoint["sums"])
             if place().rank:
                 self.sums[:2] = 0
+
+
+def _tags(group: str, classes: Sequence[str]) -> list[str]:
+    """Return names of curves that every logger takes, one per class; MLflow refuses most punctuation."""
+    names = [re.sub(r"[^\w-]", "_", name) for name in classes]
+    if len(set(names)) < len(names):
+        names = [f"{name}_{index}" for index, name in enumerate(names)]
+    return [f"{group}/{name}" for name in names]

@@ -150,7 +150,7 @@ def test_every_block_trains_at_every_placement(unet, name, placements, monkeypat
     model = deepcopy(unet)
     built = []
 
-    def build_block(channels):
+    def build_block(channels, path):
         built.append(build_attention(name, channels, **options_of(name)))
         return built[-1]
 

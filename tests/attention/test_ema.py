@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import inspect
 import itertools
+import warnings
+from functools import cache
 
 import numpy as np
 import onnxruntime
@@ -15,8 +17,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ema_seg.attention import EMA, DynamicEMA, build_attention
-from ema_seg.attention.ema import choice, factorised, triton_kernels
+from ema_seg.attention import EMA, AblatedEMA, DynamicEMA, build_attention
+from ema_seg.attention.ema import choice, factorised, module, triton_kernels
 from ema_seg.errors import ConfigError, ModelError
 
 SHAPES = [(2, 32, 6, 9), (1, 64, 1, 7), (3, 8, 5, 1), (1, 16, 1, 1)]
@@ -166,9 +168,26 @@ def test_ema_has_the_published_signature():
     assert EMA(64, 128, 4).groups == 4
 
 
-@pytest.mark.parametrize(("channels", "factor"), [(16, 16), (64, 32), (24, 24), (40, 20), (37, 1), (96, 32)])
-def test_ema_auto_factor_is_the_largest_divisor_up_to_32(channels, factor):
-    assert EMA(channels, factor="auto").groups == factor
+@pytest.mark.parametrize(
+    ("channels", "factor"),
+    [(1, 1), (8, 1), (15, 1), (16, 2), (32, 4), (64, 8), (24, 3), (40, 5), (37, 1), (96, 12), (256, 32), (320, 32)],
+)
+def test_auto_takes_the_largest_factor_up_to_32_that_leaves_8_channels_per_group(channels, factor):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for block in (*BLOCKS, AblatedEMA):
+            assert block(channels, factor="auto").groups == factor
+
+
+def test_a_softmax_over_one_channel_is_dead_and_the_choice_of_it_gives_one_warning(monkeypatch):
+    monkeypatch.setattr(module, "_warn_of_single_channels", cache(module._warn_of_single_channels.__wrapped__))
+    with pytest.warns(UserWarning, match="one channel per group: .* ema_dynamic computes the same as ema") as caught:
+        blocks = [randomised(block(16, factor=16)) for block in (*BLOCKS, EMA)]
+    x = random((2, 16, 5, 7), dtype=torch.float32)
+
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert torch.equal(blocks[0](x), blocks[1](x))
 
 
 # Every implementation against the reference

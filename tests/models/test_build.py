@@ -1,13 +1,15 @@
+from functools import partial
+
 import pytest
 import segmentation_models_pytorch as smp
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-from ema_seg.attention import EMA
+from ema_seg.attention import EMA, AblatedEMA, DynamicEMA
 from ema_seg.errors import ConfigError, ModelError
 from ema_seg.models import build_segmenter, decoder_names, model_stride, segmenter_from_config
-from ema_seg.models.placement import PLACEMENTS
+from ema_seg.models.placement import PLACEMENTS, place_attention
 
 # The lightest encoder that each decoder takes.
 ENCODERS = {"dpt": "tu-test_vit", "segformer": "mit_b0"}
@@ -179,6 +181,50 @@ def test_transformer_encoders_without_a_stride_2_map_are_handled():
 
     assert "1" not in model.encoder.attention
     assert model(torch.randn(2, 3, 64, 96)).shape == (2, 2, 64, 96)
+
+
+def place_as_before(model, decoder, block):
+    """Place blocks with as many groups as ``factor=auto`` once had: the largest divisor of the channels up to 32."""
+    place_attention(
+        model,
+        decoder,
+        lambda channels, _: block(channels, factor=max(n for n in range(1, 33) if channels % n == 0)),
+        PLACEMENTS,
+    )
+    return model
+
+
+@pytest.mark.parametrize(
+    ("decoder", "block", "name", "options"),
+    [
+        ("unet", EMA, "ema", {}),
+        ("pan", DynamicEMA, "ema_dynamic", {}),
+        ("deeplabv3", partial(AblatedEMA, branches="pointwise"), "ema_ablated", {"branches": "pointwise"}),
+    ],
+)
+def test_weights_tell_the_groups_that_auto_had(decoder, block, name, options, recwarn):
+    light = LIGHT.get(decoder, {})
+    before = place_as_before(build(decoder, **light), decoder, block)
+    weights = before.state_dict()
+    arguments = {"attention": name, "attention_options": {"factor": "auto", **options}, "placements": PLACEMENTS}
+    recwarn.clear()
+
+    model = build(decoder, **arguments, weights=weights, **light)
+
+    assert not recwarn
+    assert list(model.state_dict()) == list(weights)
+    # A run that is repeated starts from the same weights, too.
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())
+    now = build(decoder, **arguments, **light).state_dict()
+    assert any(tensor.shape != weights[key].shape for key, tensor in now.items())
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 3, 3), (0, 0, 3, 3), (2,)])
+def test_weights_that_fit_no_block_leave_auto_as_it_is(shape):
+    weights = {"segmentation_head.attention.conv3x3.weight": torch.zeros(shape)}
+    options = {"attention": "ema", "attention_options": {"factor": "auto"}, "placements": ["head"], "weights": weights}
+    model = build("unet", **options, **LIGHT["unet"])
+    assert model.segmentation_head.attention.groups == 2
 
 
 def test_options_reach_the_decoder():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ema_seg.errors import CheckpointError, Preempted
-from ema_seg.models import build_segmenter, load_checkpoint
+from ema_seg.models import build_segmenter, load_checkpoint, load_segmenter, segmenter_from_config
 
 CHECKPOINT = {
     "state_dict": {"model.head.weight": torch.zeros(1)},
@@ -79,3 +79,23 @@ def test_a_signal_while_a_file_is_read_is_no_damage_of_it(saved, monkeypatch):
         load_checkpoint(path)
     with pytest.raises(Preempted):
         build_segmenter("fpn", classes=2, encoder="resnet18", encoder_weights=str(path))
+
+
+@pytest.mark.filterwarnings("ignore:EMA's factor")
+def test_a_checkpoint_from_before_keeps_its_single_channels(tmp_path):
+    """With factor=auto, a decoder of 32 channels once had 32 groups."""
+    config = {
+        **CHECKPOINT["config"],
+        "model": {"decoder": "linknet", "encoder": "tu-test_efficientnet", "encoder_weights": None},
+        "attention": {"name": "ema", "factor": "auto"},
+        "placement": {"encoder": False, "decoder": False, "head": True, "encoder_stages": None},
+    }
+    before = segmenter_from_config({**config, "attention": {"name": "ema", "factor": 32}}, 2).eval()
+    weights = {f"model.{name}": tensor for name, tensor in before.state_dict().items()}
+    torch.save({**CHECKPOINT, "state_dict": weights, "config": config}, tmp_path / "some.ckpt")
+    images = torch.randn(1, 3, 64, 64)
+
+    model, _ = load_segmenter(tmp_path / "some.ckpt")
+
+    assert model.segmentation_head.attention.groups == 32
+    assert torch.equal(model(images), before(images))

@@ -82,7 +82,7 @@ def test_what_lightning_or_a_loss_takes_is_not_refused(config, values):
         ({"optimizer__betas": [0.9]}, "optimizer: torch refuses"),
         ({"optimizer__model": 3}, "optimizer: torch refuses"),
         ({"schedule__optimizer": 3}, r"schedule\.optimizer: poly has no such option"),
-        ({"loss": {"cross_entropy": {"weight": 1.0, "class_weights": True}}}, "loss=.*torch cannot compute this"),
+        ({"loss": {"cross_entropy": {"weight": 1.0, "label_smoothing": "x"}}}, "loss=.*torch cannot compute this"),
         ({"loss": {"cross_entropy": {"weight": 1.0, "label_smoothing": 7}}}, "label_smoothing must be between 0"),
         ({"schedule": {"name": "poly", "power": -0.5}}, r"schedule\.power=-0\.5: poly has no learning rate"),
         ({"placement__encoder": "yes"}, r"placement\.encoder='yes' is neither true nor false"),

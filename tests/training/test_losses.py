@@ -36,6 +36,19 @@ def test_class_weights_weigh_the_mean(batch):
     assert_close(loss(logits, target), F.cross_entropy(logits, target, torch.tensor(weights), ignore_index=255))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_batch_of_classes_that_weigh_nothing_counts_0_and_teaches_nothing(batch, smoothing):
+    logits, target = batch
+    logits.requires_grad_()
+    terms = {"cross_entropy": {"class_weights": [1.0, 2.0, 0.0, 4.0, 0.5], "label_smoothing": smoothing}}
+
+    loss = build_loss(terms, CLASSES)(logits, target.where(target == 255, 2))
+    loss.backward()
+
+    assert loss.item() == 0
+    assert (logits.grad == 0).all()
+
+
 @pytest.mark.parametrize(("threshold", "min_kept"), [(0.7, 0), (0.01, 3), (0.2, 10), (1.0, 0)])
 def test_ohem_averages_the_hard_pixels(batch, threshold, min_kept):
     logits, target = batch
@@ -112,6 +125,20 @@ def test_terms_add_up_by_weight_in_float32(batch):
         ({"dice": None}, r"loss: no term is left"),
         ({"cross_entropy": {"class_weights": [1.0]}}, r"1 weights for 5 classes"),
         ({"ohem": {"threshold": 70}}, r"loss\.ohem\.threshold=70 is no probability"),
+        (
+            {"cross_entropy": {"class_weights": [1, -1, 1, 1, 1]}},
+            r"class_weights=.*a weight must be .* or more, got -1",
+        ),
+        ({"cross_entropy": {"class_weights": [1, math.nan, 1, 1, 1]}}, r"class_weights=.* 0 or more, got nan"),
+        ({"cross_entropy": {"class_weights": [1, "2", 1, 1, 1]}}, r"class_weights=.* 0 or more, got '2'"),
+        ({"cross_entropy": {"class_weights": 3}}, r"class_weights=3 must be a list of one weight per class"),
+        ({"cross_entropy": {"class_weights": [0, 0.0, 0, 0, 0]}}, r"class_weights=.*all weights are 0, so nothing"),
+        ({"dice": {"weight": -1}}, r"loss\.dice\.weight must be a number of 0 or more, got -1"),
+        ({"dice": {"weight": "1"}}, r"loss\.dice\.weight must be a number of 0 or more, got '1'"),
+        ({"dice": {"weight": 0}, "ohem": {"weight": 0.0}}, r"loss: the weight of each term \(dice, ohem\) is 0"),
+        ({"dice": {"smooth": -1}}, r"loss\.dice\.smooth must be a number of 0 or more, got -1"),
+        ({"focal": {"gamma": -2}}, r"loss\.focal\.gamma must be a number of 0 or more, got -2"),
+        ({"focal": {"alpha": 2}}, r"loss\.focal\.alpha must be a number from 0 to 1, got 2"),
     ],
 )
 def test_mistakes_are_named(terms, message):

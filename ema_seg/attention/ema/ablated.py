@@ -28,8 +28,7 @@ class AblatedEMA(nn.Module):
             sigmoid(softmax(mean x1) · x1); or ``"spatial"`` for the 3×3 branch x2 alone, likewise.
         normalisation: False leaves out the GroupNorm of the 1×1 branch. (With it, and the 1×1 branch alone, the
             means that the softmax sees are those of normalised channels: the same for every image.)
-        factor: number of channel groups, a divisor of ``channels``, or ``"auto"`` for the largest divisor that is
-            at most 32.
+        factor: number of channel groups, a divisor of ``channels``, or ``"auto"``, see ``EMA``.
 
     Shape:
         Input and output: (B, C, H, W).

@@ -4,6 +4,9 @@ Paper: Ouyang et al., "Efficient Multi-Scale Attention Module with Cross-Spatial
 ICASSP 2023, https://arxiv.org/abs/2305.13563
 """
 
+import warnings
+from collections.abc import Mapping
+from functools import cache
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -15,9 +18,10 @@ from ema_seg.attention.ema import choice, factorised, operator, reference
 from ema_seg.attention.ema.reference import Parameters
 from ema_seg.errors import ModelError
 
-__all__ = ["EMA", "DynamicEMA", "number_of_groups"]
+__all__ = ["EMA", "DynamicEMA", "groups_in_weights", "number_of_groups"]
 
 _LARGEST_AUTO_FACTOR = 32
+_SMALLEST_AUTO_WIDTH = 8  # channels per group
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -41,7 +45,8 @@ class EMA(nn.Module):
         channels: number C of input (and output) channels.
         c2: ignored; the published signature has it for model parsers that pass an output width.
         factor: number of channel groups, a divisor of ``channels``, or ``"auto"`` for the largest divisor
-            that is at most 32.
+            that is at most 32 and leaves at least 8 channels per group (one group for fewer than 16 channels).
+            A factor that leaves one channel per group gives a warning, once per process.
         implementation: ``"reference"`` is the published form, ``"factorised"`` the exact short form in PyTorch
             operations, ``"cpp"`` and ``"triton"`` its fused kernels for CPU and CUDA; ``"auto"`` takes the kernels
             that can compute an input, and PyTorch operations where none can. The environment variable
@@ -169,7 +174,9 @@ def _is_transformed(*tensors: Tensor) -> bool:
 
 
 def number_of_groups(channels: int, factor: int | Literal["auto"]) -> int:
-    """What ``factor`` stands for, with this many channels.
+    """Return the number of groups that ``factor`` stands for with this many channels.
+
+    Warns, once per process, about an explicit factor that leaves one channel per group.
 
     Raises:
         ModelError: ``channels`` cannot be split into so many groups.
@@ -178,10 +185,42 @@ def number_of_groups(channels: int, factor: int | Literal["auto"]) -> int:
         raise ModelError(f"EMA needs a positive whole number of channels, got {channels!r}.")
     divisors = [divisor for divisor in range(1, channels + 1) if channels % divisor == 0]
     if factor == "auto":
-        return max(divisor for divisor in divisors if divisor <= _LARGEST_AUTO_FACTOR)
+        largest = min(_LARGEST_AUTO_FACTOR, max(1, channels // _SMALLEST_AUTO_WIDTH))
+        return max(divisor for divisor in divisors if divisor <= largest)
     if type(factor) is not int or factor not in divisors:  # True would pass for 1
         raise ModelError(
             f"EMA cannot split {channels} channels into factor={factor!r} groups; "
             f"valid factors are {', '.join(map(str, divisors))}, or 'auto'."
         )
+    if factor == channels:
+        _warn_of_single_channels()
     return factor
+
+
+@cache
+def _warn_of_single_channels() -> None:
+    warnings.warn(
+        "EMA's factor equals the number of channels, which leaves one channel per group: a softmax over one channel "
+        "is always 1, so neither branch weighs channels, and ema_dynamic computes the same as ema; choose "
+        "factor='auto' or a factor that leaves several channels per group.",
+        stacklevel=4,
+    )
+
+
+def groups_in_weights(weights: Mapping[str, object], path: str, channels: int) -> int | None:
+    """Return the number of groups of the EMA block at ``path`` of the model that ``weights`` belong to.
+
+    Args:
+        weights: a state dict, perhaps of another model.
+        path: the block's name in the model, such as ``"decoder.blocks.0.attention"``.
+        channels: number C of the block's channels.
+
+    Returns:
+        None if no weights of that name fit a block of so many channels.
+    """
+    for name in ("conv3x3", "conv1x1"):  # blocks with parts taken away have only one of them
+        weight = weights.get(f"{path}.{name}.weight")
+        if isinstance(weight, Tensor) and weight.ndim == 4:
+            width = weight.shape[0]
+            return channels // width if width and channels % width == 0 else None
+    return None
