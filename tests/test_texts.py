@@ -1,4 +1,4 @@
-"""Texts that others have written: read as what they say, or refused in a sentence."""
+"""Reading texts that others have written: right, or refused in a sentence."""
 
 import csv
 import json
@@ -23,8 +23,7 @@ def text_file(tmp_path):
 
 # Nine times nine times nine …: a few hundred bytes for 9**10 values.
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
-    for before, name in zip("abcdefghi", "bcdefghij", strict=True)
+    f"{name}: &{name} [{', '.join([f'*{chr(ord(name) - 1)}'] * 9)}]\n" for name in "bcdefghij"
 )
 
 
@@ -49,7 +48,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("[" + '"\\ud83c", ' * 8000 + "]", "has surrogates"),
     ],
 )
-def test_what_is_no_yaml_is_a_sentence(content, found, text_file):
+def test_invalid_yaml_is_refused(content, found, text_file):
     with pytest.raises(DataError, match=rf"text: is not valid YAML \(.*{re.escape(found)}.*\); correct the file\.$"):
         read_yaml(text_file(content))
 
@@ -64,7 +63,7 @@ def test_what_is_no_yaml_is_a_sentence(content, found, text_file):
         ("", None),
     ],
 )
-def test_what_is_yaml_is_read(content, value, text_file):
+def test_valid_yaml_is_read(content, value, text_file):
     # OmegaConf reads as few things as a date, and so did the project.
     import yaml
     from omegaconf._utils import get_yaml_loader
@@ -86,12 +85,12 @@ def test_what_is_yaml_is_read(content, value, text_file):
         ("[1", "Expecting ',' delimiter"),
     ],
 )
-def test_what_is_no_json_is_a_sentence(content, found, text_file):
+def test_invalid_json_is_refused(content, found, text_file):
     with pytest.raises(DataError, match=rf"text: is not valid JSON \(.*{re.escape(found)}.*\); restore the file\.$"):
         read_json(text_file(content))
 
 
-def test_what_is_json_is_read(text_file):
+def test_valid_json_is_read(text_file):
     value = {"brackets": '[\\"{' * 200, "digits": "1" * 30, "small": 1.2345678901234567890123e-05, "emoji": "🌱"}
     value["deep"] = [[[2**63]]]
     for ascii_only in (True, False):
@@ -111,7 +110,7 @@ def test_a_table_is_read_or_refused(text_file):
             read_rows(text_file(content))
 
 
-def test_what_is_no_text_file_is_a_sentence(tmp_path, text_file):
+def test_only_text_files_of_some_size_are_read(tmp_path, text_file):
     for content in ("grün: 1".encode("utf-16"), "a\ngrün: 1".encode("latin-1")):
         for read in (read_yaml, read_json):
             with pytest.raises(DataError, match=r"text: line \d is not UTF-8; save the file as UTF-8, or "):
@@ -128,13 +127,8 @@ def test_what_is_no_text_file_is_a_sentence(tmp_path, text_file):
             read_json(path)
 
 
-def test_a_name_is_whole_and_printable():
+def test_a_name_must_be_whole_and_printable():
     require_text("Grünes Blatt 🌱 (links)")
-    for text, found in {
-        "\ud83c": "half a character",
-        "\x1b[2J": "a control character",
-        "a\nb": "a control",
-        "\u202e": "a",
-    }.items():
-        with pytest.raises(ValueError, match=f"has {found}"):
+    for text in ("\ud83c", "\x1b[2J", "a\nb", "\u202e"):
+        with pytest.raises(ValueError, match=r"has (half a character|a control character) \(\\"):
             require_text(text)
