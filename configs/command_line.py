@@ -13,7 +13,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ema_seg.distributed.leaving import as_asked
 from ema_seg.distributed.start import first_told
-from ema_seg.errors import ConfigError, EmaSegError, Preempted, one_line, system_sentence
+from ema_seg.errors import ConfigError, DataError, EmaSegError, Preempted, one_line, own_cause, system_sentence
+from ema_seg.settings import require_plain
+from ema_seg.texts import read_yaml
 
 __all__ = ["argument", "expand_home", "plain_config", "quoted", "read_config", "reports_errors", "saved_config"]
 
@@ -93,9 +95,10 @@ def read_config(run: Path, key: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{key}={run}: there is no {path}; give the folder of a run that train.py made.")
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # whatever the YAML reader finds
-        raise ConfigError(f"{key}={run}: {path} is not readable as YAML ({one_line(error)}).") from error
+        config = read_yaml(path, advice="restore the file")
+        require_plain(config)
+    except (DataError, ConfigError) as error:
+        raise ConfigError(f"{key}={run}: {error}") from error
     if not isinstance(config, dict) or not all(isinstance(config.get(name, {}), dict) for name in _SECTIONS):
         raise ConfigError(
             f"{key}={run}: {path} is no configuration with the sections {', '.join(_SECTIONS)}; give the folder of a "
@@ -125,6 +128,8 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
         key = getattr(error, "full_key", None) or str(error).rpartition(" ")[2]
         raise ConfigError(f"{key} is not set; give {key}=<value> on the command line.") from error
     except OmegaConfBaseException as error:
+        if (own := own_cause(error)) is not None:
+            raise own from error
         key = getattr(error, "full_key", None)
         where = f"{key}: its value" if key else "the configuration"
         raise ConfigError(f"{where} does not resolve: {str(error).splitlines()[0].rstrip('.')}.") from error

@@ -10,19 +10,64 @@ from typing import Any
 import hydra
 import hydra._internal.hydra as hydras_own
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.trust import forbid_settings_from_text, require_harmless, settings_of
-from ema_seg.errors import ConfigError, EmaSegError, did_you_mean, one_line
+from configs.trust import forbid_settings_from_text, require_harmless, restrict_environment, settings_of, walk
+from ema_seg.errors import ConfigError, EmaSegError, did_you_mean, one_line, own_cause
+from ema_seg.texts import read_yaml
 
 __all__ = ["compose", "launch"]
+
+_MOST_BRACKETS = 50
+
+
+class _Repository(ConfigRepository):
+    """Repository that reads configuration files by ``read_yaml``, and none outside of the folders that are searched."""
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        """See ConfigRepository.
+
+        Raises:
+            ConfigError: the path leads out of the folders, or the file cannot be a configuration.
+            DataError: see ``read_yaml``.
+        """
+        if os.path.normpath(config_path).startswith((os.pardir, "/")):
+            raise ConfigError(
+                f"{config_path}: a configuration must lie below the folder that is searched; put the file there, or "
+                "name its folder with --config-dir."
+            )
+        source = self._find_object_source(config_path, ObjectType.CONFIG)
+        if source is None or source.scheme() != "file":
+            return super().load_config(config_path)
+        path = Path(source.path, source._normalize_file_name(config_path))
+        loaded = _read_config(path, f"file://{source.path}", source.provider)
+        defaults = self._extract_defaults_list(config_path, loaded.config)
+        loaded.defaults_list = self._create_defaults_list(config_path, defaults)
+        return loaded
+
+
+def _read_config(path: Path, place: str, provider: str) -> ConfigResult:
+    content = read_yaml(path, advice="correct the configuration")
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a configuration must have keys with values, got {content!r:.80}; correct it.")
+    for key, _, value in walk(content, ""):
+        # OmegaConf's parser takes seconds for what is nested, and ends where the stack does.
+        if isinstance(value, str) and "${" in value and len(re.findall(r"[\[{(]", value)) > _MOST_BRACKETS:
+            raise ConfigError(f"{path}: {key} has more than {_MOST_BRACKETS} brackets in a reference; write less.")
+    with path.open(encoding="utf-8-sig") as file:
+        header = ConfigSource._get_header_dict(file.read(512))
+    return ConfigResult(config=OmegaConf.create(content), path=place, provider=provider, header=header)
 
 
 class _Loader(ConfigLoaderImpl):
@@ -33,18 +78,42 @@ class _Loader(ConfigLoaderImpl):
 
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
         super().__init__(config_search_path)
+        self.repository = _Repository(config_search_path)
         # Of the command line, which the processes of a launcher have not.
         options = get_args_parser().parse_args()
         self._typed = options.overrides
+        self._completes = options.shell_completion
         self._sweeps = options.multirun and not (options.help or options.hydra_help)
 
     def load_configuration(
         self, config_name: str | None, overrides: list[str], run_mode: RunMode, *options: Any, **named: Any
     ) -> DictConfig:
         composed = super().load_configuration(config_name, overrides, run_mode, *options, **named)
-        require_harmless(composed, self._typed)
-        _check_sweeper(composed, self._sweeps)
+        if not self._completes:  # which acts on no setting
+            require_harmless(composed, self._typed)
+            _check_sweeper(composed, self._sweeps)
         return composed
+
+    def _process_config_searchpath(
+        self, config_name: str | None, parsed_overrides: list[Override], repo: CachingConfigRepository
+    ) -> None:
+        """Add the folders and packages of ``hydra.searchpath``, which Hydra imports, if it is typed.
+
+        Raises:
+            ConfigError: a file, or a job's override in one, names them.
+        """
+        given = [o for o in parsed_overrides if o.get_key_element() == "hydra.searchpath"]
+        typed = all(self._completes or o.input_line in self._typed for o in given)
+        loaded = repo.load_config(config_name) if config_name is not None else None
+        primary = loaded.config if loaded is not None else OmegaConf.create()
+        named = OmegaConf.is_dict(primary) and OmegaConf.select(primary, "hydra.searchpath") is not None
+        if named or not typed:
+            raise ConfigError(
+                f"{config_name}: a configuration file must not set hydra.searchpath, from which Python packages are "
+                "imported; take it out, or type hydra.searchpath=[…] on the command line."
+            )
+        # Without the file's name, lest its value is another one the second time.
+        super()._process_config_searchpath(None, parsed_overrides, repo)
 
 
 def compose(folder: Path, config_name: str) -> DictConfig:
@@ -67,6 +136,7 @@ def compose(folder: Path, config_name: str) -> DictConfig:
     """
     forbid_settings_from_text()
     options = get_args_parser().parse_args()
+    restrict_environment(options.overrides)
     if options.experimental_rerun:
         raise ConfigError(
             f"--experimental-rerun {options.experimental_rerun}: a pickle can run any code; repeat a run with "
@@ -96,9 +166,11 @@ def compose(folder: Path, config_name: str) -> DictConfig:
     try:
         # Hydra's own help is that of no application; but its logs are set up as they are composed, for this, too.
         composed = loader.load_configuration(None if options.hydra_help else name, options.overrides, mode)
-    except ConfigError:
+    except EmaSegError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        if (own := own_cause(error)) is not None:
+            raise own from error
         raise ConfigError(_sentence(error, loader, name, options.overrides)) from error
     except Exception as error:  # of the YAML reader, or of a place in Hydra that such text should not reach
         text = " ".join(options.overrides) or name
@@ -121,14 +193,15 @@ def _check_sweeper(composed: DictConfig, multirun: bool) -> None:
 def launch(task: TaskFunction, folder: Path, config_name: str) -> None:
     """Have Hydra do what the command line asks for; what goes wrong comes out as the exception that it was."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    if not get_args_parser().parse_args().shell_completion:  # which acts on no setting
-        # Hydra lets nobody else look at what it composes; mypy takes the name of a class for fixed.
-        hydras_own.ConfigLoaderImpl = _Loader  # type: ignore[misc]
+    # Hydra lets nobody else look at what it composes; mypy takes the name of a class for fixed.
+    hydras_own.ConfigLoaderImpl = _Loader  # type: ignore[misc]
     try:
         hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
     except Exception as error:
         if isinstance(error, EmaSegError | OSError) or _is_ours(error, task):
             raise
+        if (own := own_cause(error)) is not None:
+            raise own from error
         raise ConfigError(f"Hydra cannot work with its settings (hydra.…): {one_line(error)}.") from error
     finally:
         hydras_own.ConfigLoaderImpl = ConfigLoaderImpl  # type: ignore[misc]

@@ -4,23 +4,33 @@ Hydra calls what stands as ``_target_`` in its callbacks, and Python's logging w
 settings of Hydra's logs; both follow a dotted name to anything that can be imported, ``os.system`` included, and also
 from within a trusted module that has imported it. So it is not the beginning of the name that counts but all of it.
 Logging also follows what looks like a URL to any object, sets attributes, and writes what it is told to any file; the
-launchers run commands. What of this is not in the project's own settings counts only where it was typed.
+launchers run commands. What of this is not in the project's own settings counts only where it was typed. So do the
+environment's variables, which may hold passwords and tokens: settings are shown, logged and saved.
 """
 
 import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.resolvers import oc
 
 from ema_seg.errors import ConfigError
 
-__all__ = ["forbid_settings_from_text", "require_harmless", "require_printable", "settings_of"]
+__all__ = [
+    "forbid_settings_from_text",
+    "require_harmless",
+    "require_printable",
+    "restrict_environment",
+    "settings_of",
+    "walk",
+]
 
 _CALLBACKS = (
     "hydra.experimental.callbacks.LogJobReturnCallback",
@@ -48,6 +58,7 @@ _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 _LOG_FILES = ("${hydra.runtime.output_dir}/${hydra.job.name}.log", "hydra-${hydra.job.name}.log")
 # Commands and what comes before them, for processes that launchers start; "_args_" stands for any of a launcher's own.
 _COMMANDS = (
+    "hydra.job.env_copy",
     "hydra.job.env_set",
     *(f"hydra.launcher.{key}" for key in ("_args_", "additional_parameters", "python", "ray", "setup", "srun_args")),
 )
@@ -65,6 +76,27 @@ def forbid_settings_from_text() -> None:
     """
     for name in ("oc.create", "oc.decode"):
         OmegaConf.clear_resolver(name)
+
+
+def restrict_environment(typed: Sequence[str]) -> None:
+    """Have ``${oc.env:NAME}`` read those variables alone that the user has typed.
+
+    The resolver checks, and not a search of the files: they can put such a text together from parts.
+
+    Args:
+        typed: the overrides of the command line.
+    """
+    names = frozenset(re.findall(r"\boc\.env:\s*['\"]?([^\s,}'\"]+)", " ".join(typed)))
+    OmegaConf.register_new_resolver("oc.env", partial(_read_variable, names), replace=True)
+
+
+def _read_variable(known: frozenset[str], name: str, *default: str | None) -> str | None:
+    if name not in known:
+        raise ConfigError(
+            f"${{oc.env:{name}}}: configuration files must not read the environment; write the value, or type "
+            f"<key>='${{oc.env:{name}}}' on the command line"
+        )
+    return oc.env(name, *default)
 
 
 def require_harmless(config: DictConfig, typed: Sequence[str] = ()) -> None:
@@ -141,7 +173,7 @@ def _values_of(overrides: Sequence[str]) -> Mapping[str, set[str]]:
     """The single values that overrides give, as text by path; of a sweep all of them."""
     values: dict[str, set[str]] = defaultdict(set)
     for override in _single(OverridesParser.create().parse_overrides(list(overrides))):
-        for path, _, value in _walk({override.key_or_group: override.value()}, ""):
+        for path, _, value in walk({override.key_or_group: override.value()}, ""):
             values[path].add(str(value))
     return values
 
@@ -164,12 +196,13 @@ def _known(key: str) -> set[str]:
 
 def settings_of(config: DictConfig) -> Iterator[tuple[str, str, Any]]:
     """Path, key and value of everything in a configuration, as it is written: nothing is resolved."""
-    return _walk(OmegaConf.to_container(config, resolve=False), "")
+    return walk(OmegaConf.to_container(config, resolve=False), "")
 
 
-def _walk(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
+def walk(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
+    """Path, key and value of everything in nested dicts and lists; ``path`` is that of the node itself."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
         below = f"{path}.{key}" if path else str(key)
         yield below, str(key), value
         if isinstance(value, dict | list):
-            yield from _walk(value, below)
+            yield from walk(value, below)

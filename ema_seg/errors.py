@@ -19,6 +19,7 @@ __all__ = [
     "TrainingError",
     "did_you_mean",
     "one_line",
+    "own_cause",
     "system_sentence",
 ]
 
@@ -94,3 +95,13 @@ class Preempted(BaseException):
     """
 
     exit_status = 75
+
+
+def own_cause(error: BaseException) -> EmaSegError | None:
+    """Find the first error of this family among those that a library's error was raised from."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, EmaSegError) and id(cause) not in seen:
+        seen.add(id(cause))
+        cause = cause.__cause__ or cause.__context__
+    return cause if isinstance(cause, EmaSegError) else None

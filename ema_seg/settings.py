@@ -10,7 +10,11 @@ from typing import Any, NamedTuple
 
 from ema_seg.errors import ConfigError, did_you_mean
 
-__all__ = ["EVALUATION", "EVALUATION_SECTION", "REBUILDING", "TRAINING", "require_settings"]
+__all__ = ["EVALUATION", "EVALUATION_SECTION", "REBUILDING", "TRAINING", "require_plain", "require_settings"]
+
+
+# Of a saved configuration, which has about a hundred.
+_MOST_VALUES, _DEEPEST = 20_000, 100
 
 
 class _Setting(NamedTuple):
@@ -236,6 +240,35 @@ def require_settings(config: Mapping[str, Any], known: _Section, path: str = "")
             require_settings(value, setting, f"{full}.")
         elif not setting.fits(value):
             raise ConfigError(f"{full}={value!r} {setting.complaint}.")
+
+
+def require_plain(config: object) -> None:
+    """Refuse a saved configuration that is not only of keys and values, as ``train.py`` saves one.
+
+    A reference in it would be resolved, and so could read the environment of whoever evaluates or resumes the run; a
+    list that holds itself has no end.
+
+    Raises:
+        ConfigError: there is a reference, a value of another type, or no end.
+    """
+    count = 0
+    below: list[tuple[str, object, int]] = [("", config, 0)]
+    while below:
+        path, value, depth = below.pop()
+        count += 1
+        if count > _MOST_VALUES or depth > _DEEPEST:
+            raise ConfigError(
+                f"{path}: a saved configuration has at most {_MOST_VALUES:,} values in {_DEEPEST} levels; restore it."
+            )
+        if isinstance(value, str) and "${" in value:
+            raise ConfigError(
+                f"{path}={value!r} is a reference, and a saved configuration has values alone; write the value."
+            )
+        if isinstance(value, dict | list | tuple):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            below += [(f"{path}.{key}" if path else str(key), item, depth + 1) for key, item in items]
+        elif not isinstance(value, str | int | float | None):
+            raise ConfigError(f"{path}: a value must be text or a number, got {type(value).__name__}; restore it.")
 
 
 def _near(name: str, known: _Section, path: str) -> str:

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from configs.trust import require_harmless, require_printable
 from ema_seg.errors import ConfigError
+from ema_seg.settings import require_plain
 from ema_seg.sweeps import read_plan
 from tests.conftest import QUICK
 
@@ -93,6 +94,130 @@ def test_an_experiment_file_reaches_no_object_file_or_environment(settings, mess
     assert not (tmp_path / "run").exists()
 
 
+SEARCHED = {"defaults": ["train", "_self_"], "hydra": {"searchpath": ["pkg://theirs.code"]}}
+POINTED_AT = {"defaults": ["train", "_self_"], "hydra": "${x}", "x": {"searchpath": ["pkg://theirs.code"]}}
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package ``theirs`` with a module ``code`` that leaves a file ``mark`` when it is imported."""
+    code = tmp_path / "packages" / "theirs" / "code" / "__init__.py"
+    code.parent.mkdir(parents=True)
+    code.write_text(f"open({str(tmp_path / 'mark')!r}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.setenv("COMP_LINE", "train.py model=")
+
+
+def test_a_file_cannot_have_a_package_imported(experiment, package, run_script, tmp_path):
+    # Of a search path, which Hydra follows before anything else, and of a defaults list.
+    experiment({"epochs": 1})
+    for content in (SEARCHED, POINTED_AT):
+        (tmp_path / "shared" / "theirs.yaml").write_text(yaml.safe_dump(content))
+        for options in (
+            ["--cfg", "job"],
+            ["--help"],
+            ["-m"],
+            ["--info", "searchpath"],
+            ["--shell-completion", "query=bash"],
+        ):
+            status, _, err = run_script("train", "--config-dir", "shared", "--config-name", "theirs", *options)
+            assert (status, "theirs: a configuration file must not set hydra.searchpath" in err) == (1, True), err
+    for entry in ("pkg://theirs.code/x", "/pkg://theirs.code/x", {"/taken": "pkg://theirs.code/x"}, "structured://x"):
+        status, _, err = run_script("train", *experiment({"defaults": [entry, "_self_"]}), "--cfg", "job")
+        assert status == 1
+        assert err.count("\n") == 1, err
+    status, _, err = run_script("train", *experiment(SEARCHED["hydra"] | {"hydra": SEARCHED["hydra"]}), "--cfg", "job")
+    assert "Overriding hydra.searchpath is only supported from the primary config" in err
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_typed_search_path_is_followed(experiment, package, run_script, tmp_path):
+    experiment({"epochs": 7})
+    status, out, _ = run_script("train", "hydra.searchpath=[file://shared]", "+experiment=theirs", "--cfg", "job")
+    assert (status, "epochs: 7" in out) == (0, True)
+    run_script("train", "hydra.searchpath=[pkg://theirs.code]", "--cfg", "job")
+    assert (tmp_path / "mark").exists()
+
+
+def test_a_file_cannot_name_files_beyond_its_folder(experiment, run_script, tmp_path):
+    (tmp_path / "private.yaml").write_text("password: mine")
+    private = str(tmp_path / "private")
+    for entry in (
+        "../../private",
+        "/../private",
+        f"/{private}",
+        {"/taken": "../../private"},
+        {"/../shared/..": "private"},
+    ):
+        status, out, err = run_script("train", *experiment({"defaults": [entry, "_self_"]}), "--cfg", "job")
+        assert (status, "a configuration must lie below the folder that is searched" in err) == (1, True), err
+        assert "password" not in out
+
+
+SHOW = ("--cfg", "job", "--resolve")
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"data": {"root": "${oc.env:SECRET}"}}, SHOW),
+        ({"x": "oc.env", "data": {"root": "${${x}:SECRET}"}}, SHOW),
+        ({"data": {"root": "${oc.select:nothing,${oc.env:SECRET,none}}"}}, ["data=camvid"]),
+        ({"hydra": {"run": {"dir": "runs/${oc.env:SECRET}"}}}, ["data=camvid", "data.root=none"]),
+        ({"hydra": {"help": {"template": "${oc.env:SECRET}"}}}, ["--help"]),
+        ({"defaults": [{"/taken": "${oc.env:SECRET}"}, "_self_"]}, ["--cfg", "job"]),
+        ({"hydra": {"job": {"env_copy": ["SECRET"]}}, "data": {"root": "${hydra:job.env_set.SECRET}"}}, SHOW),
+    ],
+)
+def test_an_experiment_file_cannot_read_the_environment(
+    settings, options, experiment, run_script, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("SECRET", "hunter2")
+
+    status, out, err = run_script("train", *experiment(settings), *options)
+
+    assert status == 1
+    assert "configuration files must not read the environment" in err or "hydra.job.env_copy.0='SECRET': " in err
+    assert "hunter2" not in out + err
+    assert not list(tmp_path.rglob("*hunter2*"))
+
+
+def test_a_typed_variable_is_read(experiment, run_script, monkeypatch):
+    monkeypatch.setenv("MINE", "elsewhere")
+    command = experiment({"data": {"root": "${hydra:job.env_set.MINE}"}})
+    for typed in ("data.root='${oc.env:MINE}'", "data.root=${oc.env:NONE,elsewhere}"):
+        assert "root: elsewhere" in run_script("train", typed, "--cfg", "job", "--resolve")[1], typed
+    out = run_script("train", *command, "hydra.job.env_copy=[MINE]", "--cfg", "job", "--resolve")[1]
+    assert "root: elsewhere" in out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "a: &a [x, x, x, x]\n"
+            + "".join(f"{n}: &{n} [{', '.join(['*' + chr(ord(n) - 1)] * 9)}]\n" for n in "bcdefgh"),
+            "is not valid YAML (line 5: with its aliases it has more than 20,000 values); correct the configuration.",
+        ),
+        ("x: " + "[" * 3000, "is not valid YAML (line 1 is nested more than 100 levels deep)"),
+        ("x: " + "9" * 5000, "is not valid YAML (line 1 has a number of 5,000 characters)"),
+        ("x: '" + "${" * 3000 + "'", "x has more than 50 brackets in a reference; write less."),
+        ("x: 1\nx: 2", "is not valid YAML (line 2 has the key 'x' for the second time)"),
+        ("text", "a configuration must have keys with values, got 'text'; correct it."),
+        ("[1]", "a configuration must have keys with values, got [1]; correct it."),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_a_sentence(content, message, experiment, run_script, tmp_path):
+    command = experiment({})
+    (tmp_path / "shared" / "experiment" / "theirs.yaml").write_text(content)
+
+    status, _, err = run_script("train", *command, "--cfg", "job")
+
+    assert status == 1
+    assert f"shared/experiment/theirs.yaml: {message}" in err
+    assert err.count("\n") == 1
+
+
 def test_help_is_no_way_around(experiment, run_script):
     command = experiment({"hydra": {"hydra_logging": {"x": "ext://os.system"}}})
     for option in ("--help", "--hydra-help"):
@@ -115,17 +240,20 @@ def test_a_sweep_of_an_experiment_file_cannot_have_the_shell_called(experiment, 
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_job_that_an_experiment_file_names_cannot_have_the_shell_called(
-    experiment, run_script, camvid_root, tmp_path
+def test_a_job_that_an_experiment_file_names_cannot_have_code_run(
+    experiment, package, run_script, camvid_root, tmp_path
 ):
     handler = "hydra.job_logging.handlers.console"
     hostile = f"{handler}.class=logging.os.system +{handler}.command=true"
-    command = experiment({"sweep": {"variants": {"theirs": hostile}}})
+    searched = "hydra.searchpath=[pkg://theirs.code]"
+    command = experiment({"sweep": {"variants": {"called": hostile, "imported": searched}}})
 
     run_script("train", "-m", *command, *QUICK, "data=camvid", f"data.root={camvid_root}", "hydra.sweep.dir=sweep")
 
-    (job,) = read_plan(tmp_path / "sweep").jobs
-    assert "logging.os.system: a configuration may only have" in job.impossible
+    called, imported = read_plan(tmp_path / "sweep").jobs
+    assert "logging.os.system: a configuration may only have" in called.impossible
+    assert "a configuration file must not set hydra.searchpath" in imported.impossible
+    assert not (tmp_path / "mark").exists()
 
 
 def test_a_job_that_an_experiment_file_names_sets_no_variable(experiment, run_script, camvid_root, tmp_path):
@@ -175,7 +303,7 @@ def test_what_a_process_of_a_launcher_acts_on_is_looked_at_there(experiment, run
     command = experiment({"defaults": [{"/taken": choice}, "_self_"]}, here={}, local=HANDLER)
 
     status, _, err = run_script(
-        *("train", "-m", *command, "launcher=submitit_local", *QUICK),
+        *("train", "-m", *command, "launcher=submitit_local", *QUICK, f"+hydra.job.env_set.E='{choice}'"),
         *("data=camvid", f"data.root={camvid_root}", "hydra.sweep.dir=sweep"),
     )
 
@@ -201,6 +329,28 @@ def test_the_configuration_of_a_run_cannot_have_the_shell_called(experiment, run
             status, _, _ = run_script(script, f"{key}={run}")
             assert status == 1
     assert not (tmp_path / "mark").exists()
+
+
+def test_a_saved_configuration_has_values_alone(run_script, monkeypatch, tmp_path):
+    monkeypatch.setenv("SECRET", "hunter2")
+    whole = yaml.safe_load("a: {b: [{c: '${oc.env:SECRET}'}]}")
+    folded = loop = ["x"]
+    for _ in range(9):
+        folded = [folded] * 9
+    loop.append(loop)
+    for content, message in (
+        (whole, "a.b.0.c='${oc.env:SECRET}' is a reference, and a saved configuration has values alone"),
+        ({"a": "\\${oc.env:SECRET}"}, "is a reference"),
+        ({"a": folded}, "a saved configuration has at most 20,000 values in 100 levels"),
+        ({"a": loop}, "a saved configuration has at most 20,000 values in 100 levels"),
+        ({"a": {1, 2}}, "a: a value must be text or a number, got set"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            require_plain(content)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(whole))
+    for script, key in {"train": "resume", "eval": "run"}.items():
+        status, out, err = run_script(script, f"{key}={tmp_path}", "--cfg", "job", "--resolve")
+        assert (status, "a.b.0.c='${oc.env:SECRET}' is a reference" in err, "hunter2" in out) == (1, True, False)
 
 
 def test_a_pickled_job_of_hydra_is_not_loaded(run_script):

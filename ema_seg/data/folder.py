@@ -43,7 +43,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
@@ -60,7 +59,8 @@ from ema_seg.data.base import (
 )
 from ema_seg.data.decoding import decode_mask, read_traits
 from ema_seg.data.source import File, FolderSource
-from ema_seg.errors import ConfigError, DataError, did_you_mean, one_line
+from ema_seg.errors import ConfigError, DataError, did_you_mean
+from ema_seg.texts import read_yaml
 
 __all__ = ["ClassList", "FolderDataset", "pair_split_folder"]
 
@@ -89,11 +89,9 @@ class ClassList:
             DataError: The file is missing, is not YAML, or its content is not in the format.
         """
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = read_yaml(path)
         except OSError as error:
             raise DataError(f"{path}: the classes file cannot be read ({error.strerror}).") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: is not valid YAML ({one_line(error)}).") from error
         try:
             return cls._parse(content)
         except ValueError as error:

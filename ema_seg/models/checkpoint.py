@@ -9,7 +9,7 @@ from torch import nn
 
 from ema_seg.errors import CheckpointError, ConfigError, one_line
 from ema_seg.models.build import segmenter_from_config
-from ema_seg.settings import REBUILDING, require_settings
+from ema_seg.settings import REBUILDING, require_plain, require_settings
 
 __all__ = ["load_checkpoint", "load_segmenter", "model_weights"]
 
@@ -56,6 +56,7 @@ def _check_contents(path: Path, checkpoint: Mapping[str, Any]) -> None:
     if not isinstance(config, dict):
         raise CheckpointError(f"ckpt={path}: its config has no settings by name; give one that train.py wrote.")
     try:
+        require_plain(config)
         require_settings(config, REBUILDING)
     except ConfigError as error:
         raise CheckpointError(f"ckpt={path}: its config is none of train.py's: {error}") from error

@@ -1,0 +1,280 @@
+"""Readers of YAML, JSON and CSV files that others may have written.
+
+A few hundred bytes can repeat themselves by aliases until the memory is full, nest until the stack overflows, or spell
+a number that takes minutes to print. The readers bound size, depth and numbers before they build values.
+
+A file that does not exist or may not be read raises ``OSError`` as ``open`` does.
+"""
+
+import csv
+import json
+import re
+import stat
+from collections.abc import Iterator
+from io import StringIO
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ema_seg.errors import DataError, one_line
+
+__all__ = ["read_json", "read_rows", "read_table", "read_yaml", "require_text"]
+
+_LARGEST = {"YAML": 2**20, "JSON": 2**30, "CSV": 2**28}  # bytes
+_DEEPEST = 100
+_MOST_NODES = 20_000  # of a YAML file with its aliases expanded: a list of 254 classes has 2,500
+_LONGEST_NUMBER = 100  # characters
+_LARGEST_NUMBER = 2**64
+# The loader in Python, which alone takes surrogates, reads 100 KiB in a second.
+_LARGEST_ESCAPED = 2**16  # bytes
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+# Maybe a number, maybe part of a string: then each number is measured, which takes longer.
+_LONG_NUMBER = re.compile(rb"(?<![\w.])\d{20}")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_DEPTHS = {ord(bracket): step for bracket, step in {"[": 1, "{": 1, "]": -1, "}": -1}.items()}
+
+
+class _Tags:
+    """YAML's core schema: a date is text, ``1e-3`` a number, and no other tag is known. As OmegaConf has it."""
+
+    def construct_text(self, node: yaml.Node) -> str:
+        # JSON writes a character beyond 16 bits as two escapes.
+        return _join_surrogates(self.construct_scalar(node))  # type: ignore[attr-defined]
+
+    def construct_number(self, node: yaml.Node) -> int | float:
+        if len(node.value) > _LONGEST_NUMBER:
+            raise ValueError(f"line {node.start_mark.line + 1} has a number of {len(node.value):,} characters")
+        whole = node.tag == f"{_TAG}int"
+        value = self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)  # type: ignore[attr-defined]
+        if whole and abs(value) >= _LARGEST_NUMBER:
+            raise ValueError(f"line {node.start_mark.line + 1} has a number of more than 64 bits")
+        return value
+
+
+class _PythonLoader(_Tags, yaml.SafeLoader):
+    pass
+
+
+class _Loader(_Tags, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    pass
+
+
+_TAG = "tag:yaml.org,2002:"
+_PLAIN = ("null", "bool", "seq", "map")
+_FLOAT = re.compile(
+    r"""^(?:[-+]?[0-9]+(?:_[0-9]+)*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+        |[-+]?[0-9]+(?:_[0-9]+)*(?:[eE][-+]?[0-9]+)
+        |[-+]?\.[0-9]+(?:_[0-9]+)*(?:[eE][-+]?[0-9]+)?
+        |[-+]?\.(?:inf|Inf|INF)
+        |\.(?:nan|NaN|NAN))$""",
+    re.X,
+)
+for _loader in (_PythonLoader, _Loader):
+    _loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _loader.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789."))
+    _loader.yaml_constructors = {
+        **{
+            f"{_TAG}{name}": yaml.SafeLoader.yaml_constructors[f"{_TAG}{name}"]
+            for name in ("null", "bool", "seq", "map")
+        },
+        **{f"{_TAG}str": _Tags.construct_text, f"{_TAG}int": _Tags.construct_number},
+        **{f"{_TAG}float": _Tags.construct_number, None: yaml.SafeLoader.yaml_constructors[None]},  # refuses all others
+    }
+
+
+def read_yaml(path: Path, advice: str = "correct the file") -> Any:
+    """Read a YAML file (UTF-8) into plain dicts, lists, texts, numbers, booleans and None; a date is a text.
+
+    Raises:
+        DataError: it is not YAML, has a tag or a key twice, or is too large, too deep or too long for one.
+        OSError: there is no such file, or it may not be read.
+    """
+    text = _read_text(path, "YAML", advice)
+    loader: Any = _Loader
+    try:
+        if _SURROGATE.search(text):
+            if len(text) > _LARGEST_ESCAPED:
+                raise ValueError(r"has surrogates (\ud800 to \udfff) as escapes, which must be written as characters")
+            loader = _PythonLoader
+        _check_nodes(yaml.parse(text, Loader=loader))
+        return yaml.load(text, Loader=loader)  # noqa: S506, a safe loader of fewer tags
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}: " if mark else ""
+        found = f"{where}{error.problem or error.context}"
+        raise DataError(f"{path}: is not valid YAML ({found}); {advice}.") from error
+    except LookupError as error:  # what PyYAML's constructors raise of an empty number and of a bool that is none
+        raise DataError(f"{path}: is not valid YAML (a value is not what its tag says); {advice}.") from error
+    except (yaml.YAMLError, ArithmeticError, RecursionError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: is not valid YAML ({one_line(error).rstrip('.')}); {advice}.") from error
+
+
+def read_json(path: Path, advice: str = "restore the file") -> Any:
+    """Read a JSON file (UTF-8).
+
+    Raises:
+        DataError: it is not strict JSON, has a key twice, or is too large, too deep or has a number of over 64 bits.
+        OSError: there is no such file, or it may not be read.
+    """
+    text = _read_text(path, "JSON", advice)
+    try:
+        content = text.encode()
+        if _json_depth(content, text) > _DEEPEST:
+            raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+        return json.loads(
+            text,
+            parse_int=_whole_number if _LONG_NUMBER.search(content) else None,
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_unique,
+        )
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{path}: is not valid JSON ({one_line(error)}); {advice}.") from error
+
+
+def read_rows(path: Path, advice: str = "restore the file") -> list[dict[str, str]]:
+    """Read a CSV file with a header: a dict of texts for each row.
+
+    Raises:
+        DataError: a row has another number of cells than the header, or the header a name twice; see ``read_table``.
+        OSError: there is no such file, or it may not be read.
+    """
+    table = read_table(path, advice)
+    if not table:
+        return []
+    header, *rows = table
+    if len(set(header)) < len(header):
+        raise DataError(f"{path}: is not a table (its header has a name twice); {advice}.")
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(header):
+            found = f"row {number} has {len(row)} cells instead of {len(header)}"
+            raise DataError(f"{path}: is not a table ({found}); {advice}.")
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def read_table(path: Path, advice: str = "restore the file") -> list[list[str]]:
+    """Read the rows of a CSV file, without empty ones; bytes that are not UTF-8 become lone surrogates.
+
+    Raises:
+        DataError: it is not CSV or too large.
+        OSError: there is no such file, or it may not be read.
+    """
+    text = _read_text(path, "CSV", advice, errors="surrogateescape")
+    try:
+        return [row for row in csv.reader(StringIO(text, newline="")) if row]
+    except csv.Error as error:
+        raise DataError(f"{path}: is not CSV ({one_line(error)}); {advice}.") from error
+
+
+def require_text(text: str) -> None:
+    """Refuse a text that no file or terminal shows as it is: with control characters or half a character.
+
+    Raises:
+        ValueError: what is in it, as the end of a sentence about it.
+    """
+    for character in text:
+        if "\ud800" <= character <= "\udfff":
+            raise ValueError(f"has half a character ({ascii(character)[1:-1]}), expected whole ones")
+        if re.match(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]", character):
+            raise ValueError(f"has a control character ({ascii(character)[1:-1]}), expected printable ones")
+
+
+def _read_text(path: Path, kind: str, advice: str, errors: str = "strict") -> str:
+    status = path.stat()
+    # A directory is left to open(), which has a sentence for it; a pipe or a device may have no end.
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise DataError(f"{path}: is a pipe or a device, expected a file; {advice}.")
+    if status.st_size > _LARGEST[kind]:
+        most = f"{_LARGEST[kind] >> 20} MiB"
+        raise DataError(f"{path}: has {status.st_size / 2**20:.1f} MiB, expected {kind} of at most {most}; {advice}.")
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig", errors)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}: line {line} is not UTF-8; save the file as UTF-8, or {advice}.") from error
+
+
+def _check_nodes(events: Iterator[yaml.Event]) -> None:
+    """Raise a ValueError about what would take too long or too much memory to build, or a key that is there twice."""
+    sizes: dict[str, int] = {}  # of what an alias stands for
+    frames: list[_Frame] = [_Frame(None)]
+    for event in events:
+        line, frame = event.start_mark.line + 1, frames[-1]  # type: ignore[union-attr]  # each event has a mark
+        if isinstance(event, yaml.CollectionStartEvent):
+            frames.append(_Frame(event.anchor, set() if isinstance(event, yaml.MappingStartEvent) else None))
+            if len(frames) > _DEEPEST:
+                raise ValueError(f"line {line} is nested more than {_DEEPEST} levels deep")
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            ended = frames.pop()
+            anchor, size, key, frame = ended.anchor, ended.size + 1, None, frames[-1]
+        elif isinstance(event, yaml.ScalarEvent):
+            anchor, size, key = event.anchor, 1, event.value
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise ValueError(f"line {line}: *{event.anchor} stands for nothing before it")
+            anchor, size, key = None, sizes[event.anchor], None
+        else:
+            continue
+        if anchor:
+            sizes[anchor] = size
+        frame.size += size
+        if frame.size > _MOST_NODES:
+            raise ValueError(f"line {line}: with its aliases it has more than {_MOST_NODES:,} values")
+        if frame.keys is not None:
+            if frame.at_key and key is not None and key != "<<":
+                if key in frame.keys:
+                    raise ValueError(f"line {line} has the key {key[:80]!r} for the second time")
+                frame.keys.add(key)
+            frame.at_key = not frame.at_key
+
+
+class _Frame:
+    """A list or mapping whose end has not come yet."""
+
+    def __init__(self, anchor: str | None, keys: set[str] | None = None) -> None:
+        self.anchor = anchor
+        self.keys = keys
+        self.at_key = True
+        self.size = 0
+
+
+def _join_surrogates(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+
+def _json_depth(content: bytes, text: str) -> int:
+    """How deep a JSON text is nested: counted fast, and once more without its strings where that finds much."""
+    depth = _depth(content.translate(None, _NO_BRACKETS))
+    if depth > _DEEPEST:
+        outside = re.sub(r'"(?:[^"\\]|\\.)*+"', "", text, flags=re.DOTALL)
+        depth = _depth(outside.encode().translate(None, _NO_BRACKETS))
+    return depth
+
+
+def _depth(brackets: bytes) -> int:
+    return max(accumulate(map(_DEPTHS.__getitem__, brackets)), default=0)
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > _LONGEST_NUMBER or abs(int(digits)) >= _LARGEST_NUMBER:
+        raise ValueError(f"it has a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in content if names.count(name) > 1)
+        raise ValueError(f"it has the key {twice[:80]!r} twice")
+    return content
