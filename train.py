@@ -166,12 +166,6 @@ def _is_unfinished(config: dict[str, Any], run: Path) -> bool:
 
 def _register_resumed(run: Path) -> str:
     """Make a run's own configuration the one that overrides on the command line change."""
-    for text in sys.argv[1:]:
-        if text.lstrip("+~").startswith("optimizer."):
-            raise ConfigError(
-                f"resume={run} goes on with the optimiser as it was saved, which {text} cannot change; leave it "
-                "out, or start a new run."
-            )
     return _register(saved_config(run, key="resume"), str(run))
 
 

@@ -5,6 +5,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,6 @@ def _work(config: dict[str, Any], run: Path, directory: Path, settings: Mapping[
     with Preemption().watched() as preemption, deterministic_algorithms(wanted):
         if config["data"]["batch_size"] == "auto":
             config["data"]["batch_size"] = _batch_size(config, run, settings)
-        if here.rank == 0:
-            write_file(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)).encode())
         best = fit(
             config,
             run,
@@ -94,10 +93,18 @@ def _work(config: dict[str, Any], run: Path, directory: Path, settings: Mapping[
             quiet=quiet,
             callbacks=settings["callbacks"],
             preemption=preemption,
+            on_start=partial(_write_config, config, run),
         )
-        return assess_checkpoint(
+        report = assess_checkpoint(
             best, config["data"], evaluation, directory, run=str(run), job=settings["job"], quiet=quiet
         )
+        _write_config(config, run)  # where nothing was left to train, not before the evaluation has worked
+        return report
+
+
+def _write_config(config: Mapping[str, Any], run: Path) -> None:
+    if place().rank == 0:
+        write_file(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode())
 
 
 def _evaluation(config: Mapping[str, Any]) -> Mapping[str, Any]:

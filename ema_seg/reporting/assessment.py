@@ -27,7 +27,7 @@ from ema_seg.reporting.predictions import PredictionWriter
 from ema_seg.reporting.report import build_report, write_report
 from ema_seg.settings import EVALUATION_SECTION, require_settings
 
-__all__ = ["assess_checkpoint", "check_settings", "find_device"]
+__all__ = ["assess_checkpoint", "check_classes", "check_settings", "find_device"]
 
 
 def assess_checkpoint(
@@ -70,7 +70,7 @@ def assess_checkpoint(
     data = {**data, **{key: data[key] or trained_on[key] for key in ("mean", "std")}}
     module = SegmentationDataModule(**data)
     module.setup("test")
-    _check_classes(saved["classes"], module, checkpoint)
+    check_classes(saved["classes"], module, checkpoint, "evaluate on data with the same classes")
     stride = model_stride(model)
     model.to(device)
     set_execution(model, channels_last=settings["channels_last"], compile=settings["compile"])
@@ -217,10 +217,27 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _check_classes(trained: list[str], module: SegmentationDataModule, checkpoint: Path) -> None:
-    if tuple(trained) != tuple(module.classes):
-        first, other = (", ".join(names[:3]) + ", …" for names in (trained, module.classes))
-        raise DataError(
-            f"{checkpoint} was trained on {len(trained)} classes ({first}), but data={module.dataset_name} has "
-            f"{len(module.classes)} ({other}); evaluate on data with the same classes."
-        )
+def check_classes(trained: Sequence[str], data: SegmentationDataModule, checkpoint: Path, advice: str) -> None:
+    """Compare a checkpoint's classes with those of the data, order included.
+
+    Args:
+        trained: the class names in the checkpoint.
+        data: the data set to use it on.
+        checkpoint: its path, for the message.
+        advice: the end of the message.
+
+    Raises:
+        DataError: they differ.
+    """
+    found = data.classes
+    if tuple(trained) == tuple(found):
+        return
+    first, other = (f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}" for names in (trained, found))
+    pairs = enumerate(zip(trained, found, strict=False))
+    differing = next(
+        (f"; class {index} is {now!r} instead of {before!r}" for index, (before, now) in pairs if before != now), ""
+    )
+    raise DataError(
+        f"{checkpoint} was trained on {len(trained)} classes ({first}), but data={data.dataset_name} has "
+        f"{len(found)} ({other}){differing}; {advice}."
+    )
