@@ -22,6 +22,7 @@ from ema_seg.models import encoder_normalisation
 from ema_seg.models.mode import deterministic_algorithms
 from ema_seg.reporting import assess_checkpoint, find_device, load_report
 from ema_seg.reporting.files import write_file
+from ema_seg.reporting.report import FILES, report_manifest
 from ema_seg.training import check_config, count_processes, find_batch_size, fit, take_device, training_device
 
 __all__ = ["complete_config", "evaluate_run", "produce_run"]
@@ -62,6 +63,8 @@ def produce_run(
         find_device(config["evaluation"]["device"])  # elsewhere it would take memory of a device for nothing
     directory = Path(config["report"]["dir"] or run / "report")
     threads = _threads_of(Path(config["rerun"])) if config.get("rerun") else None
+    if place().rank == 0:
+        report_manifest(directory).check(FILES)  # not only after the training
     settings = {"resume": resume, "job": job, "quiet": quiet, "callbacks": list(callbacks), "threads": threads}
     return _report_of(_work, processes, directory, config, run, directory, settings)
 

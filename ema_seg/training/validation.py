@@ -74,8 +74,8 @@ def find_obstacle(course: Course) -> str | None:
         if needed > remaining and course.every is None:
             return (
                 f"trainer.val_check_interval={course.interval}: the training ends after {remaining} batches, before "
-                f"its first validation, so that no checkpoint could be chosen; set {max(1, remaining)} or less, or raise "
-                "epochs."
+                f"its first validation, so that no checkpoint could be chosen; set {max(1, remaining)} or less, or "
+                "raise epochs."
             )
         if needed > remaining:
             return (
