@@ -4,8 +4,9 @@ python eval.py --help shows what can be configured.
 """
 
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from omegaconf import DictConfig
 from configs.command_line import argument, expand_home, plain_config, reports_errors, saved_config
 from configs.composition import compose, launch
 from ema_seg.distributed.start import joined, place, started_group
-from ema_seg.errors import ConfigError
+from ema_seg.errors import ConfigError, EmaSegError
 from ema_seg.host_memory import keep_freed_memory, made_for_good
 from ema_seg.settings import EVALUATION, require_settings
 from ema_seg.sweeps import read_job
@@ -64,27 +65,54 @@ def _evaluate(composed: DictConfig) -> None:
         from ema_seg.reporting import print_report
         from ema_seg.run import evaluate_run
 
-    directory = Path(config["report"]["dir"] or run / _default_folder())
-    report = evaluate_run(
-        checkpoint,
-        config["data"],
-        config["evaluation"],
-        directory,
-        devices=config["devices"],
-        run=str(run),
-        job=read_job(run),
-        started_by=started_group(),
-    )
+    directory = Path(config["report"]["dir"] or _default_folder(run))
+    try:
+        report = evaluate_run(
+            checkpoint,
+            config["data"],
+            config["evaluation"],
+            directory,
+            devices=config["devices"],
+            run=str(run),
+            job=read_job(run),
+            started_by=started_group(),
+        )
+    except EmaSegError:
+        with suppress(OSError):
+            directory.rmdir()  # if it is empty
+        raise
     if place().rank == 0:
         print_report(report)
         print(f"report: {directory}")
 
 
-def _default_folder() -> str:
-    """``report`` for the run as it was; a new folder for anything else, so that the run's own report stays."""
+def _default_folder(run: Path) -> Path:
+    """``report`` for a finished run as it was; a new folder for anything else.
+
+    The run's own report stays, and a run that can go on is not taken for a finished one.
+    """
     unchanged = ("run=", "ckpt=", "report.", "devices=")
     changes = [text for text in HydraConfig.get().overrides.task if not text.startswith(unchanged)]
-    return f"report_{datetime.now():%Y-%m-%d_%H-%M-%S}" if changes else "report"
+    own = run / "report"
+    unfinished = (run / "checkpoints" / "last.ckpt").exists() and not (own / "report.json").exists()
+    return _make_folder(run / f"report_{datetime.now():%Y-%m-%d_%H-%M-%S}") if changes or unfinished else own
+
+
+def _make_folder(path: Path) -> Path:
+    """Make a new folder; with a number behind its name where there is one, such as of a command in the same second.
+
+    Of several processes the first one makes it, and the others learn its name later.
+    """
+    if place().rank:
+        return path
+    for number in count(1):
+        numbered = path if number == 1 else path.with_name(f"{path.name}_{number}")
+        try:
+            numbered.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return numbered
+    raise AssertionError
 
 
 def _run_of(checkpoint: Path) -> Path:

@@ -14,8 +14,9 @@ if __name__ == "__main__":
 import gc
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -166,12 +167,6 @@ def _is_unfinished(config: dict[str, Any], run: Path) -> bool:
 
 def _register_resumed(run: Path) -> str:
     """Make a run's own configuration the one that overrides on the command line change."""
-    for text in sys.argv[1:]:
-        if text.lstrip("+~").startswith("optimizer."):
-            raise ConfigError(
-                f"resume={run} goes on with the optimiser as it was saved, which {text} cannot change; leave it "
-                "out, or start a new run."
-            )
     return _register(saved_config(run, key="resume"), str(run))
 
 
@@ -212,8 +207,9 @@ def _train_run(composed: DictConfig, run: Path) -> None:
             raise ConfigError(f"{text} is for sweeps: python train.py -m {text} …; leave it out to train one run.")
     config = _settings(composed)
     job = read_job(run)
-    if not config["resume"] and (job or (run / "checkpoints").exists()):
-        raise ConfigError(f"{run} holds a run already; continue it with resume={run}, or choose another hydra.run.dir.")
+    by_time = not config["resume"] and _is_named_by_time()
+    if not (config["resume"] or by_time):
+        _require_free(run)
 
     # Heavy libraries only now, so that --help and --cfg answer at once.
     with made_for_good():
@@ -222,7 +218,7 @@ def _train_run(composed: DictConfig, run: Path) -> None:
 
     if job:
         _require_same_job(config, run)
-    with hold_run(run) if place().rank == 0 else nullcontext():
+    with _hold_folder(run, by_time=by_time) as run:
         report = produce_run(config, run, resume=bool(config["resume"]), job=job, started_by=started_group())
     stay_when_asked()
     if place().rank == 0:
@@ -230,6 +226,57 @@ def _train_run(composed: DictConfig, run: Path) -> None:
         print(f"run: {run}")
         if config.get("rerun"):
             _compare(Path(config["rerun"]), run)
+
+
+def _require_free(run: Path) -> None:
+    """A ConfigError if a new run in this folder would replace files: those of a run, or others of the same names."""
+    if read_job(run) or (run / "checkpoints").exists():
+        raise ConfigError(f"{run} holds a run already; continue it with resume={run}, or choose another hydra.run.dir.")
+    if (run / "config.yaml").exists():  # of a run that ended before its first checkpoint, or another program's
+        try:
+            foreign = None if "trainer" in read_config(run, key="resume") else "config.yaml"
+        except ConfigError:
+            foreign = "config.yaml"
+    else:
+        foreign = next((name for name in ("environment.json", "metrics.csv") if (run / name).exists()), None)
+    if foreign:
+        raise ConfigError(
+            f"{run / foreign}: was not written by train.py and would be replaced; choose another hydra.run.dir."
+        )
+
+
+def _is_named_by_time() -> bool:
+    """Whether the name of the run's folder follows from the time, which another command may share."""
+    folder = OmegaConf.to_container(HydraConfig.get().run, resolve=False)
+    assert isinstance(folder, dict)
+    return "${started:" in str(folder["dir"]) or "${now:" in str(folder["dir"])
+
+
+@contextmanager
+def _hold_folder(run: Path, *, by_time: bool) -> Iterator[Path]:
+    """Hold the folder of a run in the first process; gives it in all of them.
+
+    Of commands that start within a second, whose folders have the same name, all but the first get a number behind it.
+    """
+    from ema_seg.distributed.collectives import agree
+
+    with ExitStack() as stack:
+        if place().rank == 0:
+            run = _hold_unused(run, stack) if by_time else run
+            if not by_time:
+                stack.enter_context(hold_run(run))
+        yield agree(run)
+
+
+def _hold_unused(run: Path, stack: ExitStack) -> Path:
+    for number in count(1):
+        folder = run if number == 1 else run.with_name(f"{run.name}_{number}")
+        with ExitStack() as attempt, suppress(ConfigError):  # another command trains there
+            attempt.enter_context(hold_run(folder))
+            if not (folder / "config.yaml").exists():
+                stack.push(attempt.pop_all())
+                return folder
+    raise AssertionError
 
 
 def _compare(original: Path, run: Path) -> None:

@@ -5,6 +5,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ema_seg.models import encoder_normalisation
 from ema_seg.models.mode import deterministic_algorithms
 from ema_seg.reporting import assess_checkpoint, find_device, load_report
 from ema_seg.reporting.files import write_file
+from ema_seg.reporting.report import FILES, report_manifest
 from ema_seg.training import check_config, count_processes, find_batch_size, fit, take_device, training_device
 
 __all__ = ["complete_config", "evaluate_run", "produce_run"]
@@ -61,6 +63,8 @@ def produce_run(
         find_device(config["evaluation"]["device"])  # elsewhere it would take memory of a device for nothing
     directory = Path(config["report"]["dir"] or run / "report")
     threads = _threads_of(Path(config["rerun"])) if config.get("rerun") else None
+    if place().rank == 0:
+        report_manifest(directory).check(FILES)  # not only after the training
     settings = {"resume": resume, "job": job, "quiet": quiet, "callbacks": list(callbacks), "threads": threads}
     return _report_of(_work, processes, directory, config, run, directory, settings)
 
@@ -85,8 +89,6 @@ def _work(config: dict[str, Any], run: Path, directory: Path, settings: Mapping[
     with Preemption().watched() as preemption, deterministic_algorithms(wanted):
         if config["data"]["batch_size"] == "auto":
             config["data"]["batch_size"] = _batch_size(config, run, settings)
-        if here.rank == 0:
-            write_file(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)).encode())
         best = fit(
             config,
             run,
@@ -94,10 +96,18 @@ def _work(config: dict[str, Any], run: Path, directory: Path, settings: Mapping[
             quiet=quiet,
             callbacks=settings["callbacks"],
             preemption=preemption,
+            on_start=partial(_write_config, config, run),
         )
-        return assess_checkpoint(
+        report = assess_checkpoint(
             best, config["data"], evaluation, directory, run=str(run), job=settings["job"], quiet=quiet
         )
+        _write_config(config, run)  # where nothing was left to train, not before the evaluation has worked
+        return report
+
+
+def _write_config(config: Mapping[str, Any], run: Path) -> None:
+    if place().rank == 0:
+        write_file(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode())
 
 
 def _evaluation(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -48,7 +48,7 @@ def measure_cost(
     precision: str | int = "32-true",
     loader: DataLoader | None = None,
     warmup: int = 3,
-    min_repeats: int = 10,
+    min_repeats: int = 3,
     budget: float = 10.0,
 ) -> Cost:
     """Measure a model at one image size, in evaluation mode, precision and memory layout as evaluated.
@@ -69,8 +69,8 @@ def measure_cost(
         device: where to run.
         precision: see ``autocast``.
         loader: the evaluation's loader, as ``evaluate`` takes it; None leaves the end-to-end measurement out.
-        warmup: forward passes before the timed ones.
-        min_repeats: timed forward passes at least.
+        warmup: forward passes before the timed ones; fewer, but one at least, if they take longer than the budget.
+        min_repeats: timed forward passes at least, however long they take.
         budget: seconds after which no further pass starts, divided equally between the measurements.
 
     Returns:
@@ -95,9 +95,9 @@ def measure_cost(
     def measure_forward(batch: int) -> dict[str, Any]:
         images = _random_images(model, batch, size, stride, device)
         with explained_memory(images, "measure with a smaller evaluation.batch_size, evaluation.size or precision"):
-            seconds = _time_forward(model, images, device, warmup, min_repeats, share)
+            warmed, seconds = _time_forward(model, images, device, warmup, min_repeats, share)
             memory = measure_peak_memory(model, images)
-        return _forward_entry(batch, seconds, warmup, memory)
+        return _forward_entry(batch, seconds, warmed, memory)
 
     with evaluation_mode(model), autocast(device, precision):
         single = _random_images(model, 1, size, stride, device)
@@ -235,10 +235,14 @@ def _random_images(
 @torch.inference_mode()
 def _time_forward(
     model: nn.Module, images: Tensor, device: torch.device, warmup: int, min_repeats: int, budget: float
-) -> list[float]:
-    """Seconds of each forward pass, waiting for the device before and after it."""
-    for _ in range(warmup):
+) -> tuple[int, list[float]]:
+    """Count the passes for warm-up, and time the others, waiting for the device before and after each."""
+    deadline = time.perf_counter() + budget
+    warmed = 0
+    while warmed < warmup and (not warmed or time.perf_counter() < deadline):
         model(images)
+        _wait_for(device)
+        warmed += 1
     seconds: list[float] = []
     deadline = time.perf_counter() + budget
     while len(seconds) < min_repeats or time.perf_counter() < deadline:
@@ -247,7 +251,7 @@ def _time_forward(
         model(images)
         _wait_for(device)
         seconds.append(time.perf_counter() - start)
-    return seconds
+    return warmed, seconds
 
 
 def _wait_for(device: torch.device) -> None:

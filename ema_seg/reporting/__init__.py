@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ema_seg.reporting.assessment import assess_checkpoint, check_settings, find_device
+    from ema_seg.reporting.assessment import assess_checkpoint, check_classes, check_settings, find_device
     from ema_seg.reporting.compare import compare_runs
     from ema_seg.reporting.comparison_files import report_comparison, write_comparison
     from ema_seg.reporting.figures import colourise, draw_class_iou, draw_confusion_matrix, draw_samples
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "assess_checkpoint",
     "build_report",
+    "check_classes",
     "check_settings",
     "colourise",
     "compare_runs",
@@ -36,6 +37,7 @@ __all__ = [
 _MODULES = {
     "assess_checkpoint": "assessment",
     "build_report": "report",
+    "check_classes": "assessment",
     "check_settings": "assessment",
     "colourise": "figures",
     "compare_runs": "compare",

@@ -23,11 +23,11 @@ from ema_seg.evaluation import (
 from ema_seg.models import load_segmenter, model_stride
 from ema_seg.models.mode import deterministic_algorithms, set_execution
 from ema_seg.reporting.curves import read_metrics
-from ema_seg.reporting.predictions import PredictionWriter
-from ema_seg.reporting.report import build_report, write_report
+from ema_seg.reporting.predictions import PredictionWriter, hold_report
+from ema_seg.reporting.report import FILES, build_report, report_manifest, write_report
 from ema_seg.settings import EVALUATION_SECTION, require_settings
 
-__all__ = ["assess_checkpoint", "check_settings", "find_device"]
+__all__ = ["assess_checkpoint", "check_classes", "check_settings", "find_device"]
 
 
 def assess_checkpoint(
@@ -42,7 +42,8 @@ def assess_checkpoint(
 ) -> dict[str, Any]:
     """Score a checkpoint on its evaluation split, measure what the model costs, and write the report.
 
-    Of several processes (see ``ema_seg.distributed``) each scores the images in its turn, and the first writes.
+    Of several processes (see ``ema_seg.distributed``) each scores the images in its turn, and the first writes. Another
+    evaluation that writes to the same folder is waited for, with everything that is measured.
 
     Args:
         checkpoint: a checkpoint that ``train.py`` wrote.
@@ -62,6 +63,8 @@ def assess_checkpoint(
         EmaSegError: whatever a user can correct, from the parts that find it.
     """
     check_settings(settings)
+    if place().rank == 0:
+        report_manifest(directory).check(FILES)
     device = find_device(settings["device"])
     curves = _read_curves(run)
     model, saved = load_segmenter(checkpoint)
@@ -70,55 +73,56 @@ def assess_checkpoint(
     data = {**data, **{key: data[key] or trained_on[key] for key in ("mean", "std")}}
     module = SegmentationDataModule(**data)
     module.setup("test")
-    _check_classes(saved["classes"], module, checkpoint)
+    check_classes(saved["classes"], module, checkpoint, "evaluate on data with the same classes")
     stride = model_stride(model)
     model.to(device)
     set_execution(model, channels_last=settings["channels_last"], compile=settings["compile"])
 
     wanted = bool(saved["config"]["trainer"].get("deterministic"))
-    with module.explained(), deterministic_algorithms(wanted):
-        cost, evaluation, predictions = _measure(model, module, settings, directory, quiet=quiet)
-    module.skipped.share()
-    skipped = sorted(name for _, name in module.skipped.samples)
-    if place().rank:
-        return {}
-    dataset = module.test_dataset
-    positions = {dataset.name(index): index for index in range(len(dataset))}
-    evaluation.images.sort(key=lambda image: positions[image["name"]])
-    examples = predict_examples(
-        model,
-        _Scored(module, [positions[image["name"]] for image in evaluation.images]),
-        evaluation.images,
-        mean=data["mean"],
-        std=data["std"],
-        stride=stride,
-        device=device,
-        precision=settings["precision"],
-    )
-    config = saved["config"]
-    report = build_report(
-        evaluation,
-        cost,
-        classes=module.classes,
-        palette=module.palette,
-        data={
-            "name": module.dataset_name,
-            "root": str(dataset.root),
-            "split": module.evaluation_split,
-            "skipped": {**_skipped_in_training(run), module.evaluation_split: skipped},
-        },
-        model=config["model"],
-        attention={**config["attention"], "placement": config["placement"]},
-        environment=describe_environment(device),
-        config=config,
-        run=run,
-        checkpoint=checkpoint,
-        job=job,
-        curves=curves,
-        predictions=[predictions[image["name"]] for image in evaluation.images],
-    )
-    write_report(report, directory, examples)
-    return report
+    with hold_report(directory):
+        with module.explained(), deterministic_algorithms(wanted):
+            cost, evaluation, predictions = _measure(model, module, settings, directory, quiet=quiet)
+        module.skipped.share()
+        skipped = sorted(name for _, name in module.skipped.samples)
+        if place().rank:
+            return {}
+        dataset = module.test_dataset
+        positions = {dataset.name(index): index for index in range(len(dataset))}
+        evaluation.images.sort(key=lambda image: positions[image["name"]])
+        examples = predict_examples(
+            model,
+            _Scored(module, [positions[image["name"]] for image in evaluation.images]),
+            evaluation.images,
+            mean=data["mean"],
+            std=data["std"],
+            stride=stride,
+            device=device,
+            precision=settings["precision"],
+        )
+        config = saved["config"]
+        report = build_report(
+            evaluation,
+            cost,
+            classes=module.classes,
+            palette=module.palette,
+            data={
+                "name": module.dataset_name,
+                "root": str(dataset.root),
+                "split": module.evaluation_split,
+                "skipped": {**_skipped_in_training(run), module.evaluation_split: skipped},
+            },
+            model=config["model"],
+            attention={**config["attention"], "placement": config["placement"]},
+            environment=describe_environment(device),
+            config=config,
+            run=run,
+            checkpoint=checkpoint,
+            job=job,
+            curves=curves,
+            predictions=[predictions[image["name"]] for image in evaluation.images],
+        )
+        write_report(report, directory, examples)
+        return report
 
 
 def _measure(
@@ -127,17 +131,20 @@ def _measure(
     """What the model costs, its scores, and the path of each image's predicted mask."""
     loader, dataset = module.test_dataloader(), module.test_dataset
     stride, device, precision = model_stride(model), find_device(settings["device"]), settings["precision"]
+    batch_size = _cost_batch_size(settings, module, len(loader.sampler))  # type: ignore[arg-type]  # it has a length
     # The cost first: a compiled model is then compiled for the size that is timed, before it meets others.
     cost = measure_cost(
         model,
         size=tuple(settings["size"] or module.read_near(dataset, 0, dataset.read_image).shape[:2]),
         stride=stride,
-        batch_size=settings["batch_size"],
+        batch_size=batch_size,
         device=device,
         precision=precision,
         loader=loader,
         budget=settings["budget"],
     )
+    if batch_size < settings["batch_size"]:
+        cost["throughput"]["capped_batch_size"] = settings["batch_size"]
     names = [dataset.name(index) for index in range(len(dataset))]
     with PredictionWriter(directory, names, module.palette) as write_prediction:
         evaluation = evaluate(
@@ -156,6 +163,14 @@ def _measure(
                 "split are often withheld); choose another with data.evaluation_split."
             )
     return cost, evaluation, write_prediction.paths
+
+
+def _cost_batch_size(settings: Mapping[str, Any], module: SegmentationDataModule, images: int) -> int:
+    """The second batch size to measure: no larger than the split, unless it was chosen for the measurement alone."""
+    batch_size: int = settings["batch_size"]
+    if batch_size != module.evaluation_batch_size:
+        return batch_size
+    return max(1, min(batch_size, images))
 
 
 class _Scored:
@@ -217,10 +232,27 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _check_classes(trained: list[str], module: SegmentationDataModule, checkpoint: Path) -> None:
-    if tuple(trained) != tuple(module.classes):
-        first, other = (", ".join(names[:3]) + ", …" for names in (trained, module.classes))
-        raise DataError(
-            f"{checkpoint} was trained on {len(trained)} classes ({first}), but data={module.dataset_name} has "
-            f"{len(module.classes)} ({other}); evaluate on data with the same classes."
-        )
+def check_classes(trained: Sequence[str], data: SegmentationDataModule, checkpoint: Path, advice: str) -> None:
+    """Compare a checkpoint's classes with those of the data, order included.
+
+    Args:
+        trained: the class names in the checkpoint.
+        data: the data set to use it on.
+        checkpoint: its path, for the message.
+        advice: the end of the message.
+
+    Raises:
+        DataError: they differ.
+    """
+    found = data.classes
+    if tuple(trained) == tuple(found):
+        return
+    first, other = (f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}" for names in (trained, found))
+    pairs = enumerate(zip(trained, found, strict=False))
+    differing = next(
+        (f"; class {index} is {now!r} instead of {before!r}" for index, (before, now) in pairs if before != now), ""
+    )
+    raise DataError(
+        f"{checkpoint} was trained on {len(trained)} classes ({first}), but data={data.dataset_name} has "
+        f"{len(found)} ({other}){differing}; {advice}."
+    )

@@ -23,9 +23,34 @@ bytes, and null stands for what is not known.
 ================  ====================================================================================
 """
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypedDict
 
-__all__ = ["SIZES", "Comparison", "Contrast", "Curve", "Disagreement", "Job", "Row", "Summary"]
+from ema_seg.reporting.files import Manifest
+
+__all__ = [
+    "FIGURES",
+    "FILES",
+    "SIZES",
+    "Comparison",
+    "Contrast",
+    "Curve",
+    "Disagreement",
+    "Job",
+    "Row",
+    "Summary",
+    "comparison_manifest",
+]
+
+FILES = tuple(f"comparison.{suffix}" for suffix in ("json", "csv", "tex", "md", "html"))
+FIGURES = tuple(
+    f"figures/{name}.{suffix}"
+    for name in ("pareto", "differences", "curves", "class_differences", "examples")
+    for suffix in ("png", "pdf")
+)
+"""With ``FILES`` and the pictures in ``examples/`` all that a comparison's folder holds."""
 
 SIZES = ("small", "medium", "large")
 """The strata that are sizes of objects; others are groups of classes."""
@@ -136,3 +161,21 @@ class Comparison(TypedDict):
     examples: list[Disagreement]
     environment: dict[str, Any]
     notes: list[str]
+
+
+def comparison_manifest(directory: Path) -> Manifest:
+    """The files that comparisons have written into a folder."""
+    return Manifest(directory, _files_without_manifest)
+
+
+def _files_without_manifest(directory: Path) -> Iterator[str]:
+    """The files of a comparison that is older than manifests."""
+    try:
+        comparison = json.loads((directory / "comparison.json").read_text(encoding="utf-8"))
+        if not str(comparison["schema"]).startswith("ema-seg.comparison/"):
+            return
+        pictures = [str(file) for example in comparison["examples"] for file in example["files"].values()]
+    except (OSError, AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        return
+    yield from (*FILES, *FIGURES)
+    yield from (picture for picture in pictures if picture.startswith("examples/"))

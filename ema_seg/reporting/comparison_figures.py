@@ -25,7 +25,7 @@ from PIL import Image
 
 from ema_seg.data.source import IMAGE_FORMATS
 from ema_seg.errors import DataError
-from ema_seg.reporting.comparison import SIZES, Comparison, Contrast, Disagreement, Row
+from ema_seg.reporting.comparison import SIZES, Comparison, Contrast, Disagreement, Row, comparison_manifest
 from ema_seg.reporting.comparison_tables import SIGNIFICANT, points_text, probability_text
 from ema_seg.reporting.files import write_file
 
@@ -75,6 +75,7 @@ def draw_comparison(comparison: Comparison, directory: Path) -> list[str]:
     Raises:
         DataError: a picture of an example cannot be read.
     """
+    manifest = comparison_manifest(directory)
     # Fonts as TrueType: text in a PDF can then be searched and edited, and publishers take it.
     with rc_context({"pdf.fonttype": 42}):
         figures = {
@@ -87,13 +88,14 @@ def draw_comparison(comparison: Comparison, directory: Path) -> list[str]:
         formats: dict[str, dict[str, Any]] = {"png": {"dpi": 150}, "pdf": {"metadata": {"CreationDate": None}}}
         for name, figure in figures.items():
             for suffix, options in formats.items():
-                path = directory / "figures" / f"{name}.{suffix}"
+                file = f"figures/{name}.{suffix}"
                 if figure is None:
-                    path.unlink(missing_ok=True)
+                    manifest.remove([file])
                     continue
                 content = BytesIO()
                 figure.savefig(content, format=suffix, bbox_inches="tight", **options)
-                write_file(path, content.getvalue())
+                manifest.claim([file])
+                write_file(directory / file, content.getvalue())
     return [name for name, figure in figures.items() if figure is not None]
 
 

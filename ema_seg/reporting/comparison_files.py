@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ema_seg.errors import DataError
 from ema_seg.reporting.compare import compare_matches, match_runs
-from ema_seg.reporting.comparison import Comparison
+from ema_seg.reporting.comparison import FIGURES, FILES, Comparison, comparison_manifest
 from ema_seg.reporting.comparison_tables import (
     comparison_as_csv,
     comparison_as_latex,
@@ -33,6 +33,7 @@ def report_comparison(runs: Runs, directory: Path, baseline: dict[str, str] | No
     """
     if directory.exists() and not directory.is_dir():
         raise DataError(f"{directory}: is a file, and no folder that a comparison could be written to.")
+    comparison_manifest(directory).check([*FILES, *FIGURES])
     matches = match_runs(runs, baseline)
     comparison = compare_matches(runs, matches)
     examples, notes = draw_examples(comparison["examples"], matches.rows, directory)
@@ -47,17 +48,18 @@ def write_comparison(comparison: Comparison, directory: str | Path) -> Path:
 
     Args:
         comparison: what ``compare_runs`` returned; its examples' pictures lie in the directory already.
-        directory: made if missing; an earlier comparison in it is replaced.
+        directory: made if missing; an earlier comparison in it is replaced, and no file that is not of one.
 
     Returns:
         The path of ``comparison.json``.
 
     Raises:
-        DataError: the directory cannot be written to.
+        DataError: the directory cannot be written to, or holds a file of such a name that no comparison has written.
     """
     directory = Path(directory)
     from ema_seg.reporting.comparison_figures import draw_comparison  # brings Matplotlib, which takes a while
 
+    comparison_manifest(directory).claim(FILES)
     figures = [f"figures/{name}.png" for name in draw_comparison(comparison, directory)]
     texts = {
         "csv": comparison_as_csv(comparison),

@@ -1,16 +1,18 @@
-"""How reports are written: whole files or none, under names that every file system takes."""
+"""How reports are written: whole files or none, under names that every file system takes, over no foreign file."""
 
+import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from ema_seg.errors import DataError
+from ema_seg.errors import DataError, one_line
 
-__all__ = ["file_names", "write_file"]
+__all__ = ["Manifest", "file_names", "write_file"]
 
 _LONGEST_NAME = 100
+_SCHEMA = "ema-seg.files/1"
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -28,6 +30,79 @@ def write_file(path: Path, content: bytes) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)  # which may be what has filled the disk
         raise DataError(f"{path}: cannot be written ({error.strerror}); make room or give permission.") from error
+
+
+class Manifest:
+    """The files that this project has written into a folder, which are all that it may replace or remove there.
+
+    Kept in ``written_files.json``. A file is listed before it is written, so that a kill leaves none that is not.
+
+    Args:
+        directory: the folder, which need not exist.
+        earlier: gives the files of a folder without a manifest that an earlier version has written.
+
+    Attributes:
+        files: paths relative to the folder.
+
+    Raises:
+        DataError: the manifest is not one of this project.
+    """
+
+    def __init__(self, directory: Path, earlier: Callable[[Path], Iterable[str]] = lambda directory: ()) -> None:
+        self.directory = directory
+        self._path = directory / "written_files.json"
+        try:
+            content = json.loads(self._path.read_text(encoding="utf-8"))
+            if content["schema"] != _SCHEMA:
+                raise ValueError("another schema")
+            files = [str(file) for file in content["files"]]
+        except (FileNotFoundError, NotADirectoryError):
+            files = list(earlier(directory))
+        except (OSError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{self._path}: is not the list of files that a report or comparison has written ({one_line(error)}); "
+                "choose another folder."
+            ) from error
+        self.files = {file for file in files if _is_inside(file)}
+
+    def check(self, files: Iterable[str]) -> None:
+        """Raise a DataError if one of these is there and was not written by this project."""
+        for file in files:
+            if file not in self.files and os.path.lexists(self.directory / file):
+                raise DataError(
+                    f"{self.directory / file}: was there before and would be replaced; move it away, or choose another "
+                    "folder (report.dir, --output)."
+                )
+
+    def claim(self, files: Iterable[str]) -> None:
+        """List files that are written next.
+
+        Raises:
+            DataError: see ``check``.
+        """
+        new = set(files) - self.files
+        self.check(sorted(new))
+        if new:
+            self.files |= new
+            self._save()
+
+    def remove(self, files: Iterable[str]) -> None:
+        """Remove those of the files that were written by this project."""
+        own = set(files) & self.files
+        for file in own:
+            (self.directory / file).unlink(missing_ok=True)
+        if own:
+            self.files -= own
+            self._save()
+
+    def _save(self) -> None:
+        content = {"schema": _SCHEMA, "files": sorted(self.files)}
+        write_file(self._path, f"{json.dumps(content, indent=1)}\n".encode())
+
+
+def _is_inside(file: str) -> bool:
+    path = PurePosixPath(file)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def file_names(names: Iterable[str]) -> list[str]:

@@ -1,7 +1,6 @@
 """The pictures of a comparison's examples: photograph, truth, and the masks of a configuration and of its baseline."""
 
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from io import BytesIO
@@ -14,8 +13,8 @@ from PIL import Image
 from ema_seg.data.source import IMAGE_FORMATS
 from ema_seg.errors import EmaSegError, one_line
 from ema_seg.reporting.compare import Match
-from ema_seg.reporting.comparison import Disagreement
-from ema_seg.reporting.files import file_names, write_file
+from ema_seg.reporting.comparison import Disagreement, comparison_manifest
+from ema_seg.reporting.files import Manifest, file_names, write_file
 from ema_seg.reporting.predictions import encode_mask
 from ema_seg.reporting.runs import Result
 
@@ -47,7 +46,12 @@ def draw_examples(
     """
     by_label = {match.label: match for match in matches}
     results = [result for match in matches for result in match.results.values()]
-    album = _Album(directory, results, [match.label for match in matches], [example["name"] for example in examples])
+    album = _Album(
+        comparison_manifest(directory),
+        results,
+        [match.label for match in matches],
+        [example["name"] for example in examples],
+    )
     drawn = []
     for example in examples:
         name, seed = example["name"], example["seed"]
@@ -66,9 +70,11 @@ def draw_examples(
 class _Album:
     """Writes each picture once, however many examples show it."""
 
-    def __init__(self, directory: Path, results: Sequence[Result], labels: Sequence[str], names: Sequence[str]) -> None:
+    def __init__(
+        self, manifest: Manifest, results: Sequence[Result], labels: Sequence[str], names: Sequence[str]
+    ) -> None:
         self.notes: list[str] = []
-        self._directory = directory
+        self._manifest = manifest
         self._results = results
         self._labels = dict(zip(labels, file_names(labels), strict=True))
         unique = list(dict.fromkeys(names))
@@ -88,21 +94,15 @@ class _Album:
 
     def remove_others(self) -> None:
         """Remove the pictures of an earlier comparison, which show other images or other models; nothing else."""
-        try:
-            earlier = json.loads((self._directory / "comparison.json").read_text(encoding="utf-8"))
-            files = {file for example in earlier["examples"] for file in example["files"].values() if file}
-        except (OSError, AttributeError, KeyError, TypeError, ValueError):
-            return
-        for file in files - set(self._written.values()):
-            path = self._directory / file
-            if path.parent == self._directory / _FOLDER:
-                path.unlink(missing_ok=True)
+        earlier = {file for file in self._manifest.files if file.startswith(f"{_FOLDER}/")}
+        self._manifest.remove(earlier - set(self._written.values()))
 
     def _once(self, file: str, read: Callable[[], bytes | None]) -> str | None:
         if file not in self._written:
             content = read()
             if content is not None:
-                write_file(self._directory / _FOLDER / file, content)
+                self._manifest.claim([f"{_FOLDER}/{file}"])
+                write_file(self._manifest.directory / _FOLDER / file, content)
             self._written[file] = None if content is None else f"{_FOLDER}/{file}"
         return self._written[file]
 

@@ -1,27 +1,73 @@
 """Predicted masks as files, for pictures side by side long after the evaluation."""
 
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from PIL import Image
 
 from ema_seg.distributed.start import place, wait_for_all
 from ema_seg.errors import DataError
 from ema_seg.reporting.files import file_names, write_file
+from ema_seg.reporting.report import report_manifest
 
-__all__ = ["PredictionWriter", "encode_mask"]
+__all__ = ["PredictionWriter", "encode_mask", "hold_report"]
+
+_FOLDER = "predictions"
+# Seconds after which the other processes of a group hear that the first one still waits.
+_TURN = 30.0
+
+
+@contextmanager
+def hold_report(directory: Path) -> Iterator[None]:
+    """Keep other evaluations from writing to a report's folder meanwhile; wait for one that does.
+
+    The first process of a group holds the lock. A disk that knows no locks is trusted.
+
+    Raises:
+        DataError: the folder cannot be made.
+    """
+    from ema_seg.distributed.collectives import agree  # brings torch, which reading masks does without
+
+    lock = FileLock(directory / "report.lock")
+    first = place().rank == 0
+    timeout = 0.5
+    while not agree(_acquire(lock, directory, timeout) if first else True):
+        if first and timeout < _TURN:
+            print(f"waiting for another evaluation that writes to {directory}", file=sys.stderr, flush=True)
+        timeout = _TURN
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, directory: Path, timeout: float) -> bool:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=timeout)
+    except Timeout:
+        return False
+    except NotImplementedError:
+        return True
+    except OSError as error:
+        raise DataError(f"{directory}: the folder cannot be made or written to ({error.strerror}).") from error
+    return True
 
 
 class PredictionWriter:
     """Writes predicted masks into ``predictions/`` of a report's folder, one at a time.
 
-    A context manager: the masks gather beside an earlier report's, and take their place when all are there. Of several
-    processes (see ``ema_seg.distributed``) each writes those of the images in its turn.
+    A context manager: the masks gather beside an earlier report's, and take their place when all are there; files that
+    no report has written stay. Of several processes (see ``ema_seg.distributed``) each writes those of the images in
+    its turn.
 
     Args:
         directory: the report's folder.
@@ -33,16 +79,17 @@ class PredictionWriter:
     """
 
     def __init__(self, directory: Path, names: Sequence[str], palette: Sequence[Sequence[int]]) -> None:
-        self._final = directory / "predictions"
-        self._partial = directory / "predictions.partial"
+        self._directory = directory
+        self._partial = directory / f".{_FOLDER}.partial"
         self._palette = palette
         files = file_names(names)
         self._first = place().rank == 0
         self._files = {name: f"{file}.png" for name, file in zip(names, files, strict=True)}
-        self.paths = {name: f"{self._final.name}/{file}" for name, file in self._files.items()}
+        self.paths = {name: f"{_FOLDER}/{file}" for name, file in self._files.items()}
 
     def __enter__(self) -> "PredictionWriter":
         if self._first:
+            report_manifest(self._directory).check(self.paths.values())
             try:
                 shutil.rmtree(self._partial, ignore_errors=True)
                 self._partial.mkdir(parents=True)
@@ -68,8 +115,17 @@ class PredictionWriter:
             return
         wait_for_all()
         if self._first:
-            shutil.rmtree(self._final, ignore_errors=True)
-            self._partial.replace(self._final)
+            self._move()
+
+    def _move(self) -> None:
+        written = {f"{_FOLDER}/{path.name}" for path in self._partial.iterdir()}  # of skipped images there is none
+        manifest = report_manifest(self._directory)
+        manifest.claim(written)
+        (self._directory / _FOLDER).mkdir(exist_ok=True)
+        for file in written:
+            (self._partial / Path(file).name).replace(self._directory / file)
+        self._partial.rmdir()
+        manifest.remove({file for file in manifest.files if file.startswith(f"{_FOLDER}/")} - written)
 
 
 def encode_mask(mask: NDArray[np.integer], palette: Sequence[Sequence[int]]) -> bytes:

@@ -38,22 +38,25 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ema_seg.errors import DataError
-from ema_seg.reporting.files import write_file
+from ema_seg.reporting.files import Manifest, write_file
 from ema_seg.reporting.tables import describe_model, render_markdown
 
 if TYPE_CHECKING:
     from ema_seg.evaluation import Cost, Evaluation, Example
 
-__all__ = ["SCHEMA", "build_report", "load_report", "write_report"]
+__all__ = ["FILES", "SCHEMA", "build_report", "load_report", "report_manifest", "write_report"]
 
 SCHEMA = "ema-seg.report/2"
+_PANEL = "figures/panel.png"
+FILES = ("report.json", "report.md", "figures/confusion_matrix.png", "figures/per_class_iou.png", _PANEL)
+"""What a report's folder holds besides ``predictions/``."""
 
 
 def build_report(
@@ -132,11 +135,14 @@ def write_report(report: Mapping[str, Any], directory: str | Path, panel: "Seque
 
     Args:
         report: what ``build_report`` or ``load_report`` returned.
-        directory: made if missing; an earlier report in it is replaced.
+        directory: made if missing; an earlier report in it is replaced, and no file that is not of one.
         panel: the images of the panel, see ``ema_seg.evaluation.predict_examples``; none leaves it out.
 
     Returns:
         The path of ``report.json``, which is written last.
+
+    Raises:
+        DataError: a file cannot be written, or one of its name is there that no report has written.
     """
     # Matplotlib is for drawing alone: reading a hundred reports goes without.
     from ema_seg.reporting.figures import draw_class_iou, draw_confusion_matrix, draw_samples
@@ -146,11 +152,13 @@ def write_report(report: Mapping[str, Any], directory: str | Path, panel: "Seque
         "confusion_matrix": draw_confusion_matrix(report),
         "per_class_iou": draw_class_iou(report),
     }
+    manifest = report_manifest(directory)
+    manifest.claim(file for file in FILES if panel or file != _PANEL)
     if panel:
         figures["panel"] = draw_samples(panel, report["classes"], report["palette"], describe_model(report))
     else:
         # An earlier report's panel would show another model's predictions.
-        (directory / "figures" / "panel.png").unlink(missing_ok=True)
+        manifest.remove([_PANEL])
     for name, figure in figures.items():
         content = BytesIO()
         figure.savefig(content, format="png", dpi=150)
@@ -159,6 +167,24 @@ def write_report(report: Mapping[str, Any], directory: str | Path, panel: "Seque
     path = directory / "report.json"
     write_file(path, _to_json(report).encode())
     return path
+
+
+def report_manifest(directory: Path) -> Manifest:
+    """The files that evaluations have written into a report's folder."""
+    return Manifest(directory, _files_without_manifest)
+
+
+def _files_without_manifest(directory: Path) -> Iterator[str]:
+    """The files of a report that is older than manifests."""
+    try:
+        report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+        if not str(report["schema"]).startswith("ema-seg.report/"):
+            return
+        masks = [str(image.get("prediction")) for image in report["images"]]
+    except (OSError, AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        return
+    yield from FILES
+    yield from (mask for mask in masks if mask.startswith("predictions/"))
 
 
 def load_report(path: str | Path) -> dict[str, Any]:

@@ -187,6 +187,8 @@ def _cost_sentence(report: Mapping[str, Any]) -> str:
         f"Measured at {height} x {width} in {throughput['precision']}, {throughput['memory_format']} layout, "
         f"on {throughput['device']}."
     )
+    if capped := throughput.get("capped_batch_size"):
+        sentence += f" No batch of the split has {capped} images: the largest was measured."
     if entire := throughput["end_to_end"]:
         sentence += (
             f" End to end is from the files to the masks: batch {entire['batch_size']}, "

@@ -61,11 +61,23 @@ class EpochLog(Callback):
         self._start = self._train_seconds = 0.0
         self._images = 0
         self._validated = False
+        self._earlier: dict[str, Any] = {"seconds": 0.0, "images": 0}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the time and the images of the epoch so far, for a run that goes on within it."""
+        return {"seconds": time.perf_counter() - self._start, "images": self._images}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting where the checkpoint was written."""
+        self._earlier = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read what an earlier part of this run has written: only now is the epoch known to go on from."""
         self._rows = _read_rows(self.path, trainer.current_epoch)
-        self.on_train_epoch_start(trainer, pl_module)  # which does not come where a run goes on within an epoch
+        # For a run that goes on within an epoch: no epoch starts then.
+        self.on_train_epoch_start(trainer, pl_module)
+        self._start -= self._earlier["seconds"]
+        self._images = self._earlier["images"]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""

@@ -29,6 +29,8 @@ __all__ = ["check_config", "check_model"]
 _CLASSES = 2
 # Lightning's options that have it make loaders of its own.
 _SPOILING = ("overfit_batches", "reload_dataloaders_every_n_epochs")
+# Lightning's options that at 0 leave nothing trained or validated.
+_NEEDED = ("limit_train_batches", "limit_val_batches", "max_steps")
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "16", "bf16", "32", "64")
 # More than any warm-up: how many steps a training has is not known without the data.
 _STEPS = 2**40
@@ -45,7 +47,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     """
     require_settings(config, TRAINING)
     _check_data(config["data"])
-    _check_trainer(config["trainer"])
+    _check_trainer(config["trainer"], resumed=bool(config["resume"]))
     if config["trainer"].get("strategy") == "fsdp" and config["training"]["weight_averaging"]:
         raise ConfigError(
             "training.weight_averaging: the average would be a second model, whole on every device, which "
@@ -114,7 +116,7 @@ def _weighted_classes(terms: Mapping[str, Any]) -> int | None:
     return next((len(values) for values in weights if isinstance(values, list) and values), None)
 
 
-def _check_trainer(settings: Mapping[str, Any]) -> None:
+def _check_trainer(settings: Mapping[str, Any], *, resumed: bool) -> None:
     """The names of all of Lightning's options, and the values of those that every run has."""
     known = list(inspect.signature(Trainer).parameters)
     for key in settings:
@@ -136,10 +138,28 @@ def _check_trainer(settings: Mapping[str, Any]) -> None:
             f"trainer.val_check_interval={interval} counts batches, of which an epoch may have fewer; give a share of "
             "an epoch such as 0.5, or set trainer.check_val_every_n_epoch=null to count on from epoch to epoch."
         )
-    epochs = settings.get("max_epochs")
+    epochs, every = settings.get("max_epochs"), settings.get("check_val_every_n_epoch")
     # None and -1 are Lightning's ways to say that something else, such as max_steps, is the end.
     if epochs not in (None, -1) and not _is_whole(epochs, 1):
         raise ConfigError(f"epochs={epochs!r} (trainer.max_epochs) is no whole number of 1 or more.")
+    for key in _NEEDED:
+        if settings.get(key) == 0:
+            raise ConfigError(
+                f"trainer.{key}={settings[key]!r}: without training and validation no checkpoint could be chosen; it "
+                "must be more than 0, leave it out for all."
+            )
+    if settings.get("fast_dev_run"):
+        raise ConfigError(
+            f"trainer.fast_dev_run={settings['fast_dev_run']!r}: Lightning writes no checkpoint with it, so that there "
+            "would be nothing to evaluate; try a run with epochs=1 +trainer.limit_train_batches=2 "
+            "+trainer.limit_val_batches=2."
+        )
+    # A run that goes on may have its best checkpoint: see ``require_validation``.
+    if not resumed and every is not None and epochs not in (None, -1) and every > epochs:
+        raise ConfigError(
+            f"trainer.check_val_every_n_epoch={every}: no epoch up to the last one, {epochs}, would be validated, so "
+            f"that no checkpoint could be chosen; set {epochs} or less."
+        )
 
 
 def _is_whole(value: Any, least: int) -> bool:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,25 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ema_seg.distributed.preemption import Preemption
 from ema_seg.distributed.start import place
-from ema_seg.errors import CheckpointError
+from ema_seg.errors import CheckpointError, ConfigError
 from ema_seg.models import load_checkpoint
 
-__all__ = ["AtomicCheckpoints", "BestCheckpoint", "LastCheckpoint", "RunEarlyStopping", "has_stopped", "load_last"]
+__all__ = [
+    "AtomicCheckpoints",
+    "BestCheckpoint",
+    "LastCheckpoint",
+    "RunEarlyStopping",
+    "has_stopped",
+    "load_last",
+    "replace_last",
+    "require_same_model",
+]
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+
+# The settings of a checkpoint's weights and optimiser state, and those among them that neither depends on.
+_FIXED = ("model", "attention", "placement", "optimizer")
+_FREE = ("model.encoder_weights", "attention.implementation")
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -172,8 +185,47 @@ def load_last(run: Path) -> tuple[Path, dict[str, Any]]:
         saved = _load_whole(previous)
         if place().rank == 0:
             print(f"warning: {error} Going on from {previous.name}, of step {saved['global_step']}.", file=sys.stderr)
-            _link(previous, last)  # lest the unreadable one is kept as the one before the next
         return previous, saved
+
+
+def replace_last(path: Path) -> None:
+    """Put ``previous.ckpt``, where ``load_last`` chose it, in the place of the unreadable ``last.ckpt``.
+
+    The next checkpoint would otherwise keep the unreadable one as the one before it.
+    """
+    if path.name == PREVIOUS and place().rank == 0:
+        _link(path, path.with_name(LAST))
+
+
+def require_same_model(saved: Mapping[str, Any], config: Mapping[str, Any], run: Path) -> None:
+    """Compare the settings of model and optimiser with those in the checkpoint that a run goes on from.
+
+    Args:
+        saved: the checkpoint.
+        config: the configuration to go on with.
+        run: the run's folder, for the message.
+
+    Raises:
+        ConfigError: a setting differs.
+    """
+    for section in _FIXED:
+        if section == "placement" and config["attention"]["name"] == "none":
+            continue  # of nothing
+        for key, before, now in _differences(section, saved["config"].get(section, {}), config[section]):
+            if key not in _FREE:
+                raise ConfigError(
+                    f"{key}={now}: resume={run} cannot change it, because its checkpoint has {before}; leave the "
+                    "override out, or start a new run."
+                )
+
+
+def _differences(key: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key and both values of each setting that differs; a missing one is None."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in dict.fromkeys([*before, *now]):
+            yield from _differences(f"{key}.{name}", before.get(name), now.get(name))
+    elif before != now:
+        yield key, before, now
 
 
 def _load_whole(path: Path) -> dict[str, Any]:

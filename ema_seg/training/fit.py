@@ -1,24 +1,26 @@
-"""From a configuration to a trained model: build the parts, fit, name the best checkpoint."""
+"""From a configuration to a trained model: build and check the parts, fit, name the best checkpoint."""
 
 import json
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ema_seg.data import SegmentationDataModule
 from ema_seg.distributed.preemption import Preemption
-from ema_seg.errors import CheckpointError, ConfigError, TrainingError, one_line
+from ema_seg.errors import CheckpointError, ConfigError, EmaSegError, TrainingError, one_line
 from ema_seg.evaluation import describe_environment
 from ema_seg.models import load_checkpoint, model_weights, segmenter_from_config
 from ema_seg.models.limits import describe_memory, is_out_of_memory
 from ema_seg.models.mode import set_execution
+from ema_seg.reporting import check_classes
 from ema_seg.reporting.files import write_file
 from ema_seg.training.averaging import GrowingAverage
 from ema_seg.training.callbacks import EpochLog, Pictures
@@ -29,11 +31,14 @@ from ema_seg.training.checkpoints import (
     RunEarlyStopping,
     has_stopped,
     load_last,
+    replace_last,
+    require_same_model,
 )
 from ema_seg.training.loggers import build_logger
 from ema_seg.training.losses import build_loss
 from ema_seg.training.module import SegmentationModule
 from ema_seg.training.strategy import trainer_arguments
+from ema_seg.training.validation import require_validation
 
 __all__ = ["fit"]
 
@@ -60,8 +65,12 @@ def fit(
     quiet: bool = False,
     callbacks: Sequence[Callback] = (),
     preemption: Preemption | None = None,
+    on_start: Callable[[], None] = lambda: None,
 ) -> Path:
     """Train what ``config`` describes.
+
+    Nothing in the run's folder changes before data, model, checkpoint, optimiser and schedule have been built and
+    checked, so that a refused command leaves a run as it was.
 
     Args:
         config: the resolved configuration of ``train.py`` as plain data.
@@ -70,6 +79,8 @@ def fit(
         quiet: print no line per epoch and show no progress bar.
         callbacks: Lightning's, besides the run's own.
         preemption: has the training leave with a checkpoint when it is asked to; None for never.
+        on_start: called in every process when all is checked and the first step is next; not where nothing is left
+            to train.
 
     Returns:
         The checkpoint with the best validation mIoU.
@@ -80,10 +91,13 @@ def fit(
     preemption = preemption or Preemption()
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
+    path, saved = load_last(run) if resume else (None, None)
     data = SegmentationDataModule(**config["data"])
+    if path is not None and saved is not None:
+        require_same_model(saved, config, run)
+        check_classes(saved["classes"], data, path, "go on with those, or start a new run")
     data.skipped.keep_in(run / "skipped.csv")
     data.setup("fit")
-    path, saved = load_last(run) if resume else (None, None)
     weights = _weights_to_match(config, saved)
     model = segmenter_from_config(config, data.num_classes, pretrained=not resume, weights=weights)
     settings = config["training"]
@@ -102,24 +116,30 @@ def fit(
     best = BestCheckpoint(run, monitor=_MONITORED, mode="max", save_weights_only=weights_only)
     progress = not quiet and _shows_progress(settings["progress_bar"])
     last = LastCheckpoint(run, settings.get("checkpoint_every"), preemption)
-    own = [best, last, EpochLog(run / "metrics.csv", quiet=quiet), *_callbacks(settings, run)]
+    start = _Start(config, run, best, path, on_start)
+    own = [best, last, EpochLog(run / "metrics.csv", quiet=quiet), start, *_callbacks(settings, run)]
     if progress:
         own.append(TQDMProgressBar())  # Lightning's other bar cuts its metrics off on a narrow terminal
     trainer = _build_trainer(config, run, [*own, *callbacks], progress)
-    _log_configuration(trainer, config)
-    _write_environment(run, trainer)
     if saved is not None and has_stopped(saved, trainer):
         best.load_state_dict(saved["callbacks"][best.state_key])
         return _best(best, run)
     try:
         with data.explained(), preemption.deferred():
             trainer.fit(module, data, ckpt_path=path, weights_only=True)
+    except MisconfigurationException as error:
+        raise _refused(error) from error
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # of which Lightning makes an exit without a word
             raise KeyboardInterrupt from None
         raise
-    except (RuntimeError, MemoryError, cv2.error) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        if path is not None and not start.reached and _is_of_checkpoint(error):
+            raise CheckpointError(
+                f"ckpt={path}: its state does not fit a training with these settings ({one_line(error)[:200]}); "
+                "restore the file and the settings, or start a new run."
+            ) from error
+        if not isinstance(error, RuntimeError | MemoryError | cv2.error) or not is_out_of_memory(error):
             raise
         raise TrainingError(
             f"the memory does not suffice for data.batch_size={data.batch_size} of {module.crops} "
@@ -136,6 +156,51 @@ def _weights_to_match(config: Mapping[str, Any], saved: Mapping[str, Any] | None
         original = Path(config["rerun"]) / "checkpoints" / "best.ckpt"
         saved = load_checkpoint(original) if original.is_file() else None
     return None if saved is None else model_weights(saved)
+
+
+class _Start(Callback):
+    """Begins to write when all is checked: starts the loggers, writes ``environment.json``, calls ``on_start``.
+
+    Placed behind ``EpochLog``, which checks ``metrics.csv``.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        run: Path,
+        best: BestCheckpoint,
+        checkpoint: Path | None,
+        on_start: Callable[[], None],
+    ) -> None:
+        self.config, self.run, self.best = config, run, best
+        self.checkpoint, self.on_start = checkpoint, on_start
+        # Lightning starts the loggers that it is given before it restores a checkpoint: it gets them later.
+        self.logger = build_logger(run, **config["logger"])
+        self.reached = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin: the optimiser's state and the loaders are there by now.
+
+        Raises:
+            ConfigError: no validation would choose a checkpoint, or a logger cannot be started.
+        """
+        self.reached = True
+        if not self.best.best_model_path:
+            require_validation(trainer)
+        trainer.logger = self.logger if isinstance(self.logger, Logger) else None
+        _log_configuration(trainer, self.config)
+        if self.checkpoint is not None:
+            replace_last(self.checkpoint)
+        _write_environment(self.run, trainer)
+        self.on_start()
+
+
+def _is_of_checkpoint(error: Exception) -> bool:
+    """Whether this is an error of restoring a state, and none about the machine or of ours."""
+    if isinstance(error, RuntimeError):
+        return "state_dict" in str(error)
+    known = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+    return isinstance(error, known) and not isinstance(error, EmaSegError)
 
 
 def _callbacks(settings: Mapping[str, Any], run: Path) -> list[Callback]:
@@ -159,16 +224,20 @@ def _build_trainer(config: Mapping[str, Any], run: Path, callbacks: list[Callbac
         trainer = Trainer(
             **arguments,
             default_root_dir=run,
-            logger=build_logger(run, **config["logger"]),
+            logger=False,
             callbacks=callbacks,
             enable_progress_bar=progress,
             plugins=[AtomicCheckpoints(), *plugins],
             enable_model_summary=False,
         )
     except (MisconfigurationException, TypeError, ValueError) as error:
-        raise ConfigError(f"trainer: Lightning refuses these settings: {one_line(error)}") from error
+        raise _refused(error) from error
     _correct(trainer)
     return trainer
+
+
+def _refused(error: Exception) -> ConfigError:
+    return ConfigError(f"trainer: Lightning refuses these settings: {one_line(error)}")
 
 
 def _correct(trainer: Trainer) -> None:
@@ -211,7 +280,7 @@ def _best(keeper: BestCheckpoint, run: Path) -> Path:
     best = Path(keeper.best_model_path)
     if not keeper.best_model_path or not best.is_file():
         raise CheckpointError(
-            f"{run}: no checkpoint was chosen as the best, because no validation ran; "
-            "set trainer.check_val_every_n_epoch no larger than epochs."
+            f"{run}: the training ended before its first validation, so no checkpoint was chosen as the best; allow it "
+            f"more time or steps (trainer.max_time, trainer.max_steps) and go on with resume={run}."
         )
     return best

@@ -4,6 +4,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from ema_seg.errors import DataError
+from ema_seg.reporting.comparison import FIGURES, comparison_manifest
 from ema_seg.reporting.comparison_figures import draw_comparison, front_rows
 from tests.reporting.comparisons import make_comparison
 
@@ -42,8 +43,10 @@ def test_the_same_comparison_gives_the_same_pdf(tmp_path):
 def test_a_figure_without_data_is_left_out_and_an_earlier_one_removed(tmp_path):
     comparison = make_comparison(tmp_path, rows=2)
     (tmp_path / "figures").mkdir()
+    comparison_manifest(tmp_path).claim(FIGURES)
     for name in NAMES:
         (tmp_path / "figures" / f"{name}.png").write_bytes(b"earlier")
+    (tmp_path / "figures" / "mine.png").write_bytes(b"of the user")
     comparison["examples"] = []
     for each in comparison["rows"]:
         each.update(contrast=None, curves={})
@@ -52,7 +55,7 @@ def test_a_figure_without_data_is_left_out_and_an_earlier_one_removed(tmp_path):
                 scored["contrast"] = None
 
     assert draw_comparison(comparison, tmp_path) == ["pareto"]
-    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["pareto.pdf", "pareto.png"]
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["mine.png", "pareto.pdf", "pareto.png"]
 
 
 def test_a_comparison_without_a_finished_run_has_no_figures(tmp_path):

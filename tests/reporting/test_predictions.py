@@ -30,10 +30,10 @@ def test_an_evaluation_cut_short_leaves_the_masks_of_the_one_before(tmp_path):
     with pytest.raises(KeyboardInterrupt), PredictionWriter(tmp_path, ["new", "other"], PALETTE) as write:
         write("new", np.zeros((2, 2), np.uint8))
         raise KeyboardInterrupt
-    assert [path.name for path in tmp_path.rglob("*")] == ["predictions", "old.png"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["old.png", "predictions", "written_files.json"]
     with PredictionWriter(tmp_path, ["new"], PALETTE) as write:
         write("new", np.zeros((2, 2), np.uint8))
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["new.png", "predictions"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["new.png", "predictions", "written_files.json"]
 
 
 def test_names_of_files_stay_inside_the_folder_and_apart():
