@@ -29,7 +29,7 @@ from ema_seg.training.checkpoints import (
     has_stopped,
     load_last,
 )
-from ema_seg.training.loggers import build_logger
+from ema_seg.training.loggers import build_loggers
 from ema_seg.training.losses import build_loss
 from ema_seg.training.module import SegmentationModule
 from ema_seg.training.strategy import trainer_arguments
@@ -145,11 +145,12 @@ def _shows_progress(setting: bool | str) -> bool:
 
 def _build_trainer(config: Mapping[str, Any], run: Path, callbacks: list[Callback], progress: bool) -> Trainer:
     arguments, plugins = trainer_arguments(config["trainer"])
+    loggers = build_loggers(run, config.get("logger", {}))
     try:
         trainer = Trainer(
             **arguments,
             default_root_dir=run,
-            logger=build_logger(run, **config["logger"]),
+            logger=loggers,
             callbacks=callbacks,
             enable_progress_bar=progress,
             plugins=[AtomicCheckpoints(), *plugins],
@@ -186,8 +187,8 @@ def _log_configuration(trainer: Trainer, config: Mapping[str, Any]) -> None:
             logger.log_hyperparams(dict(config))
         except Exception as error:  # no account, no server, no disk: each logger has its own for it
             raise ConfigError(
-                f"logger={config['logger']['name']} cannot be started: {one_line(error)[:300]}; correct "
-                "that, or choose another logger."
+                f"logger: {type(logger).__name__} cannot be started ({one_line(error)[:300]}); correct that, or choose "
+                "another logger."
             ) from error
 
 
