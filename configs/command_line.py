@@ -114,7 +114,7 @@ def read_config(run: Path, key: str) -> dict[str, Any]:
             f"{key}={run}: {path} is no configuration with the sections {', '.join(_SECTIONS)}; give the folder of a "
             "run that train.py made."
         )
-    return {**config, **_loggers_by_name(config)}
+    return cast(dict[str, Any], {**config, **_loggers_by_name(cast(dict[str, Any], config))})
 
 
 def _loggers_by_name(config: dict[str, Any]) -> dict[str, Any]:
