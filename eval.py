@@ -17,7 +17,8 @@ from omegaconf import DictConfig
 from configs.command_line import argument, expand_home, plain_config, reports_errors, saved_config
 from configs.composition import compose, launch
 from ema_seg.distributed.start import joined, place, started_group
-from ema_seg.errors import ConfigError, EmaSegError
+from ema_seg.early_checks import check_root
+from ema_seg.errors import CheckpointError, ConfigError, EmaSegError
 from ema_seg.host_memory import keep_freed_memory, made_for_good
 from ema_seg.settings import EVALUATION, require_settings
 from ema_seg.sweeps import read_job
@@ -44,6 +45,8 @@ def _saved_config() -> dict[str, Any]:
     if run := argument("run"):
         return saved_config(Path(run), key="run")
     if ckpt := argument("ckpt"):
+        if not Path(ckpt).is_file():  # known before torch is imported
+            raise CheckpointError(f"ckpt={ckpt}: no such file; give the path of a checkpoint that train.py wrote.")
         from ema_seg.models import load_checkpoint
 
         return load_checkpoint(Path(ckpt))["config"]
@@ -57,6 +60,7 @@ def _evaluate(composed: DictConfig) -> None:
     if bool(config.get("run")) == bool(config.get("ckpt")):
         raise ConfigError("name what to evaluate: either run=<folder of a run> or ckpt=<checkpoint file>.")
     require_settings(config, EVALUATION)
+    check_root(config["data"])
     run = Path(config["run"]) if config["run"] else _run_of(Path(config["ckpt"]))
     checkpoint = Path(config["ckpt"] or run / "checkpoints" / "best.ckpt")
 

@@ -36,6 +36,7 @@ from configs.command_line import (
 from configs.composition import compose, launch
 from ema_seg.distributed.leaving import stay_when_asked
 from ema_seg.distributed.start import Silent, first_told, joined, place, started_group
+from ema_seg.early_checks import check_early, check_root
 from ema_seg.errors import ConfigError, Preempted, TrainingError
 from ema_seg.host_memory import keep_freed_memory, made_for_good
 from ema_seg.sweeps import (
@@ -134,15 +135,17 @@ def _resume_unfinished(composed: DictConfig) -> None:
 
 
 def _unfinished_run(composed: DictConfig) -> Path | None:
-    with made_for_good():
-        from ema_seg.run import complete_config
-        from ema_seg.training import check_config
-
     here = Path(str(composed.hydra.run.dir))
     named = any(text.startswith("hydra.run.dir=") for text in sys.argv[1:])
     with open_dict(composed):
         del composed["hydra"]
     config = _settings(composed)
+    check_early(config)
+    check_root(config["data"])
+    with made_for_good():
+        from ema_seg.run import complete_config
+        from ema_seg.training import check_config
+
     check_config(config)
     complete_config(config)
     found = [here] if named else sorted(here.parent.glob("*"), key=lambda folder: folder.name, reverse=True)
@@ -211,7 +214,10 @@ def _train_run(composed: DictConfig, run: Path) -> None:
     if not (config["resume"] or by_time):
         _require_free(run)
 
-    # Heavy libraries only now, so that --help and --cfg answer at once.
+    check_early(config)
+    check_root(config["data"])
+
+    # Heavy libraries only now, so that --help, --cfg and refusals come at once.
     with made_for_good():
         from ema_seg.reporting import print_report
         from ema_seg.run import produce_run

@@ -1,7 +1,9 @@
 """What ``train.py`` and ``eval.py`` share of the way from a command line to a configuration."""
 
+import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -33,11 +35,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+# The user's own: composition.launch sets it, too.
+_WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
 def reports_errors(function: Callable[P, R]) -> Callable[P, R]:
     """Turn an error that the user can correct into one sentence on standard error and its exit status.
 
     What Hydra finds wrong, and what the operating system says about a file, are such errors too. Of several processes
     only the one that fails first says so. Ctrl-C ends with a word and status 130; see ``as_asked`` for other signals.
+    With HYDRA_FULL_ERROR=1 in the user's environment the traceback comes before the sentence.
     """
 
     @wraps(function)
@@ -46,21 +53,27 @@ def reports_errors(function: Callable[P, R]) -> Callable[P, R]:
             with as_asked(), first_told():
                 return function(*arguments, **keywords)
         except (EmaSegError, Preempted) as error:
-            print(f"error: {error}", file=sys.stderr)
+            _report(error, str(error))
             sys.exit(error.exit_status)
         except (HydraException, OmegaConfBaseException) as error:
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            _report(error, one_line(error))
             sys.exit(1)
         except OSError as error:
             if (sentence := system_sentence(error)) is None:
                 raise
-            print(f"error: {sentence}", file=sys.stderr)
+            _report(error, sentence)
             sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted.", file=sys.stderr)
             sys.exit(130)
 
     return wrapped
+
+
+def _report(error: BaseException, sentence: str) -> None:
+    if _WANTS_TRACEBACK:
+        traceback.print_exception(error)
+    print(f"error: {sentence}", file=sys.stderr)
 
 
 def expand_home(arguments: list[str]) -> list[str]:
@@ -104,7 +117,17 @@ def read_config(run: Path, key: str) -> dict[str, Any]:
             f"{key}={run}: {path} is no configuration with the sections {', '.join(_SECTIONS)}; give the folder of a "
             "run that train.py made."
         )
-    return cast(dict[str, Any], config)
+    return cast(dict[str, Any], {**config, **_loggers_by_name(cast(dict[str, Any], config))})
+
+
+def _loggers_by_name(config: dict[str, Any]) -> dict[str, Any]:
+    """Turn the logger of earlier versions, ``{name: wandb, project: …}``, into ``{wandb: {project: …}}``."""
+    logger = config.get("logger")
+    if not isinstance(logger, dict) or not isinstance(logger.get("name"), str):
+        return {}
+    name = logger["name"]
+    options = {key: value for key, value in logger.items() if key != "name"}
+    return {"logger": {} if name == "none" else {name: options}}
 
 
 def _linked(config: DictConfig) -> DictConfig:

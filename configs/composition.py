@@ -3,9 +3,11 @@
 import inspect
 import os
 import re
+import sys
 import traceback
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import hydra._internal.hydra as hydras_own
@@ -23,7 +25,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.trust import forbid_settings_from_text, require_harmless, restrict_environment, settings_of, walk
+from ema_seg.early_checks import options_of
 from ema_seg.errors import ConfigError, EmaSegError, did_you_mean, one_line, own_cause
+from ema_seg.settings import suggest_own
 from ema_seg.texts import read_yaml
 
 __all__ = ["compose", "launch"]
@@ -135,6 +139,7 @@ def compose(folder: Path, config_name: str) -> DictConfig:
             be harmless.
     """
     forbid_settings_from_text()
+    _check_options()
     options = get_args_parser().parse_args()
     restrict_environment(options.overrides)
     if options.experimental_rerun:
@@ -178,6 +183,24 @@ def compose(folder: Path, config_name: str) -> DictConfig:
     return OmegaConf.create() if options.help or options.hydra_help else composed
 
 
+def _check_options() -> None:
+    """Reject ``--key value`` and ``--key=value``, which Hydra's parser answers with its whole usage."""
+    unknown = [text for text in get_args_parser().parse_known_args()[1] if text.startswith("-")]
+    if unknown:
+        key, _, value = unknown[0].lstrip("-").partition("=")
+        value = value or next((text for text in _following(unknown[0]) if not text.startswith("-")), "<value>")
+        raise ConfigError(
+            f"{unknown[0]}: there is no such option; settings are given without dashes, as in {key}={value} "
+            "(--help names them)."
+        )
+
+
+def _following(argument: str) -> list[str]:
+    """The command line's argument after this one, if there is one."""
+    place = sys.argv.index(argument) + 1
+    return sys.argv[place : place + 1]
+
+
 def _check_sweeper(composed: DictConfig, multirun: bool) -> None:
     """Let only those sweep who look at a launcher's settings before they are text in a script."""
     settings = OmegaConf.to_container(composed.hydra, resolve=False)
@@ -192,6 +215,7 @@ def _check_sweeper(composed: DictConfig, multirun: bool) -> None:
 
 def launch(task: TaskFunction, folder: Path, config_name: str) -> None:
     """Have Hydra do what the command line asks for; what goes wrong comes out as the exception that it was."""
+    earlier = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra lets nobody else look at what it composes; mypy takes the name of a class for fixed.
     hydras_own.ConfigLoaderImpl = _Loader  # type: ignore[misc]
@@ -204,6 +228,10 @@ def launch(task: TaskFunction, folder: Path, config_name: str) -> None:
             raise own from error
         raise ConfigError(f"Hydra cannot work with its settings (hydra.…): {one_line(error)}.") from error
     finally:
+        if earlier is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = earlier
         hydras_own.ConfigLoaderImpl = ConfigLoaderImpl  # type: ignore[misc]
 
 
@@ -226,12 +254,12 @@ def _sentence(error: Exception, loader: ConfigLoaderImpl, name: str, overrides: 
         return _missing(error)
     if match := re.match(r"Could not (?:override|delete from config\.) '(.+?)'", text):
         key = match[1]
-        if match[0].startswith("Could not delete") and key in _known_keys(loader, name, overrides):
+        composed = _composed(loader, name, overrides)
+        known = composed is not None and key in [path for path, _, _ in settings_of(composed)]
+        if match[0].startswith("Could not delete") and known:
             return f"{_of_key(key, overrides)}: {key} is null already; leave this out."
-        advice = _near(key, loader, name, overrides)
-        if not advice and re.fullmatch(r"[\w.]+\.[\w.]+", key) and "override" in match[0]:
-            advice = " What the configuration does not name but the part takes is added with a + before the key."
-        return f"{_of_key(key, overrides)}: there is no setting {key}.{advice}"
+        given = _of_key(key, overrides)
+        return f"{given}: there is no setting {key}.{_advice(key, given, loader, name, overrides)}"
     if text.startswith("Ambiguous value for argument"):
         given = _quoted_in(text)
         return (
@@ -241,8 +269,14 @@ def _sentence(error: Exception, loader: ConfigLoaderImpl, name: str, overrides: 
     if text.startswith("Sweep parameters"):
         return f"{_quoted_in(text)}: several values are a sweep, which needs -m before the overrides."
     if text.startswith("Config group override must be"):
-        wrong = [o.input_line for o in _choices(loader, overrides) if not isinstance(o.value(), str | list)]
-        return f"{' '.join(map(str, wrong))}: a group is given the name of one of its options, such as model=unet."
+        wrong = [str(o.input_line) for o in _choices(loader, overrides) if not isinstance(o.value(), str | list)]
+        group = wrong[0].partition("=")[0].lstrip("+~")
+        return (
+            f"{' '.join(wrong)}: a group is given the name of one of its options; {group} has "
+            f"{', '.join(loader.repository.get_group_options(group))}."
+        )
+    if match := re.match(r"Multiple values for (\S+?)\. ", text):
+        return f"+{match[1]}=…: the group {match[1]} is chosen already; write {match[1]}=<option>, without the +."
     cause = error.__cause__
     detail = f" ({_line(str(cause).splitlines()[0])})" if cause is not None and str(cause) else ""
     return f"{_line(text)}{detail}" if text else f"{name}: this configuration cannot be composed{detail}."
@@ -258,24 +292,50 @@ def _missing(error: MissingConfigException) -> str:
     return text + did_you_mean(option, known)
 
 
-def _near(key: str, loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> str:
-    """The known key that is most like one that is not, or that ends in it."""
-    known = [full for full in _known_keys(loader, name, overrides) if full != key]
-    ends = [full for full in known if full.endswith(f".{key}")]
-    return f" Did you mean {ends[0]!r}?" if len(ends) == 1 else did_you_mean(key, known)
+def _advice(key: str, given: str, loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> str:
+    """Name the way to say what ``given``, an override of an unknown key, means."""
+    composed = _composed(loader, name, overrides)
+    paths = [] if composed is None else [path for path, _, _ in settings_of(composed)]
+    if own := suggest_own(key, paths.__contains__):
+        return own
+    section, _, option = key.rpartition(".")
+    added = _addable(section, composed) if composed is not None and given.startswith(f"{key}=") else []
+    if option in added:
+        return f" The configuration does not name it; add it with +{given}"
+    if section in paths:
+        named = [path.rpartition(".")[2] for path in paths if path.rpartition(".")[0] == section]
+        within = [path for path in paths if path.startswith(f"{section}.") and path.endswith(f".{option}")]
+        if len(within) == 1:
+            return f" Did you mean {within[0]!r}?"
+        close = get_close_matches(option, [*named, *added], n=1)
+        if close:
+            return f" Did you mean '{'' if close[0] in named else '+'}{section}.{close[0]}'?"
+        return f" An option that the part takes and the configuration does not name is added with +{given}"
+    ends = [path for path in paths if path.endswith(f".{key}")]
+    # Hydra's settings are near to many.
+    own_paths = [path for path in paths if path.startswith("hydra") <= key.startswith("hydra")]
+    return f" Did you mean {ends[0]!r}?" if len(ends) == 1 else did_you_mean(key, own_paths)
 
 
-def _known_keys(loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> list[str]:
-    """All keys of the configuration, with the groups that were chosen where that is possible."""
+def _addable(section: str, composed: DictConfig) -> list[str]:
+    """Options that may be added to a section."""
+    settings = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
+    try:
+        return options_of(section, settings)
+    except (KeyError, TypeError):  # settings of another form, which a later check refuses
+        return []
+
+
+def _composed(loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> DictConfig | None:
+    """The configuration without the changes of single keys, with the groups that were chosen where that is possible."""
     chosen = [str(o.input_line) for o in _choices(loader, overrides)]
     for groups in (chosen, []):
         try:
             # Of what is not allowed the keys are known, too.
-            composed = ConfigLoaderImpl.load_configuration(loader, name, groups, RunMode.MULTIRUN)
-            return [path for path, _, _ in settings_of(composed)]
+            return ConfigLoaderImpl.load_configuration(loader, name, groups, RunMode.MULTIRUN)
         except (HydraException, OmegaConfBaseException, ValueError):
             continue
-    return []
+    return None
 
 
 def _choices(loader: ConfigLoaderImpl, overrides: list[str]) -> list[Override]:

@@ -10,11 +10,48 @@ from typing import Any, NamedTuple
 
 from ema_seg.errors import ConfigError, did_you_mean
 
-__all__ = ["EVALUATION", "EVALUATION_SECTION", "REBUILDING", "TRAINING", "require_plain", "require_settings"]
-
+__all__ = [
+    "EVALUATION",
+    "EVALUATION_SECTION",
+    "REBUILDING",
+    "TRAINING",
+    "require_plain",
+    "require_settings",
+    "suggest_own",
+]
 
 # Of a saved configuration, which has about a hundred.
 _MOST_VALUES, _DEEPEST = 20_000, 100
+
+# Names that other training programs have for these settings; by their letters another one may be nearer.
+_OTHER_NAMES = {
+    "epochs": "max_epochs num_epochs n_epochs epoch trainer.epochs training.epochs",
+    "optimizer.lr": "lr learning_rate base_lr optim.lr optimizer.learning_rate model.lr model.learning_rate",
+    "optimizer.weight_decay": "weight_decay wd optim.weight_decay",
+    "data.batch_size": "batch_size bs train_batch_size data.train_batch_size data.bs datamodule.batch_size",
+    "data.workers": "num_workers workers data.num_workers datamodule.num_workers",
+    "data.root": "root data_dir data_root dataset_root data.dir data.path data.data_dir data.data_root paths.data_dir",
+    "data": "dataset datamodule",
+    "data.augmentation.crop.height": "image_size img_size crop_size data.image_size data.img_size data.crop_size",
+    "model": "arch architecture decoder model.arch model.architecture model.name",
+    "model.encoder": "encoder backbone encoder_name model.encoder_name model.backbone",
+    "model.encoder_weights": "pretrained weights encoder_weights model.pretrained model.weights",
+    "optimizer": "optim",
+    "schedule": "scheduler lr_scheduler",
+    "trainer.devices": "gpus num_gpus n_gpus devices trainer.gpus trainer.num_gpus",
+    "evaluation.batch_size": "batch_size",
+    "evaluation.device": "device",
+    "trainer.accelerator": "accelerator device trainer.gpu trainer.device",
+    "trainer.precision": "precision amp fp16 bf16 trainer.amp",
+    "training.compile": "compile torch_compile",
+    "training.early_stopping": "early_stopping patience callbacks.early_stopping.patience",
+    "training.progress_bar": "progress_bar trainer.enable_progress_bar",
+    "logger": "trainer.logger loggers",
+    "hydra.run.dir": "output_dir out_dir save_dir log_dir work_dir trainer.default_root_dir",
+    "resume": "ckpt_path ckpt checkpoint checkpoint_path resume_from resume_from_checkpoint trainer.ckpt_path run",
+    "ckpt": "ckpt_path checkpoint checkpoint_path model_path model",
+    "run": "resume run_dir",
+}
 
 
 class _Setting(NamedTuple):
@@ -65,18 +102,23 @@ def _whole_or_not_there(least: int, *, null: bool = False) -> _Setting:
 _FLAG = _Setting(_is_flag, "is neither true nor false")
 _NAME = _Setting(_is_text, "is no name")
 _PATH = _Setting(_or_null(_is_text), "is no path; one of digits alone is put in two kinds of quotes, as in \"'2024'\"")
-# To be there; what it can be is checked by the part that takes it.
-_ANY = _Setting(lambda value: True, "")
+
+_NUMBER = _Setting(_is_number, "is no number")
+_COLOUR = _Setting(
+    _or_null(lambda value: isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_number, value))),
+    "must be three numbers, one for each of red, green and blue",
+)
+_AT_LEAST = "must be a whole number of at least {}"
 
 _DATA = _Section(
     {
         "name": _NAME,
         "root": _PATH,
-        "batch_size": _ANY,
-        "evaluation_batch_size": _ANY,
-        "workers": _ANY,
-        "mean": _ANY,
-        "std": _ANY,
+        "batch_size": _Setting(lambda value: value == "auto" or _is_whole(1)(value), _AT_LEAST.format(1)),
+        "evaluation_batch_size": _Setting(_is_whole(1), _AT_LEAST.format(1)),
+        "workers": _Setting(_is_whole(0), _AT_LEAST.format(0)),
+        "mean": _COLOUR,
+        "std": _COLOUR,
         "augmentation": _Section({}, open=True),
         "evaluation_split": _NAME,
     },
@@ -98,6 +140,8 @@ EVALUATION_SECTION = _Section(
 _REPORT = _Section({"dir": _PATH})
 _NAMED = _Section({"name": _NAME}, open=True)
 _OPEN = _Section({}, open=True)
+
+_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "16", "bf16", "32", "64")
 
 TRAINING = _Section(
     {
@@ -121,10 +165,17 @@ TRAINING = _Section(
             }
         ),
         "loss": _OPEN,
-        "optimizer": _Section({"name": _NAME, "lr": _ANY, "encoder_lr_factor": _ANY, "weight_decay": _ANY}, open=True),
+        "optimizer": _Section(
+            {"name": _NAME, "lr": _NUMBER, "encoder_lr_factor": _NUMBER, "weight_decay": _NUMBER}, open=True
+        ),
         "schedule": _NAMED,
         "trainer": _Section(
             {
+                "precision": _Setting(
+                    lambda value: value is None or str(value) in _PRECISIONS,
+                    f"is no precision of Lightning's; choose one of {', '.join(_PRECISIONS)}",
+                    optional=True,
+                ),
                 "accumulate_grad_batches": _whole_or_not_there(1),
                 "check_val_every_n_epoch": _whole_or_not_there(1, null=True),
                 "num_sanity_val_steps": _whole_or_not_there(-1, null=True),
@@ -156,7 +207,12 @@ TRAINING = _Section(
             },
             open=True,
         ),
-        "logger": _Section({"name": _Setting(_or_null(_is_text), "is no name")}, open=True),
+        # By name; logger=[] leaves no section.
+        "logger": _Setting(
+            lambda value: isinstance(value, Mapping),
+            "must be loggers by name; choose them with logger=<name> or logger=[<name>,<name>] in a new run",
+            optional=True,
+        ),
         "evaluation": EVALUATION_SECTION,
         "training": _Section(
             {
@@ -185,10 +241,6 @@ TRAINING = _Section(
 )
 """Of ``train.py``."""
 
-_COLOUR = _Setting(
-    _or_null(lambda value: isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_number, value))),
-    "is no list of three numbers",
-)
 REBUILDING = _Section(
     {
         "data": _Section({"mean": _COLOUR, "std": _COLOUR}, open=True),
@@ -271,5 +323,20 @@ def require_plain(config: object) -> None:
             raise ConfigError(f"{path}: a value must be text or a number, got {type(value).__name__}; restore it.")
 
 
+def suggest_own(key: str, is_known: Callable[[str], bool]) -> str:
+    """The end of a sentence about a key that other programs have; empty if it is none, or its own name is not known."""
+    if key == "experiment":  # a group, which sets no key of this name
+        return " An experiment's file begins with the line: # @package _global_"
+    own = [name for name, others in _OTHER_NAMES.items() if is_known(name) and key in others.split()]
+    if "resume" in own:
+        return (
+            " resume=<folder of a run> goes on with a run; python eval.py ckpt=<file> evaluates a checkpoint; "
+            "model.encoder_weights=<file> starts from weights."
+        )
+    return f" Did you mean {' or '.join(map(repr, own))}?" if own else ""
+
+
 def _near(name: str, known: _Section, path: str) -> str:
-    return did_you_mean(f"{path}{name}", [f"{path}{other}" for other in known.settings])
+    full = f"{path}{name}"
+    own = suggest_own(full, lambda key: bool(path) or key.partition(".")[0] in known.settings)
+    return own or did_you_mean(full, [f"{path}{other}" for other in known.settings])

@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from ema_seg.data import SegmentationDataModule, check_dataset
 from ema_seg.data.datamodule import check_shares
 from ema_seg.distributed.start import alone
+from ema_seg.early_checks import check_early
 from ema_seg.errors import ConfigError, did_you_mean, one_line
 from ema_seg.models import segmenter_from_config
 from ema_seg.reporting import check_settings
-from ema_seg.settings import TRAINING, require_settings
-from ema_seg.training.loggers import check_logger
+from ema_seg.training.loggers import check_loggers
 from ema_seg.training.losses import build_loss
 from ema_seg.training.optimisation import build_optimizer, build_schedule
 from ema_seg.training.strategy import named_processes
@@ -31,7 +31,6 @@ _CLASSES = 2
 _SPOILING = ("overfit_batches", "reload_dataloaders_every_n_epochs")
 # Lightning's options that at 0 leave nothing trained or validated.
 _NEEDED = ("limit_train_batches", "limit_val_batches", "max_steps")
-_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "16", "bf16", "32", "64")
 # More than any warm-up: how many steps a training has is not known without the data.
 _STEPS = 2**40
 
@@ -45,7 +44,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: what the user has to correct.
     """
-    require_settings(config, TRAINING)
+    check_early(config)
     _check_data(config["data"])
     _check_trainer(config["trainer"], resumed=bool(config["resume"]))
     if config["trainer"].get("strategy") == "fsdp" and config["training"]["weight_averaging"]:
@@ -58,7 +57,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         check_shares(config["data"]["batch_size"], processes)
     _check_loss(config["loss"])
     build_schedule(_check_optimizer(config["optimizer"]), _STEPS, **config["schedule"])
-    check_logger(config["logger"]["name"])
+    check_loggers(config.get("logger", {}))
     check_settings(config["evaluation"])
 
 
@@ -128,11 +127,7 @@ def _check_trainer(settings: Mapping[str, Any], *, resumed: bool) -> None:
                 f"trainer.{key}={settings[key]!r} changes the order of the samples, which a run that goes on could not "
                 "find again; leave it out."
             )
-    precision, interval = settings.get("precision"), settings.get("val_check_interval")
-    if precision is not None and str(precision) not in _PRECISIONS:
-        raise ConfigError(
-            f"trainer.precision={precision!r} is no precision of Lightning's; choose one of {', '.join(_PRECISIONS)}."
-        )
+    interval = settings.get("val_check_interval")
     if type(interval) is int and settings.get("check_val_every_n_epoch", 1) is not None:
         raise ConfigError(
             f"trainer.val_check_interval={interval} counts batches, of which an epoch may have fewer; give a share of "

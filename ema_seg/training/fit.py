@@ -10,7 +10,6 @@ from typing import Any
 import cv2
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ema_seg.data import SegmentationDataModule
@@ -34,7 +33,7 @@ from ema_seg.training.checkpoints import (
     replace_last,
     require_same_model,
 )
-from ema_seg.training.loggers import build_logger
+from ema_seg.training.loggers import build_loggers
 from ema_seg.training.losses import build_loss
 from ema_seg.training.module import SegmentationModule
 from ema_seg.training.strategy import trainer_arguments
@@ -175,7 +174,7 @@ class _Start(Callback):
         self.config, self.run, self.best = config, run, best
         self.checkpoint, self.on_start = checkpoint, on_start
         # Lightning starts the loggers that it is given before it restores a checkpoint: it gets them later.
-        self.logger = build_logger(run, **config["logger"])
+        self.loggers = build_loggers(run, config.get("logger", {}))
         self.reached = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -187,7 +186,7 @@ class _Start(Callback):
         self.reached = True
         if not self.best.best_model_path:
             require_validation(trainer)
-        trainer.logger = self.logger if isinstance(self.logger, Logger) else None
+        trainer.loggers = self.loggers
         _log_configuration(trainer, self.config)
         if self.checkpoint is not None:
             replace_last(self.checkpoint)
@@ -265,8 +264,8 @@ def _log_configuration(trainer: Trainer, config: Mapping[str, Any]) -> None:
             logger.log_hyperparams(dict(config))
         except Exception as error:  # no account, no server, no disk: each logger has its own for it
             raise ConfigError(
-                f"logger={config['logger']['name']} cannot be started: {one_line(error)[:300]}; correct "
-                "that, or choose another logger."
+                f"logger: {type(logger).__name__} cannot be started ({one_line(error)[:300]}); correct that, or choose "
+                "another logger."
             ) from error
 
 

@@ -1,14 +1,15 @@
 """Experiment loggers by name. ``metrics.csv`` is written in any case, see ``EpochLog``."""
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from ema_seg.errors import ConfigError
+from ema_seg.errors import ConfigError, did_you_mean
 
-__all__ = ["build_logger", "check_logger"]
+__all__ = ["build_loggers", "check_loggers"]
 
 # Name: the class, and its fixed arguments. Loaded only when named.
 _LOGGERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -18,26 +19,37 @@ _LOGGERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def check_logger(name: str | None) -> None:
-    """A ConfigError if there is no logger of this name."""
-    if name not in (None, "none", *_LOGGERS):
-        raise ConfigError(f"logger.name: unknown logger {name!r}; choose among {', '.join(_LOGGERS)}, none.")
+def check_loggers(settings: Mapping[str, Any]) -> None:
+    """Raise a ConfigError unless each logger is known and its options are given by name."""
+    for name, options in settings.items():
+        if name not in _LOGGERS:
+            raise ConfigError(
+                f"logger.{name}: must be one of {', '.join(_LOGGERS)}; choose loggers with logger=<name> or "
+                f"logger=[<name>,<name>].{did_you_mean(name, _LOGGERS)}"
+            )
+        if not isinstance(options, Mapping):
+            raise ConfigError(
+                f"logger.{name}={options!r}: must be the logger's options by name; set logger.{name}.<option>=<value>, "
+                f"or choose loggers with logger=[…]."
+            )
 
 
-def build_logger(run: Path, /, *, name: str | None, **options: Any) -> Logger | bool:
-    """The Lightning logger called ``name``, writing into the run's folder; False for ``"none"``.
+def build_loggers(run: Path, settings: Mapping[str, Mapping[str, Any]]) -> list[Logger]:
+    """Build Lightning's loggers, writing into the run's folder.
 
     Args:
         run: the run's folder.
-        name: ``"tensorboard"``, ``"wandb"``, ``"mlflow"`` or ``"none"``.
-        **options: further arguments of Lightning's logger, such as ``project`` for wandb.
+        settings: of ``logger``: arguments of Lightning's logger, such as ``project`` for wandb, by its name:
+            ``"tensorboard"``, ``"wandb"`` or ``"mlflow"``.
 
     Raises:
-        ConfigError: the name or an option is unknown, or the logger's package is not installed.
+        ConfigError: a name or an option is unknown, or the logger's package is not installed.
     """
-    check_logger(name)
-    if name in (None, "none"):
-        return False
+    check_loggers(settings)
+    return [_build_logger(run, name, dict(options)) for name, options in settings.items()]
+
+
+def _build_logger(run: Path, name: str, options: dict[str, Any]) -> Logger:
     class_name, fixed = _LOGGERS[name]
     if name == "mlflow" and options.get("tracking_uri") is None:
         # Lightning's default, a folder of files, is one that MLflow itself refuses by now.
@@ -50,4 +62,4 @@ def build_logger(run: Path, /, *, name: str | None, **options: Any) -> Logger | 
             f"logger={name} needs a package that is not installed; run pip install 'ema-seg[{name}]'."
         ) from error
     except TypeError as error:
-        raise ConfigError(f"logger: Lightning's {class_name} does not take these options: {error}.") from error
+        raise ConfigError(f"logger.{name}: Lightning's {class_name} does not take these options: {error}.") from error

@@ -1,0 +1,102 @@
+"""Names that source files define, read without importing them: torch alone takes longer to import than a refusal may.
+
+A library may change its files. So the names are for refusals that the library itself would make later, and for hints;
+where nothing is found the answer is empty, and the later check decides.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+__all__ = ["keys_of", "parameters_of", "smp_decoders", "smp_encoders", "text_of", "timm_models"]
+
+_SMP, _TIMM = "segmentation_models_pytorch", "timm"
+_ENCODERS = re.compile(r'^    "([\w-]+)": \{', re.MULTILINE)
+_REGISTERED = re.compile(r"^@register_model\s*\n(?:@.*\n)*def (\w+)", re.MULTILINE)
+_DEPRECATED = re.compile(r"^register_model_deprecations\(__name__, \{(.*?)\}\)", re.MULTILINE | re.DOTALL)
+
+
+def keys_of(path: str, table: str) -> list[str]:
+    """Keys of a dict, or names in a list, that a module assigns to ``table``.
+
+    Args:
+        path: of the file from its top-level package on, such as ``"ema_seg/attention/__init__.py"``.
+        table: the name of the variable.
+    """
+    for name, value in _assignments(ast.parse(text_of(path))):
+        if name == table and isinstance(value, ast.Dict):
+            return [key.value for key in value.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
+        if name == table and isinstance(value, ast.List):
+            return [element.id for element in value.elts if isinstance(element, ast.Name)]
+    return []
+
+
+def parameters_of(folder: str, class_name: str) -> list[str]:
+    """Names of the arguments of a class's constructor, whose name may differ in case.
+
+    Args:
+        folder: of the files from their top-level package on, at any depth below it, or one file.
+        class_name: the name of the class.
+    """
+    for file in _files(folder):
+        if not re.search(rf"^class {class_name}\b", _text(file), re.MULTILINE | re.IGNORECASE):
+            continue
+        for node in ast.walk(ast.parse(_text(file))):
+            if isinstance(node, ast.ClassDef) and node.name.lower() == class_name.lower():
+                return [name for method in node.body for name in _arguments(method)]
+    return []
+
+
+def smp_decoders() -> list[str]:
+    """Names of smp's architectures, as ``build_segmenter`` takes them."""
+    return [name.lower() for name in keys_of(f"{_SMP}/__init__.py", "_MODEL_ARCHITECTURES")]
+
+
+def smp_encoders() -> list[str]:
+    """Names of smp's own encoders."""
+    return [name for file in _files(f"{_SMP}/encoders") for name in _ENCODERS.findall(_text(file))]
+
+
+def timm_models() -> list[str]:
+    """Names of timm's models, the deprecated ones last."""
+    texts = [_text(file) for file in _files(f"{_TIMM}/models")]
+    names = [name for text in texts for name in _REGISTERED.findall(text)]
+    tables = [table for text in texts for table in _DEPRECATED.findall(text)]
+    return names + [name for table in tables for name in re.findall(r"""['"]([\w.]+)['"]\s*:""", table)]
+
+
+def text_of(path: str) -> str:
+    """The content of a file, whose path begins with its top-level package; empty where there is none."""
+    return "".join(map(_text, _files(path)))
+
+
+def _arguments(method: ast.stmt) -> list[str]:
+    if not isinstance(method, ast.FunctionDef) or method.name != "__init__":
+        return []
+    return [argument.arg for argument in (*method.args.args[1:], *method.args.kwonlyargs)]
+
+
+def _assignments(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
+    for node in tree.body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+            continue
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            if isinstance(target, ast.Name):
+                yield target.id, node.value
+
+
+def _files(path: str) -> list[Path]:
+    package, _, rest = path.partition("/")
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return []
+    found = Path(spec.submodule_search_locations[0]) / rest
+    return [found] if found.is_file() else sorted(found.rglob("*.py"))
+
+
+@cache
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
