@@ -1,7 +1,6 @@
 """How samples get into batches: in which order, through which processes, and what happens where one does not."""
 
 import csv
-import multiprocessing
 import os
 import re
 import signal
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from ema_seg.data.processes import start_method
 from ema_seg.data.transforms import TensorSample
 from ema_seg.distributed.collectives import gather
 from ema_seg.distributed.leaving import LEAVE_SIGNALS
@@ -228,13 +228,6 @@ def _listed(files: list[str]) -> str:
     return ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
 
-def _start_method() -> str | None:
-    """How the workers are started: the platform's own way, where joblib's processes have put theirs in its place."""
-    current = multiprocessing.get_start_method(allow_none=True)
-    own = multiprocessing.get_all_start_methods()
-    return None if current is None or current in own else own[0]
-
-
 class Draws(Sampler[tuple[int, int]]):
     """One process's part of every full batch, each sample with the seed of its augmentation.
 
@@ -320,7 +313,7 @@ class Loader(DataLoader[Any]):
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_start_worker,
-            multiprocessing_context=_start_method() if workers > 0 else None,
+            multiprocessing_context=start_method() if workers > 0 else None,
             timeout=samples.timeout if workers > 0 else 0,
         )
         self.samples = samples

@@ -11,8 +11,9 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
-from multiprocessing import Pipe, Process
+from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from ema_seg.data.base import Sample
 from ema_seg.data.cityscapes import CityscapesDataset
+from ema_seg.data.processes import start_method
 from ema_seg.data.street_scene import render_scene
 from ema_seg.errors import ConfigError, DataError
 
@@ -182,10 +184,10 @@ def _write_scenes(folder: Path, counts: Mapping[str, int], height: int, width: i
             process.terminate()
 
 
-def _start_worker(write: Callable[[str, int], None], share: list[tuple[str, int]]) -> tuple[Process, Connection]:
+def _start_worker(write: Callable[[str, int], None], share: list[tuple[str, int]]) -> tuple[BaseProcess, Connection]:
     """Starts a process that writes a share of the scenes; it reports None or an OSError when it ends."""
     receiver, sender = Pipe(duplex=False)
-    process = Process(target=_work, args=(write, share, sender), daemon=True)
+    process: BaseProcess = get_context(start_method()).Process(target=_work, args=(write, share, sender), daemon=True)  # type: ignore[attr-defined]
     process.start()
     sender.close()
     return process, receiver

@@ -1,8 +1,10 @@
 import hashlib
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import cv2
@@ -256,3 +258,13 @@ def generate(root: Path, train_images: int = TINY["train_images"], **environment
         env=os.environ | {"PYTHONPATH": package} | environment,
         stderr=subprocess.DEVNULL,
     )
+
+
+def test_scenes_are_drawn_where_a_launcher_has_set_its_own_start_method(tmp_path: Path) -> None:
+    before = multiprocessing.get_start_method(allow_none=True)
+    import_module("joblib.externals.loky.backend.context")  # registers the method of joblib's processes
+    multiprocessing.set_start_method("loky", force=True)
+    try:
+        assert len(StreetDataset(tmp_path, height=32, width=32, train_images=2, val_images=1, test_images=1)) == 2
+    finally:
+        multiprocessing.set_start_method(before, force=True)
