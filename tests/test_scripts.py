@@ -1,5 +1,6 @@
 """The entry points, as a user runs them."""
 
+import copy
 import csv
 import json
 import os
@@ -10,7 +11,9 @@ import subprocess
 import sys
 import time
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +25,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ema_seg.distributed.leaving import LEAVE_SIGNALS, leave_when_asked
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.models import load_segmenter
+from ema_seg.sweeps import hold_run, is_running
+from ema_seg.training.checkpoints import require_same_model
 from tests.conftest import QUICK, ROOT, write_camvid
 
 
@@ -208,11 +213,129 @@ def test_a_run_is_resumed_with_its_own_configuration(camvid_root, run_script, tm
     assert f"{keeper['best_model_score'].item():.6g}" == max((row["val/miou"] for row in rows_of(run)), key=float)
 
 
-def test_a_resumed_run_keeps_its_optimiser(finished_run, run_script):
-    status, _, err = run_script("train", f"resume={finished_run[0]}", "optimizer.lr=1e-5")
+def files_of(folder):
+    """Content and time of each file but the locks."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".lock", ".log")]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.lr=1e-5"], "optimizer.lr=1e-05: resume=.* cannot change it, because its checkpoint has 0.002"),
+        (["optimizer={lr: 1e-5}"], "optimizer.lr=1e-05: resume="),
+        (["+optimizer.amsgrad=true"], "optimizer.amsgrad=True: resume=.* has None"),
+        (["attention.factor=2", "attention.implementation=reference"], "attention.factor=2: resume=.* has auto"),
+        (["model.encoder=resnet18"], "model.encoder=resnet18: resume=.* has tu-test_efficientnet"),
+        (["data.name=folder", "data.root={folder}"], "was trained on 11 classes .* has 2"),
+        (["epochs=3", "schedule.warmup_steps=1000"], "schedule.warmup_steps=1000: the training has 6 steps"),
+        (["epochs=3", "logger=nosuch"], "logger"),
+        (["epochs=3", "+trainer.limit_train_batches=0.01"], "trainer: Lightning refuses these settings"),
+    ],
+)
+def test_a_refused_resumption_leaves_the_run_as_it_was(overrides, message, finished_run, run_script, tmp_path):
+    run, _ = finished_run
+    folder = make_folder(tmp_path / "folder") if "folder" in overrides[0] else None
+    before = files_of(run)
+
+    filled = [text.replace("{folder}", str(folder)) for text in overrides]
+    status, _, err = run_script("train", f"resume={run}", *filled)
 
     assert status == 1
-    assert "optimizer.lr=1e-5 cannot change" in err
+    assert re.search(message, err), err
+    assert "Traceback" not in err
+    assert files_of(run) == before
+
+
+def test_what_a_checkpoint_does_not_depend_on_can_change(finished_run):
+    saved = {"config": yaml.safe_load((finished_run[0] / "config.yaml").read_text())}
+    config = copy.deepcopy(saved["config"])
+    config["attention"]["implementation"] = "reference"
+    config["model"]["encoder_weights"] = "imagenet"
+    config["schedule"] = {"name": "constant", "warmup_steps": 0}
+
+    require_same_model(saved, config, finished_run[0])
+
+
+def test_a_state_that_is_none_is_one_sentence(finished_run, run_script, tmp_path):
+    run = shutil.copytree(finished_run[0], tmp_path / "run")
+    last = run / "checkpoints" / "last.ckpt"
+    saved = torch.load(last, weights_only=True)
+    saved["optimizer_states"][0]["param_groups"] = [3]
+    torch.save(saved, last)
+    before = files_of(run)
+
+    status, _, err = run_script("train", f"resume={run}", "epochs=3")
+
+    assert status == 1
+    assert err.splitlines()[-1].startswith(f"error: ckpt={last}: its state does not fit a training with these settings")
+    assert files_of(run) == before
+
+
+@pytest.fixture
+def idle(monkeypatch, tmp_path):
+    """Start commands that do nothing in their run's folder but name it; gives a function for the names so far."""
+    import ema_seg.reporting
+    import ema_seg.run
+    import train
+
+    class Noon(train.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 1, 12)
+
+    folders = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "datetime", Noon)
+    monkeypatch.setattr(ema_seg.run, "produce_run", lambda config, run, **_: folders.append(run))
+    monkeypatch.setattr(ema_seg.reporting, "print_report", lambda report: None, raising=False)
+    return lambda: [str(folder.relative_to(tmp_path / "runs")) for folder in folders]
+
+
+def test_commands_of_the_same_second_have_folders_of_their_own(idle, run_script, tmp_path):
+    import train
+
+    command = ("train", *QUICK, "data=camvid", "data.root=/nowhere")
+    first = tmp_path / "runs" / "2026-01-01_12-00-00_camvid_linknet_ema"
+    with hold_run(first):  # as the first command
+        assert run_script(*command)[0] == 0
+    assert idle() == [f"{first.name}_2"]
+    (first / "config.yaml").touch()
+    with ExitStack() as stack:
+        assert train._hold_unused(first, stack) == first.with_name(f"{first.name}_2")
+        assert is_running(first.with_name(f"{first.name}_2"))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.csv"])
+def test_a_folder_with_files_of_others_is_no_runs(name, idle, run_script, tmp_path):
+    (tmp_path / name).write_text("mine: 3\n")
+
+    status, _, err = run_script("train", *QUICK, "data=camvid", "data.root=/nowhere", "hydra.run.dir=.")
+
+    assert status == 1
+    assert f"{name}: was not written by train.py and would be replaced; choose another hydra.run.dir" in err
+    assert (tmp_path / name).read_text() == "mine: 3\n"
+    assert not idle()
+
+
+def test_reports_of_the_same_second_have_folders_of_their_own(tmp_path):
+    import eval
+
+    assert [eval._make_folder(tmp_path / "report").name for _ in range(3)] == ["report", "report_2", "report_3"]
+
+
+def test_an_evaluation_does_not_finish_a_run_that_can_go_on(monkeypatch, tmp_path):
+    import eval
+
+    settings = SimpleNamespace(overrides=SimpleNamespace(task=["run=x", "devices=2"]))
+    monkeypatch.setattr(eval, "HydraConfig", SimpleNamespace(get=lambda: settings))
+    assert eval._default_folder(tmp_path) == tmp_path / "report"
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    assert eval._default_folder(tmp_path).name.startswith("report_")
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").touch()
+    assert eval._default_folder(tmp_path) == tmp_path / "report"
 
 
 def test_an_epoch_without_validation_has_no_score(camvid_root, run_script, tmp_path):

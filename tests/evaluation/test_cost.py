@@ -1,6 +1,7 @@
 """The cost of models whose arithmetic and memory are known in closed form."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from ema_seg.errors import ConfigError, DataError, ModelError
 from ema_seg.evaluation import measure_cost
 from ema_seg.evaluation.cost import count_macs, count_parameters, measure_peak_memory, time_end_to_end
+from ema_seg.reporting.assessment import _cost_batch_size
 
 FLOAT = 4
 
@@ -197,3 +199,20 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     empty: DataLoader = DataLoader(Files(tmp_path, 0), batch_size=1, collate_fn=collate)
     with pytest.raises(DataError, match="no image"):
         measure_cost(two_convolutions(), size=(8, 8), stride=8, batch_size=1, device="cpu", loader=empty, budget=0.01)
+
+
+def test_a_budget_that_is_spent_leaves_one_pass_for_warm_up_and_three_that_are_timed() -> None:
+    calls = []
+    model = two_convolutions()
+    model.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    (entry,) = measure_cost(model, size=(8, 8), stride=8, batch_size=1, device="cpu", budget=1e-9)["throughput"][
+        "forward"
+    ]
+    assert (entry["warmup"], entry["repeats"]) == (1, 3)
+    assert len(calls) == 1 + 1 + 3 + 1  # the count of operations, warm-up, timed, memory
+
+
+@pytest.mark.parametrize(("asked", "evaluated", "expected"), [(1000, 1000, 3), (2, 2, 2), (64, 1000, 64), (3, 3, 3)])
+def test_no_batch_is_measured_that_the_split_does_not_have(asked: int, evaluated: int, expected: int) -> None:
+    module = SimpleNamespace(evaluation_batch_size=evaluated)
+    assert _cost_batch_size({"batch_size": asked}, module, 3) == expected  # type: ignore[arg-type]

@@ -378,6 +378,16 @@ def test_pictures_of_an_earlier_comparison_go_and_nothing_else(sweep, tmp_path):
     assert "mine.png" not in (tmp_path / "comparison.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["comparison.md", "figures/pareto.pdf"])
+def test_a_file_that_no_comparison_has_written_is_not_replaced(name, sweep, tmp_path):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(DataError, match=f"{name}: was there before and would be replaced"):
+        report_comparison(read_folder(sweep), tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_pictures_that_cannot_be_had_are_noted(sweep, tmp_path):
     runs = read_folder(sweep)
     comparison, matches = compare(runs), match_runs(runs).rows

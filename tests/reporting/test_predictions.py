@@ -1,11 +1,16 @@
 """Predicted masks on disk, whatever the images are called."""
 
+import json
+import threading
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from ema_seg.reporting.files import file_names
-from ema_seg.reporting.predictions import PredictionWriter
+from ema_seg.errors import DataError
+from ema_seg.reporting import predictions
+from ema_seg.reporting.files import Manifest, file_names, write_file
+from ema_seg.reporting.predictions import PredictionWriter, _acquire, hold_report
 
 PALETTE = [[128, 64, 128], [0, 0, 142], [250, 170, 30]]
 
@@ -42,3 +47,71 @@ def test_names_of_files_stay_inside_the_folder_and_apart():
     assert len({name.lower() for name in safe}) == len(names)
     assert all(0 < len(name) < 120 and "/" not in name and not name.startswith(".") for name in safe)
     assert file_names(names) == safe
+
+
+def test_files_that_no_evaluation_has_written_stay(tmp_path):
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions" / "mine.png").write_text("mine")
+    for name in ("old", "new"):
+        with PredictionWriter(tmp_path, [name], PALETTE) as write:
+            write(name, np.zeros((2, 2), np.uint8))
+    assert sorted(path.name for path in (tmp_path / "predictions").iterdir()) == ["mine.png", "new.png"]
+    with (
+        pytest.raises(DataError, match=r"predictions/mine\.png: was there before and would be replaced"),
+        PredictionWriter(tmp_path, ["mine"], PALETTE),
+    ):
+        pass
+    assert (tmp_path / "predictions" / "mine.png").read_text() == "mine"
+
+
+def test_masks_of_a_killed_evaluation_are_replaced(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Manifest, "remove", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with PredictionWriter(tmp_path, ["a", "b"], PALETTE) as write:
+            for name in "ab":
+                write(name, np.zeros((2, 2), np.uint8))
+    with PredictionWriter(tmp_path, ["b", "c"], PALETTE) as write:
+        for name in "bc":
+            write(name, np.zeros((2, 2), np.uint8))
+    assert sorted(path.name for path in (tmp_path / "predictions").iterdir()) == ["b.png", "c.png"]
+
+
+def test_a_manifest_reaches_no_file_outside_its_folder(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    folder = tmp_path / "report"
+    outside = ["../mine", str(tmp_path / "mine"), "."]
+    write_file(folder / "written_files.json", json.dumps({"schema": "ema-seg.files/1", "files": outside}).encode())
+    manifest = Manifest(folder)
+    manifest.remove(outside)
+    assert (manifest.files, (tmp_path / "mine").read_text()) == (set(), "mine")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"schema": "mine"}', "[" * 3000])
+def test_a_manifest_of_another_program_is_named(content, tmp_path):
+    (tmp_path / "written_files.json").write_text(content)
+    with pytest.raises(DataError, match=r"written_files\.json: is not the list of files that a report"):
+        Manifest(tmp_path)
+
+
+def test_a_second_evaluation_waits_for_the_first(tmp_path, monkeypatch, capsys):
+    refused, done = threading.Event(), []
+
+    def acquire(*arguments):
+        acquired = _acquire(*arguments)
+        if not acquired:
+            refused.set()
+        return acquired
+
+    def evaluate():
+        with hold_report(tmp_path):
+            done.append("second")
+
+    monkeypatch.setattr(predictions, "_acquire", acquire)
+    other = threading.Thread(target=evaluate)
+    with hold_report(tmp_path):
+        other.start()
+        assert refused.wait(20)
+        done.append("first")
+    other.join()
+    assert done == ["first", "second"]
+    assert f"waiting for another evaluation that writes to {tmp_path}" in capsys.readouterr().err

@@ -177,6 +177,7 @@ def test_written_report_comes_back_as_it_was(tmp_path: Path) -> None:
         "confusion_matrix.png",
         "per_class_iou.png",
         "panel.png",
+        "written_files.json",
     }
     for figure in (path.parent / "figures").iterdir():
         with Image.open(figure) as image:
@@ -194,6 +195,7 @@ def test_json_has_a_line_for_each_row_and_image(tmp_path: Path) -> None:
 
 def test_a_report_without_panel_removes_an_older_one(tmp_path: Path) -> None:
     write_report(make_report(), tmp_path, make_panel())
+    (tmp_path / "written_files.json").unlink()  # as of an earlier version
     write_report(make_report(), tmp_path)
     assert not (tmp_path / "figures" / "panel.png").exists()
     assert "panel" not in (tmp_path / "report.md").read_text()
@@ -294,3 +296,13 @@ def test_a_foreign_file_is_named(content: str | None, message: str, tmp_path: Pa
     with pytest.raises(DataError, match=message) as caught:
         load_report(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.md", "figures/panel.png"])
+def test_a_file_that_no_report_has_written_is_not_replaced(name: str, tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / name).write_text("months of work")
+    with pytest.raises(DataError, match=f"{name}: was there before and would be replaced; move it away"):
+        write_report(make_report(), tmp_path, make_panel())
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+    assert (tmp_path / name).read_text() == "months of work"

@@ -201,3 +201,18 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before_and_no_room_taken(f
 
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
     assert (tmp_path / "config.yaml").read_bytes() == b"seed: 0"
+
+
+def test_an_epoch_that_goes_on_counts_its_earlier_part(tmp_path):
+    log = EpochLog(tmp_path / "metrics.csv")
+    log.load_state_dict({"seconds": 1000.0, "images": 8})
+    trainer = Trainer(logger=False, accelerator="cpu")
+
+    log.on_train_start(trainer, None)
+    state = log.state_dict()
+    log.on_train_epoch_start(trainer, None)
+
+    assert 1000 < state["seconds"] < 1100
+    assert state["images"] == 8
+    assert log.state_dict()["seconds"] < 100
+    assert log.state_dict()["images"] == 0
