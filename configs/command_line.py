@@ -1,5 +1,6 @@
 """What ``train.py`` and ``eval.py`` share of the way from a command line to a configuration."""
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -111,6 +112,15 @@ def _linked(config: DictConfig) -> DictConfig:
         if value is not None and OmegaConf.select(config, key) == value:
             OmegaConf.update(config, key, f"${{{source}}}")
     return config
+
+
+def count_cores(most: int) -> int:
+    """Count the cores that this process may use, up to ``most``; configurations call it as ``${cores:<most>}``."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(most, available)
+
+
+OmegaConf.register_new_resolver("cores", count_cores, replace=True)
 
 
 def plain_config(config: DictConfig) -> dict[str, Any]:

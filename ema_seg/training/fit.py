@@ -9,7 +9,6 @@ from typing import Any
 
 import cv2
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ema_seg.data import SegmentationDataModule
@@ -21,7 +20,7 @@ from ema_seg.models.limits import describe_memory, is_out_of_memory
 from ema_seg.models.mode import set_execution
 from ema_seg.reporting.files import write_file
 from ema_seg.training.averaging import GrowingAverage
-from ema_seg.training.callbacks import EpochLog, Pictures
+from ema_seg.training.callbacks import EpochLog, Pictures, ProgressBar
 from ema_seg.training.checkpoints import (
     AtomicCheckpoints,
     BestCheckpoint,
@@ -104,7 +103,7 @@ def fit(
     last = LastCheckpoint(run, settings.get("checkpoint_every"), preemption)
     own = [best, last, EpochLog(run / "metrics.csv", quiet=quiet), *_callbacks(settings, run)]
     if progress:
-        own.append(TQDMProgressBar())  # Lightning's other bar cuts its metrics off on a narrow terminal
+        own.append(ProgressBar())  # Lightning's other bar cuts its metrics off on a narrow terminal
     trainer = _build_trainer(config, run, [*own, *callbacks], progress)
     _log_configuration(trainer, config)
     _write_environment(run, trainer)
