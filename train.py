@@ -191,7 +191,9 @@ def _register_repeated(run: Path) -> str:
 def _register(config: dict[str, Any], folder: str) -> str:
     """Keep a configuration by the name that is returned, for a run in this folder."""
     settings = {"run": {"dir": folder}, "output_subdir": None}
-    ConfigStore.instance().store("saved", {"rerun": None, **config, "resume": None, "hydra": settings})
+    logs = [{"override hydra/hydra_logging": "quiet"}, {"override hydra/job_logging": "stderr"}]
+    node = {"rerun": None, **config, "resume": None, "hydra": settings, "defaults": ["_self_", *logs]}
+    ConfigStore.instance().store("saved", node)
     return "saved"
 
 

@@ -139,6 +139,15 @@ def _linked(config: DictConfig) -> DictConfig:
     return config
 
 
+def count_cores(most: int) -> int:
+    """Count the cores that this process may use, up to ``most``; configurations call it as ``${cores:<most>}``."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(most, available)
+
+
+OmegaConf.register_new_resolver("cores", count_cores, replace=True)
+
+
 def plain_config(config: DictConfig) -> dict[str, Any]:
     """Resolve a composed configuration into plain dicts and lists.
 

@@ -92,7 +92,7 @@ def test_one_command_makes_one_run_with_one_log_and_one_report(together):
     assert out.rstrip().endswith(str(run))
     assert [line.split()[1] for line in err.splitlines()] == [f"{epoch}/5" for epoch in range(1, 6)]
     assert {path.name for path in run.iterdir()} == {
-        *("config.yaml", "environment.json", "metrics.csv", "checkpoints", "report", "run.lock", "train.log"),
+        *("config.yaml", "environment.json", "metrics.csv", "checkpoints", "report", "run.lock"),
     }
     report = load_report(run / "report" / "report.json")
     assert len(report["images"]) == 7

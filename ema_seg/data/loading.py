@@ -320,6 +320,9 @@ class Loader(DataLoader[Any]):
         self.skipped = skipped
         self.split = split
 
+    def check_worker_number_rationality(self) -> None:
+        """Skip torch's warning about more workers than cores: the number is the user's choice."""
+
     def __iter__(self) -> Any:
         self.passed = self.sampler.skipped // (self.batch_size or 1) if isinstance(self.sampler, Draws) else 0
         try:

@@ -4,9 +4,9 @@ The scenes have what segmentation finds hard (large regions, thin structures, sm
 occlusion, texture, changing light) and are drawn by :mod:`ema_seg.data.street_scene`.
 """
 
-import logging
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -25,6 +25,7 @@ from ema_seg.data.base import Sample
 from ema_seg.data.cityscapes import CityscapesDataset
 from ema_seg.data.processes import start_method
 from ema_seg.data.street_scene import render_scene
+from ema_seg.distributed.start import place
 from ema_seg.errors import ConfigError, DataError
 
 __all__ = ["StreetDataset"]
@@ -40,8 +41,6 @@ MAX_PROCESSES = 8
 # Cityscapes files images by city; like there, no city is in two splits.
 _CITIES = {"train": "northgate", "val": "eastgate", "test": "westgate"}
 _ABANDONED_AFTER = 24 * 3600  # seconds after which an unfinished folder's writer is surely gone
-
-_log = logging.getLogger(__name__)
 
 
 class StreetDataset(CityscapesDataset):
@@ -130,13 +129,10 @@ def _generate_once(folder: Path, counts: Mapping[str, int], height: int, width: 
         _remove_abandoned(folder)
         unfinished.mkdir()
         try:
-            _log.warning(
-                "Generating %d street scenes of %d x %d pixels, once, in %s",
-                sum(counts.values()),
-                width,
-                height,
-                folder,
-            )
+            if place().rank == 0:
+                print(
+                    f"Generating {sum(counts.values())} street scenes in {folder.parent}", file=sys.stderr, flush=True
+                )
             _write_scenes(unfinished, counts, height, width, seed)
             _move_unless_there(unfinished, folder)
         finally:

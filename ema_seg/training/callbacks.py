@@ -10,6 +10,8 @@ from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm, convert_inf
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +25,7 @@ from ema_seg.reporting.files import write_file
 from ema_seg.training.averaging import UNAVERAGED
 from ema_seg.training.module import SegmentationModule
 
-__all__ = ["EpochLog", "Pictures", "attention_map"]
+__all__ = ["EpochLog", "Pictures", "ProgressBar", "attention_map"]
 
 _COLUMNS = (
     "epoch",
@@ -41,6 +43,40 @@ _COLUMNS = (
 )
 # Columns of those runs alone that have values for them.
 _OPTIONAL = (UNAVERAGED,)
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, counting epochs from 1 as the lines of ``EpochLog`` do, and gone when it is done."""
+
+    def init_train_tqdm(self) -> Tqdm:
+        """Make the bar, which leaves no line behind: each epoch has one in the log."""
+        bar = super().init_train_tqdm()
+        bar.leave = False
+        return bar
+
+    def on_train_epoch_start(self, trainer: Trainer, *arguments: Any) -> None:
+        """Show the number of the epoch."""
+        self.train_progress_bar.reset(convert_inf(self.total_train_batches))
+        self.train_progress_bar.initial = 0
+        self.train_progress_bar.set_description(epoch_of(trainer))
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Leave out the logger's version, which is the name of its folder."""
+        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Clear the bars, so that the message of the error begins a line."""
+        for bar in (self._val_progress_bar, self._train_progress_bar):
+            if bar is not None:
+                bar.close()
+
+
+def epoch_of(trainer: Trainer) -> str:
+    """Name the epoch: ``"epoch 3/20"``, or ``"epoch 3"`` where their number is not given."""
+    epochs = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+    return f"epoch {trainer.current_epoch + 1}{epochs}"
 
 
 class EpochLog(Callback):
@@ -120,16 +156,16 @@ class EpochLog(Callback):
         _write_rows(self.path, self._rows)
         # Standard error, because standard output carries the report and the path of the run.
         if not self.quiet:
-            print(_line(row, trainer), file=sys.stderr, flush=True)
+            Tqdm.write(_line(row, trainer), file=sys.stderr)  # above the bar, if there is one
+            sys.stderr.flush()
 
 
 def _line(row: dict[str, Any], trainer: Trainer) -> str:
-    epochs = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
     scores = f"val mIoU {row['val/miou']:.4f}" if "val/miou" in row else "not validated"
     if UNAVERAGED in row:
         scores += f" ({row[UNAVERAGED]:.4f} without averaging)"
     return (
-        f"epoch {row['epoch'] + 1}{epochs}  loss {row['train/loss']:.3f}  {scores}  "
+        f"{epoch_of(trainer)}  loss {row['train/loss']:.3f}  {scores}  "
         f"{row['images_per_second']:.1f} images/s  {row['seconds']:.0f} s"
     )
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import cv2
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ema_seg.data import SegmentationDataModule
@@ -22,7 +21,7 @@ from ema_seg.models.mode import set_execution
 from ema_seg.reporting import check_classes
 from ema_seg.reporting.files import write_file
 from ema_seg.training.averaging import GrowingAverage
-from ema_seg.training.callbacks import EpochLog, Pictures
+from ema_seg.training.callbacks import EpochLog, Pictures, ProgressBar
 from ema_seg.training.checkpoints import (
     AtomicCheckpoints,
     BestCheckpoint,
@@ -118,7 +117,7 @@ def fit(
     start = _Start(config, run, best, path, on_start)
     own = [best, last, EpochLog(run / "metrics.csv", quiet=quiet), start, *_callbacks(settings, run)]
     if progress:
-        own.append(TQDMProgressBar())  # Lightning's other bar cuts its metrics off on a narrow terminal
+        own.append(ProgressBar())  # Lightning's other bar cuts its metrics off on a narrow terminal
     trainer = _build_trainer(config, run, [*own, *callbacks], progress)
     if saved is not None and has_stopped(saved, trainer):
         best.load_state_dict(saved["callbacks"][best.state_key])

@@ -17,6 +17,7 @@ from ema_seg.data.base import IGNORE_INDEX
 from ema_seg.data.cityscapes import CityscapesDataset
 from ema_seg.data.street import StreetDataset
 from ema_seg.data.street_scene import LabelId, render_scene
+from ema_seg.distributed.start import Place
 from ema_seg.errors import ConfigError, DataError
 
 TINY = {"height": 48, "width": 96, "train_images": 3, "val_images": 2, "test_images": 1}
@@ -105,12 +106,16 @@ def test_the_default_root_is_the_users_cache(tmp_path: Path, monkeypatch: pytest
     assert StreetDataset(**TINY).root.parent == tmp_path / "home" / ".cache" / "ema-seg" / "street"
 
 
-def test_it_says_once_what_it_writes_and_where(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_process_says_once_and_in_one_line_what_it_writes_and_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for _ in range(2):
-        root = StreetDataset(tmp_path, **TINY).root
-    assert [record.getMessage() for record in caplog.records] == [
-        f"Generating 6 street scenes of 96 x 48 pixels, once, in {root}"
-    ]
+        StreetDataset(tmp_path, **TINY)
+    assert capsys.readouterr() == ("", f"Generating 6 street scenes in {tmp_path}\n")
+
+    monkeypatch.setattr("ema_seg.data.street.place", lambda: Place(1, 2, 1, 2))
+    StreetDataset(tmp_path / "other", **TINY)
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 47), (200, 64), (64, 400)])

@@ -1,17 +1,19 @@
 import io
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from lightning import Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from ema_seg.attention import EMA
 from ema_seg.errors import CheckpointError, ConfigError, DataError, TrainingError
 from ema_seg.models import build_segmenter
 from ema_seg.reporting.files import write_file
-from ema_seg.training.callbacks import EpochLog, attention_map
+from ema_seg.training.callbacks import EpochLog, ProgressBar, attention_map
 from ema_seg.training.checkpoints import AtomicCheckpoints
 from ema_seg.training.loggers import build_logger
 from ema_seg.training.losses import build_loss
@@ -145,6 +147,32 @@ def test_the_epoch_log_survives_a_kill_in_the_middle_of_writing(tmp_path, monkey
 
     assert path.read_text() == before
     assert EpochLog(path).path == path
+
+
+def test_the_bar_counts_epochs_as_the_lines_do_and_shares_no_line_with_them(tmp_path, capsys, monkeypatch):
+    trainer = Trainer(max_epochs=7, accelerator="cpu", logger=CSVLogger(tmp_path), callbacks=[ProgressBar()])
+    bar, log = trainer.progress_bar_callback, EpochLog(tmp_path / "metrics.csv")
+    lightning_module = module(segmenter())
+    monkeypatch.setattr(lightning_module, "epoch_means", lambda: {"train/loss": 0.5})
+    monkeypatch.setattr(lightning_module, "log_dict", lambda values: None)
+    trainer.strategy.connect(lightning_module)
+    trainer.strategy.optimizers = [torch.optim.SGD(lightning_module.parameters(), lr=0.1)]
+    trainer.fit_loop.epoch_progress.current.completed = 2
+    bar.setup(trainer, lightning_module, "fit")
+    bar.on_train_start()
+
+    bar.on_train_epoch_start(trainer)
+    assert bar.train_progress_bar.desc == "epoch 3/7: "
+    assert bar.get_metrics(trainer, lightning_module) == {}  # no v_num
+    log._start = time.perf_counter()
+    log.on_train_epoch_end(trainer, lightning_module)
+    captured = capsys.readouterr()
+    assert captured.err == "epoch 3/7  loss 0.500  not validated  0.0 images/s  0 s\n"
+    assert captured.out.rpartition("\r")[2].startswith("epoch 3/7: ")  # drawn again below the line
+
+    bar.on_exception(trainer, lightning_module, KeyboardInterrupt())
+    assert capsys.readouterr().out.endswith("\r")
+    assert bar.train_progress_bar.disable
 
 
 def test_loggers_are_named(tmp_path):
