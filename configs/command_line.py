@@ -14,6 +14,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from ema_seg.distributed.leaving import as_asked
 from ema_seg.distributed.start import first_told
 from ema_seg.errors import ConfigError, DataError, EmaSegError, Preempted, one_line, own_cause, system_sentence
+from ema_seg.escaping import for_terminal
 from ema_seg.settings import require_plain
 from ema_seg.texts import read_yaml
 
@@ -46,15 +47,15 @@ def reports_errors(function: Callable[P, R]) -> Callable[P, R]:
             with as_asked(), first_told():
                 return function(*arguments, **keywords)
         except (EmaSegError, Preempted) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {for_terminal(str(error))}", file=sys.stderr)
             sys.exit(error.exit_status)
         except (HydraException, OmegaConfBaseException) as error:
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            print(f"error: {for_terminal(one_line(error))}", file=sys.stderr)
             sys.exit(1)
         except OSError as error:
             if (sentence := system_sentence(error)) is None:
                 raise
-            print(f"error: {sentence}", file=sys.stderr)
+            print(f"error: {for_terminal(sentence)}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted.", file=sys.stderr)

@@ -1,7 +1,6 @@
 """The pictures of a comparison's examples: photograph, truth, and the masks of a configuration and of its baseline."""
 
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from io import BytesIO
@@ -12,12 +11,13 @@ import numpy as np
 from PIL import Image
 
 from ema_seg.data.source import IMAGE_FORMATS
-from ema_seg.errors import EmaSegError, one_line
+from ema_seg.errors import DataError, EmaSegError, one_line
 from ema_seg.reporting.compare import Match
 from ema_seg.reporting.comparison import Disagreement
 from ema_seg.reporting.files import file_names, write_file
 from ema_seg.reporting.predictions import encode_mask
 from ema_seg.reporting.runs import Result
+from ema_seg.texts import read_json
 
 if TYPE_CHECKING:
     from ema_seg.data import SegmentationDataset
@@ -89,9 +89,9 @@ class _Album:
     def remove_others(self) -> None:
         """Remove the pictures of an earlier comparison, which show other images or other models; nothing else."""
         try:
-            earlier = json.loads((self._directory / "comparison.json").read_text(encoding="utf-8"))
+            earlier = read_json(self._directory / "comparison.json")
             files = {file for example in earlier["examples"] for file in example["files"].values() if file}
-        except (OSError, AttributeError, KeyError, TypeError, ValueError):
+        except (OSError, AttributeError, KeyError, TypeError, DataError):
             return
         for file in files - set(self._written.values()):
             path = self._directory / file
