@@ -16,6 +16,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from ema_seg.distributed.leaving import as_asked
 from ema_seg.distributed.start import first_told
 from ema_seg.errors import ConfigError, DataError, EmaSegError, Preempted, one_line, own_cause, system_sentence
+from ema_seg.escaping import for_terminal
 from ema_seg.settings import require_plain
 from ema_seg.texts import read_yaml
 
@@ -73,7 +74,7 @@ def reports_errors(function: Callable[P, R]) -> Callable[P, R]:
 def _report(error: BaseException, sentence: str) -> None:
     if _WANTS_TRACEBACK:
         traceback.print_exception(error)
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {for_terminal(sentence)}", file=sys.stderr)
 
 
 def expand_home(arguments: list[str]) -> list[str]:

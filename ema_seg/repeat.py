@@ -1,17 +1,15 @@
 """Whether two runs came to the same, to the last bit."""
 
-import csv
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from ema_seg.errors import EmaSegError
 from ema_seg.models import load_checkpoint
 from ema_seg.reporting import load_report
+from ema_seg.texts import read_json, read_rows, read_yaml
 
 __all__ = ["compare_runs", "describe_comparison"]
 
@@ -105,8 +103,7 @@ def _compare_metrics(original: Path, repeated: Path) -> str | None:
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return [{key: value for key, value in row.items() if key not in _TIMINGS} for row in csv.DictReader(file)]
+    return [{key: value for key, value in row.items() if key not in _TIMINGS} for row in read_rows(path)]
 
 
 def _compare_scores(original: Path, repeated: Path) -> str | None:
@@ -122,7 +119,7 @@ def _compare_scores(original: Path, repeated: Path) -> str | None:
 
 def _report(run: Path) -> dict[str, Any]:
     """The report of a run, where its configuration has it written."""
-    directory = OmegaConf.select(OmegaConf.load(run / "config.yaml"), "report.dir")
+    directory = read_yaml(run / "config.yaml").get("report", {}).get("dir")
     return load_report(Path(directory or run / "report") / "report.json")
 
 
@@ -133,7 +130,7 @@ def _scored(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _compare_environments(original: Path, repeated: Path) -> dict[str, tuple[Any, Any]]:
     if not (original / "environment.json").is_file():
         return {}
-    before, now = (dict(_flat(json.loads((run / "environment.json").read_text()))) for run in (original, repeated))
+    before, now = (dict(_flat(read_json(run / "environment.json"))) for run in (original, repeated))
     return {
         key: (before.get(key), now.get(key))
         for key in {**before, **now}

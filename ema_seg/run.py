@@ -1,6 +1,5 @@
 """A run from its configuration to its report, in as many processes as it asks for."""
 
-import json
 import logging
 import sys
 import warnings
@@ -17,12 +16,13 @@ from ema_seg.data.datamodule import check_shares
 from ema_seg.distributed.collectives import agree, require_shared
 from ema_seg.distributed.preemption import Preemption
 from ema_seg.distributed.start import place, run_together
-from ema_seg.errors import ConfigError, Preempted, TrainingError
+from ema_seg.errors import ConfigError, DataError, Preempted, TrainingError
 from ema_seg.models import encoder_normalisation
 from ema_seg.models.mode import deterministic_algorithms
 from ema_seg.reporting import assess_checkpoint, find_device, load_report
 from ema_seg.reporting.files import write_file
 from ema_seg.reporting.report import FILES, report_manifest
+from ema_seg.texts import read_json, read_yaml
 from ema_seg.training import check_config, count_processes, find_batch_size, fit, take_device, training_device
 
 __all__ = ["complete_config", "evaluate_run", "produce_run"]
@@ -135,13 +135,13 @@ def _threads_of(run: Path) -> int | None:
     """The threads that each process of a run had; None if it does not say."""
     path = run / "environment.json"
     try:
-        threads = json.loads(path.read_text())["threads"]
+        threads = read_json(path)["threads"]
         if type(threads) is not int or not 1 <= threads <= 2**12:  # torch takes, or dies of, any number
             raise ValueError(threads)
         return threads
     except OSError:
         return None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, DataError) as error:
         raise ConfigError(f"rerun={run}: {path} is not as train.py wrote it; restore it.") from error
 
 
@@ -149,7 +149,7 @@ def _batch_size(config: dict[str, Any], run: Path, settings: Mapping[str, Any]) 
     """The largest batch that fits; of a run that goes on, the one that it was begun with."""
     if settings["resume"]:
         # Read by the first process alone, which writes the file next.
-        return agree(int(OmegaConf.load(run / "config.yaml").data.batch_size) if place().rank == 0 else 0)
+        return agree(int(read_yaml(run / "config.yaml")["data"]["batch_size"]) if place().rank == 0 else 0)
     found = find_batch_size(config, training_device(config["trainer"]))
     if place().rank == 0:
         print(f"data.batch_size=auto: {found} is the largest that fits.", file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from ema_seg.errors import DataError, one_line
+from ema_seg.escaping import UNPRINTABLE
 
 __all__ = ["read_json", "read_rows", "read_table", "read_yaml", "require_text"]
 
@@ -133,7 +134,7 @@ def read_json(path: Path, advice: str = "restore the file") -> Any:
             object_pairs_hook=_unique,
         )
     except (RecursionError, ValueError) as error:
-        raise DataError(f"{path}: is not valid JSON ({one_line(error)}); {advice}.") from error
+        raise DataError(f"{path}: is not JSON ({one_line(error)}); {advice}.") from error
 
 
 def read_rows(path: Path, advice: str = "restore the file") -> list[dict[str, str]]:
@@ -176,11 +177,9 @@ def require_text(text: str) -> None:
     Raises:
         ValueError: what is in it, as the end of a sentence about it.
     """
-    for character in text:
-        if "\ud800" <= character <= "\udfff":
-            raise ValueError(f"has half a character ({ascii(character)[1:-1]}), expected whole ones")
-        if re.match(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]", character):
-            raise ValueError(f"has a control character ({ascii(character)[1:-1]}), expected printable ones")
+    if found := UNPRINTABLE.search(text):
+        kind = "half a character" if "\ud800" <= found[0] <= "\udfff" else "a control character"
+        raise ValueError(f"has {kind} ({ascii(found[0])[1:-1]}), expected printable ones")
 
 
 def _read_text(path: Path, kind: str, advice: str, errors: str = "strict") -> str:

@@ -86,7 +86,7 @@ def test_valid_yaml_is_read(content, value, text_file):
     ],
 )
 def test_invalid_json_is_refused(content, found, text_file):
-    with pytest.raises(DataError, match=rf"text: is not valid JSON \(.*{re.escape(found)}.*\); restore the file\.$"):
+    with pytest.raises(DataError, match=rf"text: is not JSON \(.*{re.escape(found)}.*\); restore the file\.$"):
         read_json(text_file(content))
 
 

@@ -22,6 +22,8 @@ from ema_seg.distributed.collectives import gather
 from ema_seg.distributed.leaving import LEAVE_SIGNALS
 from ema_seg.distributed.start import place
 from ema_seg.errors import ConfigError, DataError, EmaSegError
+from ema_seg.escaping import for_terminal
+from ema_seg.texts import read_table
 
 __all__ = [
     "LONGEST_TIMEOUT",
@@ -77,9 +79,10 @@ class Skipped:
                 f"{self.most} allows no more."
             )
         self.samples[split, name] = reason
-        print(f"warning: {reason} Skipped, as {len(self.samples)} of at most {self.most}.", file=sys.stderr, flush=True)
+        told = f"warning: {reason} Skipped, as {len(self.samples)} of at most {self.most}."
+        print(for_terminal(told), file=sys.stderr, flush=True)
         if self._file is not None:
-            with self._file.open("a", newline="", encoding="utf-8") as file:
+            with self._file.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 csv.writer(file).writerow([split, name, reason])
 
     def share(self) -> None:
@@ -105,9 +108,8 @@ def read_skipped(file: Path) -> dict[tuple[str, str], str]:
     """The reasons in a file that ``Skipped`` has kept, by split and name; empty if there is none."""
     if not file.is_file():
         return {}
-    with file.open(newline="", encoding="utf-8") as rows:
-        # A kill may have cut the last line off.
-        return {(row[0], row[1]): row[2] for row in csv.reader(rows) if len(row) == 3}
+    # A kill may have cut the last line off.
+    return {(row[0], row[1]): row[2] for row in read_table(file) if len(row) == 3}
 
 
 class Readable(Protocol):

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ema_seg.errors import ConfigError, EmaSegError
+from ema_seg.escaping import for_terminal
 from ema_seg.reporting.comparison_files import report_comparison
 from ema_seg.reporting.runs import read_folder, read_runs
 
@@ -52,9 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             directory = options.output or options.folder / "comparison"
         path = report_comparison(runs, directory, baseline)
     except EmaSegError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {for_terminal(str(error))}", file=sys.stderr)
         return 1
-    Console(soft_wrap=True).print(f"comparison: {path.with_suffix('.html')}", markup=False, highlight=False)
+    Console(soft_wrap=True).print(
+        for_terminal(f"comparison: {path.with_suffix('.html')}"), markup=False, highlight=False
+    )
     return 0
 
 

@@ -25,6 +25,7 @@ from PIL import Image
 
 from ema_seg.data.source import IMAGE_FORMATS
 from ema_seg.errors import DataError
+from ema_seg.escaping import for_terminal
 from ema_seg.reporting.comparison import SIZES, Comparison, Contrast, Disagreement, Row, comparison_manifest
 from ema_seg.reporting.comparison_tables import SIGNIFICANT, points_text, probability_text
 from ema_seg.reporting.files import write_file
@@ -76,6 +77,7 @@ def draw_comparison(comparison: Comparison, directory: Path) -> list[str]:
         DataError: a picture of an example cannot be read.
     """
     manifest = comparison_manifest(directory)
+    comparison = _drawable(comparison)
     # Fonts as TrueType: text in a PDF can then be searched and edited, and publishers take it.
     with rc_context({"pdf.fonttype": 42}):
         figures = {
@@ -97,6 +99,15 @@ def draw_comparison(comparison: Comparison, directory: Path) -> list[str]:
                 manifest.claim([file])
                 write_file(directory / file, content.getvalue())
     return [name for name, figure in figures.items() if figure is not None]
+
+
+def _drawable(value: Any) -> Any:
+    """The same data with texts that Matplotlib can draw: of some it raises, others show as an empty box."""
+    if isinstance(value, str):
+        return for_terminal(value)
+    if isinstance(value, dict):
+        return {_drawable(key): _drawable(item) for key, item in value.items()}
+    return [_drawable(item) for item in value] if isinstance(value, list) else value
 
 
 def front_rows(rows: Sequence[Row]) -> list[Row]:

@@ -68,6 +68,6 @@ def write_comparison(comparison: Comparison, directory: str | Path) -> Path:
         "json": json.dumps(comparison, indent=1, allow_nan=False, ensure_ascii=False) + "\n",
     }
     for suffix, text in texts.items():
-        write_file(directory / f"comparison.{suffix}", text.encode())
+        write_file(directory / f"comparison.{suffix}", text.encode(errors="backslashreplace"))
     write_page(comparison, directory)
     return directory / "comparison.json"

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ema_seg.escaping import for_csv, for_latex, for_markdown, for_terminal, printable
 from ema_seg.reporting.comparison import SIZES, Comparison, Contrast, Row, Summary
 from ema_seg.reporting.configurations import setting_text
 from ema_seg.reporting.tables import format_number
@@ -39,17 +40,6 @@ _COST_SCALES = {"images_per_second": 1.0, "latency": 1e3, "memory": 2**-20, "par
 _WIDE = 140
 _NOTHING = "–"
 _MINUS = "\N{MINUS SIGN}"  # as long as the plus sign
-_LATEX = {character: f"\\{character}" for character in "#$%&_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "–": "--",
-    _MINUS: "$-$",
-    "±": r"$\pm$",
-    "²": r"\textsuperscript{2}",
-}
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
@@ -65,7 +55,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     split = len(_SCORE_COLUMNS)
     parts = [slice(None)] if console.width >= _WIDE else [slice(split), slice(split, None)]
     for part in parts:
-        title = Text(_title(comparison)) if part is parts[0] else None
+        title = Text(for_terminal(_title(comparison))) if part is parts[0] else None
         table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("configuration", overflow="fold")
         for name in columns[part]:
@@ -73,10 +63,10 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         for row, texts in zip(comparison["rows"], cells, strict=True):
             bold = [index == 1 and _is_significant(row["contrast"]) for index in range(len(texts))]
             styled = [Text(text, style="bold" * strong) for text, strong in zip(texts, bold, strict=True)]
-            table.add_row(Text(row["label"]), *styled[part])
+            table.add_row(Text(for_terminal(row["label"])), *styled[part])
         console.print(table)
     for line in (_explain(comparison), *comparison["notes"]):
-        console.print(Text(line))
+        console.print(Text(for_terminal(line)))
 
 
 def comparison_as_markdown(comparison: Comparison, figures: Sequence[str] = ()) -> str:
@@ -93,9 +83,9 @@ def comparison_as_csv(comparison: Comparison) -> str:
     """A line for each configuration, with plain numbers: fractions, seconds and bytes; nothing where it is unknown."""
     output = StringIO()
     rows = [_flat_row(comparison, row) for row in comparison["rows"]]
-    writer = csv.DictWriter(output, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(output, lineterminator="\n")
+    for cells in (list(rows[0]), *(list(row.values()) for row in rows)):
+        writer.writerow(for_csv(cell) if isinstance(cell, str) else cell for cell in cells)
     return output.getvalue()
 
 
@@ -104,15 +94,15 @@ def comparison_as_latex(comparison: Comparison) -> str:
     header = ("configuration", *_SCORE_COLUMNS, *_COST_COLUMNS)
     lines = [
         "% \\usepackage{booktabs}",
-        f"% {_one_line(_title(comparison))}",
-        *(f"% {_one_line(text)}" for text in (_explain(comparison), *comparison["notes"])),
+        f"% {printable(_title(comparison))}",
+        *(f"% {printable(text)}" for text in (_explain(comparison), *comparison["notes"])),
         f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
         "  \\toprule",
-        f"  {' & '.join(map(_escape_latex, header))} \\\\",
+        f"  {' & '.join(map(for_latex, header))} \\\\",
         "  \\midrule",
     ]
     for row in comparison["rows"]:
-        cells = [_escape_latex(text) for text in (row["label"], *_score_cells(row), *_cost_cells(row))]
+        cells = [for_latex(text) for text in (row["label"], *_score_cells(row), *_cost_cells(row))]
         if _is_significant(row["contrast"]):
             cells[2] = f"\\textbf{{{cells[2]}}}"
         lines.append(f"  {' & '.join(cells)} \\\\")
@@ -121,22 +111,18 @@ def comparison_as_latex(comparison: Comparison) -> str:
 
 def _markdown_lines(comparison: Comparison, figures: Sequence[str]) -> Iterator[str]:
     data, rows = comparison["data"], comparison["rows"]
-    yield f"# {_title(comparison)}\n"
-    yield f"{data['name']}, split {data['split']}, {data['images']} images. {_explain(comparison)}\n"
+    yield f"# {for_markdown(_title(comparison))}\n"
+    told = f"{data['name']}, split {data['split']}, {data['images']} images. {_explain(comparison)}"
+    yield f"{for_markdown(told)}\n"
     header = ("configuration", *_SCORE_COLUMNS, *_COST_COLUMNS)
-    lines = []
-    for row in rows:
-        miou, difference, p = _score_cells(row)
-        if _is_significant(row["contrast"]):
-            difference = f"**{difference}**"
-        lines.append((row["label"], miou, difference, p, *_cost_cells(row)))
-    yield from _markdown_table(header, lines)
+    lines = [(row["label"], *_score_cells(row), *_cost_cells(row)) for row in rows]
+    yield from _markdown_table(header, lines, bold=[_is_significant(row["contrast"]) for row in rows])
     batches = {row["cost_batch_size"] for row in rows if row["seeds"]}
     if len(batches) == 1 and None not in batches:
         yield f"\nImages/s, latency and memory: of a forward pass of a batch of {batches.pop()}."
     groups = " and by group of classes" if comparison["strata"].keys() - set(SIZES) else ""
     yield f"\n## By the size of objects{groups}\n"
-    yield "; ".join(f"{name}: {meaning}" for name, meaning in comparison["strata"].items()) + ".\n"
+    yield for_markdown("; ".join(f"{name}: {meaning}" for name, meaning in comparison["strata"].items())) + ".\n"
     header_of_strata = ("configuration", *(f"mIoU, {name}, %" for name in comparison["strata"]))
     yield from _markdown_table(
         header_of_strata,
@@ -162,23 +148,31 @@ def _markdown_lines(comparison: Comparison, figures: Sequence[str]) -> Iterator[
         yield from _markdown_table(("configuration", "seed", "state", "reason"), unfinished)
     if comparison["notes"]:
         yield "\n## Notes\n"
-        yield from (f"- {_one_line(note).replace('<', '&lt;')}" for note in comparison["notes"])
+        yield from (f"- {for_markdown(note)}" for note in comparison["notes"])
     if figures:
         yield "\n## Figures\n"
-        yield "\n\n".join(f"![{PurePosixPath(path).stem.replace('_', ' ')}]({path})" for path in figures)
+        yield "\n\n".join(f"![{for_markdown(PurePosixPath(path).stem.replace('_', ' '))}]({path})" for path in figures)
     yield "\n## Environment\n"
     environment = comparison["environment"]
-    yield f"- devices: {', '.join(environment['devices'])}"
-    yield f"- Python {', '.join(environment['python'])}"
+    yield f"- devices: {for_markdown(', '.join(environment['devices']))}"
+    yield f"- Python {for_markdown(', '.join(environment['python']))}"
     packages = (f"{name} {' and '.join(versions)}" for name, versions in environment["packages"].items())
-    yield f"- packages: {', '.join(packages)}"
+    yield f"- packages: {for_markdown(', '.join(packages))}"
     if environment["commits"]:
-        yield f"- commit: {', '.join(environment['commits'])}"
+        yield f"- commit: {for_markdown(', '.join(environment['commits']))}"
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    for cells in (header, ["---", *["---:"] * (len(header) - 1)], *rows):
-        yield "| {} |".format(" | ".join(_one_line(cell).replace("|", "\\|") for cell in cells))
+def _markdown_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool] | None = None
+) -> Iterator[str]:
+    """Lines of a table; in the rows that are ``bold`` the third cell is."""
+    yield f"| {' | '.join(map(for_markdown, header))} |"
+    yield f"| {' | '.join(['---', *['---:'] * (len(header) - 1)])} |"
+    for cells, strong in zip(rows, bold or [False] * len(rows), strict=True):
+        texts = [for_markdown(cell) for cell in cells]
+        if strong:
+            texts[2] = f"**{texts[2]}**"
+        yield f"| {' | '.join(texts)} |"
 
 
 def _title(comparison: Comparison) -> str:
@@ -276,11 +270,3 @@ def _flat_score(name: str, score: Summary, contrast: Contrast | None) -> dict[st
         f"{name}_{key}": contrast and contrast[key]  # type: ignore[literal-required]
         for key in keys
     }
-
-
-def _escape_latex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in _one_line(text))
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

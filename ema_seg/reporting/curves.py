@@ -4,7 +4,6 @@
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ema_seg.errors import ConfigError, DataError, EmaSegError
+from ema_seg.escaping import for_terminal
+from ema_seg.texts import read_rows
 
 __all__ = ["draw_curves", "main", "read_metrics"]
 
@@ -26,8 +27,8 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     """
     path = run / "metrics.csv"
     try:
-        with path.open(newline="") as file:
-            return [{key: float(value) for key, value in row.items() if value != ""} for row in csv.DictReader(file)]
+        rows = read_rows(path, advice="give the folder of a run")
+        return [{key: float(value) for key, value in row.items() if value != ""} for row in rows]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give the folder of a run.") from error
     except (TypeError, ValueError) as error:
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ConfigError(f"{name}: name each run as name=folder, for example ema=runs/my_run.")
         draw_curves({name: Path(folder) for name, _, folder in pairs}).savefig(options.figure, dpi=150)
     except EmaSegError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {for_terminal(str(error))}", file=sys.stderr)
         return 1
     return 0
 

@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
 from ema_seg.data.base import IGNORE_INDEX
+from ema_seg.escaping import for_figure
 from ema_seg.evaluation import Example
 from ema_seg.reporting.tables import describe_model
 
@@ -65,10 +66,10 @@ def draw_confusion_matrix(report: Mapping[str, Any]) -> Figure:
     image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1), interpolation="nearest")
     axes.set_facecolor("0.88")
     axes.set(xlabel="predicted class", ylabel="true class")
-    axes.set_title(describe_model(report), fontsize=11, pad=10)
+    axes.set_title(for_figure(describe_model(report)), fontsize=11, pad=10)
 
     every = math.ceil(len(classes) / _LABELLED_CLASSES)
-    ticks, names = range(0, len(classes), every), list(classes[::every])
+    ticks, names = range(0, len(classes), every), [for_figure(name) for name in classes[::every]]
     size = 8 if every == 1 else 7
     axes.set_xticks(ticks, names, rotation=90, fontsize=size)
     axes.set_yticks(ticks, names, fontsize=size)
@@ -88,7 +89,7 @@ def draw_class_iou(report: Mapping[str, Any]) -> Figure:
     columns = math.ceil(len(ranked) / _BARS_PER_COLUMN)
     height = math.ceil(len(ranked) / columns)
     figure = _new_figure(1.5 + 5 * columns, 1.2 + 0.22 * height, layout="constrained")
-    figure.suptitle(describe_model(report), fontsize=11)
+    figure.suptitle(for_figure(describe_model(report)), fontsize=11)
     for index, axes in enumerate(np.ravel(figure.subplots(1, columns))):
         _draw_bars(axes, ranked[index * height : (index + 1) * height], report["miou"])
         axes.set_ylim(height - 0.4, -0.6)
@@ -120,7 +121,7 @@ def draw_samples(
     for axes_row, row in zip(grid, rows, strict=True):
         _draw_sample(axes_row, row, palette)
     if title:
-        figure.suptitle(f"{title}\n", fontsize=11, linespacing=0.5)
+        figure.suptitle(f"{for_figure(title)}\n", fontsize=11, linespacing=0.5)
     figure.legend(handles=legend, loc="outside lower center", ncols=2 * len(columns), fontsize=8, frameon=False)
     return figure
 
@@ -145,7 +146,7 @@ def _draw_bars(axes: Axes, bars: Sequence[Bar], mean: float | None) -> None:
         text = "absent" if iou is None else f"{100 * iou:.1f}"
         label = axes.text((iou or 0) + 0.012, place, text, va="center", fontsize=8, color="0.25")
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # keeps the mean's line off it
-    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=8)
+    axes.set_yticks(range(len(bars)), [for_figure(name) for name, _, _ in bars], fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.set(xlim=(0, 1.08), xlabel="IoU")
     axes.set_xticks(np.linspace(0, 1, 6))
@@ -169,7 +170,7 @@ def _draw_sample(axes_row: Sequence[Axes], row: Example, palette: Sequence[Seque
         axes.spines[:].set(color="0.7", linewidth=0.6)
     for axes, panel in zip(axes_row, panels, strict=False):
         axes.imshow(panel, interpolation="nearest")
-    axes_row[0].set_title(row["title"], loc="left", fontsize=8, pad=3)
+    axes_row[0].set_title(for_figure(row["title"]), loc="left", fontsize=8, pad=3)
     if "weight_map" in row:
         # Each map over its own range, which the bar beside it tells: on the scale from 0 to 1 most would look flat.
         image = axes_row[-1].imshow(row["weight_map"], cmap="viridis")
@@ -200,7 +201,7 @@ def _legend_patches(rows: Sequence[Example], classes: Sequence[str], palette: Se
 
 
 def _patch(label: str, colour: Sequence[int]) -> Patch:
-    return Patch(facecolor=_rgb(colour), edgecolor="0.25", linewidth=0.6, label=label)
+    return Patch(facecolor=_rgb(colour), edgecolor="0.25", linewidth=0.6, label=for_figure(label))
 
 
 def _rgb(colour: Sequence[int]) -> tuple[float, float, float]:

@@ -43,7 +43,7 @@ def write_page(comparison: Comparison, directory: Path) -> Path:
     }.items():
         page = page.replace(place, content)
     path = directory / "comparison.html"
-    write_file(path, page.encode())
+    write_file(path, page.encode(errors="backslashreplace"))  # in JSON an escape
     return path
 
 

@@ -47,6 +47,7 @@ from typing import TYPE_CHECKING, Any
 from ema_seg.errors import DataError
 from ema_seg.reporting.files import Manifest, write_file
 from ema_seg.reporting.tables import describe_model, render_markdown
+from ema_seg.texts import read_json
 
 if TYPE_CHECKING:
     from ema_seg.evaluation import Cost, Evaluation, Example
@@ -165,7 +166,8 @@ def write_report(report: Mapping[str, Any], directory: str | Path, panel: "Seque
         write_file(directory / "figures" / f"{name}.png", content.getvalue())
     write_file(directory / "report.md", render_markdown(report, tuple(figures)).encode())
     path = directory / "report.json"
-    write_file(path, _to_json(report).encode())
+    # A file's name may have bytes that are not UTF-8: in JSON's escapes they are read again as they were.
+    write_file(path, _to_json(report).encode(errors="backslashreplace"))
     return path
 
 
@@ -195,13 +197,11 @@ def load_report(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path, advice="write the report again with eval.py")
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}); give the path of a report.json that eval.py wrote."
         ) from error
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON ({error}); write the report again with eval.py.") from error
     schema = report.get("schema") if isinstance(report, dict) else None
     if schema != SCHEMA:
         raise DataError(

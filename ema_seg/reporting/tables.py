@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ema_seg.escaping import for_markdown, for_markdown_code, for_terminal
+
 __all__ = ["describe_model", "format_number", "print_report", "render_markdown"]
 
 _SCORES = {
@@ -35,8 +37,8 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
         console: where to print; standard output by default, 80 columns wide if it is no terminal.
     """
     table = Table(
-        title=Text(describe_model(report)),
-        caption=Text("\n".join(_captions(report))),
+        title=_text(describe_model(report)),
+        caption=_text("\n".join(_captions(report))),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -78,32 +80,37 @@ def format_number(value: float) -> str:
 def _add_rows(table: Table, left: Sequence[Row], right: Sequence[Row]) -> None:
     for cells in zip_longest(left, right, fillvalue=("", "")):
         # As text, because the name of a class may hold brackets, which rich would take for markup.
-        table.add_row(*(Text(cell) for pair in cells for cell in pair))
+        table.add_row(*(_text(cell) for pair in cells for cell in pair))
+
+
+def _text(cell: str) -> Text:
+    return Text(for_terminal(cell))
 
 
 def _markdown_lines(report: Mapping[str, Any], figures: Sequence[str]) -> Iterator[str]:
-    yield f"# {describe_model(report)}\n"
-    yield from (f"- {label}: {value}" for label, value in _origin_rows(report))
+    yield f"# {for_markdown(describe_model(report))}\n"
+    yield from (f"- {label}: {for_markdown(value)}" for label, value in _origin_rows(report))
     yield "\n## Scores\n"
     yield from _markdown_table(("score", ""), _score_rows(report))
     if report["absent_classes"]:
-        yield f"\n{_absent_sentence(report)}"
+        yield f"\n{for_markdown(_absent_sentence(report))}"
     yield "\n## Cost\n"
     yield from _markdown_table(("cost", ""), _cost_rows(report))
-    yield f"\n{_cost_sentence(report)}"
+    yield f"\n{for_markdown(_cost_sentence(report))}"
     yield "\n## Classes\n"
     yield from _markdown_table(("class", "IoU"), _class_rows(report))
     if figures:
         yield "\n## Figures\n"
         yield "\n\n".join(f"![{_FIGURES[name]}](figures/{name}.png)" for name in figures)
     yield "\n## Environment\n"
-    yield from (f"- {label}: {value}" for label, value in _environment_rows(report["environment"]))
+    yield from (f"- {label}: {for_markdown(value)}" for label, value in _environment_rows(report["environment"]))
+    yield f"- command: {for_markdown_code(' '.join(report['environment']['command']))}"
 
 
 def _markdown_table(header: Row, rows: Sequence[Row]) -> Iterator[str]:
     yield "| {} | {} |".format(*header)
     yield "|---|---:|"
-    yield from ("| {} | {} |".format(label.replace("|", "\\|"), value) for label, value in rows)
+    yield from ("| {} | {} |".format(*map(for_markdown, row)) for row in rows)
 
 
 def _score_rows(report: Mapping[str, Any]) -> list[Row]:
@@ -166,7 +173,6 @@ def _environment_rows(environment: Mapping[str, Any]) -> list[Row]:
         ("system", f"{environment['os']}, Python {environment['python']}"),
         ("packages", ", ".join(packages)),
         ("commit", git and git["commit"] + (" with changes" if git["dirty"] else "")),
-        ("command", "`{}`".format(" ".join(environment["command"]))),
     ]
     return [(label, value) for label, value in rows if value]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ema_seg.data.decoding import decode_image
 from ema_seg.data.source import File, FolderSource
 from ema_seg.errors import DataError, EmaSegError, ModelError, one_line
+from ema_seg.escaping import for_terminal
 from ema_seg.evaluation.attention import attention_weights
 from ema_seg.models import load_segmenter, model_stride
 
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             raise DataError(f"{options.figure}: the figure cannot be written ({one_line(error)}).") from error
     except EmaSegError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {for_terminal(str(error))}", file=sys.stderr)
         return 1
     return 0
 

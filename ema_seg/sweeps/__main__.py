@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ema_seg.errors import EmaSegError
+from ema_seg.escaping import for_terminal
 from ema_seg.sweeps.folder import read_plan
 from ema_seg.sweeps.view import Overview, SweepView, render, survey
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     time.sleep(1)
         Console().print(render(look()))
     except EmaSegError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {for_terminal(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -16,7 +16,6 @@ Of a job's folder ``report/report.json``, which is written last and in one step,
 failed or pruned; a lock on ``run.lock``, which the system frees when its holder dies however it dies, means running.
 """
 
-import csv
 import fcntl
 import json
 import traceback
@@ -28,6 +27,7 @@ from filelock import FileLock
 
 from ema_seg.errors import DataError, EmaSegError, one_line
 from ema_seg.reporting.files import write_file
+from ema_seg.texts import read_json, read_rows
 
 __all__ = [
     "ANY",
@@ -132,7 +132,7 @@ def read_plan(folder: Path) -> Plan:
     """
     path = folder / "sweep.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content.pop("schema") != SCHEMA:
             raise ValueError("another version")
         jobs = [PlannedJob(**job) for job in content.pop("jobs")]
@@ -142,7 +142,7 @@ def read_plan(folder: Path) -> Plan:
         return Plan(**content, jobs=jobs)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give the folder of a sweep.") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, DataError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: is no plan of a sweep of this version ({one_line(error)}).") from error
 
 
@@ -192,11 +192,10 @@ def is_running(folder: Path) -> bool:
 
 def _progress(folder: Path) -> dict[str, Any]:
     try:
-        with (folder / "metrics.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_rows(folder / "metrics.csv")
         scores = [float(row["val/miou"]) for row in rows if row["val/miou"]]
         seconds = sum(float(row["seconds"]) for row in rows)
-    except (OSError, KeyError, TypeError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError, DataError):
         return {"epoch": 0, "seconds": 0.0, "miou": None}
     return {"epoch": len(rows), "seconds": seconds, "miou": max(scores, default=None)}
 
@@ -204,11 +203,11 @@ def _progress(folder: Path) -> dict[str, Any]:
 def read_failure(folder: Path) -> dict[str, Any] | None:
     """What ``record_failure`` has written; None if nothing."""
     try:
-        failure = json.loads((folder / "failure.json").read_text(encoding="utf-8"))
+        failure = read_json(folder / "failure.json")
         return {"state": failure["state"], "reason": failure["reason"], "attempts": int(failure["attempts"])}
     except OSError:
         return None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, DataError) as error:
         return {"state": "failed", "reason": f"failure.json is unreadable ({one_line(error)})", "attempts": 1}
 
 

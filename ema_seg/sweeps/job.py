@@ -14,6 +14,7 @@ from filelock import Timeout
 from ema_seg.errors import ConfigError, DataError, one_line
 from ema_seg.reporting.files import write_file
 from ema_seg.sweeps.folder import JobState, job_state, record_failure, run_lock
+from ema_seg.texts import read_json
 
 __all__ = ["MOST_ATTEMPTS", "Pruned", "hold_run", "is_settled", "read_job", "run_job"]
 
@@ -40,7 +41,7 @@ def is_settled(state: JobState, *, retry: bool = False) -> bool:
 def read_job(run: Path) -> dict[str, Any] | None:
     """``identity`` and ``overrides`` of a run that is a job of a sweep; None of any other run."""
     try:
-        job = json.loads((run / "job.json").read_text(encoding="utf-8"))
+        job = read_json(run / "job.json", advice="remove it")
         return {"identity": job["identity"], "overrides": job["overrides"]}
     except OSError:
         return None

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ema_seg.escaping import for_terminal
 from ema_seg.sweeps.folder import ANY, JobState, PlannedJob, job_state
 from ema_seg.sweeps.job import MOST_ATTEMPTS
 
@@ -95,18 +96,18 @@ def render(overview: Overview, most: int | None = None) -> Group:
     reasons = []
     for job, state in _most_important(overview, most):
         table.add_row(
-            Text(_name(job)),
+            Text(for_terminal(_name(job))),
             Text("waiting" if state.name == "missing" else state.name, style=_STYLES.get(state.name, "")),
             f"{state.epoch}/{job.epochs or '?'}" if state.epoch else "",
             "" if state.miou is None else f"{state.miou:.4f}",
         )
         if state.reason:
-            text = f"{state.name}: {_name(job)}: {_reason(state)}"
+            text = for_terminal(f"{state.name}: {_name(job)}: {_reason(state)}")
             one_line = {} if most is None else {"no_wrap": True, "overflow": "ellipsis"}
             reasons.append(Text(text, style=_STYLES[state.name], **one_line))  # type: ignore[arg-type]
     hidden = len(overview.jobs) - table.row_count
     more = [Text(f"… and {hidden} more", style="dim")] if hidden else []
-    return Group(table, *more, *reasons, Text(describe(overview), style="bold"))
+    return Group(table, *more, *reasons, Text(for_terminal(describe(overview)), style="bold"))
 
 
 def _most_important(overview: Overview, most: int | None) -> list[tuple[PlannedJob, JobState]]:
@@ -160,7 +161,7 @@ class SweepView:
             with Live(console=self.console, auto_refresh=False, vertical_overflow="crop") as live:
                 while not self._stop.wait(1):
                     live.update(self._fitting(self.look()), refresh=True)
-                live.update(Text(describe(self.look()), style="bold"), refresh=True)
+                live.update(Text(for_terminal(describe(self.look())), style="bold"), refresh=True)
         else:
             self._print_changes()
 
@@ -181,4 +182,4 @@ class SweepView:
             states = [state.name for state in overview.states]
             if states != shown:
                 shown = states
-                self.console.print(describe(overview), soft_wrap=True, markup=False, highlight=False)
+                self.console.print(for_terminal(describe(overview)), soft_wrap=True, markup=False, highlight=False)

@@ -22,6 +22,7 @@ from ema_seg.errors import DataError
 from ema_seg.evaluation import Example, attention_weights, predict_example
 from ema_seg.reporting import draw_samples
 from ema_seg.reporting.files import write_file
+from ema_seg.texts import read_rows
 from ema_seg.training.averaging import UNAVERAGED
 from ema_seg.training.module import SegmentationModule
 
@@ -188,8 +189,7 @@ def _read_rows(path: Path, epochs: int) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return [row for row in csv.DictReader(file) if int(row["epoch"]) < epochs]
+        return [row for row in read_rows(path, advice="move it away") if int(row["epoch"]) < epochs]
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: is not as train.py wrote it, so its rows cannot go on; move it away.") from error
 

@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from ema_seg.distributed.preemption import Preemption
 from ema_seg.distributed.start import place
 from ema_seg.errors import CheckpointError, ConfigError
+from ema_seg.escaping import for_terminal
 from ema_seg.models import load_checkpoint
 
 __all__ = [
@@ -184,7 +185,8 @@ def load_last(run: Path) -> tuple[Path, dict[str, Any]]:
             raise
         saved = _load_whole(previous)
         if place().rank == 0:
-            print(f"warning: {error} Going on from {previous.name}, of step {saved['global_step']}.", file=sys.stderr)
+            told = f"warning: {error} Going on from {previous.name}, of step {saved['global_step']}."
+            print(for_terminal(told), file=sys.stderr)
         return previous, saved
 
 

@@ -8,8 +8,10 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from ema_seg.escaping import for_markdown
 from ema_seg.reporting.__main__ import main
 from ema_seg.reporting.compare import compare_runs
+from ema_seg.reporting.comparison_files import write_comparison
 from ema_seg.reporting.comparison_tables import (
     comparison_as_csv,
     comparison_as_latex,
@@ -53,7 +55,7 @@ def test_markdown_has_a_row_for_each_configuration(comparison):
     assert "traffic light \\| sign" in text
     assert "![pareto](figures/pareto.png)" in text
     for note in comparison["notes"]:
-        assert f"- {note}" in text
+        assert f"- {for_markdown(note)}" in text
 
 
 def test_only_what_holm_leaves_significant_is_bold(comparison):
@@ -127,6 +129,20 @@ def test_latex_is_escaped(comparison):
     assert not re.search("[–\N{MINUS SIGN}±]", text[text.index("\\begin") :])
 
 
+def test_hostile_names_stay_names_in_every_file(comparison, tmp_path):
+    name = "=1+1</script><img src=x>[y](z)|\x1b[2J\udcff"
+    changed = json.loads(json.dumps(comparison).replace("traffic light | sign", json.dumps(name)[1:-1]))
+    changed["rows"][1]["label"], changed["title"] = name, name
+    write_comparison(changed, tmp_path)
+    texts = {suffix: (tmp_path / f"comparison.{suffix}").read_text() for suffix in ("json", "csv", "tex", "md", "html")}
+    assert json.loads(texts["json"])["title"] == name
+    assert list(csv.reader(StringIO(texts["csv"])))[2][0] == "'=1+1</script><img src=x>[y](z)|\\x1b[2J\\udcff"
+    assert r"\</script>\<img src=x>[y\](z)\|\\x1b[2J\\udcff" in texts["md"]
+    assert "<img" not in texts["html"]
+    assert texts["html"].count("</script>") == 2
+    assert "\x1b" not in "".join(texts.values()) + printed(changed, 80)
+
+
 def test_a_sweep_is_compared_by_one_command(sweep, tmp_path, capsys):
     assert main([str(sweep), "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr()
@@ -196,4 +212,4 @@ def test_comparing_needs_no_torch():
 def test_a_note_stays_one_item_of_plain_text(tmp_path):
     comparison = compare_runs(read_folder(write_sweep(tmp_path / "blocks")), replicates=100)
     comparison["notes"] = ["ema: seed 1 failed: first line\nsecond <img src=x>"]
-    assert "- ema: seed 1 failed: first line second &lt;img src=x>\n" in comparison_as_markdown(comparison, [])
+    assert "- ema: seed 1 failed: first line second \\<img src=x>\n" in comparison_as_markdown(comparison, [])

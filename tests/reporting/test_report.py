@@ -264,6 +264,29 @@ def test_class_names_are_no_markup() -> None:
     assert "[/]y" in printed(report)
 
 
+def test_hostile_names_lose_no_report_and_stay_names(tmp_path: Path) -> None:
+    # Half a character, as of a file name that is not UTF-8, escape sequences, HTML, and mathematics that is none.
+    name = "\udcff\x1b[2J<img src=x>$\\nothing$"
+    report = make_report(
+        classes=(name, "*x*", "[y](z)", "_"),
+        environment=ENVIRONMENT | {"command": ["eval.py", f"ckpt=`{name}"]},
+        evaluation=Evaluation(make_evaluation().confusion, [{**make_evaluation().images[0], "name": name}]),
+        run=name,
+    )
+    panel = [row | {"title": name} for row in make_panel()]
+    assert load_report(write_report(report, tmp_path, panel)) == report  # type: ignore[arg-type]
+    text = (tmp_path / "report.md").read_text()
+    shown = r"\\udcff\\x1b[2J\<img src=x>\$\\nothing\$"
+    assert f"- run: {shown}\n" in text
+    assert f"| {shown} | " in text
+    assert "| \\*x\\* | " in text
+    assert "| [y\\](z) | " in text
+    assert "- command: `` eval.py ckpt=`\\udcff\\x1b[2J<img src=x>$\\nothing$ ``\n" in text
+    output = printed(report)
+    assert "\\udcff\\x1b[2J<img" in output
+    assert "\x1b" not in output
+
+
 def test_what_is_captured_is_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
     print_report(make_report())
     output = capsys.readouterr().out
