@@ -105,7 +105,7 @@ def _compare_metrics(original: Path, repeated: Path) -> str | None:
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return [{key: value for key, value in row.items() if key not in _TIMINGS} for row in csv.DictReader(file)]
 
 
@@ -133,7 +133,9 @@ def _scored(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _compare_environments(original: Path, repeated: Path) -> dict[str, tuple[Any, Any]]:
     if not (original / "environment.json").is_file():
         return {}
-    before, now = (dict(_flat(json.loads((run / "environment.json").read_text()))) for run in (original, repeated))
+    before, now = (
+        dict(_flat(json.loads((run / "environment.json").read_text(encoding="utf-8")))) for run in (original, repeated)
+    )
     return {
         key: (before.get(key), now.get(key))
         for key in {**before, **now}

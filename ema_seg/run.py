@@ -125,7 +125,7 @@ def _threads_of(run: Path) -> int | None:
     """The threads that each process of a run had; None if it does not say."""
     path = run / "environment.json"
     try:
-        threads = json.loads(path.read_text())["threads"]
+        threads = json.loads(path.read_text(encoding="utf-8"))["threads"]
         if type(threads) is not int or not 1 <= threads <= 2**12:  # torch takes, or dies of, any number
             raise ValueError(threads)
         return threads

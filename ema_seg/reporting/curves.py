@@ -26,7 +26,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     """
     path = run / "metrics.csv"
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             return [{key: float(value) for key, value in row.items() if value != ""} for row in csv.DictReader(file)]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give the folder of a run.") from error
