@@ -20,8 +20,8 @@ __all__ = [
 ]
 
 # SIGTERM asks a process to leave its machine; Slurm sends one of the others as long before as it is told to, and
-# submitit has it send the last.
-LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# submitit has it send the last. Windows has only the first.
+LEAVE_SIGNALS = tuple(signal.Signals[name] for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
 # Seconds that a process may take to leave: those that it has started for the jobs of a sweep end before it.
 _PATIENCE = 15.0
 

@@ -1,4 +1,4 @@
-"""Being asked to leave the machine, by SIGTERM, SIGUSR1 or SIGUSR2."""
+"""Being asked to leave the machine, by SIGTERM, SIGUSR1 or SIGUSR2 (Windows: SIGTERM)."""
 
 import signal
 import threading

@@ -212,7 +212,7 @@ def joined() -> Iterator[None]:
 
     here = _place_in_environment()
     if "OMP_NUM_THREADS" not in os.environ:  # torchrun has set it
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.local_size))
+        torch.set_num_threads(max(1, _usable_cores() // here.local_size))
     _store = _connect(here)
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
@@ -242,6 +242,11 @@ def joined() -> Iterator[None]:
         over.set()
         watch.join(_GRACE)
     _store = None
+
+
+def _usable_cores() -> int:
+    """Number of cores that this process may use; on macOS and Windows, of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _end_with_others(store: "Store", here: Place, over: threading.Event) -> None:
@@ -456,8 +461,8 @@ def _be_member(parent: int) -> None:
     if sys.platform == "linux":
         # Have the system kill this process when its parent ends, however it does.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
+        if os.getppid() != parent:  # it ended before
+            sys.exit(1)
     try:
         with made_for_good():
             work, arguments, sys.argv = pickle.loads(sys.stdin.buffer.read())  # noqa: S301, from the parent alone

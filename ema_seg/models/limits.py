@@ -1,7 +1,6 @@
 """What a model cannot be given: images too small for it, or more of them than the memory holds."""
 
 import os
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,11 @@ from contextlib import contextmanager
 import cv2
 import torch
 from torch import Tensor
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 from ema_seg.errors import ModelError
 
@@ -68,10 +72,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe_memory(device: torch.device) -> str:
-    """How much memory the device has, and how much of it this process has had at its peak."""
+    """How much memory the device has, and how much of it this process has had at its peak, where the system tells."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         peak = torch.cuda.max_memory_allocated(device)
+    elif resource is None or not hasattr(os, "sysconf"):
+        return str(device)
     else:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         unit = 1 if sys.platform == "darwin" else 1024

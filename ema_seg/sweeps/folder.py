@@ -16,18 +16,22 @@ Of a job's folder ``report/report.json``, which is written last and in one step,
 failed or pruned; a lock on ``run.lock``, which the system frees when its holder dies however it dies, means running.
 """
 
-import fcntl
 import json
 import traceback
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ema_seg.errors import DataError, EmaSegError, one_line
 from ema_seg.reporting.files import write_file
 from ema_seg.texts import read_json, read_rows
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "ANY",
@@ -177,6 +181,8 @@ def job_state(folder: Path, impossible: str | None = None, *, locked_by_us: bool
 
 def is_running(folder: Path) -> bool:
     """Whether a process holds the lock of the run in this folder."""
+    if fcntl is None:
+        return _is_held(folder)
     try:
         with (folder / "run.lock").open("rb") as file:
             # Shared: who only looks must not be taken for a job by another who looks, nor keep a job from starting.
@@ -188,6 +194,19 @@ def is_running(folder: Path) -> bool:
     except OSError:  # a file that cannot be read, or a disk without locks
         return False
     return False
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a process holds the lock, where locks are not shared: for a moment this process takes it."""
+    if not (folder / "run.lock").exists():
+        return False
+    try:
+        with run_lock(folder).acquire(blocking=False):
+            return False
+    except Timeout:
+        return True
+    except (NotImplementedError, OSError):  # a file that cannot be read, or a disk without locks
+        return False
 
 
 def _progress(folder: Path) -> dict[str, Any]:

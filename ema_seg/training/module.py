@@ -3,6 +3,8 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,13 @@ from torch import Tensor, distributed, nn
 from ema_seg.data.base import IGNORE_INDEX
 from ema_seg.distributed.collectives import sum_in_place
 from ema_seg.distributed.start import alone, place
-from ema_seg.errors import ConfigError, TrainingError
+from ema_seg.errors import CheckpointError, ConfigError, TrainingError
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.evaluation.confusion import Scores
 from ema_seg.evaluation.inference import LESS_MEMORY, predict
-from ema_seg.models import model_stride
+from ema_seg.models import load_segmenter, model_stride
 from ema_seg.models.limits import explained_memory, explained_sizes
+from ema_seg.training.losses import build_loss
 from ema_seg.training.optimisation import build_optimizer, build_schedule
 from ema_seg.training.sharded import whole
 
@@ -72,6 +75,32 @@ class SegmentationModule(LightningModule):
         # begin anew in a run that goes on within an epoch.
         self.sums: Tensor
         self.register_buffer("sums", torch.zeros(5), persistent=False)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # every argument of the constructor is in the checkpoint
+        cls, checkpoint_path: str | PathLike[str], map_location: Any = "cpu"
+    ) -> "SegmentationModule":
+        """Rebuild the module that a checkpoint of ``train.py`` holds, in training mode as Lightning's own does.
+
+        Args:
+            checkpoint_path: such as ``checkpoints/best.ckpt`` of a run.
+            map_location: the device of the module.
+
+        Raises:
+            CheckpointError: see ``load_segmenter``; or the checkpoint's configuration does not name how it was trained.
+        """
+        path = Path(checkpoint_path)
+        model, checkpoint = load_segmenter(path)
+        config, classes = checkpoint["config"], checkpoint["classes"]
+        for name in ("loss", "optimizer", "schedule"):
+            if not isinstance(config.get(name), Mapping):
+                raise CheckpointError(
+                    f"ckpt={path}: its config must have the section {name}; use ema_seg.models.load_segmenter for the "
+                    "model alone."
+                )
+        loss = build_loss(config["loss"], len(classes))
+        settings = {"optimizer": config["optimizer"], "schedule": config["schedule"], "config": config}
+        return cls(model, loss, classes=classes, **settings).train().to(torch.device(map_location or "cpu"))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K, H, W) of images (B, 3, H, W)."""
