@@ -213,6 +213,27 @@ def test_a_run_is_resumed_with_its_own_configuration(camvid_root, run_script, tm
     assert f"{keeper['best_model_score'].item():.6g}" == max((row["val/miou"] for row in rows_of(run)), key=float)
 
 
+def test_a_run_from_before_is_resumed_and_repeated_with_its_groups(camvid_root, run_script, tmp_path, monkeypatch):
+    """Of a decoder's 16 channels, attention.factor=auto once made 16 groups."""
+    run, again = tmp_path / "run", tmp_path / "again"
+    with monkeypatch.context() as before:
+        before.setattr("ema_seg.attention.ema.module._SMALLEST_AUTO_WIDTH", 1)
+        status, _, err = run_script(
+            *("train", *QUICK, "data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={run}"),
+            *("epochs=1", "attention=ema", "placement=head"),
+        )
+        assert status == 0, err
+
+    status, out, err = run_script("train", f"rerun={run}", f"hydra.run.dir={again}")
+    assert status == 0, err
+    assert "weights  identical" in out
+    status, _, err = run_script("train", f"resume={run}", "epochs=2")
+    assert status == 0, err
+    model, _ = load_segmenter(run / "checkpoints" / "last.ckpt")
+    assert model.segmentation_head.attention.gn.num_channels == 1
+    assert not (run / "train.log").exists()
+
+
 def files_of(folder):
     """Content and time of each file but the locks."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".lock", ".log")]
