@@ -27,7 +27,8 @@
 ``size_miou``       by stratum, the mean IoU of the classes that the stratum has
 ``parameters``      ``total``, ``trainable``
 ``gmacs``           10^9 multiply-accumulate operations for one image
-``throughput``      speed and memory: see ``ema_seg.evaluation.measure_cost``
+``throughput``      speed and memory: see ``ema_seg.evaluation.measure_cost``; ``capped_batch_size`` where the split has
+                    no batch of that size, so that the largest that it has was measured
 ``environment``     see ``ema_seg.evaluation.describe_environment``
 ``curves``          the columns of the run's ``metrics.csv``, by name: a value for each epoch, or null; null without
 ``images``          for each image ``name``, ``miou``, ``pixel_accuracy``, ``intersection``, ``union`` (K counts),
