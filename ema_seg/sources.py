@@ -14,7 +14,7 @@ from pathlib import Path
 __all__ = ["keys_of", "parameters_of", "smp_decoders", "smp_encoders", "text_of", "timm_models"]
 
 _SMP, _TIMM = "segmentation_models_pytorch", "timm"
-_ENCODERS = re.compile(r'^    "([\w-]+)": \{', re.MULTILINE)
+_ENCODERS = re.compile(r'^    "([\w-]+)": \{\s+"(?:encoder|params|pretrained_settings)"', re.MULTILINE)
 _REGISTERED = re.compile(r"^@register_model\s*\n(?:@.*\n)*def (\w+)", re.MULTILINE)
 _DEPRECATED = re.compile(r"^register_model_deprecations\(__name__, \{(.*?)\}\)", re.MULTILINE | re.DOTALL)
 
