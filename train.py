@@ -77,6 +77,9 @@ def main() -> None:
             config_name = _register_repeated(Path(rerun))
         elif resumed not in (None, "auto"):
             config_name = _register_resumed(Path(str(resumed)))
+        if config_name == "train" and "--hydra-help" not in sys.argv:
+            # The group is among the defaults, where Hydra refuses the + that other programs need.
+            sys.argv = [text.replace("+experiment=", "experiment=", 1) for text in sys.argv]
         composed = compose(CONFIGS, config_name)
         if resumed == "auto" and composed:
             _resume_unfinished(composed)
@@ -125,9 +128,10 @@ def _resume_unfinished(composed: DictConfig) -> None:
 
     That is the one in hydra.run.dir, or the latest of those beside which a new run's folder would be.
     """
-    from ema_seg.distributed.collectives import agree
+    unfinished = _unfinished_run(composed)
+    from ema_seg.distributed.collectives import agree  # with torch, which no refusal waits for
 
-    folder = agree(_unfinished_run(composed))
+    folder = agree(unfinished)
     text = "null" if folder is None else quoted(folder)
     sys.argv = [f"resume={text}" if argument.startswith("resume=") else argument for argument in sys.argv]
     if folder is not None:

@@ -14,11 +14,12 @@ from pathlib import Path
 __all__ = ["keys_of", "parameters_of", "smp_decoders", "smp_encoders", "text_of", "timm_models"]
 
 _SMP, _TIMM = "segmentation_models_pytorch", "timm"
-_ENCODERS = re.compile(r'^    "([\w-]+)": \{', re.MULTILINE)
+_ENCODERS = re.compile(r'^    "([\w-]+)": \{\s+"(?:encoder|params|pretrained_settings)"', re.MULTILINE)
 _REGISTERED = re.compile(r"^@register_model\s*\n(?:@.*\n)*def (\w+)", re.MULTILINE)
 _DEPRECATED = re.compile(r"^register_model_deprecations\(__name__, \{(.*?)\}\)", re.MULTILINE | re.DOTALL)
 
 
+@cache
 def keys_of(path: str, table: str) -> list[str]:
     """Keys of a dict, or names in a list, that a module assigns to ``table``.
 
@@ -34,6 +35,7 @@ def keys_of(path: str, table: str) -> list[str]:
     return []
 
 
+@cache
 def parameters_of(folder: str, class_name: str) -> list[str]:
     """Names of the arguments of a class's constructor, whose name may differ in case.
 
@@ -50,16 +52,19 @@ def parameters_of(folder: str, class_name: str) -> list[str]:
     return []
 
 
+@cache
 def smp_decoders() -> list[str]:
     """Names of smp's architectures, as ``build_segmenter`` takes them."""
     return [name.lower() for name in keys_of(f"{_SMP}/__init__.py", "_MODEL_ARCHITECTURES")]
 
 
+@cache
 def smp_encoders() -> list[str]:
     """Names of smp's own encoders."""
     return [name for file in _files(f"{_SMP}/encoders") for name in _ENCODERS.findall(_text(file))]
 
 
+@cache
 def timm_models() -> list[str]:
     """Names of timm's models, the deprecated ones last."""
     texts = [_text(file) for file in _files(f"{_TIMM}/models")]
@@ -97,6 +102,5 @@ def _files(path: str) -> list[Path]:
     return [found] if found.is_file() else sorted(found.rglob("*.py"))
 
 
-@cache
 def _text(file: Path) -> str:
     return file.read_text(encoding="utf-8")

@@ -27,6 +27,7 @@ from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.models import load_segmenter
 from ema_seg.sweeps import hold_run, is_running
 from ema_seg.training.checkpoints import require_same_model
+from ema_seg.training.module import SegmentationModule
 from tests.conftest import QUICK, ROOT, write_camvid
 
 
@@ -154,6 +155,17 @@ def test_a_checkpoint_is_plain_data(finished_run):
         checkpoint = torch.load(finished_run[0] / "checkpoints" / f"{name}.ckpt", weights_only=True)
         assert checkpoint["config"]["model"]["decoder"] == "linknet"
         assert len(checkpoint["classes"]) == 11
+
+
+def test_a_checkpoint_is_rebuilt_as_lightning_users_do(finished_run):
+    path = finished_run[0] / "checkpoints" / "best.ckpt"
+
+    module = SegmentationModule.load_from_checkpoint(path, map_location="cpu")
+
+    assert module.training
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(module.eval()(x), load_segmenter(path)[0](x))
+    assert (module.optimizer_settings["name"], len(module.classes)) == ("adamw", 11)
 
 
 def test_eval_repeats_the_report_of_a_run(finished_run, run_script, tmp_path):

@@ -13,7 +13,7 @@ CONFIG = {
     "training": {"progress_bar": "auto", "compile": False},
     "evaluation": {"device": "auto", "budget": 10.0, "precision": "32-true"},
     "report": {"dir": None},
-    "logger": {"name": "none"},
+    "logger": {},
     "resume": None,
 }
 
@@ -39,7 +39,7 @@ def with_change(key, value):
         ("evaluation.device", "cuda:1"),
         ("evaluation.budget", 1.0),
         ("report.dir", "elsewhere"),
-        ("logger.name", "wandb"),
+        ("logger.wandb", {}),
     ],
 )
 def test_where_and_how_a_job_runs_is_no_part_of_it(key, value):

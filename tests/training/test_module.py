@@ -15,7 +15,7 @@ from ema_seg.models import build_segmenter
 from ema_seg.reporting.files import write_file
 from ema_seg.training.callbacks import EpochLog, ProgressBar, attention_map
 from ema_seg.training.checkpoints import AtomicCheckpoints
-from ema_seg.training.loggers import build_logger
+from ema_seg.training.loggers import build_loggers
 from ema_seg.training.losses import build_loss
 from ema_seg.training.module import SegmentationModule
 
@@ -175,11 +175,18 @@ def test_the_bar_counts_epochs_as_the_lines_do_and_shares_no_line_with_them(tmp_
     assert bar.train_progress_bar.disable
 
 
-def test_loggers_are_named(tmp_path):
-    assert build_logger(tmp_path, name="none") is False
-    assert build_logger(tmp_path, name="tensorboard").log_dir == str(tmp_path / "tensorboard")
-    with pytest.raises(ConfigError, match=r"logger\.name: unknown logger 'wandbb'; choose among tensorboard, wandb"):
-        build_logger(tmp_path, name="wandbb")
+def test_loggers_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning.pytorch.loggers.WandbLogger", lambda **options: options)
+    assert build_loggers(tmp_path, {}) == []
+
+    tensorboard, wandb = build_loggers(tmp_path, {"tensorboard": {}, "wandb": {"project": "leaves"}})
+
+    assert tensorboard.log_dir == str(tmp_path / "tensorboard")
+    assert wandb == {"project": "leaves", "save_dir": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"logger\.wandbb: must be one of .*Did you mean 'wandb'"):
+        build_loggers(tmp_path, {"wandbb": {}})
+    with pytest.raises(ConfigError, match=r"logger\.wandb='leaves': must be the logger's options"):
+        build_loggers(tmp_path, {"wandb": "leaves"})
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
@@ -193,7 +200,7 @@ def test_a_logger_that_is_not_installed_names_the_extra(name, tmp_path, monkeypa
 
     monkeypatch.setattr(lightning.pytorch.loggers, class_name, missing)
     with pytest.raises(ConfigError, match=rf"logger={name} needs a package.*ema-seg\[{name}\]"):
-        build_logger(tmp_path, name=name)
+        build_loggers(tmp_path, {name: {}})
 
 
 def test_a_prediction_is_scored_at_the_images_own_size():
