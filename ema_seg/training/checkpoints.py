@@ -3,7 +3,8 @@
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,29 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
 
 from ema_seg.distributed.preemption import Preemption
 from ema_seg.distributed.start import place
-from ema_seg.errors import CheckpointError
+from ema_seg.errors import CheckpointError, EmaSegError, one_line
 from ema_seg.escaping import for_terminal
 from ema_seg.models import load_checkpoint
+from ema_seg.models.limits import is_out_of_memory
+from ema_seg.models.weights import first_not_finite
 
-__all__ = ["AtomicCheckpoints", "BestCheckpoint", "LastCheckpoint", "RunEarlyStopping", "has_stopped", "load_last"]
+__all__ = [
+    "AtomicCheckpoints",
+    "BestCheckpoint",
+    "LastCheckpoint",
+    "RunEarlyStopping",
+    "explain_restoring",
+    "has_stopped",
+    "load_last",
+    "restoring",
+]
 
+_DEEPEST = 20  # of a checkpoint's state
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
@@ -155,8 +170,12 @@ def _relocate(value: Any, old: str, new: str) -> Any:
     return value
 
 
-def load_last(run: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that a run goes on from: the last one, or the one before it where that is unreadable.
+def load_last(run: Path, optimizer: Optimizer | None = None) -> tuple[Path, dict[str, Any]]:
+    """Read the checkpoint that a run goes on from: the last one, or the one before it where that is damaged.
+
+    Args:
+        run: the run's folder.
+        optimizer: of the model that goes on, which the saved state has to fit.
 
     Returns:
         Its path, and what ``load_checkpoint`` reads.
@@ -166,11 +185,11 @@ def load_last(run: Path) -> tuple[Path, dict[str, Any]]:
     """
     last, previous = (run / "checkpoints" / name for name in (LAST, PREVIOUS))
     try:
-        return last, _load_whole(last)
+        return last, _load_whole(last, optimizer)
     except CheckpointError as error:
         if not previous.is_file():
             raise
-        saved = _load_whole(previous)
+        saved = _load_whole(previous, optimizer)
         if place().rank == 0:
             told = f"warning: {error} Going on from {previous.name}, of step {saved['global_step']}."
             print(for_terminal(told), file=sys.stderr)
@@ -178,15 +197,132 @@ def load_last(run: Path) -> tuple[Path, dict[str, Any]]:
         return previous, saved
 
 
-def _load_whole(path: Path) -> dict[str, Any]:
+def _load_whole(path: Path, optimizer: Optimizer | None) -> dict[str, Any]:
     saved = load_checkpoint(path)
-    missing = [key for key in ("optimizer_states", "loops", "callbacks", "global_step") if key not in saved]
+    missing = [key for key in ("optimizer_states", "loops", "callbacks", "global_step", "epoch") if key not in saved]
     if missing:
         raise CheckpointError(
             f"ckpt={path}: holds no {missing[0]}, so no training goes on from it (best.ckpt has weights alone); "
             "restore the file, or begin a new run."
         )
+    try:
+        _check_state(saved, optimizer)
+    except ValueError as error:
+        raise _damaged(path, error) from error
     return saved
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"ckpt={path}: the state of the training in it is damaged ({one_line(error)[:300]}); restore the file, or "
+        "begin a new run."
+    )
+
+
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Turn what a library raises about a checkpoint's state into a CheckpointError."""
+    try:
+        yield
+    except (EmaSegError, OSError):
+        raise
+    except Exception as error:  # each part of Lightning and torch takes its state for what it has written itself
+        if is_out_of_memory(error):
+            raise
+        raise _damaged(path, error) from error
+
+
+def explain_restoring(trainer: Trainer, path: Path) -> None:
+    """Have a trainer restore this checkpoint within :func:`restoring`; Lightning has no hook around all of it."""
+    connector = trainer._checkpoint_connector
+    for name in ("_restore_modules_and_callbacks", "restore_training_state"):
+        vars(connector)[name] = restoring(path)(getattr(connector, name))
+
+
+def _check_state(saved: Mapping[str, Any], optimizer: Optimizer | None) -> None:
+    """Raise a ValueError about the first part of a training's state that no training has left."""
+    for key in ("loops", "epoch", "global_step"):
+        for name, value in _leaves(saved[key], key):
+            # Not only the type: with other numbers a run ends at once, or never.
+            if value is not None and not (isinstance(value, int) and value >= 0):
+                raise ValueError(f"{name} must be a whole number of 0 or more, got {value!r:.80}")
+    try:
+        epochs = saved["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"]
+        loop = saved["loops"]["fit_loop"]["epoch_loop"]
+        batches = loop["batch_progress"]["current"]["ready"]
+        steps = loop["automatic_optimization"]["optim_progress"]["optimizer"]["step"]["total"]["completed"]
+    except (KeyError, TypeError) as error:
+        raise ValueError("loops must hold the progress of fit_loop") from error
+    if steps != saved["global_step"] or None in (epochs, batches):
+        raise ValueError(f"loops must have counted the {saved['global_step']} steps of global_step, got {steps}")
+    callbacks = saved["callbacks"]
+    if not isinstance(callbacks, dict) or not all(isinstance(state, dict) for state in callbacks.values()):
+        raise ValueError("callbacks must hold a state for each callback")
+    for name, value in _leaves(callbacks, "callbacks"):
+        if name.endswith(".wait_count") and not isinstance(value, int):
+            raise ValueError(f"{name} must be a whole number, got {value!r:.80}")
+    for key in ("current_model_state", "averaging_state"):
+        if found := first_not_finite(dict(_leaves(saved.get(key), key))):
+            raise ValueError(found)
+    for key in ("optimizer_states", "lr_schedulers"):
+        for name, value in _leaves(saved.get(key), key):
+            # An infinity may be the square of a large gradient, which training goes on with.
+            if isinstance(value, Tensor | float) and torch.isnan(torch.as_tensor(value)).any():
+                raise ValueError(f"{name} holds nan")
+    if optimizer is not None:
+        _check_optimizer_state(saved["optimizer_states"], optimizer)
+
+
+def _check_optimizer_state(states: Any, optimizer: Optimizer) -> None:
+    """Raise a ValueError about shapes and types that torch would load and fail on in a step."""
+    try:
+        (state,) = states
+        groups, numbered = state["param_groups"], state["state"]
+        counts = [len(group["params"]) for group in groups]
+        values = [(number, key, value) for number, entry in numbered.items() for key, value in entry.items()]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError("optimizer_states must hold one optimiser's state and param_groups") from error
+    known = optimizer.state_dict()["param_groups"]
+    if counts != [len(group["params"]) for group in known]:
+        raise ValueError("optimizer_states must have as many parameters as the model")
+    for index, (group, ours) in enumerate(zip(groups, known, strict=True)):
+        for key, own in ours.items():
+            # Torch fills in an option that an earlier version did not have, all of which are on or off.
+            if not _is_like(group.get(key), own):
+                raise ValueError(f"optimizer_states.0.param_groups.{index}.{key} must be like {own!r:.80}")
+    needed = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, AdamW) else set()
+    for number, entry in numbered.items():
+        if missing := needed - entry.keys():
+            raise ValueError(f"optimizer_states.0.state.{number} must hold {min(missing)}")
+    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    for number, key, value in values:
+        name = f"optimizer_states.0.state.{number}.{key}"
+        if not isinstance(number, int) or not 0 <= number < len(shapes):
+            raise ValueError(f"{name} belongs to no parameter")
+        if not isinstance(value, Tensor | int | float | None):
+            raise ValueError(f"{name} must be a tensor or a number, got {type(value).__name__}")
+        if isinstance(value, Tensor) and value.ndim and value.shape != shapes[number]:
+            raise ValueError(f"{name} must be of shape {tuple(shapes[number])}, got {tuple(value.shape)}")
+
+
+def _is_like(value: Any, own: Any) -> bool:
+    """Whether a saved option of an optimiser is of the kind of its own."""
+    if own is None or isinstance(own, bool):
+        return value is None or isinstance(value, bool)
+    if isinstance(own, list | tuple):
+        return isinstance(value, list | tuple) and len(value) == len(own) and all(map(_is_like, value, own))
+    return isinstance(value, int | float | Tensor) and not isinstance(value, bool)
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Path and value of everything in nested dicts, lists and tuples."""
+    if not isinstance(value, dict | list | tuple):
+        yield name, value
+        return
+    if name.count(".") > _DEEPEST:
+        raise ValueError(f"{name[:80]} must be nested at most {_DEEPEST} levels deep")
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _leaves(item, f"{name}.{key}")
 
 
 def has_stopped(saved: Mapping[str, Any], trainer: Trainer) -> bool:

@@ -26,12 +26,15 @@ from ema_seg.training.checkpoints import (
     BestCheckpoint,
     LastCheckpoint,
     RunEarlyStopping,
+    explain_restoring,
     has_stopped,
     load_last,
+    restoring,
 )
 from ema_seg.training.loggers import build_logger
 from ema_seg.training.losses import build_loss
 from ema_seg.training.module import SegmentationModule
+from ema_seg.training.optimisation import build_optimizer
 from ema_seg.training.strategy import trainer_arguments
 
 __all__ = ["fit"]
@@ -97,17 +100,20 @@ def fit(
     # averaged weights, too, out of a checkpoint of weights alone.
     weights_only = not settings["weight_averaging"]
     best = BestCheckpoint(run, monitor=_MONITORED, mode="max", save_weights_only=weights_only)
-    path, saved = load_last(run) if resume else (None, None)
+    path, saved = load_last(run, build_optimizer(model, **config["optimizer"])) if resume else (None, None)
     progress = not quiet and _shows_progress(settings["progress_bar"])
     last = LastCheckpoint(run, settings.get("checkpoint_every"), preemption)
     own = [best, last, EpochLog(run / "metrics.csv", quiet=quiet), *_callbacks(settings, run)]
     if progress:
         own.append(TQDMProgressBar())  # Lightning's other bar cuts its metrics off on a narrow terminal
     trainer = _build_trainer(config, run, [*own, *callbacks], progress)
+    if path is not None:
+        explain_restoring(trainer, path)
     _log_configuration(trainer, config)
     _write_environment(run, trainer)
-    if saved is not None and has_stopped(saved, trainer):
-        best.load_state_dict(saved["callbacks"][best.state_key])
+    if path is not None and saved is not None and has_stopped(saved, trainer):
+        with restoring(path):
+            best.load_state_dict(saved["callbacks"][best.state_key])
         return _best(best, run)
     try:
         with data.explained(), preemption.deferred():
