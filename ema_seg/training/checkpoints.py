@@ -11,10 +11,12 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+from torch.optim import Optimizer
 
 from ema_seg.distributed.preemption import Preemption
 from ema_seg.distributed.start import place
-from ema_seg.errors import CheckpointError, ConfigError
+from ema_seg.errors import CheckpointError, ConfigError, one_line
 from ema_seg.escaping import for_terminal
 from ema_seg.models import load_checkpoint
 
@@ -26,9 +28,11 @@ __all__ = [
     "has_stopped",
     "load_last",
     "replace_last",
+    "require_fitting_state",
     "require_same_model",
 ]
 
+_DEEPEST = 20  # of a checkpoint's state
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 # The settings of a checkpoint's weights and optimiser state, and those among them that neither depends on.
@@ -169,7 +173,10 @@ def _relocate(value: Any, old: str, new: str) -> Any:
 
 
 def load_last(run: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that a run goes on from: the last one, or the one before it where that is unreadable.
+    """Read the checkpoint that a run goes on from: the last one, or the one before it where that is damaged.
+
+    Args:
+        run: the run's folder.
 
     Returns:
         Its path, and what ``load_checkpoint`` reads.
@@ -232,13 +239,76 @@ def _differences(key: str, before: Any, now: Any) -> Iterator[tuple[str, Any, An
 
 def _load_whole(path: Path) -> dict[str, Any]:
     saved = load_checkpoint(path)
-    missing = [key for key in ("optimizer_states", "loops", "callbacks", "global_step") if key not in saved]
+    missing = [key for key in ("optimizer_states", "loops", "callbacks", "global_step", "epoch") if key not in saved]
     if missing:
         raise CheckpointError(
             f"ckpt={path}: holds no {missing[0]}, so no training goes on from it (best.ckpt has weights alone); "
             "restore the file, or begin a new run."
         )
+    try:
+        _check_state(saved)
+    except ValueError as error:
+        raise _damaged(path, error) from error
     return saved
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"ckpt={path}: the state of the training in it is damaged ({one_line(error)[:300]}); restore the file, or "
+        "begin a new run."
+    )
+
+
+def _check_state(saved: Mapping[str, Any]) -> None:
+    """Raise a ValueError about a state that Lightning would restore, and with which a run would end or diverge."""
+    for key in ("loops", "epoch", "global_step"):
+        for name, value in _leaves(saved[key], key):
+            if value is not None and not (isinstance(value, int) and value >= 0):
+                raise ValueError(f"{name} must be a whole number of 0 or more, got {value!r:.80}")
+    try:
+        loop = saved["loops"]["fit_loop"]["epoch_loop"]["automatic_optimization"]
+        steps = loop["optim_progress"]["optimizer"]["step"]["total"]["completed"]
+    except (KeyError, TypeError) as error:
+        raise ValueError("loops must hold the progress of fit_loop") from error
+    if steps != saved["global_step"]:
+        raise ValueError(f"loops must have counted the {saved['global_step']} steps of global_step, got {steps}")
+    callbacks = saved["callbacks"]
+    if not isinstance(callbacks, dict) or not all(isinstance(state, dict) for state in callbacks.values()):
+        raise ValueError("callbacks must hold a state for each callback")
+    for state in callbacks.values():
+        if not isinstance(state.get("wait_count", 0), int):
+            raise ValueError(f"callbacks: wait_count must be a whole number, got {state['wait_count']!r:.80}")
+    for key in ("current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
+        for name, value in _leaves(saved.get(key), key):
+            # Not an infinity, which may be the square of a large gradient.
+            if isinstance(value, Tensor | float) and torch.isnan(torch.as_tensor(value)).any():
+                raise ValueError(f"{name} holds nan")
+
+
+def require_fitting_state(optimizer: Optimizer, path: Path) -> None:
+    """Compare the restored state of an optimiser with its parameters, which torch does only within a step.
+
+    Raises:
+        CheckpointError: a tensor of the state has another shape than its parameter.
+    """
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if not isinstance(value, Tensor | int | float | None):
+                raise _damaged(path, ValueError(f"the optimiser's {key} must be a tensor, got {type(value).__name__}"))
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                shapes = f"{tuple(parameter.shape)}, got {tuple(value.shape)}"
+                raise _damaged(path, ValueError(f"the optimiser's {key} of a parameter must be of shape {shapes}"))
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Path and value of everything in nested dicts, lists and tuples."""
+    if not isinstance(value, dict | list | tuple):
+        yield name, value
+        return
+    if name.count(".") > _DEEPEST:
+        raise ValueError(f"{name[:80]} must be nested at most {_DEEPEST} levels deep")
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _leaves(item, f"{name}.{key}")
 
 
 def has_stopped(saved: Mapping[str, Any], trainer: Trainer) -> bool:

@@ -30,6 +30,7 @@ from ema_seg.training.checkpoints import (
     has_stopped,
     load_last,
     replace_last,
+    require_fitting_state,
     require_same_model,
 )
 from ema_seg.training.loggers import build_loggers
@@ -119,10 +120,10 @@ def fit(
     if progress:
         own.append(ProgressBar())  # Lightning's other bar cuts its metrics off on a narrow terminal
     trainer = _build_trainer(config, run, [*own, *callbacks], progress)
-    if saved is not None and has_stopped(saved, trainer):
-        best.load_state_dict(saved["callbacks"][best.state_key])
-        return _best(best, run)
     try:
+        if saved is not None and has_stopped(saved, trainer):
+            best.load_state_dict(saved["callbacks"][best.state_key])
+            return _best(best, run)
         with data.explained(), preemption.deferred():
             trainer.fit(module, data, ckpt_path=path, weights_only=True)
     except MisconfigurationException as error:
@@ -180,9 +181,12 @@ class _Start(Callback):
         """Begin: the optimiser's state and the loaders are there by now.
 
         Raises:
+            CheckpointError: the optimiser's restored state does not fit the model.
             ConfigError: no validation would choose a checkpoint, or a logger cannot be started.
         """
         self.reached = True
+        if self.checkpoint is not None:
+            require_fitting_state(trainer.optimizers[0], self.checkpoint)
         if not self.best.best_model_path:
             require_validation(trainer)
         trainer.loggers = self.loggers
