@@ -47,7 +47,7 @@ def test_a_checkpoint_of_the_right_form_is_read(saved):
         ("config.model", 3, "model=3 is one value"),
         ("config.model.decoder", {}, "model.decoder={} is no name"),
         ("config.data", 3, "data=3 is one value"),
-        ("config.data.mean", "grey", "data.mean='grey' is no list of three numbers"),
+        ("config.data.mean", "grey", "data.mean='grey' must be three numbers"),
         ("config.placement", None, "placement=None is one value"),
         ("config.trainer", "gpu", "trainer='gpu' is one value"),
         ("classes", 2, "its classes are no list of names"),
