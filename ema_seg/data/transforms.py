@@ -8,8 +8,10 @@ the mean colour in the image (0 after normalisation) and 255 (ignored) in the ma
 import inspect
 import os
 import random
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any, TypedDict, TypeGuard
 
 import cv2
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ema_seg.data.base import IGNORE_INDEX, Sample
+from ema_seg.distributed.start import place
 from ema_seg.errors import ConfigError, EmaSegError, did_you_mean, one_line
 
 # On import, albumentations asks the network for a newer version of itself unless told not to.
@@ -30,6 +33,9 @@ from albumentations.core.type_definitions import Targets
 from pydantic import Field, ValidationError
 
 __all__ = ["CategoryLimitedCrop", "TensorSample", "build_eval_transform", "build_train_transform"]
+
+# In the environment, so that the processes of a run, which build their transforms too, do not say it again.
+_WARNED = "EMA_SEG_WARNED_OF_ALBUMENTATIONSX"
 
 
 class TensorSample(TypedDict):
@@ -153,6 +159,7 @@ def build_eval_transform(mean: Sequence[float], std: Sequence[float]) -> Callabl
         mean: Mean of each RGB channel, for images in [0, 1].
         std: Standard deviation of each RGB channel, for images in [0, 1].
     """
+    _warn_of_albumentationsx()
     return _Normalisation(mean, std)
 
 
@@ -271,3 +278,20 @@ def _explain(error: Exception) -> str:
             for fault in error.__cause__.errors()
         )
     return one_line(error).removesuffix(".")
+
+
+def _warn_of_albumentationsx() -> None:
+    """Say once that another package, of another licence, has taken albumentations' place."""
+    if _WARNED in os.environ or place().rank:
+        return
+    try:
+        distribution("albumentationsx")
+    except PackageNotFoundError:
+        return
+    os.environ[_WARNED] = "1"
+    print(
+        "warning: this environment holds albumentationsx (AGPL), which is imported in place of albumentations (MIT); "
+        "to go back: pip uninstall albumentationsx && pip install --force-reinstall 'albumentations>=2.0.8,<2.1'.",
+        file=sys.stderr,
+        flush=True,
+    )

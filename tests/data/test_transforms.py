@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import albumentations as A
@@ -246,3 +247,20 @@ def test_what_is_no_fault_of_a_step_passes(error: BaseException, monkeypatch: py
     sample: Sample = {"image": np.zeros((8, 8, 3), np.uint8), "mask": np.zeros((8, 8), np.uint8), "name": "street_1"}
     with pytest.raises(type(error)):
         build_train_transform({"flip": {"transform": "HorizontalFlip", "p": 1.0}}, [0.5] * 3, [0.25] * 3)(sample)
+
+
+def test_the_package_that_takes_albumentations_place_is_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EMA_SEG_WARNED_OF_ALBUMENTATIONSX", "")
+    monkeypatch.delenv("EMA_SEG_WARNED_OF_ALBUMENTATIONSX")
+    build_eval_transform(MEAN, STD)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "albumentationsx-2.0.0.dist-info").mkdir()
+    (tmp_path / "albumentationsx-2.0.0.dist-info" / "METADATA").write_text("Name: albumentationsx\nVersion: 2.0.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for _ in range(2):
+        build_eval_transform(MEAN, STD)
+    told = capsys.readouterr().err
+    assert told.count("warning: this environment holds albumentationsx (AGPL)") == 1
+    assert "pip uninstall albumentationsx && pip install --force-reinstall 'albumentations" in told

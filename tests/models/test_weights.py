@@ -127,6 +127,15 @@ class Hostile:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_encoder_weights_that_are_not_finite_are_refused(value, tmp_path, weights):
+    weights["layer1.0.bn1.running_var"][3] = float(value)
+    weights["fc.weight"] = torch.full((2,), torch.nan)  # which no encoder takes
+    torch.save(weights, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match=rf"weights\.pth: layer1\.0\.bn1\.running_var holds {value}; give a file"):
+        resnet18(encoder_weights=str(tmp_path / "weights.pth"))
+
+
 def test_a_file_that_would_run_code_is_refused(tmp_path):
     path, trace = tmp_path / "hostile.pth", tmp_path / "was_here"
     torch.save({"conv1.weight": torch.zeros(1), "extra": Hostile(trace)}, path)
