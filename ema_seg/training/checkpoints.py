@@ -247,10 +247,10 @@ def _check_state(saved: Mapping[str, Any], optimizer: Optimizer | None) -> None:
             if value is not None and not (isinstance(value, int) and value >= 0):
                 raise ValueError(f"{name} must be a whole number of 0 or more, got {value!r:.80}")
     try:
-        epochs = saved["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"]
-        loop = saved["loops"]["fit_loop"]["epoch_loop"]
-        batches = loop["batch_progress"]["current"]["ready"]
-        steps = loop["automatic_optimization"]["optim_progress"]["optimizer"]["step"]["total"]["completed"]
+        loop = saved["loops"]["fit_loop"]
+        epochs = loop["epoch_progress"]["current"]["completed"]
+        batches = loop["epoch_loop.batch_progress"]["current"]["ready"]
+        steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
     except (KeyError, TypeError) as error:
         raise ValueError("loops must hold the progress of fit_loop") from error
     if steps != saved["global_step"] or None in (epochs, batches):
