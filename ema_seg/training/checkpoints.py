@@ -266,8 +266,8 @@ def _check_state(saved: Mapping[str, Any]) -> None:
             if value is not None and not (isinstance(value, int) and value >= 0):
                 raise ValueError(f"{name} must be a whole number of 0 or more, got {value!r:.80}")
     try:
-        loop = saved["loops"]["fit_loop"]["epoch_loop"]["automatic_optimization"]
-        steps = loop["optim_progress"]["optimizer"]["step"]["total"]["completed"]
+        progress = saved["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]
+        steps = progress["optimizer"]["step"]["total"]["completed"]
     except (KeyError, TypeError) as error:
         raise ValueError("loops must hold the progress of fit_loop") from error
     if steps != saved["global_step"]:

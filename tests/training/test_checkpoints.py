@@ -34,10 +34,8 @@ def make_checkpoint():
         "loops": {
             "fit_loop": {
                 "epoch_progress": {"current": {**progress}},
-                "epoch_loop": {
-                    "batch_progress": {"current": {**progress}, "is_last_batch": False},
-                    "automatic_optimization": {"optim_progress": {"optimizer": {"step": {"total": {**progress}}}}},
-                },
+                "epoch_loop.batch_progress": {"current": {**progress}, "is_last_batch": False},
+                "epoch_loop.automatic_optimization.optim_progress": {"optimizer": {"step": {"total": {**progress}}}},
             }
         },
         "callbacks": {"stopper": {"wait_count": 1, "best_score": torch.tensor(-torch.inf)}},
