@@ -33,6 +33,9 @@ __all__ = ["SegmentationDataModule", "check_shares"]
 
 _MOST_WORKERS = 1024
 
+# More are not named as a way to divide a batch.
+_MANY_PROCESSES = 100
+
 _DATASETS_OF_STAGE = {
     "fit": ("train_dataset", "val_dataset", "test_dataset"),
     "validate": ("val_dataset",),
@@ -311,7 +314,8 @@ def check_shares(batch_size: int, processes: int) -> None:
     if batch_size % processes:
         below = batch_size - batch_size % processes
         sizes = [str(size) for size in (below, below + processes) if size]
-        counts = [str(count) for count in range(1, processes) if batch_size % count == 0]
+        most = min(processes, batch_size + 1, _MANY_PROCESSES)
+        counts = [str(count) for count in range(1, most) if batch_size % count == 0]
         raise ConfigError(
             f"data.batch_size={batch_size} is of all processes together and does not divide into {processes} equal "
             f"parts; choose {' or '.join(sizes)}, or train in {' or '.join(counts)} "
