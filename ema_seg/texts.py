@@ -19,9 +19,8 @@ from typing import Any
 import yaml
 
 from ema_seg.errors import DataError, one_line
-from ema_seg.escaping import UNPRINTABLE
 
-__all__ = ["read_json", "read_rows", "read_table", "read_yaml", "require_text"]
+__all__ = ["read_json", "read_rows", "read_table", "read_yaml"]
 
 _LARGEST = {"YAML": 2**20, "JSON": 2**30, "CSV": 2**28}  # bytes
 _DEEPEST = 100
@@ -169,17 +168,6 @@ def read_table(path: Path, advice: str = "restore the file") -> list[list[str]]:
         return [row for row in csv.reader(StringIO(text, newline="")) if row]
     except csv.Error as error:
         raise DataError(f"{path}: is not CSV ({one_line(error)}); {advice}.") from error
-
-
-def require_text(text: str) -> None:
-    """Refuse a text that no file or terminal shows as it is: with control characters or half a character.
-
-    Raises:
-        ValueError: what is in it, as the end of a sentence about it.
-    """
-    if found := UNPRINTABLE.search(text):
-        kind = "half a character" if "\ud800" <= found[0] <= "\udfff" else "a control character"
-        raise ValueError(f"has {kind} ({ascii(found[0])[1:-1]}), expected printable ones")
 
 
 def _read_text(path: Path, kind: str, advice: str, errors: str = "strict") -> str:

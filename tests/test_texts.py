@@ -8,7 +8,7 @@ import re
 import pytest
 
 from ema_seg.errors import DataError
-from ema_seg.texts import read_json, read_rows, read_table, read_yaml, require_text
+from ema_seg.texts import read_json, read_rows, read_table, read_yaml
 
 
 @pytest.fixture
@@ -125,10 +125,3 @@ def test_only_text_files_of_some_size_are_read(tmp_path, text_file):
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(OSError, match="directory"):
             read_json(path)
-
-
-def test_a_name_must_be_whole_and_printable():
-    require_text("Grünes Blatt 🌱 (links)")
-    for text in ("\ud83c", "\x1b[2J", "a\nb", "\u202e"):
-        with pytest.raises(ValueError, match=r"has (half a character|a control character) \(\\"):
-            require_text(text)

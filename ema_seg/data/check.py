@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from ema_seg.data import DATASETS, build_dataset, find_dataset_class
 from ema_seg.data.base import IGNORE_INDEX, MissingSplitError, SegmentationDataset
 from ema_seg.data.loading import LONGEST_TIMEOUT, InTurn, Loader, Samples, Skipped, within
 from ema_seg.errors import DataError, EmaSegError
+from ema_seg.escaping import for_terminal
 
 __all__ = ["SplitReport", "check_split", "main"]
 
@@ -63,7 +65,7 @@ class SplitReport:
         table.add_column("images", justify="right")
         for train_id, name in enumerate(self.classes):
             share = f"{100 * self.pixels[train_id] / labelled:.3f}" if labelled else "-"
-            table.add_row(str(train_id), name, share, str(self.images_with[train_id]))
+            table.add_row(str(train_id), Text(for_terminal(name)), share, str(self.images_with[train_id]))
         ignored = 100 * self.pixels[IGNORE_INDEX] / max(self.pixels.sum(), 1)
         table.caption = f"ignored: {ignored:.3f} % of all pixels, which the percentages above leave out"
         table.caption_justify = "left"
@@ -133,7 +135,7 @@ def check_split(
         report.images_with += finding.pixels > 0
         report.defects += finding.defects
         report.notes.update(finding.notes)
-    # Of a split without a readable mask the defects tell enough.
+    # Without a readable mask the defects tell enough.
     if (
         report.pixels.any()
         and dataset.split not in dataset.unlabelled_splits
@@ -150,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         datasets, defects = within(options.timeout, options.root, lambda: _open_splits(options))
         reports = [_check_with_progress(dataset, options) for dataset in datasets]
     except EmaSegError as error:
-        print(error, file=sys.stderr)
+        print(for_terminal(str(error)), file=sys.stderr)
         return 1
     console = Console()
     for report in reports:
@@ -160,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         defects += report.defects
     # Not through the console, which would break long lines.
     for defect in defects:
-        print(defect)
+        print(for_terminal(defect))
     print(f"{options.name} at {options.root}: {len(defects) or 'no'} defect{'' if len(defects) == 1 else 's'}")
     return 1 if defects else 0
 

@@ -87,6 +87,14 @@ def test_ways_of_reading_and_useless_labels_are_told(tmp_path: Path, capsys: pyt
     assert main(["folder", str(tmp_path), "--workers", "0", "--split", "train"]) == 0
 
 
+def test_names_do_not_act_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_split_folder(tmp_path, "train", ["a"], [0, 1, 7])
+    (tmp_path / "classes.yaml").write_text('["[red]ground", "\\e[31msky"]')
+    assert main(["folder", str(tmp_path), "--workers", "0"]) == 1
+    out = capsys.readouterr().out
+    assert "[red]ground" in out and r"\x1b[31msky" in out and "\x1b[31m" not in out
+
+
 def test_labels_that_are_withheld_are_no_defect(tmp_path: Path) -> None:
     write_cityscapes(tmp_path, "test", ["berlin_000000_000019"], [0])  # dummies, as published
     assert main(["cityscapes", str(tmp_path), "--workers", "0"]) == 0
