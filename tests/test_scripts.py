@@ -261,6 +261,7 @@ def files_of(folder):
         (["attention.factor=2", "attention.implementation=reference"], "attention.factor=2: resume=.* has auto"),
         (["model.encoder=resnet18"], "model.encoder=resnet18: resume=.* has tu-test_efficientnet"),
         (["data.name=folder", "data.root={folder}"], "was trained on 11 classes .* has 2"),
+        (["training.weight_averaging=0.9"], "training.weight_averaging=0.9: resume=.* cannot change it, .* has None"),
         (["epochs=3", "schedule.warmup_steps=1000"], "schedule.warmup_steps=1000: the training has 6 steps"),
         (["epochs=3", "logger=nosuch"], "logger"),
         (["epochs=3", "+trainer.limit_train_batches=0.01"], "trainer: Lightning refuses these settings"),

@@ -217,15 +217,20 @@ def require_same_model(saved: Mapping[str, Any], config: Mapping[str, Any], run:
     Raises:
         ConfigError: a setting differs.
     """
+    differing = []
     for section in _FIXED:
         if section == "placement" and config["attention"]["name"] == "none":
             continue  # of nothing
-        for key, before, now in _differences(section, saved["config"].get(section, {}), config[section]):
-            if key not in _FREE:
-                raise ConfigError(
-                    f"{key}={now}: resume={run} cannot change it, because its checkpoint has {before}; leave the "
-                    "override out, or start a new run."
-                )
+        differing += list(_differences(section, saved["config"].get(section, {}), config[section]))
+    averaged = [settings.get("training", {}).get("weight_averaging") for settings in (saved["config"], config)]
+    if bool(averaged[0]) != bool(averaged[1]):  # a checkpoint with averaging holds both kinds of weights
+        differing.append(("training.weight_averaging", *averaged))
+    for key, before, now in differing:
+        if key not in _FREE:
+            raise ConfigError(
+                f"{key}={now}: resume={run} cannot change it, because its checkpoint has {before}; leave the override "
+                "out, or start a new run."
+            )
 
 
 def _differences(key: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -275,6 +280,11 @@ def _check_state(saved: Mapping[str, Any]) -> None:
     callbacks = saved["callbacks"]
     if not isinstance(callbacks, dict) or not all(isinstance(state, dict) for state in callbacks.values()):
         raise ValueError("callbacks must hold a state for each callback")
+    if not any(name.startswith(BestCheckpoint.__name__) for name in callbacks):
+        raise ValueError("callbacks must hold the record of the best checkpoint")
+    for key in ("optimizer_states", "lr_schedulers"):
+        if not isinstance(saved.get(key), list) or len(saved[key]) != 1:
+            raise ValueError(f"{key} must hold one state")
     for state in callbacks.values():
         if not isinstance(state.get("wait_count", 0), int):
             raise ValueError(f"callbacks: wait_count must be a whole number, got {state['wait_count']!r:.80}")

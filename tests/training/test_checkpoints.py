@@ -38,7 +38,10 @@ def make_checkpoint():
                 "epoch_loop.automatic_optimization.optim_progress": {"optimizer": {"step": {"total": {**progress}}}},
             }
         },
-        "callbacks": {"stopper": {"wait_count": 1, "best_score": torch.tensor(-torch.inf)}},
+        "callbacks": {
+            "BestCheckpoint{'monitor': 'val/miou'}": {},
+            "stopper": {"wait_count": 1, "best_score": torch.tensor(-torch.inf)},
+        },
         "optimizer_states": [copy.deepcopy(optimizer.state_dict())],
         "lr_schedulers": [{"last_epoch": 3, "base_lrs": [0.1]}],
         "averaging_state": {"n_averaged": torch.tensor(3)},
@@ -87,6 +90,9 @@ def run(tmp_path):
         (("global_step",), 9, "loops must have counted the 9 steps of global_step, got 3"),
         (("epoch",), 0.5, "epoch must be a whole number of 0 or more, got 0.5"),
         (("callbacks",), [], "callbacks must hold a state for each callback"),
+        (("callbacks",), {}, "callbacks must hold the record of the best checkpoint"),
+        (("optimizer_states",), [], "optimizer_states must hold one state"),
+        (("lr_schedulers",), [], "lr_schedulers must hold one state"),
         (("callbacks", "stopper", "wait_count"), "x", "callbacks: wait_count must be a whole number"),
         (("lr_schedulers", 0, "base_lrs"), [NAN], "lr_schedulers.0.base_lrs.0 holds nan"),
     ],
