@@ -1,7 +1,7 @@
 """Files to arrays: images to RGB, masks to values or colours.
 
-A file is refused where decoding it would change it without a word: more than 8 bits a channel, a damaged JPEG, a mask
-with lossy compression or erased pixels. Each refusal is a DataError that names the file.
+Files that decoders would change silently are refused with a DataError that names the file: more than 8 bits a channel,
+a damaged JPEG, a mask with lossy compression or transparent pixels.
 """
 
 import io
@@ -140,7 +140,7 @@ def _decode_jpeg(image: Image.Image, data: bytes) -> Pixels:
 def _orientation(image: Image.Image) -> int:
     try:
         tag = int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # Pillow's parser has no error of its own; viewers do without damaged metadata, too
+    except Exception:  # Pillow's parser has no error of its own; viewers ignore damaged metadata, too
         return 1
     return tag if tag in _TURNS else 1
 
@@ -168,9 +168,9 @@ def _excess_depth(image: Image.Image) -> str | None:
 
 
 def _grey_scale(image: Image.Image, file: File) -> int:
-    """The factor by which Pillow stretches grey values of 2 or 4 bits to the range of 8 bits.
+    """Return the factor by which Pillow stretches grey values of 2 or 4 bits to the range of 8 bits.
 
-    To be asked before the pixels are loaded, after which Pillow has forgotten how they were stored.
+    Call it before the pixels are loaded: Pillow then forgets how they were stored.
     """
     arguments = _decoder_arguments(image)
     if image.format == "PPM" and isinstance(arguments[-1], int):
@@ -182,7 +182,7 @@ def _grey_scale(image: Image.Image, file: File) -> int:
 
 
 def _decoder_arguments(image: Image.Image) -> tuple[object, ...]:
-    """Pillow's arguments of the decoder; the first is how the pixels are stored ("RGB;16B")."""
+    """Return Pillow's arguments of the decoder; the first is how the pixels are stored ("RGB;16B")."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else ()
     return arguments if isinstance(arguments, tuple) else (arguments,)
@@ -222,7 +222,7 @@ def _lossy_compression(image: Image.Image, data: bytes) -> str | None:
 
 
 def _is_lossy_webp(data: bytes) -> bool:
-    """Whether the (first) frame is VP8 instead of VP8L (https://developers.google.com/speed/webp/docs/riff_container)."""
+    """Tell whether the first frame is VP8 instead of VP8L (https://developers.google.com/speed/webp/docs/riff_container)."""
     at = 12  # after "RIFF", the size and "WEBP"
     while at + 8 <= len(data):
         kind, size = struct.unpack_from("<4sI", data, at)

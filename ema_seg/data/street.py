@@ -183,7 +183,8 @@ def _write_scenes(folder: Path, counts: Mapping[str, int], height: int, width: i
 def _start_worker(write: Callable[[str, int], None], share: list[tuple[str, int]]) -> tuple[BaseProcess, Connection]:
     """Starts a process that writes a share of the scenes; it reports None or an OSError when it ends."""
     receiver, sender = Pipe(duplex=False)
-    process: BaseProcess = get_context(start_method()).Process(target=_work, args=(write, share, sender), daemon=True)  # type: ignore[attr-defined]
+    context: Any = get_context(start_method())  # of which typeshed's base class lacks Process
+    process: BaseProcess = context.Process(target=_work, args=(write, share, sender), daemon=True)
     process.start()
     sender.close()
     return process, receiver
