@@ -157,7 +157,12 @@ class EpochLog(Callback):
         _write_rows(self.path, self._rows)
         # Standard error, because standard output carries the report and the path of the run.
         if not self.quiet:
-            Tqdm.write(_line(row, trainer), file=sys.stderr)  # above the bar, if there is one
+            line = f"{_line(row, trainer)}\n"  # with its end: Ctrl-C may come between two writes
+            if trainer.progress_bar_callback is None:
+                sys.stderr.write(line)
+                sys.stderr.flush()
+            else:
+                Tqdm.write(line, file=sys.stderr, end="")  # above the bar
             sys.stderr.flush()
 
 
