@@ -23,12 +23,13 @@ bytes, and null stands for what is not known.
 ================  ====================================================================================
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
+from ema_seg.errors import DataError
 from ema_seg.reporting.files import Manifest
+from ema_seg.texts import read_json
 
 __all__ = [
     "FIGURES",
@@ -171,11 +172,11 @@ def comparison_manifest(directory: Path) -> Manifest:
 def _files_without_manifest(directory: Path) -> Iterator[str]:
     """The files of a comparison that is older than manifests."""
     try:
-        comparison = json.loads((directory / "comparison.json").read_text(encoding="utf-8"))
+        comparison = read_json(directory / "comparison.json")
         if not str(comparison["schema"]).startswith("ema-seg.comparison/"):
             return
         pictures = [str(file) for example in comparison["examples"] for file in example["files"].values()]
-    except (OSError, AttributeError, KeyError, RecursionError, TypeError, ValueError):
+    except (OSError, AttributeError, KeyError, TypeError, DataError):
         return
     yield from (*FILES, *FIGURES)
     yield from (picture for picture in pictures if picture.startswith("examples/"))

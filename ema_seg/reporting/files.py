@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from ema_seg.errors import DataError, one_line
+from ema_seg.texts import read_json
 
 __all__ = ["Manifest", "file_names", "write_file"]
 
@@ -52,13 +53,13 @@ class Manifest:
         self.directory = directory
         self._path = directory / "written_files.json"
         try:
-            content = json.loads(self._path.read_text(encoding="utf-8"))
+            content = read_json(self._path)
             if content["schema"] != _SCHEMA:
                 raise ValueError("another schema")
             files = [str(file) for file in content["files"]]
         except (FileNotFoundError, NotADirectoryError):
             files = list(earlier(directory))
-        except (OSError, KeyError, RecursionError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, DataError) as error:
             raise DataError(
                 f"{self._path}: is not the list of files that a report or comparison has written ({one_line(error)}); "
                 "choose another folder."

@@ -180,11 +180,11 @@ def report_manifest(directory: Path) -> Manifest:
 def _files_without_manifest(directory: Path) -> Iterator[str]:
     """The files of a report that is older than manifests."""
     try:
-        report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+        report = read_json(directory / "report.json")
         if not str(report["schema"]).startswith("ema-seg.report/"):
             return
         masks = [str(image.get("prediction")) for image in report["images"]]
-    except (OSError, AttributeError, KeyError, RecursionError, TypeError, ValueError):
+    except (OSError, AttributeError, KeyError, TypeError, DataError):
         return
     yield from FILES
     yield from (mask for mask in masks if mask.startswith("predictions/"))
