@@ -170,7 +170,7 @@ def test_an_interrupted_run_says_so(undisturbed, entry, tmp_path):
     os.kill(process, signal.SIGINT)
     status, err = entry.wait()
 
-    assert status == 130
+    assert status == 130, err
     assert err.splitlines()[-1] == "interrupted."
     assert load_last(run)[1]["global_step"]
 

@@ -364,7 +364,7 @@ def test_an_interrupted_sweep_says_how_it_goes_on(camvid_root, tmp_path, entry):
     os.kill(process, signal.SIGINT)
     status, err = entry.wait()
 
-    assert status == 130
+    assert status == 130, err
     assert err.rstrip().splitlines()[-1].startswith("interrupted; the same command goes on")
     assert names(folder)["none"] == "interrupted"
     assert "Traceback" not in err
