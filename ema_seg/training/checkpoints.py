@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
     def _save(self, checkpoint: dict[str, Any], path: Path, partial: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with _ArchiveFile(FileIO(partial, "wb")) as file:
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:
@@ -78,6 +79,18 @@ class AtomicCheckpoints(TorchCheckpointIO):
         if path.name == LAST and path.exists():
             _link(path, path.with_name(PREVIOUS))
         partial.replace(path)
+
+
+class _ArchiveFile(BufferedWriter):
+    """Binary file that ignores what is written after it has been closed.
+
+    torch's archive writes its end when it is freed. After Ctrl-C that can be later than the file is closed, and an
+    exception at that point aborts the process.
+    """
+
+    def write(self, data: Any, /) -> int:
+        """Write the bytes, unless the file is closed."""
+        return len(memoryview(data)) if self.closed else super().write(data)
 
 
 def _link(path: Path, name: Path) -> None:

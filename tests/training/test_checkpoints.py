@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from ema_seg.errors import CheckpointError
-from ema_seg.training.checkpoints import load_last, require_fitting_state
+from ema_seg.training.checkpoints import AtomicCheckpoints, load_last, require_fitting_state
 from tests.models.test_checkpoint import CHECKPOINT
 
 NAN = float("nan")
@@ -134,3 +134,20 @@ def test_a_state_of_the_optimiser_that_does_not_fit_is_refused_before_a_step(val
     optimizer.state[MODEL.weight]["exp_avg"] = value
     with pytest.raises(CheckpointError, match=rf"last\.ckpt: the state of the training in it is damaged \(.*{found}"):
         require_fitting_state(optimizer, tmp_path / "last.ckpt")
+
+
+def test_ctrl_c_within_a_checkpoint_does_not_abort_the_process(monkeypatch, tmp_path):
+    archives = []
+
+    class Interrupted(torch._C.PyTorchFileWriter):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            archives.append(self)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch._C, "PyTorchFileWriter", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        AtomicCheckpoints().save_checkpoint({"global_step": 1}, tmp_path / "last.ckpt")
+    archives.clear()  # aborts, if the archive may not write its end
+
+    assert not (tmp_path / "last.ckpt").exists()
