@@ -1,6 +1,6 @@
-"""Evaluate a trained model: mIoU beside throughput, latency, memory and FLOPs, in one report.
+"""Evaluation of a trained model: mIoU, throughput, latency, memory and FLOPs in one report.
 
-python eval.py --help shows what can be configured.
+python eval.py --help lists the settings.
 """
 
 import sys
@@ -28,7 +28,7 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 
 @reports_errors
 def main() -> None:
-    """Compose the configuration around that of the run, and evaluate."""
+    """Compose the configuration on top of the run's own, and evaluate."""
     keep_freed_memory()
     sys.argv = expand_home(sys.argv)
     with joined() if started_group() else nullcontext():
@@ -41,11 +41,11 @@ def main() -> None:
 
 
 def _saved_config() -> dict[str, Any]:
-    """The configuration of the run or checkpoint on the command line; empty if there is none."""
+    """Read the configuration of the run or checkpoint on the command line; empty if there is none."""
     if run := argument("run"):
         return saved_config(Path(run), key="run")
     if ckpt := argument("ckpt"):
-        if not Path(ckpt).is_file():  # known before torch is imported
+        if not Path(ckpt).is_file():  # checked before torch is imported
             raise CheckpointError(f"ckpt={ckpt}: no such file; give the path of a checkpoint that train.py wrote.")
         from ema_seg.models import load_checkpoint
 
@@ -64,7 +64,7 @@ def _evaluate(composed: DictConfig) -> None:
     run = Path(config["run"]) if config["run"] else _run_of(Path(config["ckpt"]))
     checkpoint = Path(config["ckpt"] or run / "checkpoints" / "best.ckpt")
 
-    # Heavy libraries only now, so that --help and --cfg answer at once.
+    # Heavy imports only now, so that --help and --cfg answer at once.
     with made_for_good():
         from ema_seg.reporting import print_report
         from ema_seg.run import evaluate_run
@@ -91,9 +91,9 @@ def _evaluate(composed: DictConfig) -> None:
 
 
 def _default_folder(run: Path) -> Path:
-    """``report`` for a finished run as it was; a new folder for anything else.
+    """Return ``report`` to evaluate a finished run without changes; else make a new folder.
 
-    The run's own report stays, and a run that can go on is not taken for a finished one.
+    So a changed evaluation keeps the run's own report, and an unfinished run does not pass for a finished one.
     """
     unchanged = ("run=", "ckpt=", "report.", "devices=")
     changes = [text for text in HydraConfig.get().overrides.task if not text.startswith(unchanged)]
@@ -103,9 +103,9 @@ def _default_folder(run: Path) -> Path:
 
 
 def _make_folder(path: Path) -> Path:
-    """Make a new folder; with a number behind its name where there is one, such as of a command in the same second.
+    """Make a new folder; append a number if the name is taken, for example by a command in the same second.
 
-    Of several processes the first one makes it, and the others learn its name later.
+    Only rank 0 makes it; the other ranks receive its name later.
     """
     if place().rank:
         return path
@@ -120,7 +120,7 @@ def _make_folder(path: Path) -> Path:
 
 
 def _run_of(checkpoint: Path) -> Path:
-    """The folder that a checkpoint's report goes to: its run's, or its own where it lies alone."""
+    """Return the run's folder of a checkpoint in ``checkpoints/``; for any other, the checkpoint's own folder."""
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
 
 

@@ -1,12 +1,12 @@
-"""Train a segmentation model with attention blocks, test its best checkpoint, report mIoU beside throughput.
+"""Training of a segmentation model with attention blocks, test of its best checkpoint, report of mIoU and throughput.
 
-python train.py --help shows what can be configured.
+python train.py --help lists the settings.
 """
 
 import sys
 
 if __name__ == "__main__":
-    # Before all that takes time: from here on a signal ends a command with a word and a status.
+    # Before the slow imports: a signal must end the command with a message and status 75 from the start.
     from ema_seg.distributed.leaving import leave_when_asked
 
     leave_when_asked()
@@ -56,7 +56,7 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 
 @reports_errors
 def main() -> None:
-    """Compose the configuration, of a resumed run from its own file, and train."""
+    """Compose the configuration, that of a resumed or repeated run from its own file, and train."""
     keep_freed_memory()
     sys.argv = expand_home(sys.argv)
     with _group() as started_by:
@@ -78,7 +78,7 @@ def main() -> None:
         elif resumed not in (None, "auto"):
             config_name = _register_resumed(Path(str(resumed)))
         if config_name == "train" and "--hydra-help" not in sys.argv:
-            # The group is among the defaults, where Hydra refuses the + that other programs need.
+            # experiment is in the defaults list, where Hydra rejects the + that other programs need.
             sys.argv = [text.replace("+experiment=", "experiment=", 1) for text in sys.argv]
         composed = compose(CONFIGS, config_name)
         if resumed == "auto" and composed:
@@ -89,14 +89,14 @@ def main() -> None:
 
 @contextmanager
 def _group() -> Iterator[str | None]:
-    """What has started this process as one of several, which have joined; None if nothing has."""
+    """Join the process group if torchrun, Slurm or submitit started us; yield the launcher's name, else None."""
     started_by = started_group()
     with joined() if started_by else nullcontext():
         yield started_by
 
 
 def _join_command(started_by: str, now: datetime) -> datetime:
-    """Of processes that have been started with one command: the first one's time, which names the run's folder."""
+    """Broadcast rank 0's start time, so that all ranks share one run folder."""
     from ema_seg.distributed.collectives import agree
 
     if _is_sweep():
@@ -112,24 +112,24 @@ def _is_sweep() -> bool:
 
 
 def _parallel_jobs(devices: Any) -> int:
-    """How many jobs this machine has GPUs for, with so many each; two jobs without GPUs."""
+    """Return the number of parallel jobs: GPUs // GPUs per job, at least 1; 2 without GPUs."""
     return max(1, count_devices() // _each(devices)) if count_devices() else 2
 
 
 def _each(devices: Any) -> int:
-    """How many GPUs ``trainer.devices`` gives a job that has GPUs dealt out to it; one where it leaves that open."""
+    """Return the number of GPUs per job that ``trainer.devices`` sets; 1 if it leaves the number open."""
     if isinstance(devices, Sequence) and not isinstance(devices, str):
         return max(1, len(devices))
     return int(devices) if str(devices).isdigit() and int(devices) else 1
 
 
 def _resume_unfinished(composed: DictConfig) -> None:
-    """Have the command go on with the unfinished run of the same configuration, if there is one.
+    """Change ``sys.argv`` to resume the unfinished run of the same configuration, if there is one.
 
-    That is the one in hydra.run.dir, or the latest of those beside which a new run's folder would be.
+    Candidates are hydra.run.dir if it is given, else the siblings of a new run's folder, the last by name first.
     """
     unfinished = _unfinished_run(composed)
-    from ema_seg.distributed.collectives import agree  # with torch, which no refusal waits for
+    from ema_seg.distributed.collectives import agree  # imports torch, so only after the checks
 
     folder = agree(unfinished)
     text = "null" if folder is None else quoted(folder)
@@ -163,23 +163,23 @@ def _unfinished_run(composed: DictConfig) -> Path | None:
 
 
 def _is_unfinished(config: dict[str, Any], run: Path) -> bool:
-    """Whether the run in this folder is one of this configuration, and without a report."""
+    """Return whether the run in this folder has this configuration and no report."""
     try:
         saved = read_config(run, key="resume")
-    except ConfigError:  # no run of ours, or what is left of one
+    except ConfigError:  # not a run, or an incomplete one
         return False
     report = Path(str(saved.get("report", {}).get("dir") or run / "report"))
     return not (report / "report.json").is_file() and _is_same(config, saved)
 
 
 def _register_resumed(run: Path) -> str:
-    """Make a run's own configuration the one that overrides on the command line change."""
+    """Register a run's own configuration as the primary config, to which the command line's overrides apply."""
     return _register(saved_config(run, key="resume"), str(run))
 
 
 def _register_repeated(run: Path) -> str:
-    """Make a run's own configuration the one of a new run, which nothing but the machine may change."""
-    # Where its report went is the original's own.
+    """Register a run's own configuration for a new run; allow overrides of machine settings only."""
+    # The new run must not write into the original's report folder.
     config = {**saved_config(run, key="rerun"), "report": {"dir": None}}
     free = ("rerun", "hydra", *machine_keys(config))
     for text in sys.argv[1:]:
@@ -193,7 +193,7 @@ def _register_repeated(run: Path) -> str:
 
 
 def _register(config: dict[str, Any], folder: str) -> str:
-    """Keep a configuration by the name that is returned, for a run in this folder."""
+    """Store a configuration in Hydra's ConfigStore, for a run in this folder, and return its name there."""
     settings = {"run": {"dir": folder}, "output_subdir": None}
     logs = [{"override hydra/hydra_logging": "quiet"}, {"override hydra/job_logging": "stderr"}]
     node = {"rerun": None, **config, "resume": None, "hydra": settings, "defaults": ["_self_", *logs]}
@@ -223,7 +223,7 @@ def _train_run(composed: DictConfig, run: Path) -> None:
     check_early(config)
     check_root(config["data"])
 
-    # Heavy libraries only now, so that --help, --cfg and refusals come at once.
+    # Heavy imports only now, so that --help, --cfg and early errors answer at once.
     with made_for_good():
         from ema_seg.reporting import print_report
         from ema_seg.run import produce_run
@@ -241,10 +241,10 @@ def _train_run(composed: DictConfig, run: Path) -> None:
 
 
 def _require_free(run: Path) -> None:
-    """A ConfigError if a new run in this folder would replace files: those of a run, or others of the same names."""
+    """Raise a ConfigError if a new run in this folder would replace a run or another program's files."""
     if read_job(run) or (run / "checkpoints").exists():
         raise ConfigError(f"{run} holds a run already; continue it with resume={run}, or choose another hydra.run.dir.")
-    if (run / "config.yaml").exists():  # of a run that ended before its first checkpoint, or another program's
+    if (run / "config.yaml").exists():  # from a run without a checkpoint yet, or another program
         try:
             foreign = None if "trainer" in read_config(run, key="resume") else "config.yaml"
         except ConfigError:
@@ -258,7 +258,7 @@ def _require_free(run: Path) -> None:
 
 
 def _is_named_by_time() -> bool:
-    """Whether the name of the run's folder follows from the time, which another command may share."""
+    """Return whether the run's folder is named by the time, so that another command may choose the same name."""
     folder = OmegaConf.to_container(HydraConfig.get().run, resolve=False)
     assert isinstance(folder, dict)
     return "${started:" in str(folder["dir"]) or "${now:" in str(folder["dir"])
@@ -266,9 +266,9 @@ def _is_named_by_time() -> bool:
 
 @contextmanager
 def _hold_folder(run: Path, *, by_time: bool) -> Iterator[Path]:
-    """Hold the folder of a run in the first process; gives it in all of them.
+    """Lock the run's folder in rank 0, and yield the folder in all ranks.
 
-    Of commands that start within a second, whose folders have the same name, all but the first get a number behind it.
+    Commands that start within the same second choose the same name; all but the first append a number to it.
     """
     from ema_seg.distributed.collectives import agree
 
@@ -283,7 +283,7 @@ def _hold_folder(run: Path, *, by_time: bool) -> Iterator[Path]:
 def _hold_unused(run: Path, stack: ExitStack) -> Path:
     for number in count(1):
         folder = run if number == 1 else run.with_name(f"{run.name}_{number}")
-        with ExitStack() as attempt, suppress(ConfigError):  # another command trains there
+        with ExitStack() as attempt, suppress(ConfigError):  # another command holds the lock
             attempt.enter_context(hold_run(folder))
             if not (folder / "config.yaml").exists():
                 stack.push(attempt.pop_all())
@@ -292,7 +292,7 @@ def _hold_unused(run: Path, stack: ExitStack) -> Path:
 
 
 def _compare(original: Path, run: Path) -> None:
-    """Tell whether a run has repeated another one, and write it down; an error if it has not."""
+    """Compare a rerun with its original, print and save the result; raise a TrainingError if they differ."""
     from ema_seg.repeat import compare_runs, describe_comparison
     from ema_seg.reporting.files import write_file
 
@@ -305,7 +305,7 @@ def _compare(original: Path, run: Path) -> None:
 
 
 def _require_same_job(config: dict[str, Any], run: Path) -> None:
-    """A ConfigError if a job of a sweep, which is known by its configuration, is to go on as something else."""
+    """Raise a ConfigError if overrides give a resumed job of a sweep another identity."""
     if not _is_same(config, read_config(run, key="resume")):
         raise ConfigError(
             f"resume={run}: this job of a sweep would be another one with the given overrides; leave them out, or add "
@@ -314,24 +314,24 @@ def _require_same_job(config: dict[str, Any], run: Path) -> None:
 
 
 def _is_same(config: dict[str, Any], saved: dict[str, Any]) -> bool:
-    """Whether a run of the one configuration, as it was saved, is one of the other."""
+    """Return whether both have the same identity; ``data.batch_size=auto`` takes the saved batch size."""
     if config["data"]["batch_size"] == "auto":
         config = {**config, "data": {**config["data"], "batch_size": saved.get("data", {}).get("batch_size")}}
     return identity(config) == identity(saved)
 
 
 def _train_job(composed: DictConfig, run: Path) -> None:
-    """A job of a sweep: what goes wrong is written to its folder, and never ends the sweep."""
+    """Train one job of a sweep; record its errors in its folder instead of ending the sweep."""
     with _group() as started_by:
         try:
             if place().rank:
                 _follow_job(composed, run, started_by)
             else:
                 _lead_job(composed, run, started_by)
-        except Preempted as error:  # for the launchers an end as any other
+        except Preempted as error:  # launchers expect SystemExit
             print(error, file=sys.stderr)
             sys.exit(error.exit_status)
-    _free_memory()  # not earlier: what a job has raised holds on to all that it had
+    _free_memory()  # only here: a job's exception keeps its objects alive
 
 
 def _lead_job(composed: DictConfig, run: Path, started_by: str | None) -> None:
@@ -357,7 +357,7 @@ def _lead_job(composed: DictConfig, run: Path, started_by: str | None) -> None:
 
 
 def _follow_job(composed: DictConfig, run: Path, started_by: str | None) -> None:
-    """Do as the first process of a job that a launcher has started several of."""
+    """Train a job in a rank other than 0, as rank 0 decides."""
     from ema_seg.distributed.collectives import agree
 
     told: tuple[bool, ...] = ()
@@ -383,7 +383,7 @@ def _produce_job(
 
 
 def _search_callbacks(composed: DictConfig, run: Path) -> list[Any]:
-    """What a trial of a search needs to be given up early."""
+    """Return the callback that prunes a trial of a search; no callbacks for other jobs."""
     if composed.sweep.get("trial") is None:
         return []
     from ema_seg.sweeps.search import GiveUp
@@ -392,14 +392,14 @@ def _search_callbacks(composed: DictConfig, run: Path) -> list[Any]:
 
 
 def _settings(composed: DictConfig) -> dict[str, Any]:
-    """What describes a run: the configuration without that of the sweep which it may be part of."""
+    """Return the resolved configuration of a run, without the ``sweep`` section."""
     config = plain_config(composed)
     config.pop("sweep", None)
     return config
 
 
 def _free_memory() -> None:
-    """Leave nothing of a job to the next one in this process."""
+    """Free a job's memory and compiled code, before the next job in this process."""
     import torch
 
     gc.collect()

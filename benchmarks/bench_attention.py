@@ -1,15 +1,15 @@
-"""What does each attention block cost, alone and in a whole model?
+"""Benchmark of the attention blocks, alone and in a whole model: time and memory.
 
     python benchmarks/bench_attention.py
     python benchmarks/bench_attention.py --names ema cbam gam --shapes 4x64x64x64 --layouts channels_last
 
-Every block of ``attention=<name>``, with the options of its configuration. Alone: parameters, multiply–adds, the
-most that is held at once and what is kept for the backward, and the time of a forward and of a forward and backward
-(gradients of the input and of all parameters), beside a copy of the input. In a model: images per second of a Unet
-with the block in the decoder, in inference and in training (forward, cross-entropy, backward, step of SGD), beside
-the same model without attention. The models start from the same weights. Whatever is compared is timed in turns, and
-a ratio is the median over the rounds of the ratio within a round. The model without attention takes part twice: the
-overhead of its second time is what the machine's noise makes of nothing.
+Covers every block of ``attention=<name>``, with the options of its configuration. Alone: parameters, multiply–adds,
+peak memory, memory saved for the backward, and the time of a forward and of a forward and backward (gradients of the
+input and of all parameters), relative to a copy of the input. In a model: images per second of a Unet with the block
+in the decoder, in inference and in training (forward, cross-entropy, backward, step of SGD), relative to the same model
+without attention. The models start from the same weights. Rivals are timed in turns, and a ratio is the median over
+the rounds of the ratio within a round. The model without attention takes part twice: the overhead of its second entry
+is the noise of the machine.
 """
 
 import argparse
@@ -64,14 +64,14 @@ Shape = tuple[int, int, int, int]
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """The options that ``attention=<name>`` has."""
+    """Read the options of ``attention=<name>``."""
     options = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
     del options["name"]
     return options
 
 
 class Candidate:
-    """A block by itself, and what a call of it is in each pass."""
+    """Attention block outside a model, with a method for each pass."""
 
     def __init__(self, name: str, precision: str, inputs: Sequence[Tensor], layout: str) -> None:
         torch.manual_seed(0)
@@ -83,20 +83,20 @@ class Candidate:
         self.leaves = [x.detach().requires_grad_() for x in inputs]
 
     def run(self, x: Tensor) -> Tensor:
-        """The output in the precision of the measurement."""
+        """Compute the output in the precision of the measurement."""
         with autocast(x.device, self.precision):
             return self.block(x)
 
     def inference(self, index: int) -> Tensor:
-        """The output for one of the inputs."""
+        """Compute the output for one of the inputs."""
         with torch.inference_mode():
             return self.run(self.inputs[index % len(self.inputs)])
 
     def training(self, index: int) -> Tensor:
-        """The gradient of one of the inputs, computed together with those of the parameters."""
+        """Compute the gradients of one of the inputs and of the parameters; return the former."""
         leaf = self.leaves[index % len(self.leaves)]
         y = self.run(leaf)
-        # Of ones, which is no worse a gradient than another, and takes no more inputs to be drawn.
+        # An output gradient of ones serves as well as a random one, and needs no further inputs.
         return torch.autograd.grad(y, [leaf, *self.trained], torch.ones_like(y))[0]
 
 
@@ -126,7 +126,7 @@ def measure_blocks(
                 for index in range(WARMUP):
                     getattr(candidate, which)(index)
             candidates[name] = candidate
-        except Exception as error:  # a block that cannot be built for the shape, or run on it, says why
+        except Exception as error:  # the table shows why a block cannot be built or run
             rows[name] = {"not_run": reason(error)}
     for which in PASSES:
         calls: dict[str, Callable[[int], object]] = {
@@ -145,7 +145,7 @@ def measure_blocks(
 
 
 def _facts(candidate: Candidate, x: Tensor) -> dict[str, Any]:
-    """What does not have to be timed."""
+    """Measure parameters, MACs and memory, which need no timing."""
     block = candidate.block.train()
     saved = saved_bytes(candidate.run, candidate.leaves[0], block.parameters())
     block.eval()
@@ -177,7 +177,7 @@ def measure_models(
         ``images_per_second`` and the ``overhead`` over no attention, as a fraction; as spreads.
 
     Raises:
-        EmaSegError: there is no such encoder, or its input has another size.
+        EmaSegError: the encoder does not exist, or ``size`` is not a multiple of the model's stride.
     """
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(batch, 3, *size, generator=generator).to(device, memory_format=LAYOUTS[layout])]
@@ -205,7 +205,7 @@ def measure_models(
                 for index in range(WARMUP):
                     getattr(contestant, which)(index)
         except Exception as error:
-            if name == PLAIN:  # without which there is nothing to compare with
+            if name == PLAIN:  # all overheads are relative to it
                 raise
             contestants.pop(name, None)
             rows[name] = {"not_run": reason(error)}
@@ -228,7 +228,7 @@ def measure_models(
 
 
 def as_markdown(record: dict[str, Any]) -> str:
-    """The tables of a result."""
+    """Format the tables of a result."""
     settings = record["settings"]
     parts = [
         "# What attention blocks cost\n",
@@ -355,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 record["blocks"].append(measure_blocks(options.names, shape, layout, device, precision, budget))
         except EmaSegError as error:
             parser.error(str(error))
-        # After every part, so that a run that is cut short leaves what it has measured.
+        # Write after every part, so that an interrupted run keeps its results.
         write_result(options.output, NAME, record, as_markdown(record))
         what = DECODER if shape is None else "x".join(map(str, shape))
         print(f"{place}/{len(plan)} {what}, {layout}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)

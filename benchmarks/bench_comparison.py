@@ -1,13 +1,13 @@
-"""How long does it take from a hundred reports to their comparison?
+"""Benchmark of a comparison: time from a hundred reports to tables, figures and page.
 
     python benchmarks/bench_comparison.py
     python benchmarks/bench_comparison.py --classes 150 --images 2000
 
 Writes a sweep of made-up runs (``--configurations`` times ``--seeds`` report.json files of ``--images`` images) into a
-temporary folder and compares it: the stages one by one in this process, then the whole as the command that a user
-types, from the start of Python to its end. The statistics are set against the bootstrap as it is written down: images
-drawn with ``numpy.random.Generator.choice`` and their counts added up one by one, in a few replicates of the same runs.
-Both give the same scores for the same draws, which is checked.
+temporary folder and compares it: first the stages one by one in this process, then the user's command as a whole,
+start of Python included. The rival of the statistics is the literal bootstrap: it draws images with
+``numpy.random.Generator.choice`` and adds up their counts one by one, in a few replicates of the same runs. The
+benchmark checks that both give the same scores for the same draws.
 """
 
 import argparse
@@ -40,7 +40,7 @@ AIM = 30.0  # seconds, for the default sweep on two cores
 
 
 def write_sweep(folder: Path, *, configurations: int, seeds: int, images: int, classes: int) -> None:
-    """A sweep of made-up runs: blocks that differ a little, on images whose classes come and go."""
+    """Write a sweep of made-up runs: blocks that differ a little, on images with about half of the classes each."""
     rng = np.random.default_rng(0)
     size = np.floor(rng.gamma(1, 3000, (images, 1, classes)) * (rng.random((images, 1, classes)) < 0.5))
     # Most pixels belong to large objects.
@@ -71,12 +71,12 @@ def write_sweep(folder: Path, *, configurations: int, seeds: int, images: int, c
 def _report(
     attention: str, seed: int, found: np.ndarray, union: np.ndarray, truth: np.ndarray, palette: list[list[int]]
 ) -> dict[str, Any]:
-    """A report from counts (images, strata, classes)."""
+    """Build a report from counts (images, strata, classes)."""
     classes = found.shape[2]
     confusion = ConfusionMatrix(classes)
     right = found.sum(axis=(0, 1))
     confusion.matrix += torch.from_numpy(np.diag(right).astype(np.int64))
-    # Whatever was missed was taken for the next class; the rows must add up to the same truth in every run.
+    # Missed pixels are predicted as the next class: the rows must add up to the same truth in every run.
     confusion.matrix += torch.from_numpy(np.roll(np.diag(truth - right), 1, axis=1).astype(np.int64))
     whole = np.stack([found.sum(axis=1), union.sum(axis=1)], axis=1)
     miou = score_sums(whole)[:, 0].tolist()
@@ -133,7 +133,7 @@ def _report(
 
 
 def literal_scores(rng: np.random.Generator, counts: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """One replicate as it is written down: the images that were drawn, and the scores of every run."""
+    """Compute one bootstrap replicate image by image; return the drawn images and the scores of every run."""
     images, runs = counts.shape[:2]
     drawn = rng.choice(images, size=images - 1, replace=True)
     scores = []
@@ -146,10 +146,10 @@ def literal_scores(rng: np.random.Generator, counts: np.ndarray) -> tuple[np.nda
 
 
 def measure_statistics(results: Sequence[Result], literal_replicates: int) -> dict[str, Any]:
-    """Seconds of a replicate of all runs, as it is computed here and literally.
+    """Measure the seconds per bootstrap replicate of all runs, as matrix products and literally.
 
     Raises:
-        AssertionError: the two do not give the same scores.
+        AssertionError: the two bootstraps give different scores.
     """
     counts = np.stack([result.counts for result in results], axis=1).astype(float)
     start = time.perf_counter()
@@ -168,7 +168,7 @@ def measure_statistics(results: Sequence[Result], literal_replicates: int) -> di
 
 
 def measure(folder: Path, literal_replicates: int) -> dict[str, Any]:
-    """Seconds of each stage, of the whole command, and of the rival."""
+    """Measure the seconds of each stage, of the whole command, and of the literal bootstrap."""
     seconds: dict[str, float] = {}
 
     def timed(stage: str, function: Callable[[], Any]) -> Any:
@@ -190,7 +190,7 @@ def measure(folder: Path, literal_replicates: int) -> dict[str, Any]:
 
 
 def as_markdown(record: dict[str, Any]) -> str:
-    """The table of a result."""
+    """Format the table of a result."""
     return "\n".join(_lines(record))
 
 

@@ -1,13 +1,13 @@
-"""How fast are the implementations of the EMA block, and what do they keep in memory?
+"""Benchmark of the implementations of the EMA block: time and memory.
 
     python benchmarks/bench_ema.py                  # some shapes, in about ten minutes
     python benchmarks/bench_ema.py --shapes all     # all shapes of three decoders on two data sets
 
-In one process and run, for each shape, dtype and memory layout, the published form ("reference") and its rivals are
-timed in turns, eager and compiled: the forward (in inference mode), and the forward and backward (gradients of the
-input and of all parameters, which have the dtype of the input). The yardstick is a copy of the input, timed in the
-same rounds. A forward at least reads x and writes y, as a copy does; a backward reads x and dy and writes dx: so the
-floor is one copy, and two and a half with the backward. Nothing is estimated; what cannot run says why.
+For each shape, dtype and memory layout, the published form ("reference") and its rivals, eager and compiled, are timed
+in turns in one process: the forward (in inference mode), and the forward and backward (gradients of the input and of
+all parameters, which have the dtype of the input). A copy of the input is timed in the same rounds. A forward at least
+reads x and writes y, like a copy; a backward reads x and dy and writes dx. So the floor is one copy, and two and a half
+with the backward. Nothing is estimated; the tables say why something could not run.
 """
 
 import ctypes
@@ -57,12 +57,12 @@ PASSES = {"forward": "Forward", "training": "Forward and backward"}
 FLOOR_IN_COPIES = {"forward": 1.0, "training": 2.5}
 MIN_ROUNDS = 5
 WARMUP = 1
-# How far a result may be from the reference of the same dtype, relative to its largest value, to count as the same.
-# In float32 too that is a matter of rounding: cuDNN's convolutions use TF32 by default.
+# Largest deviation from the reference of the same dtype, relative to the reference's largest value. In float32, too, it
+# allows for rounding: cuDNN's convolutions use TF32 by default.
 TOLERANCE = {"float32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2}
 
 RIVALS = ("reference", "reference-compiled")
-# Quantities of an implementation ("it"); the first two are better the larger they are, the others the smaller.
+# Quantities of an implementation ("it"); larger is better for the first two, smaller for the others.
 QUANTITIES = {
     "reference": "reference / it",
     "reference-compiled": "reference compiled / it",
@@ -75,9 +75,9 @@ PEAK_METHODS = {
     "cuda": "growth of torch.cuda.max_memory_allocated",
     "cpu": "growth of the process's peak resident set, on Linux with glibc and for x of 1 MiB or more",
 }
-SMALLEST_FOR_RESIDENT = 2**20  # less drowns in what else the process does
+SMALLEST_FOR_RESIDENT = 2**20  # bytes of x; a smaller one is lost among the process's other allocations
 
-# Colours of Okabe and Ito's palette, told apart with every kind of colour vision; and a marker each.
+# Okabe and Ito's palette, distinguishable with every kind of colour vision; and a marker each.
 STYLES = {
     "reference": ("#000000", "o"),
     "reference-compiled": ("#E69F00", "s"),
@@ -90,7 +90,7 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Aim:
-    """What the geometric mean of a quantity over the shapes of the decoders should reach."""
+    """Bound that the geometric mean of a quantity over the decoders' shapes should reach."""
 
     device: str
     dtype: str
@@ -98,7 +98,7 @@ class Aim:
     which: str  # of PASSES
     quantity: str  # of QUANTITIES
     bound: float
-    bound_of_worst: float | None = None  # what it should reach at every single input
+    bound_of_worst: float | None = None  # bound at every single input
 
     def __str__(self) -> str:
         relation = "≥" if self.quantity in LARGER_IS_BETTER else "≤"
@@ -106,7 +106,7 @@ class Aim:
         return f"{relation} {self.bound:g}{each}"
 
     def is_met(self, mean: float, worst: float) -> bool:
-        """Whether these values reach the aim."""
+        """Return whether these values reach the aim."""
         sign = 1 if self.quantity in LARGER_IS_BETTER else -1
         each = self.bound_of_worst is None or sign * worst >= sign * self.bound_of_worst
         return sign * mean >= sign * self.bound and each
@@ -115,7 +115,7 @@ class Aim:
 AIMS = (
     *(
         Aim("cpu", "float32", implementation, which, quantity, bound)
-        for implementation in ("factorised-compiled", "cpp")  # one of them will do
+        for implementation in ("factorised-compiled", "cpp")  # one of them has to reach it
         for which, quantity, bound in (
             ("forward", "reference", 4.0),
             ("forward", "reference-compiled", 2.0),
@@ -142,7 +142,7 @@ AIMS = (
 
 @dataclass(frozen=True)
 class Shape:
-    """An input (batch, channels, height, width) and its number of channel groups."""
+    """Input (batch, channels, height, width) and its number of channel groups."""
 
     name: str
     batch: int
@@ -150,11 +150,11 @@ class Shape:
     height: int
     width: int
     groups: int
-    kind: str = "decoder"  # or "awkward": no aim counts those
+    kind: str = "decoder"  # or "awkward", which no aim counts
 
     @property
     def size(self) -> tuple[int, int, int, int]:
-        """The size of a tensor."""
+        """Size of the input tensor: batch, channels, height, width."""
         return self.batch, self.channels, self.height, self.width
 
 
@@ -169,7 +169,7 @@ AWKWARD_SHAPES = (
     Shape("tiny", 2, 64, 7, 5, 32, "awkward"),
     Shape("one-pixel", 8, 64, 1, 1, 32, "awkward"),
 )
-# "cpu" and "cuda" are what is measured there by default: groups of 8 channels to 1, on maps of many sizes.
+# "cpu" and "cuda" are the default sets of these devices: groups of 8 channels (tiny: 2), on maps of many sizes.
 SETS = {
     "quick": ("ade20k-b1-unet-64", "tiny"),
     "cpu": (
@@ -192,16 +192,16 @@ SETS = {
 
 
 def decoder_shapes() -> list[Shape]:
-    """What EMA, with factor ``"auto"``, sees in three decoders after a ResNet-50, at the image sizes of two data sets.
+    """Return the input shapes of EMA, with factor ``"auto"``, in three decoders on a ResNet-50, for ``IMAGES``.
 
-    The name says data set, batch size, decoder and channels. The four blocks of the FPN all see the same shape,
+    Names give data set, batch size, decoder and channels. The four blocks of the FPN all have the same input shape,
     which is listed once.
     """
     shapes: dict[str, Shape] = {}
     seen: list[tuple[int, torch.Size]] = []
     options = {"factor": "auto", "implementation": "reference"}
     for decoder in ("unet", "fpn", "deeplabv3plus"):
-        with torch.device("meta"):  # sizes without numbers
+        with torch.device("meta"):  # shapes without data
             model = build_segmenter(
                 decoder, classes=19, encoder="resnet50", attention="ema", attention_options=options
             ).eval()
@@ -220,16 +220,16 @@ def decoder_shapes() -> list[Shape]:
 
 @dataclass(frozen=True)
 class InputSet:
-    """What one call reads and writes: four tensors of one size, dtype and layout, the first two with shared memory."""
+    """Tensors that one call reads and writes: four of one size, dtype and layout; the first two share memory."""
 
     x: Tensor
-    leaf: Tensor  # x with a gradient
+    leaf: Tensor  # x, requiring a gradient
     dy: Tensor
     copy: Tensor
 
     @classmethod
     def random(cls, shape: Shape, dtype: str, layout: str, device: torch.device) -> "InputSet":
-        """Draw from the global generator."""
+        """Draw the tensors from the global generator."""
         x, dy, copy = (
             torch.randn(shape.size, device=device).to(DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout])
             for _ in range(3)
@@ -238,7 +238,7 @@ class InputSet:
 
 
 class Candidate:
-    """An implementation, and what a call of it is in each pass."""
+    """Implementation of EMA, with a method for each pass."""
 
     def __init__(self, implementation: str, shape: Shape, dtype: str, inputs: Sequence[InputSet]) -> None:
         form, _, compiled = implementation.partition("-")
@@ -248,7 +248,7 @@ class Candidate:
             for parameter in module.parameters():
                 parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
         module.to(inputs[0].x.device, DTYPES[dtype])
-        # In one piece: a graph that would break is reported, not measured.
+        # fullgraph: a graph break is reported, not measured.
         self.function: Callable[[Tensor], Tensor] = (
             torch.compile(module, dynamic=False, fullgraph=True) if compiled else module
         )
@@ -256,18 +256,18 @@ class Candidate:
         self.inputs = inputs
 
     def forward(self, index: int) -> Tensor:
-        """The output for one of the input sets."""
+        """Compute the output for one of the input sets."""
         with torch.inference_mode():
             return self.function(self.inputs[index % len(self.inputs)].x)
 
     def training(self, index: int) -> Tensor:
-        """The gradient of one of the input sets, computed together with those of the parameters."""
+        """Compute the gradients of one of the input sets and of the parameters; return the former."""
         inputs = self.inputs[index % len(self.inputs)]
         y = self.function(inputs.leaf)
         return torch.autograd.grad(y, [inputs.leaf, *self.parameters], inputs.dy)[0]
 
     def saved_bytes(self) -> int:
-        """Bytes that a forward keeps for its backward: each storage once, without the parameters'."""
+        """Return the bytes that a forward saves for its backward: each storage once, without the parameters."""
         return saved_bytes(self.function, self.inputs[0].leaf, self.parameters)
 
 
@@ -281,13 +281,13 @@ def measure(
         ``floor``, seconds by pass; and ``rows``, by implementation and pass. A row holds ``not_run``, the reason; or
         the seconds of the ``first_call``, in which it is compiled; the ``deviation`` from the reference, relative to
         its largest value; ``seconds``; ``reference``, ``reference-compiled`` and ``floor`` as in ``QUANTITIES``;
-        and for training the bytes ``saved`` for the backward, and ``peak``, the most that are held at once beyond
-        x, dy and the parameters (None where it cannot be measured). Times and ratios are spreads.
+        and for training the bytes ``saved`` for the backward, and ``peak``, the peak bytes beyond x, dy and the
+        parameters (None where it cannot be measured). Times and ratios are spreads.
     """
     missing = missing_device(device)
     if missing:
         return _not_measured(shape, dtype, layout, implementations, missing)
-    torch.compiler.reset()  # so that each shape is compiled for itself
+    torch.compiler.reset()  # compile each shape from scratch
     torch.manual_seed(0)
     inputs = [InputSet.random(shape, dtype, layout, device)]
     count = number_of_sets(inputs[0].x.nbytes, device)
@@ -304,7 +304,7 @@ def measure(
             call = getattr(candidate, which)
             try:
                 rows[name][which] = _warm_up(call, expected, TOLERANCE[dtype])
-            except Exception as error:  # whatever a compiler or a kernel may raise belongs into the table
+            except Exception as error:  # a compiler or kernel may raise anything; the table shows it
                 rows[name][which] = {"not_run": reason(error)}
             else:
                 calls[name] = call
@@ -343,17 +343,17 @@ def _copy(inputs: InputSet) -> None:
 
 
 def _warm_up(call: Callable[[int], Tensor], expected: Tensor, tolerance: float) -> dict[str, float]:
-    """Call until everything is compiled, and compare with the reference.
+    """Compile and warm up, and compare the first result with the reference.
 
     Raises:
-        ModelError: the result is not the reference's up to rounding, so that its speed means nothing.
+        ModelError: the result differs from the reference by more than rounding, so that its speed means nothing.
     """
     start = time.perf_counter()
     result = call(0)
     if result.shape != expected.shape or result.dtype != expected.dtype:
         raise ModelError(f"the result is {tuple(result.shape)} in {result.dtype}")
     deviation = ((result.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
-    first_call = time.perf_counter() - start  # the device has finished, as a number has come from it
+    first_call = time.perf_counter() - start  # .item() has synchronised the device
     if not deviation <= tolerance:
         raise ModelError(f"the result deviates from the reference by {deviation:.2g} times its largest value")
     for index in range(WARMUP):
@@ -362,7 +362,7 @@ def _warm_up(call: Callable[[int], Tensor], expected: Tensor, tolerance: float) 
 
 
 def _peak_bytes(call: Callable[[], object], nbytes: int, device: torch.device) -> int | None:
-    """The most bytes that a call on ``nbytes`` holds beyond those held before; None where it cannot be measured."""
+    """Return the peak bytes of a call on ``nbytes`` beyond those held before; None if it cannot be measured."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -375,13 +375,13 @@ def _peak_bytes(call: Callable[[], object], nbytes: int, device: torch.device) -
         return None
     try:
         return _resident_growth(call)
-    except (AttributeError, OSError):  # another C library, another system
+    except (AttributeError, OSError):  # not glibc, or not Linux
         return None
 
 
 def _resident_growth(call: Callable[[], object]) -> int:
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process still has would hide what the call allocates
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory still held would hide the call's allocations
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident("VmRSS")
     call()
     return max(0, _resident("VmHWM") - before)
@@ -393,7 +393,7 @@ def _resident(field: str) -> int:
 
 
 def quantities(result: dict[str, Any], name: str, which: str) -> dict[str, float]:
-    """Those of ``QUANTITIES`` that were measured: medians of the ratios."""
+    """Return the measured ``QUANTITIES``, with medians for ratios."""
     row = result["rows"][name][which]
     values = {quantity: row[quantity]["median"] for quantity in (*RIVALS, "floor") if quantity in row}
     if "saved" in row:
@@ -402,7 +402,7 @@ def quantities(result: dict[str, Any], name: str, which: str) -> dict[str, float
 
 
 def average(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Geometric means over shapes and layouts, and the worst of them, for each kind, dtype, pass, implementation."""
+    """Return geometric means over shapes and layouts, and the worst value, by kind, dtype, pass, implementation."""
     members: dict[tuple[str, str, str, str], list[dict[str, float]]] = {}
     for result in results:
         for which, name in itertools.product(PASSES, result["rows"]):
@@ -426,7 +426,7 @@ def average(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def judge(means: Sequence[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
-    """The aims for a device beside what was reached; ``reached`` and ``met`` are None where it was not measured."""
+    """Return the aims for a device with the values reached; ``reached`` and ``met`` are None if not measured."""
     judged = []
     for aim in AIMS:
         if aim.device == device.type:
@@ -441,7 +441,7 @@ def judge(means: Sequence[dict[str, Any]], device: torch.device) -> list[dict[st
 
 
 def as_markdown(record: dict[str, Any]) -> str:
-    """The tables of a result."""
+    """Format the tables of a result."""
     parts = [
         "# EMA block: time and memory\n",
         run_as_markdown(record["run"]),
@@ -534,7 +534,7 @@ def _table_of_aims(aims: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(results: Sequence[dict[str, Any]], dtype: str, title: str) -> Figure:
-    """Time over floor, a row for each shape and layout, a panel for each pass."""
+    """Draw time / floor: a row for each shape and layout, a panel for each pass."""
     chosen = [result for result in results if result["dtype"] == dtype and "floor" in result]
     measured = {
         name for result in chosen for name in result["rows"] for which in PASSES if quantities(result, name, which)
@@ -632,12 +632,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         start = time.perf_counter()
         try:
             result = measure(shape, dtype, layout, device, options.implementations, options.budget)
-        except Exception as error:  # such as too little memory for the inputs: the other shapes may still fit
+        except Exception as error:  # such as out of memory: the other shapes may still fit
             result = _not_measured(shape, dtype, layout, options.implementations, reason(error))
         record["results"].append(result)
         record["means"] = average(record["results"])
         record["aims"] = judge(record["means"], device)
-        # After every shape, so that a run that is cut short leaves what it has measured.
+        # Write after every shape, so that an interrupted run keeps its results.
         write_result(options.output, NAME, record, as_markdown(record))
         seconds = time.perf_counter() - start
         print(f"{place}/{len(plan)} {shape.name}, {dtype}, {layout}: {seconds:.0f} s", file=sys.stderr, flush=True)

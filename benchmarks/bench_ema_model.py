@@ -1,13 +1,13 @@
-"""What does EMA cost in a whole model, for those who train it and use it?
+"""Benchmark of EMA in a whole model: its overhead in training and inference.
 
     python benchmarks/bench_ema_model.py
     python benchmarks/bench_ema_model.py --encoder resnet50 --decoders unet --modes eager compiled
 
-Images per second of an encoder-decoder model in inference (forward in evaluation mode) and in training (forward,
-cross-entropy, backward, step of SGD): without attention, with EMA in the decoder as published ("reference"), and as
-chosen for the machine ("auto"). The models start from the same weights and are timed in turns. The overhead is the
-median over the rounds of time / time without attention - 1, both of the same round. The model without attention takes
-part twice: the overhead of its second time is what the machine's noise makes of nothing.
+Measures images per second of an encoder-decoder model in inference (forward in evaluation mode) and in training
+(forward, cross-entropy, backward, step of SGD): without attention, with EMA in the decoder as published ("reference"),
+and as chosen for the machine ("auto"). The models start from the same weights and are timed in turns. The overhead is
+the median over the rounds of time / time without attention - 1, both of the same round. The model without attention
+takes part twice: the overhead of its second entry is the noise of the machine.
 """
 
 import itertools
@@ -47,7 +47,7 @@ CLASSES = 19
 MIN_ROUNDS = 15
 WARMUP = 2
 PLAIN, AGAIN = "none", "none, again"
-# Attention in the decoder: the arguments of build_segmenter.
+# Arguments of build_segmenter; the attention is in the decoder.
 VARIANTS: dict[str, dict[str, Any]] = {
     PLAIN: {"attention": "none"},
     "EMA, reference": {
@@ -68,26 +68,26 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 class Contestant:
-    """A model with its optimiser, and what a call of it is in each pass."""
+    """Model with its optimiser, and a method for each pass."""
 
     def __init__(
         self, model: nn.Module, compiled: bool, precision: str, images: Sequence[Tensor], masks: Sequence[Tensor]
     ) -> None:
         self.model = model
         self.function: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False) if compiled else model
-        # So small that the weights stay where they are: only the time of the step matters.
+        # A learning rate that hardly moves the weights: only the time of the step matters.
         self.optimiser = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
         self.precision = precision
         self.images, self.masks = images, masks
 
     def inference(self, index: int) -> Tensor:
-        """Logits of one of the batches."""
+        """Compute the logits of one of the batches."""
         images = self.images[index % len(self.images)]
         with torch.inference_mode(), autocast(images.device, self.precision):
             return self.function(images)
 
     def training(self, index: int) -> Tensor:
-        """The loss of one of the batches, after a step."""
+        """Take a training step on one of the batches, and return its loss."""
         images, masks = self.images[index % len(self.images)], self.masks[index % len(self.masks)]
         self.optimiser.zero_grad()
         with autocast(images.device, self.precision):
@@ -112,12 +112,12 @@ def measure(
     """Measure an encoder–decoder model with each of ``VARIANTS``.
 
     Returns:
-        A dict of plain values: ``decoder``, ``layout``, ``mode``; the implementation that was taken as ``auto``; and
+        A dict of plain values: ``decoder``, ``layout``, ``mode``; ``auto``, the implementation that it chose; and
         ``rows`` by attention and pass. A row holds ``not_run``, the reason; or, as spreads, the ``seconds`` of a
         batch, the ``images_per_second`` and the ``overhead`` over no attention, as a fraction.
 
     Raises:
-        EmaSegError: there is no such model, or its input has another size.
+        EmaSegError: the model does not exist, or ``size`` is not a multiple of its stride.
     """
     if missing := missing_device(device):
         return _not_measured(decoder, layout, mode, missing)
@@ -147,7 +147,7 @@ def measure(
             try:
                 for index in range(WARMUP):
                     call(index)
-            except Exception as error:  # whatever a compiler or a kernel may raise belongs into the table
+            except Exception as error:  # a compiler or kernel may raise anything; the table shows it
                 rows[name][which] = {"not_run": reason(error)}
             else:
                 rows[name][which] = {}
@@ -173,14 +173,14 @@ def _not_measured(decoder: str, layout: str, mode: str, why: str) -> dict[str, A
 
 
 def _implementation(model: nn.Module, images: Tensor, precision: str) -> str:
-    """What the blocks of EMA in a model take for the device and dtype that they work in."""
+    """Return the implementation that the EMA blocks of a model choose for its device and dtype."""
     block = next(module for module in model.modules() if isinstance(module, EMA))
     channels = block.groups * block.conv1x1.in_channels
     return block.implementation_for(images.new_empty(1, channels, 1, 1, dtype=PRECISIONS[precision]))
 
 
 def judge(results: Sequence[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
-    """The aim beside each overhead that it is for; ``met`` is None where that was not measured."""
+    """Return the aim with each overhead reached; ``reached`` and ``met`` are None if not measured."""
     judged = []
     for result, which in itertools.product(results, PASSES):
         overhead = result["rows"][JUDGED][which].get("overhead")
@@ -195,7 +195,7 @@ def judge(results: Sequence[dict[str, Any]], device: torch.device) -> list[dict[
 
 
 def as_markdown(record: dict[str, Any]) -> str:
-    """The table of a result."""
+    """Format the table of a result."""
     settings = record["settings"]
     height, width = settings["size"]
     aim = AIMS[record["run"]["device"]["type"]]
@@ -264,11 +264,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             result = measure(decoder, options.encoder, layout, mode, options.device, **settings, budget=options.budget)
         except EmaSegError as error:
             parser.error(str(error))
-        except Exception as error:  # such as too little memory for the inputs: another model may still fit
+        except Exception as error:  # such as out of memory: another model may still fit
             result = _not_measured(decoder, layout, mode, reason(error))
         record["results"].append(result)
         record["aims"] = judge(record["results"], options.device)
-        # After every model, so that a run that is cut short leaves what it has measured.
+        # Write after every model, so that an interrupted run keeps its results.
         write_result(options.output, NAME, record, as_markdown(record))
         seconds = time.perf_counter() - start
         print(f"{place}/{len(plan)} {decoder}, {layout}, {mode}: {seconds:.0f} s", file=sys.stderr, flush=True)

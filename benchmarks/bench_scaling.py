@@ -1,20 +1,20 @@
-"""How much faster do more devices train, and what do they lose to communication and to waiting for data?
+"""Benchmark of training on more devices: speed-up, and time lost to communication and to waiting for data.
 
     python benchmarks/bench_scaling.py                      # 1, 2, 4, … processes, up to the GPUs of this machine
     python benchmarks/bench_scaling.py --processes 1 2 --batch 2 data.augmentation.crop.height=64 …
     python benchmarks/bench_scaling.py --accelerator cpu    # 1 and 2 processes on the CPU, to see that it runs
 
-Each number of processes takes the training steps of ``train.py``, with the same batch for each process, in three ways:
-on batches from the data set; on one batch again and again; and on that batch without exchanging anything, neither
-gradients nor statistics nor the loss, as if each process were alone. All processes start a sample together, and it ends
-with the last of them. The first way against the second is what waiting for data costs, the second against the third
-what communication and waiting for one another cost.
+Each number of processes takes the training steps of ``train.py``, with the same batch size per process, in three ways:
+on batches from the data set ("data"); on one batch again and again ("one batch"); and on that batch without collectives
+for gradients, statistics and loss ("alone"). A barrier precedes and ends each sample. The first way minus the second is
+the cost of waiting for data; the second minus the third is the cost of communication and of waiting for other ranks.
 
-The second and third way take turns. The first comes before them and in one go, from a queue that has been emptied: what
-workers fetch while nobody asks for it would flatter the rate. They have ended before the others are timed.
+The second and third way are timed in turns. The first is timed before them, without a break and from an emptied queue:
+batches that the workers prefetch between samples would flatter the rate. The workers have exited before the other two
+are timed.
 
-Overrides of ``train.py``'s configuration choose model, data and precision. Lightning's loop around the steps, which
-logs and shows progress, is left out.
+Overrides of ``train.py``'s configuration choose model, data and precision. The benchmark does not use Lightning's loop,
+which logs and shows progress.
 """
 
 import argparse
@@ -51,8 +51,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def measure(config: dict[str, Any], cuda: bool, steps: int, rounds: int, path: str) -> None:
-    """What each process does; the first writes the seconds of each sample, by way."""
-    warnings.simplefilter("ignore")  # of torch, about names and strides
+    """Time the three ways in each rank; rank 0 writes the seconds of each sample, by way."""
+    warnings.simplefilter("ignore")  # torch warns about names and strides
     here = place()
     device = torch.device("cuda", here.local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -69,7 +69,7 @@ def measure(config: dict[str, Any], cuda: bool, steps: int, rounds: int, path: s
         _time(call, steps, device)  # warms up
     ahead = loader.num_workers * (loader.prefetch_factor or 0)
     samples = {"data": time_with_data(batches, together, loader.num_workers, ahead, steps, rounds, device)}
-    del data, loader, batches  # and with them the workers
+    del data, loader, batches  # ends the workers, too
     samples |= {way: [] for way in calls}
     for _ in range(rounds):
         for way, call in calls.items():
@@ -92,21 +92,21 @@ def time_with_data(
     rounds: int,
     device: torch.device,
 ) -> list[float]:
-    """Seconds of a step on each next batch, in samples without a break.
+    """Measure the seconds per step on new batches, in samples without a break.
 
     Args:
-        batches: from the workers.
-        step: takes a training step.
-        workers: their number; 0 for none.
-        ahead: batches that they fetch before these are asked for.
-        steps: of a sample, at least: each has as many from every worker, which may all be ready at once.
-        rounds: samples.
-        device: where the steps are taken.
+        batches: batches from the workers.
+        step: function that takes a training step.
+        workers: number of workers; 0 loads in this process.
+        ahead: number of batches that the workers prefetch.
+        steps: steps per sample, rounded up to a multiple of ``workers``: one batch of each may be ready at once.
+        rounds: number of samples.
+        device: device of the steps.
     """
     turn = max(1, workers)
     for _ in range(ahead + 1):
         next(batches)
-    for _ in range(turn):  # workers that are fast enough get ahead again
+    for _ in range(turn):  # fast workers fill the queue again
         step(next(batches))
     return [_time(lambda: step(next(batches)), -(-steps // turn) * turn, device) for _ in range(rounds)]
 
@@ -114,7 +114,7 @@ def time_with_data(
 def stepper(
     config: Mapping[str, Any], classes: int, device: torch.device, *, together: bool
 ) -> Callable[[Mapping[str, Any]], None]:
-    """A model and a function that takes a training step with it, ``together`` with the other processes or alone."""
+    """Build a model and return its training step; ``together`` trains it with DDP, else without collectives."""
     torch.manual_seed(config["seed"])
     segmenter = segmenter_from_config(config, classes)
     settings = config["training"]
@@ -141,7 +141,7 @@ def stepper(
 
 
 def _time(step: Callable[[], None], steps: int, device: torch.device) -> float:
-    """Seconds for a step, of which all processes take so many."""
+    """Return the seconds per step of ``steps`` steps, between two barriers."""
     wait_for_all()
     start = time.perf_counter()
     for _ in range(steps):
@@ -153,11 +153,11 @@ def _time(step: Callable[[], None], steps: int, device: torch.device) -> float:
 
 
 def summarise(counts: Sequence[int], batch: int, found: Sequence[Mapping[str, list[float]]]) -> list[dict[str, Any]]:
-    """A row for each number of processes.
+    """Compute a row for each number of processes.
 
     Args:
-        counts: the numbers of processes; speed-ups are against the first.
-        batch: images in a batch of one process.
+        counts: the numbers of processes; speed-ups are relative to the first.
+        batch: batch size of one process.
         found: seconds of each sample by way, for each number.
     """
     rows = []
@@ -179,7 +179,7 @@ def summarise(counts: Sequence[int], batch: int, found: Sequence[Mapping[str, li
 
 
 def as_markdown(record: Mapping[str, Any]) -> str:
-    """The table of a result."""
+    """Format the table of a result."""
     settings = record["settings"]
     table = markdown_table(
         ["processes", "images/s", "speed-up", "efficiency", "waiting for data", "communication"],
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _measure_all(options: argparse.Namespace, counts: Sequence[int], *, cuda: bool) -> dict[str, Any]:
-    # By its name, because a process of its own finds nothing in __main__.
+    # Import by module name: the new processes cannot unpickle a function of __main__.
     from bench_scaling import measure as work
 
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
@@ -262,7 +262,7 @@ def _measure_all(options: argparse.Namespace, counts: Sequence[int], *, cuda: bo
 
 
 def _numbers(devices: int) -> list[int]:
-    """1, 2, 4, … and all."""
+    """Return the powers of two up to ``devices``, and ``devices`` itself."""
     powers = [2**power for power in range(devices.bit_length()) if 2**power <= devices]
     return sorted({*powers, devices})
 

@@ -1,12 +1,12 @@
-"""What does a job of a sweep cost beyond its training, and what would it cost as a run of its own?
+"""Benchmark of a sweep: overhead of a job beyond its training, compared with single runs.
 
     python benchmarks/bench_sweep.py
 
 Trains the same few jobs twice on a small generated data set: in one sweep on the serial launcher, and one
-``python train.py`` after the other, as a shell loop over overrides does. A job's overhead is the wall time of the
-whole, divided by the jobs, without what its epochs took by ``metrics.csv``: the start of Python and of the libraries,
-planning, data, model, checkpoints, test, cost measurement (cut to 0.1 s), report, and a share of the comparison at
-the end, which the loop does not make.
+``python train.py`` after the other, as a shell loop over overrides does. A job's overhead is the total wall time minus
+the time of all epochs in ``metrics.csv``, divided by the number of jobs: the start of Python and of the libraries,
+planning, data, model, checkpoints, test, cost measurement (cut to 0.1 s), report, and a share of the sweep's final
+comparison, which the loop does not make.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from measuring import describe_run, markdown_table, number, positive_int, run_as
 SCHEMA = 1
 NAME = "bench_sweep"
 ROOT = Path(__file__).resolve().parents[1]
-AIM = 3.0  # seconds of overhead for a job of a sweep
+AIM = 3.0  # seconds of overhead per job of a sweep
 
 OVERRIDES = (
     "data=street",
@@ -49,7 +49,7 @@ OVERRIDES = (
 
 
 def train(*overrides: str) -> float:
-    """Seconds that ``python train.py`` takes."""
+    """Run ``python train.py`` and return its wall time in seconds."""
     start = time.perf_counter()
     command = [sys.executable, str(ROOT / "train.py"), *overrides, *OVERRIDES]  # -m comes first, if at all
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -59,7 +59,7 @@ def train(*overrides: str) -> float:
 
 
 def trained_seconds(folder: Path) -> float:
-    """Seconds of all epochs of the runs in a folder."""
+    """Return the seconds of all epochs of the runs in a folder."""
     seconds = 0.0
     for path in folder.glob("*/metrics.csv"):
         with path.open(newline="") as file:
@@ -68,7 +68,7 @@ def trained_seconds(folder: Path) -> float:
 
 
 def measure(folder: Path, attention: Sequence[str], seeds: int) -> dict[str, Any]:
-    """Wall time, time of the epochs and overhead for a job, of the sweep and of single runs."""
+    """Measure wall time, time of the epochs and overhead per job, of the sweep and of single runs."""
     jobs = [(block, seed) for seed in range(seeds) for block in attention]
     data = f"data.root={folder / 'data'}"
     train(data, f"hydra.run.dir={folder / 'first'}")  # draws the data set, and fills the system's caches
@@ -93,7 +93,7 @@ def measure(folder: Path, attention: Sequence[str], seeds: int) -> dict[str, Any
 
 
 def as_markdown(record: dict[str, Any]) -> str:
-    """The table of a result."""
+    """Format the table of a result."""
     result = record["result"]
     table = markdown_table(
         ["", "seconds in all", "of these in epochs", "overhead for a job, s"],

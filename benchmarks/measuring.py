@@ -1,7 +1,7 @@
-"""What the benchmarks share: timing in turns, the machine, the command line and the files of a result.
+"""Shared parts of the benchmarks: timing in turns, description of the machine, command line, result files.
 
-Machines drift: the same code may take a third longer a minute later. So whatever is compared is timed in turns, in
-rounds of one sample each, and a ratio is the median over the rounds of the ratio within a round.
+Machines drift: the same code may take a third longer a minute later. So rivals are timed in turns, in rounds of one
+sample each, and a ratio is the median over the rounds of the ratio within a round.
 """
 
 import argparse
@@ -48,8 +48,8 @@ __all__ = [
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
-# Calls much shorter than this are timed several in a row, so that neither the clock's resolution nor the launch of
-# the first kernel on an idle device decides.
+# A sample repeats shorter calls, so that neither the clock's resolution nor the first kernel's launch on an idle device
+# dominates.
 _SECONDS_OF_A_SAMPLE = 5e-3
 _MOST_CALLS_OF_A_SAMPLE = 1000
 _FEWEST_SETS, _MOST_SETS = 3, 64
@@ -76,30 +76,30 @@ class Spread:
         return cls(median, lower, upper, len(samples))
 
     def as_json(self) -> dict[str, float]:
-        """The fields by name."""
+        """Return the fields by name."""
         return asdict(self)
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
-    """Spread of the ratios of two samples of the same round."""
+    """Summarise the ratios of two series of samples, taken round by round."""
     return Spread.of([top / bottom for top, bottom in zip(numerator, denominator, strict=True)])
 
 
 def time_in_turns(
     calls: Mapping[str, Callable[[int], object]], device: torch.device, *, budget: float, min_rounds: int
 ) -> dict[str, list[float]]:
-    """Time some functions in turns.
+    """Time functions in turns, in rounds of one sample each.
 
-    All must have been warmed up, and compiled, before. A round takes one sample of each, in an order of its own; a
-    sample is the mean time of as many calls as last about 5 ms. Every call gets the number after the last call's,
-    whoever made that, so that input sets chosen by it are not still in a cache from the rival before.
+    All must have been warmed up, and compiled, before. Each round has a random order; a sample is the mean time of
+    enough calls to last about 5 ms, at most 1000. The call number counts on from function to function, so that the
+    input set it selects is not still in a cache from the rival before.
 
     Args:
-        calls: functions by name; they choose their input set by the number they are given.
-        device: what they run on. On CUDA the time is that between two events, the first recorded while the device
+        calls: functions by name; each selects its input set by the call number.
+        device: device they run on. On CUDA the time is that between two events, the first recorded while the device
             is idle: a function that launches its kernels more slowly than they run is charged for it.
         budget: seconds for each function, after which no further round starts.
-        min_rounds: rounds at least.
+        min_rounds: minimum number of rounds.
 
     Returns:
         The samples of each function, in seconds per call and in the order of the rounds.
@@ -117,7 +117,7 @@ def time_in_turns(
     shuffle = random.Random(0).shuffle
     deadline = time.perf_counter() + budget * len(calls)
     rounds = 0
-    with torch.compiler.set_stance("fail_on_recompile"):  # to compile once more would count as running
+    with torch.compiler.set_stance("fail_on_recompile"):  # a recompilation would count as run time
         while rounds < min_rounds or time.perf_counter() < deadline:
             shuffle(order)
             for name in order:
@@ -127,7 +127,7 @@ def time_in_turns(
 
 
 def _time(call: Callable[[int], object], numbers: Iterator[int], repeats: int, device: torch.device) -> float:
-    """Mean seconds of some calls in a row."""
+    """Return the mean seconds of ``repeats`` calls in a row."""
     chosen = list(itertools.islice(numbers, repeats))
     if device.type == "cuda":
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -145,20 +145,20 @@ def _time(call: Callable[[int], object], numbers: Iterator[int], repeats: int, d
 
 
 def number_of_sets(nbytes: int, device: torch.device) -> int:
-    """How many tensors of ``nbytes`` hold twice the device's last-level cache; from 3 to 64."""
+    """Return how many tensors of ``nbytes`` fill twice the device's last-level cache; at least 3, at most 64."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _cpu_cache()
     return min(max(_FEWEST_SETS, math.ceil(2 * cache / nbytes)), _MOST_SETS)
 
 
 def _cpu_cache() -> int:
-    """Bytes of the CPU's largest cache; 32 MiB where the system does not tell."""
+    """Return the bytes of the CPU's largest cache; 32 MiB if unknown."""
     units = {"K": 2**10, "M": 2**20}
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=2**25)
 
 
 def saved_bytes(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Iterable[Tensor]) -> int:
-    """Bytes that a forward of ``x`` keeps for its backward: each storage once, without the parameters'."""
+    """Return the bytes that a forward of ``x`` saves for its backward: each storage once, without the parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     kept: dict[int, int] = {}
 
@@ -170,7 +170,7 @@ def saved_bytes(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Ite
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y = function(x)
-    # Compiled code leaves some tensors on the node of the graph itself, where the hooks do not see them.
+    # Compiled code saves some tensors on the autograd node itself, where the hooks do not see them.
     for node in _nodes(y):
         for leaf in tree_leaves(getattr(node, "__dict__", {})):
             if isinstance(leaf, Tensor):
@@ -179,7 +179,7 @@ def saved_bytes(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Ite
 
 
 def _nodes(y: Tensor) -> Iterator[Any]:
-    """The nodes of the autograd graph that leads to ``y``."""
+    """Yield the nodes of the autograd graph of ``y``."""
     waiting: list[Any] = [y.grad_fn]
     seen = set()
     while waiting:
@@ -191,18 +191,18 @@ def _nodes(y: Tensor) -> Iterator[Any]:
 
 
 def missing_device(device: torch.device) -> str | None:
-    """Why nothing can run on the device; None if something can."""
+    """Return why nothing can run on the device; None if it is available."""
     return "no CUDA device" if device.type == "cuda" and not torch.cuda.is_available() else None
 
 
 def reason(error: BaseException) -> str:
-    """What a failure says, short enough for a table."""
+    """Shorten an error's message to fit a table."""
     text = one_line(error) if isinstance(error, EmaSegError) else f"{type(error).__name__}: {one_line(error)}"
     return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 1]}…"
 
 
 def describe_run(device: torch.device) -> dict[str, Any]:
-    """What ``describe_environment`` tells, and the date, the CPU, triton and how busy the machine is."""
+    """Return ``describe_environment`` with the date, the CPU, triton's version and the load average."""
     missing = missing_device(device)
     environment = describe_environment("cpu" if missing else device)
     if missing:
@@ -217,7 +217,7 @@ def describe_run(device: torch.device) -> dict[str, Any]:
 
 
 def run_as_markdown(run: Mapping[str, Any]) -> str:
-    """The lines above a table that say what it was measured with."""
+    """Format ``describe_run`` as the lines above a table."""
     packages, git = run["packages"], run["git"]
     commit = "no commit" if git is None else git["commit"][:12] + " and changes" * git["dirty"]
     host = "" if run["device"]["type"] == "cpu" else f" on a host with {run['cpu']}"
@@ -237,13 +237,13 @@ def _version(package: str) -> str | None:
 
 
 def number(value: float) -> str:
-    """Three significant digits, without an exponent."""
+    """Format a number with three significant digits or, from 1000 on, all integer digits; without an exponent."""
     decimals = 2 - math.floor(math.log10(value)) if value > 0 else 0
     return f"{value:.{max(decimals, 0)}f}"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int) -> str:
-    """A table with its first ``text_columns`` columns aligned to the left, the others to the right."""
+    """Format a table; the first ``text_columns`` columns are left-aligned, the others right-aligned."""
     rule = ["---" if column < text_columns else "---:" for column in range(len(header))]
     lines = [header, rule, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -256,7 +256,7 @@ def write_result(folder: Path, name: str, result: Mapping[str, Any], markdown: s
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line with the options of every benchmark, which answers a mistake with one sentence."""
+    """Argument parser with the options of every benchmark; it reports a mistake in one sentence."""
 
     def __init__(self, description: str, name: str, *, budget: float) -> None:
         super().__init__(description=description)
@@ -284,7 +284,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Print the mistake, without the usage, and exit."""
+        """Print the mistake without the usage, and exit with status 2."""
         self.exit(2, f"error: {message}{'' if message.endswith(('.', '?')) else '.'}\n")
 
     def options(self, arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,1 +1,1 @@
-"""The configuration of train.py and eval.py, and the way to it from a command line."""
+"""Configuration of train.py and eval.py: YAML files, composition and validation."""

@@ -1,4 +1,4 @@
-"""What ``train.py`` and ``eval.py`` share of the way from a command line to a configuration."""
+"""Command-line helpers that ``train.py`` and ``eval.py`` share."""
 
 import os
 import re
@@ -22,10 +22,10 @@ from ema_seg.texts import read_yaml
 
 __all__ = ["argument", "expand_home", "plain_config", "quoted", "read_config", "reports_errors", "saved_config"]
 
-# Those that are looked into before the configuration is checked.
+# Sections that are read before the configuration is validated.
 _SECTIONS = ("attention", "data", "evaluation", "model", "report")
 
-# What the configs make one key follow another for; a saved configuration has only the values.
+# Keys that the YAML files interpolate from another key; a saved configuration holds only the values.
 _LINKS = {
     "trainer.max_epochs": "epochs",
     "trainer.deterministic": "reproducible",
@@ -36,16 +36,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-# The user's own: composition.launch sets it, too.
+# Read at import, because composition.launch sets the variable, too.
 _WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def reports_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn an error that the user can correct into one sentence on standard error and its exit status.
+    """Make a function print a user's error as one sentence on standard error, and exit with the error's status.
 
-    What Hydra finds wrong, and what the operating system says about a file, are such errors too. Of several processes
-    only the one that fails first says so. Ctrl-C ends with a word and status 130; see ``as_asked`` for other signals.
-    With HYDRA_FULL_ERROR=1 in the user's environment the traceback comes before the sentence.
+    This includes errors of Hydra and OmegaConf, and operating-system errors about files, disks and resource limits. In
+    a process group only the rank that fails first prints. Ctrl-C prints "interrupted." and exits with 130; for other
+    signals see ``as_asked``. With HYDRA_FULL_ERROR=1 in the user's environment a traceback precedes the sentence.
     """
 
     @wraps(function)
@@ -78,32 +78,32 @@ def _report(error: BaseException, sentence: str) -> None:
 
 
 def expand_home(arguments: list[str]) -> list[str]:
-    """Replace ``key=~/…`` by the path that it means, which neither the shell nor Hydra does."""
+    """Expand ``~`` in ``key=~/…`` to the home folder, because neither the shell nor Hydra does."""
     return [re.sub(r"^([^=]+=)~(?=/|$)", lambda match: match[1] + str(Path.home()), text) for text in arguments]
 
 
 def argument(key: str) -> str | None:
-    """The value of the override ``key=value`` on the command line; None if it is missing, empty or null."""
+    """Return the value of the last override ``key=value`` on the command line; None if missing, empty or null."""
     values = [text.removeprefix(f"{key}=").strip("'\"") for text in sys.argv[1:] if text.startswith(f"{key}=")]
     return values[-1] if values and values[-1] not in ("", "null") else None
 
 
 def quoted(path: Path) -> str:
-    """A path as the value of an override, whatever characters are in it."""
+    """Quote a path as the value of an override."""
     text = str(path).replace("'", "\\'")
     return f"'{text}'"
 
 
 def saved_config(run: Path, key: str) -> dict[str, Any]:
-    """The configuration of a run as ``read_config`` reads it, in which keys follow each other as in the project's."""
+    """Read a run's configuration with ``read_config``, and restore the interpolations of ``_LINKS``."""
     return cast(dict[str, Any], OmegaConf.to_container(_linked(OmegaConf.create(read_config(run, key)))))
 
 
 def read_config(run: Path, key: str) -> dict[str, Any]:
-    """The configuration in a run's folder, which the override ``key`` has named.
+    """Read the configuration in a run's folder, which the override ``key`` names.
 
     Raises:
-        ConfigError: there is none, or it is not readable, or none of ``train.py``.
+        ConfigError: the file is missing or unreadable, or is not a configuration of ``train.py``.
     """
     path = run / "config.yaml"
     if not path.is_file():
@@ -132,7 +132,7 @@ def _loggers_by_name(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _linked(config: DictConfig) -> DictConfig:
-    """Let the keys that follow another one follow it again, so that an override of the one reaches the other."""
+    """Restore the interpolations of ``_LINKS`` where the values agree, so that overrides propagate again."""
     for key, source in _LINKS.items():
         value = OmegaConf.select(config, source)
         if value is not None and OmegaConf.select(config, key) == value:
@@ -153,7 +153,7 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
     """Resolve a composed configuration into plain dicts and lists.
 
     Raises:
-        ConfigError: a value that the user has to give is missing, or a reference leads nowhere.
+        ConfigError: a mandatory value is missing, or an interpolation does not resolve.
     """
     try:
         return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))

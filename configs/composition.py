@@ -1,4 +1,4 @@
-"""What a command line makes up, seen before Hydra acts on it: in one sentence what is wrong with it, or its values."""
+"""Composition and validation of the configuration, before Hydra acts on it."""
 
 import inspect
 import os
@@ -36,13 +36,13 @@ _MOST_BRACKETS = 50
 
 
 class _Repository(ConfigRepository):
-    """Repository that reads configuration files by ``read_yaml``, and none outside of the folders that are searched."""
+    """Config repository that reads files with ``read_yaml`` and rejects paths outside the search path."""
 
     def load_config(self, config_path: str) -> ConfigResult | None:
-        """See ConfigRepository.
+        """Load a configuration file; see ConfigRepository.
 
         Raises:
-            ConfigError: the path leads out of the folders, or the file cannot be a configuration.
+            ConfigError: the path is outside the search path, or the file's content is not a configuration.
             DataError: see ``read_yaml``.
         """
         if os.path.normpath(config_path).startswith((os.pardir, "/")):
@@ -66,7 +66,7 @@ def _read_config(path: Path, place: str, provider: str) -> ConfigResult:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a configuration must have keys with values, got {content!r:.80}; correct it.")
     for key, _, value in walk(content, ""):
-        # OmegaConf's parser takes seconds for what is nested, and ends where the stack does.
+        # OmegaConf's parser takes seconds for nested brackets, and overflows the stack for more.
         if isinstance(value, str) and "${" in value and len(re.findall(r"[\[{(]", value)) > _MOST_BRACKETS:
             raise ConfigError(f"{path}: {key} has more than {_MOST_BRACKETS} brackets in a reference; write less.")
     with path.open(encoding="utf-8-sig") as file:
@@ -75,15 +75,15 @@ def _read_config(path: Path, place: str, provider: str) -> ConfigResult:
 
 
 class _Loader(ConfigLoaderImpl):
-    """Hands out no configuration that has not been looked at, in this process and in those of a launcher.
+    """Config loader that validates every config it composes, in this process and in those of a launcher.
 
-    A look at an earlier composition of the same command would not do: a defaults list may choose its files by the time.
+    Validating an earlier composition of the same command would not do: a defaults list may choose its files by time.
     """
 
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
         super().__init__(config_search_path)
         self.repository = _Repository(config_search_path)
-        # Of the command line, which the processes of a launcher have not.
+        # Parse the command line here: the processes of a launcher do not have it.
         options = get_args_parser().parse_args()
         self._typed = options.overrides
         self._completes = options.shell_completion
@@ -93,7 +93,7 @@ class _Loader(ConfigLoaderImpl):
         self, config_name: str | None, overrides: list[str], run_mode: RunMode, *options: Any, **named: Any
     ) -> DictConfig:
         composed = super().load_configuration(config_name, overrides, run_mode, *options, **named)
-        if not self._completes:  # which acts on no setting
+        if not self._completes:  # completion acts on no setting
             require_harmless(composed, self._typed)
             _check_sweeper(composed, self._sweeps)
         return composed
@@ -101,10 +101,10 @@ class _Loader(ConfigLoaderImpl):
     def _process_config_searchpath(
         self, config_name: str | None, parsed_overrides: list[Override], repo: CachingConfigRepository
     ) -> None:
-        """Add the folders and packages of ``hydra.searchpath``, which Hydra imports, if it is typed.
+        """Add the folders and packages of ``hydra.searchpath`` if it was typed: Hydra imports the packages.
 
         Raises:
-            ConfigError: a file, or a job's override in one, names them.
+            ConfigError: a configuration file, or an override that was not typed, sets hydra.searchpath.
         """
         given = [o for o in parsed_overrides if o.get_key_element() == "hydra.searchpath"]
         typed = all(self._completes or o.input_line in self._typed for o in given)
@@ -116,27 +116,28 @@ class _Loader(ConfigLoaderImpl):
                 f"{config_name}: a configuration file must not set hydra.searchpath, from which Python packages are "
                 "imported; take it out, or type hydra.searchpath=[…] on the command line."
             )
-        # Without the file's name, lest its value is another one the second time.
+        # Omit the file: an interpolation in it could resolve to another value the second time.
         super()._process_config_searchpath(None, parsed_overrides, repo)
 
 
 def compose(folder: Path, config_name: str) -> DictConfig:
-    """Compose what the command line asks for as ``hydra.main`` is about to do, which calls what the settings name.
+    """Compose and validate the Hydra config before Hydra instantiates anything.
 
-    Hydra has no public way to do this with its options (``--config-dir``, ``-m``, …): hence its own parts.
+    Hydra has no public API that composes with its own options (``--config-dir``, ``-m``, …): hence the internal parts.
 
     Args:
         folder: the folder of the configurations.
-        config_name: the primary one; where it is none of the folder's, it is that of a run, and ``--config-name``
-            cannot choose another.
+        config_name: name of the primary config; if the folder has no such file, it is a run's config, and
+            ``--config-name`` must not choose another.
 
     Returns:
-        The configuration with Hydra's own settings; in a sweep, with those that all jobs share; empty where Hydra is
-        asked for its help.
+        The configuration with Hydra's own settings; in a sweep, with those that all jobs share; empty for help and
+        shell completion.
 
     Raises:
-        ConfigError: an override or a configuration file is not possible, or would have Hydra call what is not known to
-            be harmless.
+        ConfigError: an option, an override or a configuration file is invalid or not harmless; see
+            ``require_harmless``.
+        DataError: a configuration file cannot be read; see ``read_yaml``.
     """
     forbid_settings_from_text()
     _check_options()
@@ -169,7 +170,7 @@ def compose(folder: Path, config_name: str) -> DictConfig:
     mode = RunMode.MULTIRUN if options.multirun else RunMode.RUN
     name = options.config_name or config_name
     try:
-        # Hydra's own help is that of no application; but its logs are set up as they are composed, for this, too.
+        # --hydra-help has no primary config, but sets up logging from the composed settings all the same.
         composed = loader.load_configuration(None if options.hydra_help else name, options.overrides, mode)
     except EmaSegError:
         raise
@@ -177,14 +178,14 @@ def compose(folder: Path, config_name: str) -> DictConfig:
         if (own := own_cause(error)) is not None:
             raise own from error
         raise ConfigError(_sentence(error, loader, name, options.overrides)) from error
-    except Exception as error:  # of the YAML reader, or of a place in Hydra that such text should not reach
+    except Exception as error:  # from the YAML reader or Hydra's internals
         text = " ".join(options.overrides) or name
         raise ConfigError(f"{text}: Hydra cannot compose this ({type(error).__name__}: {one_line(error)}).") from error
     return OmegaConf.create() if options.help or options.hydra_help else composed
 
 
 def _check_options() -> None:
-    """Reject ``--key value`` and ``--key=value``, which Hydra's parser answers with its whole usage."""
+    """Reject ``--key value`` and ``--key=value``: Hydra's parser would print its whole usage."""
     unknown = [text for text in get_args_parser().parse_known_args()[1] if text.startswith("-")]
     if unknown:
         key, _, value = unknown[0].lstrip("-").partition("=")
@@ -196,13 +197,13 @@ def _check_options() -> None:
 
 
 def _following(argument: str) -> list[str]:
-    """The command line's argument after this one, if there is one."""
+    """Return the command-line argument after this one, as a list; empty if there is none."""
     place = sys.argv.index(argument) + 1
     return sys.argv[place : place + 1]
 
 
 def _check_sweeper(composed: DictConfig, multirun: bool) -> None:
-    """Let only those sweep who look at a launcher's settings before they are text in a script."""
+    """Reject ``-m`` unless one of our sweepers is selected: only they validate launcher settings."""
     settings = OmegaConf.to_container(composed.hydra, resolve=False)
     assert isinstance(settings, dict)
     sweeps = multirun or settings["mode"] not in (None, RunMode.RUN)
@@ -214,10 +215,10 @@ def _check_sweeper(composed: DictConfig, multirun: bool) -> None:
 
 
 def launch(task: TaskFunction, folder: Path, config_name: str) -> None:
-    """Have Hydra do what the command line asks for; what goes wrong comes out as the exception that it was."""
+    """Run ``task`` through ``hydra.main``, and raise errors where Hydra would print them and exit."""
     earlier = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    # Hydra lets nobody else look at what it composes; mypy takes the name of a class for fixed.
+    # Hydra has no hook to validate a composed config; mypy allows no assignment to a class's name.
     hydras_own.ConfigLoaderImpl = _Loader  # type: ignore[misc]
     try:
         hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
@@ -236,7 +237,7 @@ def launch(task: TaskFunction, folder: Path, config_name: str) -> None:
 
 
 def _is_ours(error: Exception, task: TaskFunction) -> bool:
-    """Whether this was raised within the project, and not on Hydra's way to it."""
+    """Return whether an error was raised in the project's code, and not in Hydra before it called the task."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     names = [str(frame.f_globals.get("__name__")) for frame in frames]
     if any(name.startswith(("ema_seg.", "hydra_plugins.ema_seg")) for name in names):
@@ -245,7 +246,7 @@ def _is_ours(error: Exception, task: TaskFunction) -> bool:
 
 
 def _sentence(error: Exception, loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> str:
-    """What Hydra says in many lines."""
+    """Describe a multi-line error of Hydra in one sentence."""
     text = str(error)
     if isinstance(error, OverrideParseException):
         detail = text.partition("\nSee ")[0].removeprefix(f"Error parsing override '{error.override}'\n")
@@ -293,7 +294,7 @@ def _missing(error: MissingConfigException) -> str:
 
 
 def _advice(key: str, given: str, loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> str:
-    """Name the way to say what ``given``, an override of an unknown key, means."""
+    """Suggest a correction of ``given``, an override of an unknown key."""
     composed = _composed(loader, name, overrides)
     paths = [] if composed is None else [path for path, _, _ in settings_of(composed)]
     if own := suggest_own(key, paths.__contains__):
@@ -312,26 +313,26 @@ def _advice(key: str, given: str, loader: ConfigLoaderImpl, name: str, overrides
             return f" Did you mean '{'' if close[0] in named else '+'}{section}.{close[0]}'?"
         return f" An option that the part takes and the configuration does not name is added with +{given}"
     ends = [path for path in paths if path.endswith(f".{key}")]
-    # Hydra's settings are near to many.
+    # Hydra's own settings are close matches of too many keys.
     own_paths = [path for path in paths if path.startswith("hydra") <= key.startswith("hydra")]
     return f" Did you mean {ends[0]!r}?" if len(ends) == 1 else did_you_mean(key, own_paths)
 
 
 def _addable(section: str, composed: DictConfig) -> list[str]:
-    """Options that may be added to a section."""
+    """Return the options that may be added to a section."""
     settings = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
     try:
         return options_of(section, settings)
-    except (KeyError, TypeError):  # settings of another form, which a later check refuses
+    except (KeyError, TypeError):  # malformed settings; a later check rejects them
         return []
 
 
 def _composed(loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> DictConfig | None:
-    """The configuration without the changes of single keys, with the groups that were chosen where that is possible."""
+    """Compose without the overrides of single keys, with the chosen groups if possible; None if that fails."""
     chosen = [str(o.input_line) for o in _choices(loader, overrides)]
     for groups in (chosen, []):
         try:
-            # Of what is not allowed the keys are known, too.
+            # Skip validation here: only the key names are needed, for suggestions.
             return ConfigLoaderImpl.load_configuration(loader, name, groups, RunMode.MULTIRUN)
         except (HydraException, OmegaConfBaseException, ValueError):
             continue
@@ -339,13 +340,13 @@ def _composed(loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> Dict
 
 
 def _choices(loader: ConfigLoaderImpl, overrides: list[str]) -> list[Override]:
-    """Those of the overrides that choose an option of a group."""
+    """Return the overrides that choose an option of a group."""
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
     return [override for override in parsed if loader.repository.group_exists(override.key_or_group)]
 
 
 def _of_key(key: str, overrides: list[str]) -> str:
-    """The override that names this key."""
+    """Return the override of this key; the key itself if there is none."""
     return next((text for text in overrides if text.lstrip("+~").partition("=")[0] == key), key)
 
 

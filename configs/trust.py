@@ -1,11 +1,11 @@
-"""What a configuration may have called, written and started: a file that somebody has shared is not a program.
+"""Allowlist of what a configuration may call, write and start: a shared config file must not run code.
 
-Hydra calls what stands as ``_target_`` in its callbacks, and Python's logging what stands as ``class`` or ``()`` in the
-settings of Hydra's logs; both follow a dotted name to anything that can be imported, ``os.system`` included, and also
-from within a trusted module that has imported it. So it is not the beginning of the name that counts but all of it.
-Logging also follows what looks like a URL to any object, sets attributes, and writes what it is told to any file; the
-launchers run commands. What of this is not in the project's own settings counts only where it was typed. So do the
-environment's variables, which may hold passwords and tokens: settings are shown, logged and saved.
+Hydra calls the ``_target_`` of its callbacks, and Python's logging calls ``class`` and ``()`` in the settings of
+Hydra's logs. Both resolve a dotted name to anything importable, ``os.system`` included, also through a trusted module
+that has imported it. So the allowlist holds complete names, not prefixes. Logging also resolves URL-like values
+(``ext://``) to any object, sets attributes, and writes to any file; the launchers run commands. Such settings are
+accepted only as the project's own defaults or if the user has typed them. Environment variables must be typed, too:
+they may hold passwords and tokens, and settings are shown, logged and saved.
 """
 
 import os
@@ -47,41 +47,41 @@ _LOGGING = (
     "colorlog.ColoredFormatter",
     "rich.logging.RichHandler",
 )
-# The keys whose values are called, here and by the libraries.
+# Keys whose values Hydra and Python's logging call.
 _CALLED = {"_target_", "()", "class"}
-# It runs the commands of its settings on machines that it rents.
+# Not allowed: it runs the commands of its settings on machines that it rents.
 _RENTS = "hydra_plugins.hydra_ray_launcher.ray_aws_launcher.RayAWSLauncher"
 
 _LOGS = ("hydra.job_logging", "hydra.hydra_logging")
-# What Hydra's own settings of its logs have, as it is written there: streams, and files that cannot be chosen.
+# Values of Hydra's own log settings, unresolved: streams, and fixed file names.
 _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 _LOG_FILES = ("${hydra.runtime.output_dir}/${hydra.job.name}.log", "hydra-${hydra.job.name}.log")
-# Commands and what comes before them, for processes that launchers start; "_args_" stands for any of a launcher's own.
+# Commands and environment of the processes that launchers start; "_args_" may set any parameter of a launcher.
 _COMMANDS = (
     "hydra.job.env_copy",
     "hydra.job.env_set",
     *(f"hydra.launcher.{key}" for key in ("_args_", "additional_parameters", "python", "ray", "setup", "srun_args")),
 )
-# The project's own, of configs/launcher.
+# Commands of the project's own configs/launcher.
 _OWN_COMMANDS = ("export SLURM_KILL_BAD_EXIT=1",)
-# The sections around them, of which a reference would make what no look at the settings finds.
+# Parents of checked keys; an interpolation here would bypass the check.
 _AROUND = ("hydra", "hydra.job", "hydra.launcher")
 
 
 def forbid_settings_from_text() -> None:
-    """Take OmegaConf the resolvers that make settings out of text, in which the keys of what is called could hide.
+    """Remove the ``oc.create`` and ``oc.decode`` resolvers: they can build a ``_target_`` node from a string.
 
-    Their names need not stand in a configuration, which can put them together from parts, so no look at it finds them.
-    Hydra's launchers hand the resolvers on to their processes.
+    Searching a configuration for their names would not do, because it can assemble them from parts. Hydra's launchers
+    pass the registered resolvers on to their processes.
     """
     for name in ("oc.create", "oc.decode"):
         OmegaConf.clear_resolver(name)
 
 
 def restrict_environment(typed: Sequence[str]) -> None:
-    """Have ``${oc.env:NAME}`` read those variables alone that the user has typed.
+    """Restrict ``${oc.env:NAME}`` to the variables that the user has typed.
 
-    The resolver checks, and not a search of the files: they can put such a text together from parts.
+    The resolver itself checks the name, because configuration files can assemble it from parts.
 
     Args:
         typed: the overrides of the command line.
@@ -100,17 +100,17 @@ def _read_variable(known: frozenset[str], name: str, *default: str | None) -> st
 
 
 def require_harmless(config: DictConfig, typed: Sequence[str] = ()) -> None:
-    """Look at everything in a composed configuration, Hydra's own settings included, that would do more than set.
+    """Reject settings that could run code, open files or start commands.
 
     Args:
-        config: with Hydra's settings; of a job of a sweep, too.
-        typed: the overrides of the command line: what stands there is the user's own.
+        config: a composed configuration with Hydra's settings, also that of a sweep's job.
+        typed: the overrides of the command line; their values are trusted, except for names that are called.
 
     Raises:
-        ConfigError: something is called that is none of Hydra's plugins (its launchers and sweepers and this
-            project's) and callbacks or of the usual handlers and formatters of Python's logging; or the logs lead to
-            other objects or files than Hydra's; or there are commands or environment variables for processes that
-            nobody has typed.
+        ConfigError: a name to be called is not on the allowlist (Hydra's plugins, which include this project's
+            sweepers; Hydra's callbacks; the usual handlers and formatters of Python's logging); log settings refer to
+            objects or files other than Hydra's; a launcher's commands or environment variables were not typed; the
+            job's name is not a plain file name; or a section that holds checked keys is a single value.
     """
     own = _values_of(typed)
     for path, key, value in settings_of(config):
@@ -138,10 +138,10 @@ def require_harmless(config: DictConfig, typed: Sequence[str] = ()) -> None:
 
 
 def require_printable(launcher: DictConfig) -> None:
-    """Look at a launcher's resolved settings for texts of several lines, of which a script takes each for a command.
+    """Reject line breaks in a launcher's resolved settings: each line of an sbatch script is a command.
 
     Raises:
-        ConfigError: there is one, other than in the commands that are meant to be.
+        ConfigError: a setting outside ``setup`` has a line break or another non-printable character.
     """
     for path, _, value in settings_of(launcher):
         if not str(value).isprintable() and not _is_below(path, ("setup",)):
@@ -161,7 +161,7 @@ def _check_log(path: str, key: str, value: Any) -> None:
 
 
 def _is_in_environment(path: str, value: Any) -> bool:
-    """Whether this is what Hydra copies by ``hydra.job.env_copy``: a variable as the user has it already."""
+    """Return whether this is a variable with the value it has in the environment, as ``hydra.job.env_copy`` sets it."""
     return os.environ.get(path.removeprefix("hydra.job.env_set.")) == value
 
 
@@ -170,7 +170,7 @@ def _is_below(path: str, sections: Sequence[str]) -> bool:
 
 
 def _values_of(overrides: Sequence[str]) -> Mapping[str, set[str]]:
-    """The single values that overrides give, as text by path; of a sweep all of them."""
+    """Return the values that overrides set, as text by path; all values of a discrete sweep."""
     values: dict[str, set[str]] = defaultdict(set)
     for override in _single(OverridesParser.create().parse_overrides(list(overrides))):
         for path, _, value in walk({override.key_or_group: override.value()}, ""):
@@ -179,7 +179,7 @@ def _values_of(overrides: Sequence[str]) -> Mapping[str, set[str]]:
 
 
 def _single(overrides: Sequence[Override]) -> Iterator[Override]:
-    """Overrides of one value each, in place of sweeps over several."""
+    """Expand discrete sweeps into overrides of one value each; drop other sweeps."""
     for override in overrides:
         if not override.is_sweep_override():
             yield override
@@ -195,12 +195,12 @@ def _known(key: str) -> set[str]:
 
 
 def settings_of(config: DictConfig) -> Iterator[tuple[str, str, Any]]:
-    """Path, key and value of everything in a configuration, as it is written: nothing is resolved."""
+    """Yield path, key and value of every node of a configuration, unresolved."""
     return walk(OmegaConf.to_container(config, resolve=False), "")
 
 
 def walk(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
-    """Path, key and value of everything in nested dicts and lists; ``path`` is that of the node itself."""
+    """Yield path, key and value of every node in nested dicts and lists; ``path`` is that of ``node``."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
         below = f"{path}.{key}" if path else str(key)
         yield below, str(key), value

@@ -1,3 +1,3 @@
-"""ema-seg: what an attention block does for semantic segmentation, and what it costs."""
+"""ema-seg: effect and cost of attention blocks in semantic segmentation."""
 
 __version__ = "0.1.0"

@@ -14,20 +14,20 @@ from ema_seg.sources import keys_of, parameters_of, smp_decoders, smp_encoders, 
 
 __all__ = ["check_early", "check_root", "options_of"]
 
-# Seconds for a disk to say whether a folder is there; a slower one is waited for where its files are read.
+# Timeout in seconds for checking that a path exists; reading the data waits longer for a slow disk.
 _PATIENCE = 1.0
-# Arguments of Lightning's Trainer that the program gives.
+# Arguments of Lightning's Trainer that the program sets itself or rejects.
 _GIVEN = (
     *("callbacks", "default_root_dir", "enable_model_summary", "enable_progress_bar", "logger", "plugins"),
     *("overfit_batches", "reload_dataloaders_every_n_epochs", "use_distributed_sampler"),
 )
 
-# Loggers whose packages, of the same names, are extras.
+# Loggers that need a package of the same name, installed as an extra.
 _PACKAGES = ("mlflow", "wandb")
 
 
 class _Name(NamedTuple):
-    """A setting that is the name of a part, and the names that there are."""
+    """Setting that names a component, with a function that lists the valid names."""
 
     section: str
     key: str
@@ -44,13 +44,13 @@ _NAMES = (
 
 
 def check_early(config: Mapping[str, Any]) -> None:
-    """Check the types of all settings and the names of all parts.
+    """Check the types of all settings, and the names of all components and Trainer options.
 
     Args:
         config: the resolved configuration of ``train.py`` as plain data.
 
     Raises:
-        ConfigError: what the user has to correct.
+        ConfigError: a setting is missing or invalid, or names something unknown or not installed.
     """
     require_settings(config, TRAINING)
     for section, key, find in _NAMES:
@@ -77,13 +77,13 @@ def check_early(config: Mapping[str, Any]) -> None:
 
 
 def check_root(data: Mapping[str, Any]) -> None:
-    """Check that the data set's folder or archive is there.
+    """Check that the data set's folder or archive exists.
 
     Args:
-        data: ``data`` of a configuration.
+        data: the section ``data`` of a configuration.
 
     Raises:
-        DataError: it is not.
+        DataError: the path does not exist.
     """
     name, root = data["name"], data["root"]
     makes_files = "makes_files: ClassVar[bool] = True" in text_of(f"ema_seg/data/{name}.py")
@@ -94,11 +94,11 @@ def check_root(data: Mapping[str, Any]) -> None:
 
 
 def options_of(section: str, config: Mapping[str, Any]) -> list[str]:
-    """Options that the part behind a section of the configuration takes, with those that the section names.
+    """List the options of the component that a section of the configuration selects; empty if they are not known.
 
     Args:
         section: the dotted name of the section, such as ``"trainer"`` or ``"logger.wandb"``.
-        config: the configuration.
+        config: the configuration, which names the decoder and the optimiser.
     """
     first, _, rest = section.partition(".")
     if section == "trainer":
@@ -131,7 +131,7 @@ def _check_encoder(name: str) -> None:
 
 
 def _is_missing(path: Path) -> bool:
-    """Whether there is no such path; False where the disk does not answer."""
+    """Return whether a path does not exist; False if the disk does not answer in time."""
     answer: Future[bool] = Future()
     Thread(target=lambda: answer.set_result(path.exists()), daemon=True).start()
     return bool(wait([answer], _PATIENCE).done) and not answer.result()

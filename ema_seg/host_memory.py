@@ -1,4 +1,4 @@
-"""How the process deals with memory: with what it has freed, and with what it never frees."""
+"""Host memory settings of the process: glibc's allocator and the garbage collector."""
 
 import ctypes
 import gc
@@ -7,40 +7,40 @@ from contextlib import contextmanager
 
 __all__ = ["keep_freed_memory", "made_for_good"]
 
-# Numbers of <malloc.h>.
+# Constants of <malloc.h>.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
-_made = False  # see made_for_good; the collector would count what it passes over
+_made = False  # a flag, because gc.get_freeze_count() walks all frozen objects
 
 
 def keep_freed_memory() -> bool:
-    """Make the process keep what it frees, to use it again, instead of giving it back to the system.
+    """Make glibc keep freed memory for reuse instead of returning it to the system.
 
-    The feature maps of a model are allocated and freed in every step. The C library of most Linux systems (glibc) gets
-    large blocks from the system and gives them back at once, so that each page of each large map is cleared and mapped
-    anew in every step, which can take a quarter of a step on a CPU. Call it before the first large allocation.
-    The process, and the loading processes that are forked from it, then never shrink, and may grow somewhat beyond what
-    they need at once. Memory of a GPU is not concerned; PyTorch keeps that anyway.
+    The feature maps of a model are allocated and freed in every step. The C library of most Linux systems (glibc) maps
+    large blocks and unmaps them at once, so that each page of each large map is cleared and mapped anew in every step,
+    which can take a quarter of a step on a CPU. Call it before the first large allocation. The process, and the data
+    loading workers forked from it, then never shrink, and may grow somewhat beyond their peak need. GPU memory is not
+    affected; PyTorch caches it anyway.
 
     Returns:
-        Whether it was done; other C libraries are left as they are.
+        Whether it was done; other C libraries are left unchanged.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # no such function; on Windows there is no program to look in
+    except (AttributeError, OSError, TypeError):  # no mallopt; on Windows CDLL(None) fails
         return False
-    # -1 turns trimming off; 0 leaves no block to be mapped by itself.
+    # -1 disables trimming; 0 disables mmap for large blocks.
     return bool(mallopt(_M_TRIM_THRESHOLD, -1)) and bool(mallopt(_M_MMAP_MAX, 0))
 
 
 @contextmanager
 def made_for_good() -> Iterator[None]:
-    """Import libraries within: the garbage collector passes over what has been made until then.
+    """Disable the garbage collector while the block imports libraries, then freeze all objects (``gc.freeze``).
 
-    PyTorch, Lightning and what they bring make almost a million objects that stay. Without this, the collector walks
-    through them again and again while they are made, a sixth of the time that it takes, and then after each job of a
-    sweep. Only the first use in a process does so, for the garbage of a job is not to stay.
+    PyTorch, Lightning and their dependencies create almost a million permanent objects. Otherwise the collector
+    traverses them again and again during the import, a sixth of the import's time, and then after each job of a sweep.
+    Only the first use in a process has an effect, because a job's garbage must not be frozen.
     """
     global _made
     if _made or not gc.isenabled():

@@ -1,4 +1,4 @@
-"""Whether two runs came to the same, to the last bit."""
+"""Bitwise comparison of two runs."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,21 +15,21 @@ __all__ = ["compare_runs", "describe_comparison"]
 
 _CHECKPOINTS = ("best.ckpt", "last.ckpt")
 _TIMINGS = ("images_per_second", "seconds")
-# What an evaluation has found, without what it took.
+# Results of an evaluation, without its costs.
 _SCORES = ("confusion_matrix", "miou", "iou", "mean_accuracy", "pixel_accuracy", "fw_iou", "size_iou")
 _IDENTICAL = "identical"
 
 
 def compare_runs(original: Path, repeated: Path) -> dict[str, Any]:
-    """Compare what two runs of one configuration have left in their folders.
+    """Compare weights, metrics, scores and environments of two runs of one configuration.
 
     Args:
-        original: the first run's folder; of what is missing there, nothing is compared.
-        repeated: the other's.
+        original: the first run's folder; files missing there are not compared.
+        repeated: the second run's folder.
 
     Returns:
-        For ``weights``, ``metrics`` and ``scores`` what differs in words, "identical", or None where the original has
-        none; and in ``environment`` each entry that differs, with both values.
+        In ``weights``, ``metrics`` and ``scores`` a description of the differences, "identical", or None if the
+        original has none; in ``environment`` both values of each entry that differs; in ``original`` its folder.
     """
     return {
         "original": str(original),
@@ -41,7 +41,7 @@ def compare_runs(original: Path, repeated: Path) -> dict[str, Any]:
 
 
 def describe_comparison(comparison: Mapping[str, Any]) -> tuple[list[str], bool]:
-    """The comparison in lines, and whether all that could be compared is identical."""
+    """Return the comparison as lines of text, and whether all compared weights, metrics and scores are identical."""
     lines = []
     for name in ("weights", "metrics", "scores"):
         found = comparison[name]
@@ -76,7 +76,7 @@ def _differences(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.T
 
 
 def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """To the bit, so that NaN is itself and 0 is not -0."""
+    """Compare two tensors bit by bit, so that NaN equals itself and 0 differs from -0."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
     pairs = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in (first, second)]
@@ -118,7 +118,7 @@ def _compare_scores(original: Path, repeated: Path) -> str | None:
 
 
 def _report(run: Path) -> dict[str, Any]:
-    """The report of a run, where its configuration has it written."""
+    """Load a run's report from the folder that its configuration names."""
     directory = read_yaml(run / "config.yaml").get("report", {}).get("dir")
     return load_report(Path(directory or run / "report") / "report.json")
 

@@ -1,4 +1,4 @@
-"""A run from its configuration to its report, in as many processes as it asks for."""
+"""Training and evaluation of a run, from its configuration to its report, in one or several processes."""
 
 import logging
 import sys
@@ -38,50 +38,50 @@ def produce_run(
     callbacks: Sequence[Callback] = (),
     started_by: str | None = None,
 ) -> dict[str, Any]:
-    """Train what a configuration describes, test the best checkpoint, and write the report.
+    """Train the model of a configuration, test the best checkpoint, and write the report.
 
     Args:
         config: the resolved configuration of ``train.py`` as plain data.
-        run: the run's folder, which receives ``config.yaml``, what ``fit`` writes, and ``report/``.
-        resume: go on from the last checkpoint in that folder.
+        run: the run's folder; receives ``config.yaml``, the files of ``fit`` and ``report/``.
+        resume: continue from the last checkpoint in that folder.
         job: see ``assess_checkpoint``.
         quiet: print no line per epoch and show no progress bar.
-        callbacks: Lightning's, besides the run's own; picklable.
-        started_by: what has started this process as one of a group that trains the run; see ``count_processes``.
+        callbacks: further Lightning callbacks; picklable.
+        started_by: the launcher of this process's group, if any; see ``count_processes``.
 
     Returns:
-        The report, as ``report.json`` holds it; nothing in a process of a group but the first.
+        The report, as in ``report.json``; an empty dict on ranks other than 0.
 
     Raises:
-        EmaSegError: whatever a user can correct, from the parts that find it.
+        EmaSegError: any error that the user can correct.
     """
     check_config(config)
     processes = count_processes(config["trainer"], started_by)
     if config["data"]["batch_size"] != "auto":
         check_shares(config["data"]["batch_size"], processes)
     if processes == 1:
-        find_device(config["evaluation"]["device"])  # elsewhere it would take memory of a device for nothing
+        find_device(config["evaluation"]["device"])  # with more processes, this would occupy GPU memory for nothing
     directory = Path(config["report"]["dir"] or run / "report")
     threads = _threads_of(Path(config["rerun"])) if config.get("rerun") else None
     if place().rank == 0:
-        report_manifest(directory).check(FILES)  # not only after the training
+        report_manifest(directory).check(FILES)  # before the training, not only after it
     settings = {"resume": resume, "job": job, "quiet": quiet, "callbacks": list(callbacks), "threads": threads}
     return _report_of(_work, processes, directory, config, run, directory, settings)
 
 
 def _work(config: dict[str, Any], run: Path, directory: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What each of the processes does."""
+    """Train and evaluate in this process, alone or as one rank of several."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     here = place()
     if here.rank:
-        warnings.simplefilter("ignore")  # the first process's are enough
+        warnings.simplefilter("ignore")  # rank 0 shows them
     run, directory = agree((run.absolute(), directory.absolute()))
     for folder in (run, directory):
         require_shared(folder)
     take_device(config["trainer"])
     evaluation = _evaluation(config)
     if settings["threads"]:
-        torch.set_num_threads(settings["threads"])  # on which the order of additions depends
+        torch.set_num_threads(settings["threads"])  # the summation order depends on it
     seed_everything(config["seed"], workers=True, verbose=False)
     complete_config(config)
     quiet = settings["quiet"] or here.rank > 0
@@ -101,7 +101,7 @@ def _work(config: dict[str, Any], run: Path, directory: Path, settings: Mapping[
         report = assess_checkpoint(
             best, config["data"], evaluation, directory, run=str(run), job=settings["job"], quiet=quiet
         )
-        _write_config(config, run)  # where nothing was left to train, not before the evaluation has worked
+        _write_config(config, run)  # if nothing was left to train, only after a successful evaluation
         return report
 
 
@@ -111,10 +111,10 @@ def _write_config(config: Mapping[str, Any], run: Path) -> None:
 
 
 def _evaluation(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of the evaluation, for which each of several processes has a device of its own.
+    """Return the evaluation's settings; in a process group, ``device=auto`` becomes the type of the training's device.
 
     Raises:
-        ConfigError: the device that they name is none, or would be shared.
+        ConfigError: the device is not available, or all ranks would share it.
     """
     settings: Mapping[str, Any] = config["evaluation"]
     if place().size == 1:
@@ -132,11 +132,15 @@ def _evaluation(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _threads_of(run: Path) -> int | None:
-    """The threads that each process of a run had; None if it does not say."""
+    """Read the number of threads per process of a run; None without ``environment.json``.
+
+    Raises:
+        ConfigError: the file does not hold a valid number of threads.
+    """
     path = run / "environment.json"
     try:
         threads = read_json(path)["threads"]
-        if type(threads) is not int or not 1 <= threads <= 2**12:  # torch takes, or dies of, any number
+        if type(threads) is not int or not 1 <= threads <= 2**12:  # torch accepts any number, and may crash
             raise ValueError(threads)
         return threads
     except OSError:
@@ -146,9 +150,9 @@ def _threads_of(run: Path) -> int | None:
 
 
 def _batch_size(config: dict[str, Any], run: Path, settings: Mapping[str, Any]) -> int:
-    """The largest batch that fits; of a run that goes on, the one that it was begun with."""
+    """Find the largest batch size that fits; for a resumed run, read the one in its saved configuration."""
     if settings["resume"]:
-        # Read by the first process alone, which writes the file next.
+        # Rank 0 alone reads the file, because it rewrites it next.
         return agree(int(read_yaml(run / "config.yaml")["data"]["batch_size"]) if place().rank == 0 else 0)
     found = find_batch_size(config, training_device(config["trainer"]))
     if place().rank == 0:
@@ -174,17 +178,17 @@ def evaluate_run(
         data: see ``assess_checkpoint``.
         settings: see ``assess_checkpoint``.
         directory: see ``assess_checkpoint``.
-        devices: processes that score together, each on a GPU of its own if there are GPUs; "auto" for one on each, or
-            the GPUs' numbers.
+        devices: number of processes, each on its own GPU if there are GPUs; "auto" for one per GPU; or a list of GPU
+            indices.
         run: see ``assess_checkpoint``.
         job: see ``assess_checkpoint``.
-        started_by: what has started this process as one of a group that evaluates; see ``count_processes``.
+        started_by: the launcher of this process's group, if any; see ``count_processes``.
 
     Returns:
-        The report, as ``report.json`` holds it; nothing in a process of a group but the first.
+        The report, as in ``report.json``; an empty dict on ranks other than 0.
 
     Raises:
-        EmaSegError: whatever a user can correct, from the parts that find it.
+        EmaSegError: any error that the user can correct.
     """
     accelerator = "cpu" if settings["device"] == "cpu" else "auto"
     trainer = {"accelerator": accelerator, "devices": devices}
@@ -194,10 +198,10 @@ def evaluate_run(
 
 
 def _report_of(work: Callable[..., dict[str, Any]], processes: int, directory: Path, *arguments: Any) -> dict[str, Any]:
-    """Do the work here if this is one of the processes already, or else in new ones, which leave the report.
+    """Call ``work`` here if all ``processes`` are running already, else in new ones, and return the report.
 
     Raises:
-        TrainingError: they have not left it.
+        TrainingError: the new processes ended without writing the report.
     """
     path = directory / "report.json"
     earlier = _version(path)
@@ -207,14 +211,14 @@ def _report_of(work: Callable[..., dict[str, Any]], processes: int, directory: P
         run_together(work, processes, *arguments)
     except Preempted:
         if _version(path) == earlier:
-            raise  # else it came too late for there to be anything to go on with
+            raise  # otherwise the report was complete when the signal came
     if _version(path) == earlier:
         raise TrainingError(f"{path} was not written, though all {processes} processes have ended well; try again.")
     return load_report(path)
 
 
 def _version(path: Path) -> tuple[int, int] | None:
-    """What changes where a file is replaced; None of one that is not there."""
+    """Return inode and modification time, which change when a file is replaced; None if it does not exist."""
     try:
         status = path.stat()
     except OSError:
@@ -232,14 +236,14 @@ def _assess(
     trainer: Mapping[str, Any],
 ) -> dict[str, Any]:
     take_device(trainer)
-    # Each may have named the folder by its own time.
+    # Each rank may have named the folder by its own clock.
     directory = agree(directory.absolute())
     require_shared(directory)
     return assess_checkpoint(checkpoint, data, settings, directory, run=run, job=job)
 
 
 def complete_config(config: Mapping[str, Any]) -> None:
-    """Fill in what the user has left to the project, so that the saved configuration says all of it."""
+    """Fill in the encoder's normalisation and make paths absolute, in place, so that the saved config is complete."""
     data, model = config["data"], config["model"]
     if data["mean"] is None or data["std"] is None:
         normalisation = encoder_normalisation(model["encoder"], model["encoder_weights"])

@@ -1,7 +1,6 @@
-"""The settings of the entry points: which there are, and what each can be, before anything is built from them.
+"""Schema of the entry points' settings: names, types and ranges, checked before anything is built.
 
-Parts that others define (a decoder's options, a transform's, Lightning's trainer's) are open here, and are checked
-where they are built.
+Further options of a decoder, a transform or Lightning's Trainer are accepted here and checked where they are used.
 """
 
 import math
@@ -20,10 +19,10 @@ __all__ = [
     "suggest_own",
 ]
 
-# Of a saved configuration, which has about a hundred.
+# Limits of a saved configuration, which has about a hundred values.
 _MOST_VALUES, _DEEPEST = 20_000, 100
 
-# Names that other training programs have for these settings; by their letters another one may be nearer.
+# Names of these settings in other training programs; by spelling alone, the hint could name a wrong setting.
 _OTHER_NAMES = {
     "epochs": "max_epochs num_epochs n_epochs epoch trainer.epochs training.epochs",
     "optimizer.lr": "lr learning_rate base_lr optim.lr optimizer.learning_rate model.lr model.learning_rate",
@@ -55,16 +54,16 @@ _OTHER_NAMES = {
 
 
 class _Setting(NamedTuple):
-    """What a value has to be, and what is said about one that is not."""
+    """Check of one value, with the complaint about a value that fails."""
 
     fits: Callable[[Any], bool]
     complaint: str
     optional: bool = False
-    """Whether a configuration that was saved by an earlier version may be without it."""
+    """Whether the setting may be missing, for example in a configuration saved by an earlier version."""
 
 
 class _Section(NamedTuple):
-    """Settings by name; ``open`` for further ones."""
+    """Settings and subsections by name; ``open`` accepts further keys unchecked."""
 
     settings: Mapping[str, "_Setting | _Section"]
     open: bool = False
@@ -135,7 +134,7 @@ EVALUATION_SECTION = _Section(
         "budget": _Setting(lambda value: _is_number(value) and value > 0, "is no positive number of seconds"),
     }
 )
-"""``evaluation`` of both."""
+"""Schema of the section ``evaluation``, which ``train.py`` and ``eval.py`` share."""
 
 _REPORT = _Section({"dir": _PATH})
 _NAMED = _Section({"name": _NAME}, open=True)
@@ -207,7 +206,7 @@ TRAINING = _Section(
             },
             open=True,
         ),
-        # By name; logger=[] leaves no section.
+        # Options by logger name; with logger=[] the section is missing.
         "logger": _Setting(
             lambda value: isinstance(value, Mapping),
             "must be loggers by name; choose them with logger=<name> or logger=[<name>,<name>] in a new run",
@@ -235,11 +234,11 @@ TRAINING = _Section(
             }
         ),
         "report": _REPORT,
-        # Of the sweep that a run may be a part of, which looks at it.
+        # Only in a sweep, which checks these settings itself.
         "sweep": _Setting(lambda value: isinstance(value, Mapping), "is one value, of several settings", optional=True),
     }
 )
-"""Of ``train.py``."""
+"""Schema of ``train.py``."""
 
 REBUILDING = _Section(
     {
@@ -249,7 +248,7 @@ REBUILDING = _Section(
     },
     open=True,
 )
-"""What of these a checkpoint has to have for its model to be rebuilt and evaluated."""
+"""Schema of the settings in a checkpoint that rebuilding and evaluating its model needs."""
 
 EVALUATION = _Section(
     {
@@ -257,24 +256,24 @@ EVALUATION = _Section(
         "ckpt": _PATH,
         "devices": _Setting(lambda value: isinstance(value, str | int | list), "is no number of devices"),
         "data": _DATA,
-        "epochs": _Setting(lambda value: True, "", optional=True),  # which a data set's configuration brings along
+        "epochs": _Setting(lambda value: True, "", optional=True),  # set by the data sets' configs
         "evaluation": EVALUATION_SECTION,
         "report": _REPORT,
     }
 )
-"""Of ``eval.py``."""
+"""Schema of ``eval.py``."""
 
 
 def require_settings(config: Mapping[str, Any], known: _Section, path: str = "") -> None:
-    """Look at the resolved configuration of an entry point as plain data.
+    """Check a resolved configuration against its schema.
 
     Args:
-        config: the configuration, or a section of it.
-        known: ``TRAINING``, ``EVALUATION`` or ``REBUILDING``, or a section of it.
-        path: the dotted name of the section, with a dot at its end.
+        config: the configuration as plain data, or a section of it.
+        known: the schema: ``TRAINING``, ``EVALUATION`` or ``REBUILDING``, or a section of one.
+        path: the dotted name of the section, with a trailing dot.
 
     Raises:
-        ConfigError: a setting is missing, unknown, or nothing that it could be.
+        ConfigError: a setting is missing, unknown or has an invalid value.
     """
     for name in config:
         if name not in known.settings and not known.open:
@@ -295,13 +294,13 @@ def require_settings(config: Mapping[str, Any], known: _Section, path: str = "")
 
 
 def require_plain(config: object) -> None:
-    """Refuse a saved configuration that is not only of keys and values, as ``train.py`` saves one.
+    """Reject a saved configuration that holds anything but plain keys and values.
 
-    A reference in it would be resolved, and so could read the environment of whoever evaluates or resumes the run; a
-    list that holds itself has no end.
+    An interpolation in it would be resolved, and so could read the environment of whoever evaluates or resumes the run;
+    a list that contains itself is endless.
 
     Raises:
-        ConfigError: there is a reference, a value of another type, or no end.
+        ConfigError: the configuration holds an interpolation or a value of another type, or is too large or too deep.
     """
     count = 0
     below: list[tuple[str, object, int]] = [("", config, 0)]
@@ -324,8 +323,8 @@ def require_plain(config: object) -> None:
 
 
 def suggest_own(key: str, is_known: Callable[[str], bool]) -> str:
-    """The end of a sentence about a key that other programs have; empty if it is none, or its own name is not known."""
-    if key == "experiment":  # a group, which sets no key of this name
+    """Return a hint for a key of other training programs; empty if there is none or our name for it is not known."""
+    if key == "experiment":  # a config group, which sets no key of this name
         return " An experiment's file begins with the line: # @package _global_"
     own = [name for name, others in _OTHER_NAMES.items() if is_known(name) and key in others.split()]
     if "resume" in own:

@@ -1,7 +1,7 @@
-"""Names that source files define, read without importing them: torch alone takes longer to import than a refusal may.
+"""Names defined in source files, read without importing them: importing torch would delay an error message too long.
 
-A library may change its files. So the names are for refusals that the library itself would make later, and for hints;
-where nothing is found the answer is empty, and the later check decides.
+A library may change its files. So the names serve only hints and early errors that the library itself would raise
+later; if nothing is found, the result is empty and the later check decides.
 """
 
 import ast
@@ -21,11 +21,11 @@ _DEPRECATED = re.compile(r"^register_model_deprecations\(__name__, \{(.*?)\}\)",
 
 @cache
 def keys_of(path: str, table: str) -> list[str]:
-    """Keys of a dict, or names in a list, that a module assigns to ``table``.
+    """Return the keys of a dict, or the names in a list, that a module assigns to ``table``.
 
     Args:
-        path: of the file from its top-level package on, such as ``"ema_seg/attention/__init__.py"``.
-        table: the name of the variable.
+        path: Path of the file from its top-level package on, such as ``"ema_seg/attention/__init__.py"``.
+        table: Name of the variable.
     """
     for name, value in _assignments(ast.parse(text_of(path))):
         if name == table and isinstance(value, ast.Dict):
@@ -37,11 +37,11 @@ def keys_of(path: str, table: str) -> list[str]:
 
 @cache
 def parameters_of(folder: str, class_name: str) -> list[str]:
-    """Names of the arguments of a class's constructor, whose name may differ in case.
+    """Return the names of the arguments of a class's constructor.
 
     Args:
-        folder: of the files from their top-level package on, at any depth below it, or one file.
-        class_name: the name of the class.
+        folder: Folder, searched at any depth, or file; a path from its top-level package on.
+        class_name: Name of the class, in any case.
     """
     for file in _files(folder):
         if not re.search(rf"^class {class_name}\b", _text(file), re.MULTILINE | re.IGNORECASE):
@@ -54,19 +54,19 @@ def parameters_of(folder: str, class_name: str) -> list[str]:
 
 @cache
 def smp_decoders() -> list[str]:
-    """Names of smp's architectures, as ``build_segmenter`` takes them."""
+    """Return the names of smp's architectures, as ``build_segmenter`` takes them."""
     return [name.lower() for name in keys_of(f"{_SMP}/__init__.py", "_MODEL_ARCHITECTURES")]
 
 
 @cache
 def smp_encoders() -> list[str]:
-    """Names of smp's own encoders."""
+    """Return the names of smp's own encoders."""
     return [name for file in _files(f"{_SMP}/encoders") for name in _ENCODERS.findall(_text(file))]
 
 
 @cache
 def timm_models() -> list[str]:
-    """Names of timm's models, the deprecated ones last."""
+    """Return the names of timm's models, the deprecated ones last."""
     texts = [_text(file) for file in _files(f"{_TIMM}/models")]
     names = [name for text in texts for name in _REGISTERED.findall(text)]
     tables = [table for text in texts for table in _DEPRECATED.findall(text)]
@@ -74,7 +74,7 @@ def timm_models() -> list[str]:
 
 
 def text_of(path: str) -> str:
-    """The content of a file, whose path begins with its top-level package; empty where there is none."""
+    """Return the content of a file, whose path begins with its top-level package; empty if it does not exist."""
     return "".join(map(_text, _files(path)))
 
 

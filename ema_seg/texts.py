@@ -1,9 +1,9 @@
-"""Readers of YAML, JSON and CSV files that others may have written.
+"""Readers of untrusted YAML, JSON and CSV files.
 
-A few hundred bytes can repeat themselves by aliases until the memory is full, nest until the stack overflows, or spell
-a number that takes minutes to print. The readers bound size, depth and numbers before they build values.
+A few hundred bytes can fill the memory by YAML aliases, overflow the stack by nesting, or hold a number that takes
+minutes to print. The readers bound size, depth and numbers before they build values.
 
-A file that does not exist or may not be read raises ``OSError`` as ``open`` does.
+A missing or unreadable file raises ``OSError`` as ``open`` does.
 """
 
 import csv
@@ -27,20 +27,20 @@ _DEEPEST = 100
 _MOST_NODES = 20_000  # of a YAML file with its aliases expanded: a list of 254 classes has 2,500
 _LONGEST_NUMBER = 100  # characters
 _LARGEST_NUMBER = 2**64
-# The loader in Python, which alone takes surrogates, reads 100 KiB in a second.
+# Only PyYAML's loader in Python accepts surrogates; it reads 100 KiB per second.
 _LARGEST_ESCAPED = 2**16  # bytes
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-# Maybe a number, maybe part of a string: then each number is measured, which takes longer.
+# A long number, or digits in a string; only if found, the length of each number is checked, which is slower.
 _LONG_NUMBER = re.compile(rb"(?<![\w.])\d{20}")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _DEPTHS = {ord(bracket): step for bracket, step in {"[": 1, "{": 1, "]": -1, "}": -1}.items()}
 
 
 class _Tags:
-    """YAML's core schema: a date is text, ``1e-3`` a number, and no other tag is known. As OmegaConf has it."""
+    """Constructors of YAML's core schema, as in OmegaConf: dates are strings, ``1e-3`` a number, no other tags."""
 
     def construct_text(self, node: yaml.Node) -> str:
-        # JSON writes a character beyond 16 bits as two escapes.
+        # JSON writes a character beyond 16 bits as a surrogate pair of two escapes.
         return _join_surrogates(self.construct_scalar(node))  # type: ignore[attr-defined]
 
     def construct_number(self, node: yaml.Node) -> int | float:
@@ -83,16 +83,17 @@ for _loader in (_PythonLoader, _Loader):
             for name in ("null", "bool", "seq", "map")
         },
         **{f"{_TAG}str": _Tags.construct_text, f"{_TAG}int": _Tags.construct_number},
-        **{f"{_TAG}float": _Tags.construct_number, None: yaml.SafeLoader.yaml_constructors[None]},  # refuses all others
+        **{f"{_TAG}float": _Tags.construct_number, None: yaml.SafeLoader.yaml_constructors[None]},  # refuses other tags
     }
 
 
 def read_yaml(path: Path, advice: str = "correct the file") -> Any:
-    """Read a YAML file (UTF-8) into plain dicts, lists, texts, numbers, booleans and None; a date is a text.
+    """Read a YAML file (UTF-8) into plain dicts, lists, strings, numbers, booleans and None; a date is a string.
 
     Raises:
-        DataError: it is not YAML, has a tag or a key twice, or is too large, too deep or too long for one.
-        OSError: there is no such file, or it may not be read.
+        DataError: The file is not YAML, has an unknown tag or a repeated key, or is too large, too deep or has too many
+            values or too long a number.
+        OSError: The file does not exist or cannot be read.
     """
     text = _read_text(path, "YAML", advice)
     loader: Any = _Loader
@@ -108,7 +109,7 @@ def read_yaml(path: Path, advice: str = "correct the file") -> Any:
         where = f"line {mark.line + 1}: " if mark else ""
         found = f"{where}{error.problem or error.context}"
         raise DataError(f"{path}: is not valid YAML ({found}); {advice}.") from error
-    except LookupError as error:  # what PyYAML's constructors raise of an empty number and of a bool that is none
+    except LookupError as error:  # from PyYAML's constructors: an empty number or an invalid bool
         raise DataError(f"{path}: is not valid YAML (a value is not what its tag says); {advice}.") from error
     except (yaml.YAMLError, ArithmeticError, RecursionError, TypeError, ValueError) as error:
         raise DataError(f"{path}: is not valid YAML ({one_line(error).rstrip('.')}); {advice}.") from error
@@ -118,8 +119,9 @@ def read_json(path: Path, advice: str = "restore the file") -> Any:
     """Read a JSON file (UTF-8).
 
     Raises:
-        DataError: it is not strict JSON, has a key twice, or is too large, too deep or has a number of over 64 bits.
-        OSError: there is no such file, or it may not be read.
+        DataError: The file is not strict JSON, has a repeated key or an integer of over 64 bits, or is too large or too
+            deep.
+        OSError: The file does not exist or cannot be read.
     """
     text = _read_text(path, "JSON", advice)
     try:
@@ -137,11 +139,11 @@ def read_json(path: Path, advice: str = "restore the file") -> Any:
 
 
 def read_rows(path: Path, advice: str = "restore the file") -> list[dict[str, str]]:
-    """Read a CSV file with a header: a dict of texts for each row.
+    """Read a CSV file with a header into a dict of strings for each row.
 
     Raises:
-        DataError: a row has another number of cells than the header, or the header a name twice; see ``read_table``.
-        OSError: there is no such file, or it may not be read.
+        DataError: A row has not as many cells as the header, the header repeats a name, or ``read_table`` fails.
+        OSError: The file does not exist or cannot be read.
     """
     table = read_table(path, advice)
     if not table:
@@ -157,11 +159,11 @@ def read_rows(path: Path, advice: str = "restore the file") -> list[dict[str, st
 
 
 def read_table(path: Path, advice: str = "restore the file") -> list[list[str]]:
-    """Read the rows of a CSV file, without empty ones; bytes that are not UTF-8 become lone surrogates.
+    """Read the non-empty rows of a CSV file; bytes that are not UTF-8 become lone surrogates.
 
     Raises:
-        DataError: it is not CSV or too large.
-        OSError: there is no such file, or it may not be read.
+        DataError: The file is not CSV or is too large.
+        OSError: The file does not exist or cannot be read.
     """
     text = _read_text(path, "CSV", advice, errors="surrogateescape")
     try:
@@ -172,7 +174,7 @@ def read_table(path: Path, advice: str = "restore the file") -> list[list[str]]:
 
 def _read_text(path: Path, kind: str, advice: str, errors: str = "strict") -> str:
     status = path.stat()
-    # A directory is left to open(), which has a sentence for it; a pipe or a device may have no end.
+    # A pipe or a device may have no end. For a directory, reading raises a clear OSError.
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise DataError(f"{path}: is a pipe or a device, expected a file; {advice}.")
     if status.st_size > _LARGEST[kind]:
@@ -187,8 +189,8 @@ def _read_text(path: Path, kind: str, advice: str, errors: str = "strict") -> st
 
 
 def _check_nodes(events: Iterator[yaml.Event]) -> None:
-    """Raise a ValueError about what would take too long or too much memory to build, or a key that is there twice."""
-    sizes: dict[str, int] = {}  # of what an alias stands for
+    """Raise ValueError for too deep nesting, too many values, an undefined alias or a repeated key."""
+    sizes: dict[str, int] = {}  # number of values, by anchor
     frames: list[_Frame] = [_Frame(None)]
     for event in events:
         line, frame = event.start_mark.line + 1, frames[-1]  # type: ignore[union-attr]  # each event has a mark
@@ -222,7 +224,7 @@ def _check_nodes(events: Iterator[yaml.Event]) -> None:
 
 
 class _Frame:
-    """A list or mapping whose end has not come yet."""
+    """List or mapping that has not ended yet."""
 
     def __init__(self, anchor: str | None, keys: set[str] | None = None) -> None:
         self.anchor = anchor
@@ -236,7 +238,7 @@ def _join_surrogates(text: str) -> str:
 
 
 def _json_depth(content: bytes, text: str) -> int:
-    """How deep a JSON text is nested: counted fast, and once more without its strings where that finds much."""
+    """Return the nesting depth of a JSON text; remove strings only if a fast count exceeds the limit."""
     depth = _depth(content.translate(None, _NO_BRACKETS))
     if depth > _DEEPEST:
         outside = re.sub(r'"(?:[^"\\]|\\.)*+"', "", text, flags=re.DOTALL)

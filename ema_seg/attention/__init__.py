@@ -1,7 +1,7 @@
 """Attention blocks: a feature map in, the re-weighted feature map of the same shape out.
 
-One file per block, and one row per block in the table below; ``build_attention`` is how configurations
-and models make one by its name.
+Each block has one file, and one row in the table below. Configurations and models build a block by its name with
+``build_attention``.
 """
 
 import inspect
@@ -89,12 +89,12 @@ _BLOCKS: dict[str, Callable[..., nn.Module]] = {
 
 
 def attention_names() -> tuple[str, ...]:
-    """The names that ``build_attention`` knows."""
+    """Return the names that ``build_attention`` accepts."""
     return tuple(_BLOCKS)
 
 
 def build_attention(name: str, channels: int, **options: Any) -> nn.Module:
-    """Make the attention block called ``name`` for feature maps of shape (B, channels, H, W).
+    """Build the attention block called ``name`` for feature maps of shape (B, channels, H, W).
 
     Args:
         name: one of ``attention_names()``; ``"none"`` gives an identity.

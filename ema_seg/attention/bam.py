@@ -11,24 +11,24 @@ __all__ = ["BAM"]
 
 
 class BAM(nn.Module):
-    """Add to the input its copy gated by the sum of a map per channel and one per pixel: x + x · sigmoid(Mc + Ms).
+    """Gate from the sum of a channel map and a spatial map, with a residual: x + x · sigmoid(Mc + Ms).
 
     Mc is a perceptron of the global means, Ms a bottleneck with two dilated 3×3 convolutions; each ends in a
-    BatchNorm that brings them to one scale. This is the paper's form, with the ReLUs between the layers that its
-    equations leave unsaid. The authors' code multiplies Mc and Ms instead of adding them, and normalises before
-    each ReLU instead of at the end.
+    BatchNorm that brings both to one scale. This is the paper's form, with the ReLUs between the layers that its
+    equations omit. The authors' code multiplies Mc and Ms instead of adding them, and normalises before each ReLU
+    instead of at the end.
 
     Args:
         channels: number C of input channels.
         reduction: both bottlenecks have ``channels // reduction`` channels, and at least one; the paper uses 16.
-        dilation: of the 3×3 convolutions; the paper uses 4.
+        dilation: dilation of the 3×3 convolutions; the paper uses 4.
         parts: ``"both"``, or the ``"channel"`` or ``"spatial"`` map alone.
 
     Shape:
         Input and output: (B, C, H, W); in training B ≥ 2, unless ``parts`` is ``"spatial"``.
 
     Raises:
-        ModelError: an argument is none of these; or a batch of one image is to be trained with.
+        ModelError: an argument has an invalid value; or, in training with a channel map, the batch has one image.
     """
 
     def __init__(self, channels: int, reduction: int = 16, dilation: int = 4, parts: str = "both") -> None:

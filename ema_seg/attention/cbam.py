@@ -12,18 +12,17 @@ __all__ = ["CBAM"]
 
 
 class CBAM(nn.Module):
-    """Gate the channels, then the pixels, each by what their mean and their maximum say.
+    """Channel gate, then spatial gate, each computed from means and maxima.
 
-    The channel gate is the sigmoid of one perceptron's answers to the global means and to the global maxima, added.
-    The spatial gate is the sigmoid of a convolution of the mean and the maximum over the channels. Both follow the
-    paper's equations, which have neither biases nor normalisation; the authors' code has biases in the perceptron
-    and a BatchNorm after the convolution. timm's block has that BatchNorm too and no way to leave it out, hence this
-    one.
+    The channel gate applies one perceptron to the global means and to the global maxima, and takes the sigmoid of the
+    sum. The spatial gate is the sigmoid of a convolution of the mean and the maximum over the channels. Both follow
+    the paper's equations, which have neither biases nor normalisation; the authors' code has biases in the perceptron
+    and a BatchNorm after the convolution. timm's block always has that BatchNorm, hence this one.
 
     Args:
         channels: number C of input channels.
         reduction: the perceptron has ``channels // reduction`` hidden units, and at least one; the paper uses 16.
-        kernel_size: of the spatial gate's convolution, odd; the paper uses 7.
+        kernel_size: kernel size of the spatial gate's convolution, odd; the paper uses 7.
         batch_norm: put a BatchNorm after that convolution, as the authors' code does.
         parts: ``"both"``, or the ``"channel"`` or ``"spatial"`` gate alone.
 
@@ -31,7 +30,7 @@ class CBAM(nn.Module):
         Input and output: (B, C, H, W).
 
     Raises:
-        ModelError: an argument is none of these.
+        ModelError: an argument has an invalid value.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What blocks check of their arguments and inputs, so that a mistake ends in one sentence."""
+"""Checks of block arguments and inputs, with one-sentence errors."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ __all__ = [
     "largest_divisor",
 ]
 
-# The values of the option ``parts``, of blocks whose paper measures the channel and the spatial half by themselves.
+# Values of the option ``parts``, for blocks whose paper also measures the channel and the spatial half alone.
 PARTS = ("both", "channel", "spatial")
 
 
@@ -38,7 +38,7 @@ def check_choice(block: str, name: str, value: object, known: Sequence[object]) 
 
 
 def check_batch(block: str, x: Tensor) -> None:
-    """Raise ModelError for the one batch size that BatchNorm of a value per image cannot be trained with."""
+    """Raise ModelError for a batch of one image, on which BatchNorm of global descriptors cannot be trained."""
     if x.shape[0] == 1:
         raise ModelError(
             f"{block} cannot be trained with one image in a batch, because it normalises global descriptors over "
@@ -47,5 +47,5 @@ def check_batch(block: str, x: Tensor) -> None:
 
 
 def largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of ``number`` that is at most ``most``."""
+    """Return the largest divisor of ``number`` that is at most ``most``."""
     return max(divisor for divisor in range(1, min(number, most) + 1) if number % divisor == 0)

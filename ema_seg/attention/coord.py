@@ -15,10 +15,10 @@ _FEWEST_HIDDEN = 8
 
 
 class CoordinateAttention(nn.Module):
-    """Gate each channel along its rows and along its columns.
+    """Row gates and column gates for each channel.
 
-    The means of the rows and of the columns pass one bottleneck together; from it a 1×1 convolution each makes the
-    gates of the rows and of the columns.
+    The row means and the column means pass one bottleneck together; one 1×1 convolution then computes the row gates,
+    another the column gates.
 
     Args:
         channels: number C of input channels.
@@ -39,7 +39,7 @@ class CoordinateAttention(nn.Module):
         hidden = max(_FEWEST_HIDDEN, channels // reduction)
         self.conv1 = nn.Conv2d(channels, hidden, kernel_size=1)
         self.bn1 = nn.BatchNorm2d(hidden)
-        self.act = nn.Hardswish()  # the paper's "non-linear activation function"; this one is the authors' code's
+        self.act = nn.Hardswish()  # the paper does not name the activation; this is the authors' code's
         self.conv_h = nn.Conv2d(hidden, channels, kernel_size=1)
         self.conv_w = nn.Conv2d(hidden, channels, kernel_size=1)
 

@@ -17,12 +17,12 @@ _GAMMA, _B = 2, 1  # the paper's constants for all its models
 
 
 class ECA(EcaModule):
-    """Gate each channel by a 1D convolution of the global means of its neighbouring channels.
+    """Gate for each channel: a 1D convolution of the global means of its neighbouring channels.
 
     Args:
         channels: number C of input channels.
-        kernel_size: how many channels decide on each gate, an odd number; ``"auto"`` is the paper's rule, the odd
-            number nearest to (log2 C + 1) / 2, the larger of two equally near.
+        kernel_size: number of channels that each gate depends on, odd; ``"auto"`` is the paper's rule, the odd
+            number nearest to (log2 C + 1) / 2, or the larger of two equally near.
 
     Shape:
         Input and output: (B, C, H, W).
@@ -36,7 +36,7 @@ class ECA(EcaModule):
         if kernel_size == "auto":
             kernel_size = _adaptive_kernel_size(channels)
         check_odd("ECA", "kernel_size", kernel_size)
-        # Not timm's own rule, which takes 3 where the paper's gives 1, for fewer than 8 channels.
+        # channels=None disables timm's rule, which gives 3 where the paper's gives 1, for fewer than 8 channels.
         super().__init__(channels=None, kernel_size=kernel_size)
 
 

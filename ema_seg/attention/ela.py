@@ -29,22 +29,22 @@ _VARIANTS = {
 
 
 class ELA(nn.Module):
-    """Gate each channel along its rows and along its columns, without a bottleneck.
+    """Row gates and column gates for each channel, without a bottleneck.
 
-    The means of the rows and the means of the columns each pass the same 1D convolution, GroupNorm and sigmoid.
+    The row means and the column means each pass the same 1D convolution, GroupNorm and sigmoid.
 
     Args:
         channels: number C of input channels.
         variant: the paper's ELA-T (``"tiny"``: kernel 5, depthwise, 32 groups of normalisation), ELA-B (``"base"``:
             7, depthwise, 16), ELA-S (``"small"``: 5, groups of 8 channels, 16) or ELA-L (``"large"``: 7, groups of
-            8 channels, 16). Where a number does not divide ``channels``, its place takes the largest smaller one
-            that does.
+            8 channels, 16). A group size or number of groups that does not divide ``channels`` is replaced by the
+            largest smaller number that does.
 
     Shape:
         Input and output: (B, C, H, W).
 
     Raises:
-        ModelError: ``channels`` is not a positive whole number, or there is no such variant.
+        ModelError: ``channels`` is not a positive whole number, or ``variant`` is unknown.
     """
 
     def __init__(self, channels: int, variant: str = "base") -> None:
@@ -67,6 +67,6 @@ class ELA(nn.Module):
         return x * self._gates(x.mean(dim=3)).unsqueeze(3) * self._gates(x.mean(dim=2)).unsqueeze(2)
 
     def _gates(self, means: Tensor) -> Tensor:
-        # Not the module's forward, which refuses a single value per group; it is normalised to zero.
+        # The module's forward rejects one value per group in a batch of one; torch.group_norm normalises it to zero.
         norm = self.gn
         return torch.group_norm(self.conv(means), norm.num_groups, norm.weight, norm.bias, norm.eps).sigmoid()

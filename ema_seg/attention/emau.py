@@ -21,32 +21,32 @@ _EPSILON = 1e-6
 
 
 class EMAU(nn.Module):
-    """Add to the input its reconstruction from a few bases, which expectation and maximisation fit to each image.
+    """Sum of the input and its reconstruction from a few bases, fitted to each image by expectation–maximisation.
 
-    After a 1×1 convolution, T times: the responsibilities of the K bases for each pixel are a softmax of their
-    products (expectation), and the bases become the means of the pixels so weighted, of length 1 (maximisation).
-    The reconstruction passes a ReLU, a 1×1 convolution with BatchNorm, and, added to the input, another ReLU: the
-    output has no negative values.
+    A 1×1 convolution is followed by T iterations. Expectation: the responsibilities of the K bases for a pixel are
+    the softmax of their dot products with it. Maximisation: each basis becomes the mean of the pixels, weighted by
+    its responsibilities and scaled to length 1. The reconstruction passes a ReLU and a 1×1 convolution with
+    BatchNorm, is added to the input, and the sum passes another ReLU: the output has no negative values.
 
-    As in the authors' code, no gradient goes through the iterations. So the first convolution, which only has to
-    spread the features over negative values too, keeps its random weights, and is frozen; the input's gradient
-    comes by way of the addition.
+    As in the authors' code, no gradient flows through the iterations. The first convolution is therefore frozen at its
+    random weights; it only has to give the features negative values too. The input's gradient flows through the
+    addition.
 
-    The bases start from a buffer that follows, in training mode only and after each batch, the mean of what the
-    images' bases end as. Where ``torch.distributed`` is initialised, that mean is over the batches of all
-    processes, each of which counts the same; so the buffer stays equal on all of them.
+    The bases start from a buffer: a moving average of the images' final bases, updated after each batch in training
+    mode. With ``torch.distributed`` initialised, the mean of the bases is averaged over the ranks with equal weights,
+    so the buffer is the same on all of them.
 
     Args:
         channels: number C of input channels.
         bases: number K of bases; the paper uses 64.
         iterations: number T of iterations; the paper uses 3.
-        momentum: what the buffer keeps of itself at each step, from 0 to 1; the paper uses 0.9.
+        momentum: fraction of the buffer that is kept at each update, from 0 to 1; the paper uses 0.9.
 
     Shape:
         Input and output: (B, C, H, W).
 
     Raises:
-        ModelError: an argument is none of these.
+        ModelError: an argument has an invalid value.
     """
 
     mu: Tensor
@@ -76,7 +76,7 @@ class EMAU(nn.Module):
         return (x + self.conv2(reconstruction.reshape(x.shape).relu())).relu()
 
     def _iterate(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Fit the bases to features (B, C, N); gives the features made of them, and the bases (B, C, K)."""
+        """Fit the bases to features (B, C, N); return the reconstruction (B, C, N) and the bases (B, C, K)."""
         mu = self.mu.expand(features.shape[0], -1, -1)
         for _ in range(self.iterations):
             z = (features.transpose(1, 2) @ mu).softmax(dim=2)  # (B, N, K)
@@ -84,7 +84,7 @@ class EMAU(nn.Module):
         return mu @ z.transpose(1, 2), mu
 
     def _follow(self, mu: Tensor) -> None:
-        """Move the buffer a step towards the mean of the bases (B, C, K) over batch and processes."""
+        """Move the buffer a step towards the mean of the bases (B, C, K) over the batch and all ranks."""
         mean = mu.mean(dim=0, keepdim=True).to(self.mu.dtype)
         if dist.is_available() and dist.is_initialized() and not is_alone():
             dist.all_reduce(mean)

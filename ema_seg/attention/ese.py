@@ -24,7 +24,7 @@ class ESE(EffectiveSEModule):
         Input and output: (B, C, H, W).
 
     Raises:
-        ModelError: ``channels`` is not a positive whole number, or there is no such gate.
+        ModelError: ``channels`` is not a positive whole number, or ``gate`` is unknown.
     """
 
     def __init__(self, channels: int, gate: str = "sigmoid") -> None:

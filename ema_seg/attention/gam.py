@@ -12,10 +12,10 @@ __all__ = ["GAM"]
 
 
 class GAM(nn.Module):
-    """Gate channels, then pixels, without pooling anything away.
+    """Channel gate, then spatial gate, both without pooling.
 
-    The channel gate is a perceptron over the channels of each pixel (here two 1×1 convolutions, which are the same
-    as the paper's linear layers between permutations); the spatial gate is a bottleneck of two 7×7 convolutions,
+    The channel gate is a perceptron over the channels of each pixel (here two 1×1 convolutions, equivalent to
+    the paper's linear layers between permutations); the spatial gate is a bottleneck of two 7×7 convolutions,
     each with a BatchNorm.
 
     Args:
@@ -27,7 +27,7 @@ class GAM(nn.Module):
         Input and output: (B, C, H, W).
 
     Raises:
-        ModelError: an argument is none of these.
+        ModelError: an argument has an invalid value.
     """
 
     def __init__(self, channels: int, reduction: int = 4, parts: str = "both") -> None:

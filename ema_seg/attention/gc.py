@@ -17,23 +17,23 @@ _FEWEST_HIDDEN = 4
 
 
 class GC(GlobalContext):
-    """Add to every pixel the same vector: a bottleneck of the mean of all pixels, weighted by their attention.
+    """Global context vector, added to every pixel: a bottleneck of the attention-weighted mean of all pixels.
 
-    timm's block as the paper has it, where timm's defaults are a fusion by multiplication and a reduction by 8. The
-    block starts as the identity (the last layer is zero), as in the authors' code.
+    This is timm's block with the paper's settings; timm's defaults are fusion by multiplication and a reduction by 8.
+    With ``fusion="add"`` the block starts as the identity (the last layer is zero), as in the authors' code.
 
     Args:
         channels: number C of input channels.
-        reduction: the bottleneck has ``channels // reduction`` channels; the paper uses 16. At least 4, because of
-            its LayerNorm, which leaves nothing of a single channel.
-        pooling: ``"attention"`` weighs the pixels by a softmax over them, ``"average"`` takes them alike.
-        fusion: ``"add"`` the vector, or ``"scale"`` by its sigmoid.
+        reduction: the bottleneck has ``channels // reduction`` channels; the paper uses 16. At least 4, because
+            the bottleneck's LayerNorm would erase a single channel.
+        pooling: ``"attention"`` weighs the pixels by a softmax over them, ``"average"`` weighs them equally.
+        fusion: ``"add"`` adds the vector, ``"scale"`` multiplies by its sigmoid.
 
     Shape:
         Input and output: (B, C, H, W).
 
     Raises:
-        ModelError: an argument is none of these.
+        ModelError: an argument has an invalid value.
     """
 
     def __init__(self, channels: int, reduction: int = 16, pooling: str = "attention", fusion: str = "add") -> None:
@@ -48,5 +48,5 @@ class GC(GlobalContext):
             fuse_scale=fusion == "scale",
             rd_channels=max(_FEWEST_HIDDEN, channels // reduction),
         )
-        if fusion == "add":  # timm's zero is of the weight alone
+        if fusion == "add":  # timm sets only the weight to zero
             nn.init.zeros_(self.mlp_add.fc2.bias)  # type: ignore[arg-type]

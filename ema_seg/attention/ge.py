@@ -18,19 +18,19 @@ _VARIANTS = ("theta_minus", "theta", "theta_plus")
 
 
 class GatherExcite(nn.Module):
-    """Gate each position by its surroundings, ``extent`` pixels at a time, gathered with or without parameters.
+    """Gate for each block of ``extent`` × ``extent`` pixels, gathered from its surroundings.
 
-    timm's block has these variants too, but as of version 1.0.31 those with parameters, the default among them,
+    timm's block has these variants too, but in version 1.0.31 its variants with parameters, including the default,
     cannot be built.
 
     Args:
         channels: number C of input channels.
         variant: ``"theta_minus"`` gathers by averaging, without parameters; ``"theta"`` by depthwise 3×3
-            convolutions of stride 2, log2 ``extent`` of them, each normalised, with ReLUs between them;
+            convolutions of stride 2, log2 ``extent`` of them, each with a BatchNorm, with ReLUs between them;
             ``"theta_plus"`` adds a bottleneck of 1×1 convolutions before the gate, as squeeze-and-excitation has.
-        extent: how many pixels of the input are one of what is gathered, a power of two from 2 on; or
-            ``"global"``. Averages of extent e are over 2e - 1 pixels. With parameters, ``"global"`` would be one
-            convolution as large as the map, for one size of images only; it is not offered.
+        extent: stride of the gathered map, a power of two from 2 on; or ``"global"``. Averages of extent e are over
+            windows of 2e - 1 by 2e - 1 pixels. ``"global"`` with parameters is not offered: it would be one
+            convolution as large as the map, for one size of images only.
         reduction: the bottleneck of ``"theta_plus"`` has ``channels // reduction`` channels, and at least one; the
             paper uses 16.
 
@@ -38,7 +38,7 @@ class GatherExcite(nn.Module):
         Input and output: (B, C, H, W).
 
     Raises:
-        ModelError: an argument is none of these, or ``extent`` is ``"global"`` with parameters.
+        ModelError: an argument has an invalid value, or ``extent`` is ``"global"`` with parameters.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Normalization-based Attention Module (NAM), its channel attention.
+"""Channel attention of the Normalization-based Attention Module (NAM).
 
 Paper: Liu et al., "NAM: Normalization-based Attention Module", NeurIPS 2021 Workshop, https://arxiv.org/abs/2111.12419
 """
@@ -11,11 +11,11 @@ __all__ = ["NAM"]
 
 
 class NAM(nn.Module):
-    """Gate each value by the sigmoid of its BatchNorm times the channel's share in the sum of the norm's scales.
+    """Channel gate from BatchNorm scales: x · sigmoid(w · BN(x)), w the channel's share of the summed scales.
 
-    As in the authors' code the shares are of absolute values, and no gradient goes through them. The paper's spatial
-    attention is not offered: it has a scale for each pixel, which fixes the size of the map. (The authors' code leaves
-    it out by default, and has a ReLU before the sigmoid that the paper has not.)
+    As in the authors' code, the shares use absolute values and receive no gradient. The paper's spatial attention is
+    not offered: it has a scale for each pixel, which fixes the size of the map. (The authors' code disables it by
+    default, and has a ReLU before the sigmoid that the paper does not have.)
 
     Args:
         channels: number C of input channels.

@@ -14,7 +14,7 @@ __all__ = ["SCSE"]
 
 
 class SCSE(SCSEModule):
-    """Add a channel-gated and a pixel-gated copy of the input.
+    """Sum of a channel-gated and a pixel-gated copy of the input.
 
     Args:
         channels: number C of input channels.
@@ -25,7 +25,8 @@ class SCSE(SCSEModule):
         Input and output: (B, C, H, W).
 
     Raises:
-        ModelError: ``reduction`` is larger than ``channels``, or there are no such ``parts``.
+        ModelError: ``channels`` is not a positive whole number, ``reduction`` is not from 1 to ``channels``, or
+            ``parts`` is unknown.
     """
 
     def __init__(self, channels: int, reduction: int = 2, parts: str = "both") -> None:

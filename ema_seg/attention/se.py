@@ -12,7 +12,7 @@ __all__ = ["SE"]
 
 
 class SE(SEModule):
-    """Scale each channel by a gate computed from the global means of all channels.
+    """Gate for each channel, computed from the global means of all channels.
 
     Args:
         channels: number C of input channels.

@@ -1,4 +1,4 @@
-"""Shuffle attention, of SA-Net.
+"""Shuffle attention of SA-Net.
 
 Paper: Zhang and Yang, "SA-Net: Shuffle Attention for Deep Convolutional Neural Networks", ICASSP 2021,
 https://arxiv.org/abs/2102.00056
@@ -18,9 +18,9 @@ _PUBLISHED_GROUPS = 64
 
 
 class ShuffleAttention(nn.Module):
-    """In each group of channels, gate one half by its global means and the other by its normalised values.
+    """Gates for channel groups: one half gated by its global means, the other by its normalised values.
 
-    The groups share their weights. At the end the channels are shuffled, so that the halves mix in the next layer.
+    The groups share their weights. The channels are shuffled at the end, so that the halves mix in the next layer.
 
     Args:
         channels: number C of input channels, even.
@@ -31,7 +31,7 @@ class ShuffleAttention(nn.Module):
         Input and output: (B, C, H, W).
 
     Raises:
-        ModelError: ``channels`` cannot be split into two halves of ``groups`` groups.
+        ModelError: ``channels`` is not a positive even number, or ``groups`` does not divide ``channels / 2``.
     """
 
     def __init__(self, channels: int, groups: int | Literal["auto"] = "auto") -> None:
@@ -68,7 +68,7 @@ class ShuffleAttention(nn.Module):
         return halves.transpose(1, 2).reshape(batch, channels, height, width)
 
     def _normalise(self, features: Tensor) -> Tensor:
-        # Not the module's forward, which refuses a single value per group; it is normalised to zero.
+        # The module's forward rejects one value per group in a batch of one; torch.group_norm normalises it to zero.
         return torch.group_norm(features, self.gn.num_groups, self.gn.weight, self.gn.bias, self.gn.eps)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""SimAM, attention without parameters.
+"""SimAM: attention without parameters.
 
 Paper: Yang et al., "SimAM: A Simple, Parameter-Free Attention Module for Convolutional Neural Networks", ICML 2021,
 https://proceedings.mlr.press/v139/yang21o.html
@@ -13,10 +13,10 @@ __all__ = ["SimAM"]
 
 
 class SimAM(nn.Module):
-    """Gate each value by how far it is from the mean of its channel: x · sigmoid((x - μ)² / 4(v + λ) + 1/2).
+    """Gate for each value from its distance to the channel's mean: x · sigmoid((x - μ)² / 4(v + λ) + 1/2).
 
-    μ and v are mean and variance of the channel in the image, the latter with H·W - 1 in the denominator; of a
-    single pixel it is zero.
+    μ and v are the mean and the variance of the channel in the image. The variance has H·W - 1 in the denominator;
+    for a single pixel it is zero.
 
     Args:
         channels: number C of input channels; not used.

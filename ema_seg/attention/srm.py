@@ -13,10 +13,10 @@ __all__ = ["SRM"]
 
 
 class SRM(nn.Module):
-    """Gate each channel by its own mean and standard deviation: two weights per channel, a BatchNorm, a sigmoid.
+    """Gate for each channel from its mean and standard deviation: two weights per channel, a BatchNorm, a sigmoid.
 
     The standard deviation is the paper's, with H·W in the denominator (the authors' code has H·W - 1). The weights
-    start from zero as in the authors' code.
+    start at zero, as in the authors' code.
 
     Args:
         channels: number C of input channels.
@@ -25,7 +25,7 @@ class SRM(nn.Module):
         Input and output: (B, C, H, W); in training B ≥ 2.
 
     Raises:
-        ModelError: ``channels`` is not a positive whole number; or a batch of one image is to be trained with.
+        ModelError: ``channels`` is not a positive whole number; or, in training, the batch has one image.
     """
 
     def __init__(self, channels: int) -> None:
@@ -38,7 +38,7 @@ class SRM(nn.Module):
         """Re-weight ``x`` (B, C, H, W)."""
         if self.training:
             check_batch("SRM", x)
-        # The slope of a square root at zero would be infinite, for a channel without any variation.
+        # The 1e-5 avoids the square root's infinite gradient at zero, for a constant channel.
         deviation = (x.var(dim=(2, 3), correction=0) + 1e-5).sqrt()
         style = torch.stack([x.mean(dim=(2, 3)), deviation], dim=2)
         gate = self.bn((style * self.cfc).sum(dim=2)[:, :, None, None]).sigmoid()

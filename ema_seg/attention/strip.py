@@ -1,4 +1,4 @@
-"""Strip pooling, the strip pooling module (SPM).
+"""Strip pooling module (SPM).
 
 Paper: Hou et al., "Strip Pooling: Rethinking Spatial Pooling for Scene Parsing", CVPR 2020,
 https://arxiv.org/abs/2003.13328
@@ -12,10 +12,10 @@ __all__ = ["StripPooling"]
 
 
 class StripPooling(nn.Module):
-    """Gate each position by its whole row and its whole column: x · sigmoid(f(y)), y = y of the row + of the column.
+    """Gate for each position from its whole row and its whole column: x · sigmoid(f(y_row + y_column)).
 
-    The means of the rows and of the columns each pass a 1D convolution with kernel 3; f is a 1×1 convolution. The
-    BatchNorms after the former and the ReLU before the latter are those of the authors' code.
+    y_row and y_column are 1D convolutions with kernel 3 of the row means and of the column means; f is a 1×1
+    convolution. The BatchNorms of the former and the ReLU before the latter are those of the authors' code.
 
     Args:
         channels: number C of input channels.

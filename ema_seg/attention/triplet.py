@@ -13,13 +13,13 @@ __all__ = ["TripletAttention"]
 
 
 class TripletAttention(nn.Module):
-    """The mean of three copies of the input, gated across channels and width, channels and height, height and width.
+    """Mean of three copies of the input, gated across channels and width, channels and height, height and width.
 
-    Each gate is a convolution of the maximum and the mean over the third dimension, a BatchNorm and a sigmoid.
+    Each gate is a convolution of the maximum and the mean over the remaining dimension, a BatchNorm and a sigmoid.
 
     Args:
         channels: number C of input channels; no weight depends on it.
-        kernel_size: of the convolutions, odd; the paper uses 7.
+        kernel_size: kernel size of the convolutions, odd; the paper uses 7.
         parts: ``"both"`` for all three branches, ``"channel"`` for the two across channels, ``"spatial"`` for the
             one across height and width.
 
@@ -27,7 +27,7 @@ class TripletAttention(nn.Module):
         Input and output: (B, C, H, W).
 
     Raises:
-        ModelError: an argument is none of these.
+        ModelError: an argument has an invalid value.
     """
 
     def __init__(self, channels: int, kernel_size: int = 7, parts: str = "both") -> None:
@@ -54,7 +54,7 @@ class TripletAttention(nn.Module):
 
 
 def _z_pool(x: Tensor, dim: int) -> Tensor:
-    """Maximum and mean over one dimension, as the two channels of a map of the others."""
+    """Stack the maximum and the mean over one dimension as the two channels of a map of the others."""
     return torch.stack([x.amax(dim), x.mean(dim)], dim=1)
 
 

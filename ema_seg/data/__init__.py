@@ -40,9 +40,9 @@ DATASETS = {
     "folder": "FolderDataset",
     "street": "StreetDataset",
 }
-"""The class of each data set, by the name used in configs; each is defined in the module of that name."""
+"""Class names by the data set's name in configs; each class is defined in the module of that name."""
 
-# Imported on first use: `import ema_seg.data` alone costs neither torch nor OpenCV.
+# Imported lazily: `import ema_seg.data` must load neither torch nor OpenCV.
 _MODULES = {
     "IGNORE_INDEX": "base",
     "Sample": "base",
@@ -58,13 +58,13 @@ def build_dataset(
     transform: Callable[["Sample"], Any] | None = None,
     **options: Any,
 ) -> "SegmentationDataset":
-    """Build the data set that configs call ``name``.
+    """Build a data set by its name in configs.
 
     Args:
         name: A key of :data:`DATASETS`.
-        root: The data set's folder or archive; None is possible only for the data set that is generated.
+        root: The data set's folder or archive; None only for the generated data set.
         split: "train", "val" or "test".
-        transform: Maps a sample to what indexing returns.
+        transform: Applied to each sample.
         **options: The class's own keyword arguments.
 
     Raises:
@@ -76,7 +76,11 @@ def build_dataset(
 
 
 def check_dataset(name: str, root: str | os.PathLike[str] | None, options: Mapping[str, Any]) -> None:
-    """A ConfigError if ``build_dataset`` could not take these arguments, whatever the files are."""
+    """Check the arguments of ``build_dataset`` without reading files.
+
+    Raises:
+        ConfigError: The name or an option is unknown, or the root is not given.
+    """
     dataset_class = find_dataset_class(name)
     parameters = inspect.signature(dataset_class).parameters
     if root is None and parameters["root"].default is inspect.Parameter.empty:
@@ -91,7 +95,7 @@ def check_dataset(name: str, root: str | os.PathLike[str] | None, options: Mappi
 
 
 def find_dataset_class(name: str) -> "type[SegmentationDataset]":
-    """The class of the data set that configs call ``name``; raises ConfigError where there is none."""
+    """Return a data set's class by its name in configs; raise ConfigError if the name is unknown."""
     if name not in DATASETS:
         raise ConfigError(f"data.name={name!r} is not a data set; choose from {', '.join(sorted(DATASETS))}.")
     return getattr(import_module(f"{__name__}.{name}"), DATASETS[name])

@@ -184,8 +184,8 @@ class ADE20KDataset(SegmentationDataset):
     The root is the folder ``ADEChallengeData2016`` (``images/{training,validation}/*.jpg`` with
     ``annotations/{training,validation}/*.png``), a folder that holds it or ``ADEChallengeData2016.zip``, or
     the archive itself. Mask value 0, other objects, is ignored; values 1 to 150 are the train ids 0 to 149.
-    Images that are grey or CMYK, as a few are, become RGB. The release has labels for "train" (20210 images)
-    and "val" (2000), and so no "test".
+    A few images are grey or CMYK; they become RGB. The splits are "train" (20210 images) and "val" (2000);
+    the release has no labels for "test".
     """
 
     classes = tuple(name for name, _ in _CLASSES)
@@ -195,7 +195,7 @@ class ADE20KDataset(SegmentationDataset):
     train_ids = train_id_table({0: IGNORE_INDEX} | {value: value - 1 for value in range(1, 151)})
 
     def find_pairs(self) -> Pairing:
-        """See :meth:`SegmentationDataset.find_pairs`."""
+        """Pair images and masks by stem; see :meth:`SegmentationDataset.find_pairs`."""
         source, top = self._source()
         image_folder = f"{top}images/{_SPLIT_FOLDERS[self.split]}"
         mask_folder = f"{top}annotations/{_SPLIT_FOLDERS[self.split]}"
@@ -206,7 +206,7 @@ class ADE20KDataset(SegmentationDataset):
         return pair_files(images, masks, image_place=f"{image_folder}/*.jpg", mask_place=f"{mask_folder}/*.png")
 
     def _source(self) -> tuple[Source, str]:
-        """The source, and the prefix in it of ``images/`` and ``annotations/``."""
+        """Return the source, and the path prefix of ``images/`` and ``annotations/`` in it."""
         if self.root.is_file():
             return ZipSource(self.root), f"{_FOLDER}/"
         if (self.root / "images").is_dir():

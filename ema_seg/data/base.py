@@ -1,7 +1,7 @@
-"""The base of all data sets: samples, train ids, and the pairing of images and masks.
+"""Base of all data sets: samples, train ids, and the pairing of images and masks.
 
-The path of a sample is ``files -> decoded uint8 arrays -> train ids -> transform``. Every mistake in the
-files ends in a DataError whose one sentence names the file, what was found in it and what was expected.
+The path of a sample is ``files -> decoded uint8 arrays -> train ids -> transform``. Every defect in the files
+raises a DataError: one sentence with the file, what was found in it and what was expected.
 """
 
 import os
@@ -35,10 +35,10 @@ __all__ = [
 ]
 
 IGNORE_INDEX = 255
-"""The train id of pixels without a class: they enter neither the loss nor the score."""
+"""Train id of pixels without a class: they enter neither the loss nor the score."""
 
 INVALID = 254
-"""In a table of train ids: this mask value must not occur."""
+"""Entry of a train id table for a mask value that must not occur."""
 
 Color = tuple[int, int, int]
 
@@ -55,7 +55,7 @@ class Sample(TypedDict):
 
 
 class Pair(NamedTuple):
-    """The files of one sample; ``mask`` is None in a split published without labels."""
+    """Files of one sample; ``mask`` is None in a split published without labels."""
 
     name: str
     image: File
@@ -63,47 +63,47 @@ class Pair(NamedTuple):
 
 
 class Pairing(NamedTuple):
-    """The pairs of a split, sorted by name, and one sentence for each file that has no counterpart."""
+    """Pairs of a split in a fixed order, and one sentence for each file that cannot be paired."""
 
     pairs: list[Pair]
     unpaired: list[str]
 
 
 class MissingSplitError(DataError):
-    """The root is a data set of this kind but has no files of the asked split."""
+    """Error of a root that is a data set of this kind but has no files of the requested split."""
 
 
 class SegmentationDataset(Dataset[Any]):
     """Base of the data sets: a split's images with their masks as train ids.
 
-    A subclass states the class attributes, and finds its files in :meth:`find_pairs`. Datasets pickle, and
-    can be read from any number of worker processes.
+    A subclass sets the class attributes and implements :meth:`find_pairs`. Data sets can be pickled and read
+    by any number of worker processes.
 
     Args:
-        root: The data set's folder (or archive, where the subclass reads one).
+        root: The data set's folder (or archive, if the subclass reads one).
         split: One of ``splits``.
-        transform: Maps a :class:`Sample` to what indexing returns; None returns the sample itself.
-        allow_unpaired: Go on without the images or masks that have no counterpart, listing them in
-            ``unpaired``, instead of raising. This is for the data check, which reports all defects together.
+        transform: Applied to each :class:`Sample`; None leaves it unchanged.
+        allow_unpaired: Skip files that cannot be paired and list them in ``unpaired``, instead of raising. For
+            the data check, which reports all defects together.
 
     Raises:
         ConfigError: The split is not one of ``splits``.
-        DataError: The root is not a data set of this kind, or an image or a mask has no counterpart.
+        DataError: The root is not a data set of this kind, or a file in it cannot be paired.
     """
 
     classes: tuple[str, ...]
     palette: tuple[Color, ...]
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
     layout: ClassVar[str]
-    """What a root holds, to complete the sentence "expected ..."."""
+    """Expected content of a root, which completes the message "expected ..."."""
     upright: bool = False
-    """Whether files are turned by their orientation tag; else their pixels are taken as stored."""
+    """Whether orientation tags are applied; else pixels stay as stored."""
     expects_all_classes: bool = False
-    """Whether a class without a single pixel may be a mistake, which :meth:`problem` then explains."""
+    """Whether a class without any pixel may be a mistake; :meth:`problem` then explains it."""
     unlabelled_splits: ClassVar[tuple[str, ...]] = ()
-    """Splits published without labels, or with dummies."""
+    """Splits published without labels, or with dummy labels."""
     makes_files: ClassVar[bool] = False
-    """Whether the files are made where they are missing, for which nobody can say how long it takes."""
+    """Whether missing files are generated; no timeout applies then."""
     train_ids: NDArray[np.uint8]
     """Train id of each of the 256 possible mask values; see :func:`train_id_table`."""
 
@@ -155,20 +155,20 @@ class SegmentationDataset(Dataset[Any]):
         return sample if self.transform is None else self.transform(sample)
 
     def name(self, index: int) -> str:
-        """The sample's name, unique within the split."""
+        """Return the sample's name, unique within the split."""
         return self.pairs[index].name
 
     def files(self, index: int) -> str:
-        """Names of the sample's files, for messages."""
+        """Return the names of the sample's files, for messages."""
         pair = self.pairs[index]
         return f"{pair.image}" if pair.mask is None else f"{pair.image} or {pair.mask}"
 
     def read_image(self, index: int) -> NDArray[np.uint8]:
-        """The image, uint8 RGB H x W x 3; raises DataError where it cannot be decoded."""
+        """Read the image, uint8 RGB H x W x 3; raise DataError if it cannot be decoded."""
         return decode_image(self.pairs[index].image, upright=self.upright)
 
     def read_mask(self, index: int) -> NDArray[np.uint8]:
-        """The mask's train ids, uint8 H x W with 255 = ignore.
+        """Read the mask as train ids, uint8 H x W; 255 = ignore.
 
         Raises:
             DataError: The split has no labels, the mask cannot be decoded, or a value in it is outside the
@@ -190,7 +190,7 @@ class SegmentationDataset(Dataset[Any]):
         return apply_table(mask, self.train_ids, file)
 
     def check_sizes(self, index: int, image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> None:
-        """Raise DataError unless the image and the mask at ``index`` are equally large."""
+        """Raise DataError unless the image and the mask at ``index`` have the same size."""
         if image.shape[:2] != mask.shape[:2]:
             pair = self.pairs[index]
             raise DataError(
@@ -199,11 +199,11 @@ class SegmentationDataset(Dataset[Any]):
             )
 
     def notes(self, index: int) -> list[str]:
-        """Name the ways of reading that were chosen for the sample's files, for the data check to count."""
+        """Return notes on how the sample's files are read, for the data check to count."""
         return []
 
     def problem(self, pixels: NDArray[np.int64]) -> str | None:
-        """Say in a sentence why nothing can be learned or scored with this split; None if something can.
+        """Return one sentence why the split cannot be trained on or scored; None if it can.
 
         Args:
             pixels: The split's pixels by train id, 256.
@@ -216,7 +216,7 @@ class SegmentationDataset(Dataset[Any]):
         )
 
     def _turned(self, pair: Pair) -> str:
-        """Explain a difference in size by the orientation tag, if there is one."""
+        """Explain a size mismatch by the image's orientation tag; empty without a tag."""
         orientation = read_traits(pair.image).orientation
         if orientation == 1:
             return ""
@@ -228,7 +228,7 @@ class SegmentationDataset(Dataset[Any]):
 
 
 def train_id_table(train_ids: Mapping[int, int]) -> NDArray[np.uint8]:
-    """A lookup table from mask values to train ids, in which a value that is not a key is a defect."""
+    """Build a lookup table from mask values to train ids; values that are not keys map to ``INVALID``."""
     table = np.full(256, INVALID, dtype=np.uint8)
     for value, train_id in train_ids.items():
         table[value] = train_id
@@ -236,7 +236,7 @@ def train_id_table(train_ids: Mapping[int, int]) -> NDArray[np.uint8]:
 
 
 def apply_table(mask: NDArray[np.uint8], table: NDArray[np.uint8], file: File) -> NDArray[np.uint8]:
-    """Map mask values to train ids; DataError names ``file`` and the values that are not in the table."""
+    """Map mask values to train ids; raise DataError if a value is not in the table."""
     train_ids = np.asarray(cv2.LUT(mask, table), dtype=np.uint8)
     if (train_ids == INVALID).any():
         outside = np.unique(mask[train_ids == INVALID])
@@ -292,7 +292,7 @@ def _summarise(defects: list[str]) -> str:
 
 
 def _ranges(values: NDArray[np.integer[Any]]) -> str:
-    """Sorted distinct values in short: ``0-18, 255``."""
+    """Format sorted distinct values as ranges: ``0-18, 255``."""
     runs = np.split(values, np.flatnonzero(np.diff(values.astype(int)) > 1) + 1)
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 

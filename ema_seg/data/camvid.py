@@ -41,5 +41,5 @@ class CamVidDataset(SegmentationDataset):
     train_ids = train_id_table({value: value for value in range(_UNLABELLED)} | {_UNLABELLED: IGNORE_INDEX})
 
     def find_pairs(self) -> Pairing:
-        """See :meth:`SegmentationDataset.find_pairs`."""
+        """Pair images and masks by stem; see :meth:`SegmentationDataset.find_pairs`."""
         return pair_split_folder(self.root, self.split, self.layout)

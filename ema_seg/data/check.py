@@ -1,8 +1,8 @@
-"""Verify a whole data set: ``python -m ema_seg.data.check cityscapes <root>``.
+"""Check of a whole data set: ``python -m ema_seg.data.check cityscapes <root>``.
 
-Every file of every split is decoded, and its size, its mask values and its pairing are checked. Printed are
-a table per split of how often each class occurs, how masks and orientation tags were read, and every defect on a
-line of its own. The exit status is 1 if there is a defect, else 0.
+The command decodes every file of every split and checks sizes, mask values and pairing. It prints a table of class
+frequencies per split, how masks and orientation tags were read, and one line per defect. The exit status is 1 if there
+is a defect, else 0.
 """
 
 import argparse
@@ -31,7 +31,7 @@ __all__ = ["SplitReport", "check_split", "main"]
 
 
 class _Finding(NamedTuple):
-    """What checking one pair of files found."""
+    """Result of checking one pair of files."""
 
     pixels: NDArray[np.int64]
     """Pixels by train id, 256."""
@@ -41,7 +41,7 @@ class _Finding(NamedTuple):
 
 @dataclass
 class SplitReport:
-    """The result of checking a split."""
+    """Result of checking a split."""
 
     split: str
     classes: tuple[str, ...]
@@ -53,10 +53,10 @@ class SplitReport:
     images_with: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
     """Images that contain the train id, 256."""
     notes: Counter[str] = field(default_factory=Counter)
-    """Number of files by the way in which they were read, where there is a choice."""
+    """Number of files by the way they were read, where there is a choice."""
 
     def table(self) -> Table:
-        """The share of the labelled pixels and the number of images of each class."""
+        """Return a table of each class's share of the labelled pixels and number of images."""
         labelled = self.pixels[:IGNORE_INDEX].sum()
         table = Table(title=f"{self.split}: {self.images} images", title_justify="left")
         table.add_column("id", justify="right")
@@ -73,7 +73,7 @@ class SplitReport:
 
 
 class _Findings:
-    """Checks the pair at an index, so that a loader spreads the work over processes."""
+    """Data set whose items are the findings of each pair, so that loader workers share the check."""
 
     def __init__(self, dataset: SegmentationDataset) -> None:
         self.dataset = dataset
@@ -113,10 +113,10 @@ def check_split(
         dataset: The split, made with ``allow_unpaired=True``.
         workers: Worker processes; 0 checks in this one.
         timeout: Seconds that the disk may take for the files of a pair.
-        progress: Where to show progress, if anywhere.
+        progress: Progress display, or None.
 
     Raises:
-        EmaSegError: The disk has given nothing in that time, or the system has killed a worker.
+        EmaSegError: Reading a pair exceeded the timeout, or the system killed a worker.
     """
     report = SplitReport(dataset.split, dataset.classes, len(dataset), list(dataset.unpaired))
     findings: Any = Loader(
@@ -135,7 +135,7 @@ def check_split(
         report.images_with += finding.pixels > 0
         report.defects += finding.defects
         report.notes.update(finding.notes)
-    # Without a readable mask the defects tell enough.
+    # Without a readable mask, the defects already say why.
     if (
         report.pixels.any()
         and dataset.split not in dataset.unlabelled_splits
@@ -146,7 +146,7 @@ def check_split(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     options = _parse(arguments)
     try:
         datasets, defects = within(options.timeout, options.root, lambda: _open_splits(options))
@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for note, count in sorted(report.notes.items()):
             print(f"{report.split}: {count} {note}")
         defects += report.defects
-    # Not through the console, which would break long lines.
+    # Not the console: it would wrap long lines.
     for defect in defects:
         print(for_terminal(defect))
     print(f"{options.name} at {options.root}: {len(defects) or 'no'} defect{'' if len(defects) == 1 else 's'}")
@@ -174,10 +174,10 @@ def _check_with_progress(dataset: SegmentationDataset, options: argparse.Namespa
 
 
 def _open_splits(options: argparse.Namespace) -> tuple[list[SegmentationDataset], list[str]]:
-    """The asked split or all that exist, and the errors of those that exist but cannot be opened.
+    """Open the requested split, or all; return them with the errors of existing splits that fail to open.
 
     Raises:
-        EmaSegError: Not one split can be opened; this is the first one's error.
+        EmaSegError: No split can be opened; this is the first one's error.
     """
     datasets: list[SegmentationDataset] = []
     errors: list[DataError] = []
@@ -228,7 +228,7 @@ def _parse_option(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not key or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
-    return key, yaml.safe_load(value)  # the types that the option would have in a config
+    return key, yaml.safe_load(value)  # the same types as in a config
 
 
 def _parse_seconds(text: str) -> float:

@@ -49,7 +49,7 @@ _CLASSES = (
     ("motorcycle", 32, (0, 0, 230)),
     ("bicycle", 33, (119, 11, 32)),
 )
-# Ids 0 to 33, and -1 (license plate) which a mask of bytes holds as 255; those that are no class are ignored.
+# Ids 0 to 33, and -1 (license plate), which is 255 in a uint8 mask; ids without a class are ignored.
 _LABEL_IDS = dict.fromkeys([*range(34), 255], IGNORE_INDEX) | {
     label_id: train_id for train_id, (_, label_id, _) in enumerate(_CLASSES)
 }
@@ -62,15 +62,14 @@ class CityscapesDataset(SegmentationDataset):
     """Cityscapes with fine labels, from the folders or from the official zip archives read in place.
 
     The root holds ``leftImg8bit/`` or ``leftImg8bit_trainvaltest.zip``, and ``gtFine/`` or
-    ``gtFine_trainvaltest.zip``; where a split is in both, the folder is read. A mask is
-    ``*_gtFine_labelIds.png`` as published, whose ids are mapped to the 19 train ids and the rest to 255, or
-    else a ready-made ``*_gtFine_labelTrainIds.png``. The published labels of the test split are dummies in
-    which every pixel is ignored.
+    ``gtFine_trainvaltest.zip``; if a split is in both, the folder is read. A mask is the published
+    ``*_gtFine_labelIds.png``, whose ids are mapped to the 19 train ids and 255, or else a ready-made
+    ``*_gtFine_labelTrainIds.png``. The published test labels are dummies: every pixel is ignored.
 
     Args:
         root: See above.
         split: "train" (2975 images), "val" (500) or "test" (1525).
-        transform: Maps a sample to what indexing returns.
+        transform: Applied to each sample.
         coarse: Add the 19998 coarsely labelled images to the train split, from ``leftImg8bit/train_extra/``
             with ``gtCoarse/train_extra/``, or from ``leftImg8bit_trainextra.zip`` with ``gtCoarse.zip``.
         allow_unpaired: See :class:`SegmentationDataset`.
@@ -99,7 +98,7 @@ class CityscapesDataset(SegmentationDataset):
         super().__init__(root, split, transform, allow_unpaired=allow_unpaired)
 
     def find_pairs(self) -> Pairing:
-        """See :meth:`SegmentationDataset.find_pairs`."""
+        """Pair images and labels, coarse ones included if set; see :meth:`SegmentationDataset.find_pairs`."""
         fine = self._pair(self.split, "leftImg8bit_trainvaltest.zip", "gtFine", "gtFine_trainvaltest.zip")
         if not self.coarse or self.split != "train":
             return fine
@@ -107,7 +106,7 @@ class CityscapesDataset(SegmentationDataset):
         return Pairing(fine.pairs + coarse.pairs, fine.unpaired + coarse.unpaired)
 
     def to_train_ids(self, mask: NDArray[np.uint8], file: File) -> NDArray[np.uint8]:
-        """See :meth:`SegmentationDataset.to_train_ids`; the file's name tells which ids it holds."""
+        """Map label ids, or ready-made train ids by the file's suffix; see :meth:`SegmentationDataset.to_train_ids`."""
         if mask.ndim == 2 and file.name.endswith("_labelTrainIds.png"):
             return apply_table(mask, self.ready_train_ids, file)
         return super().to_train_ids(mask, file)
@@ -116,7 +115,7 @@ class CityscapesDataset(SegmentationDataset):
         """Pair a split's images with the label files of one kind (``labels`` is "gtFine" or "gtCoarse")."""
         image_folder, label_folder = f"leftImg8bit/{split}", f"{labels}/{split}"
         images = self._files(image_folder, image_archive, (_IMAGE_SUFFIX,))
-        # Both kinds of label file can stand side by side: the later suffix wins, the published one.
+        # If both label files exist, the later suffix wins: the published one.
         suffixes = (f"_{labels}_labelTrainIds.png", f"_{labels}_labelIds.png")
         masks = self._files(label_folder, label_archive, suffixes)
         if not images:
@@ -134,7 +133,7 @@ class CityscapesDataset(SegmentationDataset):
         )
 
     def _files(self, folder: str, archive: str, suffixes: tuple[str, ...]) -> dict[str, File]:
-        """The files under ``folder`` that end in one of ``suffixes``, by ``city_sequence_frame``."""
+        """Return the files under ``folder`` that end in one of ``suffixes``, by ``city_sequence_frame``."""
         source = self._source(folder, archive)
         names = source.files(folder)
         return {

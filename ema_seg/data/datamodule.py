@@ -1,4 +1,4 @@
-"""Samples to batches: the Lightning data module."""
+"""Lightning data module: samples to batches."""
 
 import os
 import sys
@@ -33,7 +33,7 @@ __all__ = ["SegmentationDataModule", "check_shares"]
 
 _MOST_WORKERS = 1024
 
-# More are not named as a way to divide a batch.
+# Messages suggest only numbers of processes below this.
 _MANY_PROCESSES = 100
 
 _DATASETS_OF_STAGE = {
@@ -42,42 +42,42 @@ _DATASETS_OF_STAGE = {
     "test": ("test_dataset",),
 }
 
-# After so many masks, some seconds, a search for labels says what it does.
+# Report a search for labels after this many masks, which take some seconds.
 _MANY_MASKS = 1000
 
 
 class SegmentationDataModule(LightningDataModule):
-    """Training batches of augmented crops, and evaluation batches of whole images.
+    """Data module with training batches of augmented crops and evaluation batches of whole images.
 
     Training batches are ``{"image": B x 3 x H x W, "mask": B x H x W, "name": list[str]}``. Images of
     evaluation batches keep their own sizes: ``{"image": list of 3 x H x W, "mask": list of H x W, "name":
     list[str]}``.
 
-    Shuffling and augmentation follow torch's seed and the epoch alone: the same seed gives the same batches, for
-    any number of workers, and an epoch that a resumed run trains is the one that it would have been.
+    Shuffling and augmentation depend only on torch's seed and the epoch: the same seed gives the same batches, for any
+    number of workers, and a resumed run trains on the batches that it would have had without the interruption.
 
-    Of several processes (see ``ema_seg.distributed``) each loads its share: of every training batch an equal part, so
-    that a step sees the same crops however many processes there are; of the images of an evaluation those in its turn,
-    none repeated to make the shares even and none left out, so that one process may have an image more than another.
+    Each rank (see ``ema_seg.distributed``) loads an equal part of every training batch, so that a step has the same
+    crops for any world size. Evaluation images go to the ranks round-robin; none is repeated or dropped, so one rank
+    may have an image more than another.
 
     Args:
         name: The data set, a key of :data:`ema_seg.data.DATASETS`.
-        root: Its folder or archive; None for the generated data set's own place.
-        batch_size: Crops in a training batch, of all processes together; an incomplete last batch is dropped.
-        evaluation_batch_size: Images in an evaluation batch of one process.
+        root: Its folder or archive; None for the default folder of the generated data set.
+        batch_size: Crops in a training batch of all ranks together; an incomplete last batch is dropped.
+        evaluation_batch_size: Images in an evaluation batch of one rank.
         workers: Worker processes of each loader; 0 loads in the main process.
         augmentation: Steps of :func:`ema_seg.data.transforms.build_train_transform`.
         mean: Mean of each RGB channel, for images in [0, 1].
         std: Standard deviation of each RGB channel, for images in [0, 1].
         evaluation_split: The split of ``test_dataloader``; ``val_dataloader`` always reads "val".
-        timeout: Seconds without anything from the disk after which reading, or finding the files, is given up.
-        max_skipped: How many samples may be unreadable before reading is given up. In a training batch the next one
-            takes the place of such a sample; an evaluation goes on without it.
+        timeout: Seconds that the disk may take to list the files, to read a sample or to deliver a batch.
+        max_skipped: Number of unreadable samples that may be skipped. In a training batch the next sample replaces
+            such a sample; an evaluation goes on without it.
         **options: The data set's own options.
 
     Raises:
         ConfigError: A number is out of range, or a name is unknown.
-        DataError: From the first use of a data set, where its files are not as they should be.
+        DataError: On the first use of a data set, if its files are missing or malformed.
     """
 
     def __init__(
@@ -125,17 +125,17 @@ class SegmentationDataModule(LightningDataModule):
 
     @cached_property
     def train_dataset(self) -> SegmentationDataset:
-        """The train split, augmented."""
+        """Train split, augmented."""
         return self._build("train", self.train_transform)
 
     @cached_property
     def val_dataset(self) -> SegmentationDataset:
-        """The val split at the images' own sizes."""
+        """Val split at the images' own sizes."""
         return self._build("val", self.eval_transform)
 
     @cached_property
     def test_dataset(self) -> SegmentationDataset:
-        """The split ``evaluation_split`` at the images' own sizes."""
+        """Split ``evaluation_split`` at the images' own sizes."""
         if self.evaluation_split == "val":
             return self.val_dataset
         return self._build(self.evaluation_split, self.eval_transform)
@@ -149,21 +149,21 @@ class SegmentationDataModule(LightningDataModule):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes, by train id."""
+        """Names of the classes, by train id."""
         return self.test_dataset.classes
 
     @property
     def palette(self) -> tuple[tuple[int, int, int], ...]:
-        """The RGB colours of the classes, by train id."""
+        """RGB colours of the classes, by train id."""
         return self.test_dataset.palette
 
     @property
     def num_classes(self) -> int:
-        """The number of classes."""
+        """Number of classes."""
         return self.test_dataset.num_classes
 
     def setup(self, stage: str) -> None:
-        """Find the files that the stage ("fit", "validate", "test") needs, and a label in them, to fail early."""
+        """Find the files of the stage ("fit", "validate", "test"), and a label in them, to fail early."""
         if stage == "fit":
             self._check_batch(len(self.train_dataset))
         if stage in {"fit", "validate"} and len(self.val_dataset) < place().size:
@@ -173,14 +173,14 @@ class SegmentationDataModule(LightningDataModule):
             )
         for name in _DATASETS_OF_STAGE[stage]:
             dataset = getattr(self, name)
-            if place().rank == 0 and dataset not in self._labelled:  # Lightning sets up what has been set up already
+            if place().rank == 0 and dataset not in self._labelled:  # Lightning repeats setup
                 self._require_labels(dataset)
                 self._labelled.append(dataset)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches of crops; where a run goes on within an epoch, first those that it has not had."""
+        """Return shuffled batches of crops; in an epoch resumed midway, only the remaining ones."""
         batch_size = self.batch_size // place().size
-        if self._seed is None:  # of all processes; while they train, each has random numbers of its own
+        if self._seed is None:  # equal on all ranks only before training, which seeds each rank anew
             self._seed = torch.initial_seed()
         draws = Draws(len(self.train_dataset), self._seed, self.batch_size)
         draws.skipped, self._had = self._had_batches() * batch_size, {}
@@ -188,14 +188,14 @@ class SegmentationDataModule(LightningDataModule):
         return self._training
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of batches that an unfinished epoch has had, and what their order follows from."""
+        """Return the number of batches consumed in an unfinished epoch, and the values that determine their order."""
         loader = self._training
         if loader is None or loader.passed >= (self.trainer.num_training_batches if self.trainer else len(loader)):
             return {"batches": 0}
         return {"batches": loader.passed, **self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Have the next ``train_dataloader`` leave so many batches out."""
+        """Make the next ``train_dataloader`` skip the batches that ``state`` counts."""
         self._had = state
 
     def _order(self) -> dict[str, int]:
@@ -214,19 +214,19 @@ class SegmentationDataModule(LightningDataModule):
         return batches
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """The val split in order, as batches of whole images."""
+        """Return the val split in order, as batches of whole images."""
         return self._evaluation_loader(self.val_dataset, "val")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """The split ``evaluation_split`` in order, as batches of whole images."""
+        """Return the split ``evaluation_split`` in order, as batches of whole images."""
         return self._evaluation_loader(self.test_dataset, self.evaluation_split)
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Have the death of a loader's worker, which torch raises anywhere, told as what it is.
+        """Convert torch's error about a stalled or killed loader worker, which it may raise anywhere, to a DataError.
 
         Raises:
-            DataError: names the file that the worker was reading.
+            DataError: A worker has stalled or was killed; the message names the file that it was reading.
         """
         try:
             yield
@@ -237,10 +237,10 @@ class SegmentationDataModule(LightningDataModule):
             raise
 
     def read_near(self, dataset: SegmentationDataset, index: int, read: Callable[[int], Any] | None = None) -> Any:
-        """The sample at an index, or the next one that can be read; or of it, what ``read`` gives for its index.
+        """Return the sample, or the result of ``read``, at ``index`` or else the next readable index.
 
         Raises:
-            DataError: more of them cannot than ``max_skipped`` allows.
+            DataError: More than ``max_skipped`` samples, or all, are unreadable.
         """
         for tried in range(len(dataset)):
             near = (index + tried) % len(dataset)
@@ -252,17 +252,17 @@ class SegmentationDataModule(LightningDataModule):
         raise DataError(f"{dataset.root}: the split {dataset.split!r} has no image that can be read.")
 
     def _require_labels(self, dataset: SegmentationDataset) -> None:
-        """Read masks until one has a labelled pixel, or all classes have one where the data set expects that.
+        """Read masks until one has a labelled pixel, or all classes have one if the data set expects that.
 
         Raises:
-            DataError: There is none; training and scoring would go on, and end in a score of nothing.
+            DataError: No label, or not each expected class, was found; the run would end in a meaningless score.
         """
         pixels = np.zeros(256, dtype=np.int64)
         unreadable: DataError | None = None
         for index in range(len(dataset)):
             try:
                 mask = within(self.timeout, dataset.files(index), partial(dataset.read_mask, index))
-            except DataError as error:  # counted where samples are read
+            except DataError as error:  # counted when its sample is read
                 unreadable = unreadable or error
                 continue
             pixels += np.bincount(mask.ravel(), minlength=256)
@@ -310,7 +310,7 @@ class SegmentationDataModule(LightningDataModule):
 
 
 def check_shares(batch_size: int, processes: int) -> None:
-    """A ConfigError if a training batch cannot be dealt out equally to so many processes; it lists what can."""
+    """Raise ConfigError, which lists possible values, unless the world size divides the batch size."""
     if batch_size % processes:
         below = batch_size - batch_size % processes
         sizes = [str(size) for size in (below, below + processes) if size]

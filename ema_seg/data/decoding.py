@@ -1,7 +1,7 @@
-"""Files to arrays: images to RGB, masks to values or colours.
+"""Decoding of files to arrays: images to RGB, masks to values or colours.
 
-Files that decoders would change silently are refused with a DataError that names the file: more than 8 bits a channel,
-a damaged JPEG, a mask with lossy compression or transparent pixels.
+A DataError refuses files that decoders would change silently: more than 8 bits a channel, a damaged JPEG, a mask with
+lossy compression or transparent pixels.
 """
 
 import io
@@ -22,9 +22,9 @@ __all__ = ["Traits", "decode_image", "decode_mask", "read_traits"]
 
 Pixels = NDArray[np.uint8]
 
-_JPEG = {"JPEG", "MPO"}  # MPO: several JPEGs in one file, as phones write them; the first one counts
+_JPEG = {"JPEG", "MPO"}  # MPO: several JPEGs in one file, as phones write them; the first one is read
 
-# The step from stored to upright pixels by orientation tag (EXIF 2.32, tag 0x0112); 1 is upright already.
+# Transforms from stored to upright pixels, by orientation tag (EXIF 2.32, tag 0x0112); 1 is upright already.
 _TURNS: Mapping[int, Callable[[Pixels], Pixels]] = {
     2: np.fliplr,
     3: lambda pixels: np.rot90(pixels, 2),
@@ -41,13 +41,13 @@ class Traits(NamedTuple):
     """Properties of an image file that its decoded pixels no longer show."""
 
     orientation: int
-    """The orientation tag, 1 to 8; 1 where there is none."""
+    """The orientation tag, 1 to 8; 1 if there is none."""
     palette: bool
     grey: bool
 
 
 def read_traits(file: File) -> Traits:
-    """Read a file's traits; raises DataError where it is no image."""
+    """Read a file's traits; raise DataError if it is not an image."""
     with _opened(file, "an image") as (image, _):
         return Traits(_orientation(image), image.mode == "P", _is_grey(image.mode))
 
@@ -57,7 +57,7 @@ def decode_image(file: File, *, upright: bool = False) -> Pixels:
 
     Args:
         file: The file.
-        upright: Turn the image as its orientation tag says, and as viewers show it; else the pixels are as stored.
+        upright: Apply the orientation tag, as viewers do; else return the pixels as stored.
 
     Returns:
         uint8 RGB, H x W x 3.
@@ -68,7 +68,7 @@ def decode_image(file: File, *, upright: bool = False) -> Pixels:
     with _opened(file, "an image") as (image, data):
         if depth := _excess_depth(image):
             raise DataError(f"{file}: the image has {depth}; expected 8 bits a channel: scale its values to 0 … 255.")
-        orientation = _orientation(image)  # which loads a PNG, and so comes after its depth
+        orientation = _orientation(image)  # after the depth: it loads a PNG, and Pillow then forgets the depth
         pixels = _decode_jpeg(image, data) if image.format in _JPEG else np.array(image.convert("RGB"))
         return _turn(pixels, image, orientation, upright)
 
@@ -76,20 +76,21 @@ def decode_image(file: File, *, upright: bool = False) -> Pixels:
 def decode_mask(
     file: File, *, palette_colors: bool = False, grey_colors: bool = False, upright: bool = False
 ) -> Pixels:
-    """Decode a mask without touching its values.
+    """Decode a mask without changing its values.
 
     Args:
         file: The file.
-        palette_colors: Give the colours of a mask with a palette, instead of its indices.
-        grey_colors: Give the colours of a grey mask (v, v, v), instead of its values.
-        upright: Turn the mask as its orientation tag says; else the pixels are as stored.
+        palette_colors: Return the colours of a mask with a palette, instead of its indices.
+        grey_colors: Return the colours of a grey mask (v, v, v), instead of its values.
+        upright: Apply the orientation tag; else return the pixels as stored.
 
     Returns:
         uint8, H x W values, or H x W x 3 for colours.
 
     Raises:
-        DataError: The file is unreadable or truncated, its compression is lossy, it has transparent pixels (a palette
-            of which only the indices count may have them), or a value in it exceeds 255.
+        DataError: The file is unreadable or truncated, its compression is lossy, its mode is not grey, palette or RGB,
+            it has transparent pixels (allowed in a palette read as indices), a value is outside 0 to 255, or colours
+            have more than 8 bits a channel.
     """
     with _opened(file, "a mask") as (image, data):
         if lossy := _lossy_compression(image, data):
@@ -118,7 +119,7 @@ def decode_mask(
 
 @contextmanager
 def _opened(file: File, kind: str) -> Iterator[tuple[Image.Image, bytes]]:
-    """Open a file with Pillow, which reads its header; an error of a decoder becomes a DataError."""
+    """Open a file with Pillow, which reads only its header; turn errors of decoders into DataErrors."""
     data = file.read()
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
@@ -130,24 +131,24 @@ def _opened(file: File, kind: str) -> Iterator[tuple[Image.Image, bytes]]:
 
 
 def _decode_jpeg(image: Image.Image, data: bytes) -> Pixels:
-    """Decode with an error where libjpeg-turbo only warns of damaged data, as Pillow and OpenCV do not."""
+    """Decode a JPEG; raise an error for damaged data, which Pillow and OpenCV accept silently."""
     if image.mode in {"L", "RGB"}:
         return np.asarray(simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False))
-    simplejpeg.decode_jpeg(data, "CMYK")  # for its errors; Pillow knows which files hold inverted inks
+    simplejpeg.decode_jpeg(data, "CMYK")  # only for its errors; Pillow handles inverted CMYK
     return np.array(image.convert("RGB"))
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         tag = int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # Pillow's parser has no error of its own; viewers ignore damaged metadata, too
+    except Exception:  # Pillow's parser raises errors of any type; viewers, too, ignore damaged metadata
         return 1
     return tag if tag in _TURNS else 1
 
 
 def _turn(pixels: Pixels, image: Image.Image, orientation: int, upright: bool) -> Pixels:
-    """Turn decoded pixels upright, or back to as they are stored."""
-    if image.format == "TIFF":  # Pillow has turned it
+    """Turn decoded pixels upright, or back to their stored orientation."""
+    if image.format == "TIFF":  # Pillow has already turned it upright
         turn = 1 if upright else _INVERSE.get(orientation, orientation)
     else:
         turn = orientation if upright else 1
@@ -155,11 +156,11 @@ def _turn(pixels: Pixels, image: Image.Image, orientation: int, upright: bool) -
 
 
 def _excess_depth(image: Image.Image) -> str | None:
-    """Describe a depth of more than 8 bits a channel, of which Pillow would keep the high byte; None for 8 or less."""
+    """Describe a depth above 8 bits a channel, which Pillow would cut to the high byte; None for 8 bits or less."""
     if image.mode.startswith(("I", "F")):
         return f"mode {image.mode}"
     arguments = _decoder_arguments(image)
-    # BMP has "BGR;16", which is 16 bits a pixel.
+    # Not BMP: its "BGR;16" is 16 bits a pixel.
     if image.format in {"PNG", "TIFF"} and arguments and ";16" in str(arguments[0]):
         return "16 bits a channel"
     if image.format == "PPM" and isinstance(arguments[-1], int) and arguments[-1] > 255:
@@ -168,9 +169,9 @@ def _excess_depth(image: Image.Image) -> str | None:
 
 
 def _grey_scale(image: Image.Image, file: File) -> int:
-    """Return the factor by which Pillow stretches grey values of 2 or 4 bits to the range of 8 bits.
+    """Return the factor by which Pillow stretches grey values of 2 or 4 bits to 8 bits.
 
-    Call it before the pixels are loaded: Pillow then forgets how they were stored.
+    Call it before the pixels are loaded: Pillow then forgets their raw mode.
     """
     arguments = _decoder_arguments(image)
     if image.format == "PPM" and isinstance(arguments[-1], int):
@@ -182,7 +183,7 @@ def _grey_scale(image: Image.Image, file: File) -> int:
 
 
 def _decoder_arguments(image: Image.Image) -> tuple[object, ...]:
-    """Return Pillow's arguments of the decoder; the first is how the pixels are stored ("RGB;16B")."""
+    """Return Pillow's decoder arguments; the first is the raw mode ("RGB;16B")."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else ()
     return arguments if isinstance(arguments, tuple) else (arguments,)
@@ -202,7 +203,7 @@ def _require_opaque(image: Image.Image, file: File) -> None:
 
 
 def _require_colors(image: Image.Image, file: File) -> None:
-    """Refuse indices beyond the end of the palette, for which Pillow gives black."""
+    """Refuse indices beyond the end of the palette, which Pillow would show as black."""
     indices, colors = np.array(image), len(image.getpalette() or ()) // 3
     if indices.max() >= colors:
         raise DataError(
@@ -222,13 +223,16 @@ def _lossy_compression(image: Image.Image, data: bytes) -> str | None:
 
 
 def _is_lossy_webp(data: bytes) -> bool:
-    """Tell whether the first frame is VP8 instead of VP8L (https://developers.google.com/speed/webp/docs/riff_container)."""
+    """Check whether the first frame is VP8 instead of VP8L.
+
+    https://developers.google.com/speed/webp/docs/riff_container
+    """
     at = 12  # after "RIFF", the size and "WEBP"
     while at + 8 <= len(data):
         kind, size = struct.unpack_from("<4sI", data, at)
         if kind in {b"VP8 ", b"VP8L"}:
             return bool(kind == b"VP8 ")
-        # The frame of an animation has 16 bytes of its own before the chunks within it.
+        # An animation frame has a header of 16 bytes before its chunks.
         at += 24 if kind == b"ANMF" else 8 + size + size % 2
     return True
 

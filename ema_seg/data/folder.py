@@ -1,4 +1,4 @@
-"""The user's own images and masks, in folders, with the classes in a YAML file.
+"""User's own images and masks, in folders, with the classes in a YAML file.
 
     root/
       classes.yaml
@@ -7,13 +7,13 @@
       test/images/...              test/masks/...        (optional)
 
 An image and its mask have the same path below ``images/`` and ``masks/`` up to the suffix; sub-folders are
-optional. Images can be JPEG, PNG, TIFF, WebP, BMP, GIF or PPM with 8 bits a channel; masks the same but for lossy
-compression, and opaque. Images, and masks, are turned upright by their orientation tag if they have one.
+optional. Images can be JPEG, PNG, TIFF, WebP, BMP, GIF or PPM with 8 bits a channel; masks the same, but lossless and
+opaque. By default, files with an orientation tag are turned upright.
 
 A mask is either *indexed*, one channel whose pixels are class values, or *colour-coded*, each pixel exactly the
-colour of a class. Which of the two follows from the classes and the mask (``masks="auto"``): RGB is colour-coded; a
-palette is colour-coded if the classes have colours, else its indices are class values; grey holds class values unless
-the classes have colours all of which are grey.
+colour of a class. ``masks="auto"`` chooses by the classes and the mask: RGB is colour-coded; a palette is colour-coded
+if the classes have colours, else its indices are class values; grey holds class values unless all classes have grey
+colours.
 
 The classes file is a list of classes, or a mapping with such a list and the ignored pixels::
 
@@ -27,9 +27,9 @@ The classes file is a list of classes, or a mapping with such a list and the ign
 - ``value`` (0 to 255) is the class's value in indexed masks; without it, the class's position in the list,
   from 0.
 - ``color`` is ``[red, green, blue]`` (0 to 255 each) or ``"#rrggbb"``: the class's colour in colour-coded masks
-  and in figures. Give it to all classes or to none; without, figures get distinct colours and masks must be
+  and in figures. Give it to all classes or to none; without it, figures get distinct colours and masks must be
   indexed.
-- ``ignore`` is a mask value or colour, or a list of them, that belongs to no class; without it, the value 255
+- ``ignore`` is a mask value or colour, or a list of them, that belongs to no class; its default is the value 255
   unless a class has it. Any other value or colour in a mask is an error.
 
 The shortest classes file is thus ``[background, leaf]``.
@@ -64,29 +64,29 @@ from ema_seg.texts import read_yaml
 
 __all__ = ["ClassList", "FolderDataset", "pair_split_folder"]
 
-_MAX_CLASSES = 254  # train ids are bytes, of which 254 and 255 are taken
+_MAX_CLASSES = 254  # train ids are uint8; 254 and 255 are reserved
 
 
 @dataclass(frozen=True)
 class ClassList:
-    """A classes file's content, the train ids being positions in ``names``."""
+    """Content of a classes file; a class's train id is its position in ``names``."""
 
     names: tuple[str, ...]
     values: tuple[int, ...]
     """Each class's value in indexed masks."""
     colors: tuple[Color, ...] | None
-    """Each class's colour, or None where the file gives none."""
+    """Each class's colour, or None if the file gives none."""
     ignored_values: tuple[int, ...] = (IGNORE_INDEX,)
     ignored_colors: tuple[Color, ...] = ()
     ignores_by_default: bool = False
-    """Whether the file leaves ``ignore`` out, so that the ignored value is ours."""
+    """Whether the file has no ``ignore``, so that its default applies."""
 
     @classmethod
     def read(cls, path: Path) -> "ClassList":
-        """Read a classes file; the format is on top of this module.
+        """Read a classes file; the module's docstring gives its format.
 
         Raises:
-            DataError: The file is missing, is not YAML, or its content is not in the format.
+            DataError: The file is missing, is not YAML, or does not have the format.
         """
         try:
             content = read_yaml(path)
@@ -134,26 +134,26 @@ class ClassList:
 
     @property
     def value_train_ids(self) -> dict[int, int]:
-        """The train id of each value that can occur in an indexed mask."""
+        """Train id of each value that may occur in an indexed mask."""
         return dict.fromkeys(self.ignored_values, IGNORE_INDEX) | {v: i for i, v in enumerate(self.values)}
 
     @property
     def color_train_ids(self) -> dict[Color, int]:
-        """The train id of each colour that can occur in a colour-coded mask."""
+        """Train id of each colour that may occur in a colour-coded mask."""
         return dict.fromkeys(self.ignored_colors, IGNORE_INDEX) | {c: i for i, c in enumerate(self.colors or ())}
 
 
 class FolderDataset(SegmentationDataset):
-    """The user's own data set; the module's docstring gives its layout and the format of the classes file.
+    """User's own data set; the module's docstring gives its layout and the format of the classes file.
 
     Args:
         root: The folder with ``train/``, ``val/`` and, if there is one, ``test/``.
         split: "train", "val" or "test".
-        transform: Maps a sample to what indexing returns.
+        transform: Applied to each sample.
         classes: The classes file; ``<root>/classes.yaml`` by default.
-        masks: "index" or "color": the masks hold class values, or the classes' colours; "auto" chooses as the module's
-            docstring says.
-        orientation: "upright" turns files by their orientation tag, as viewers do; "ignore" takes pixels as stored.
+        masks: "index" for masks of class values, "color" for masks of the classes' colours, or "auto"; see the module's
+            docstring.
+        orientation: "upright" applies orientation tags, as viewers do; "ignore" keeps pixels as stored.
         allow_unpaired: See :class:`SegmentationDataset`.
     """
 
@@ -189,15 +189,15 @@ class FolderDataset(SegmentationDataset):
         self.grey_colors = masks == "color" or (masks == "auto" and grey)
 
     def find_pairs(self) -> Pairing:
-        """See :meth:`SegmentationDataset.find_pairs`."""
+        """Pair images and masks by path; see :meth:`SegmentationDataset.find_pairs`."""
         return pair_split_folder(self.root, self.split, self.layout)
 
     def decode_mask(self, file: File) -> NDArray[np.uint8]:
-        """See :meth:`SegmentationDataset.decode_mask`."""
+        """Decode a mask to values or colours; see :meth:`SegmentationDataset.decode_mask`."""
         return decode_mask(file, palette_colors=self.palette_colors, grey_colors=self.grey_colors, upright=self.upright)
 
     def to_train_ids(self, mask: NDArray[np.uint8], file: File) -> NDArray[np.uint8]:
-        """See :meth:`SegmentationDataset.to_train_ids`; colours are looked up in the classes file."""
+        """Map values or colours to train ids by the classes file; see :meth:`SegmentationDataset.to_train_ids`."""
         if mask.ndim == 2:
             return super().to_train_ids(mask, file)
         if self.masks == "index":
@@ -220,7 +220,7 @@ class FolderDataset(SegmentationDataset):
         return train_ids
 
     def notes(self, index: int) -> list[str]:
-        """See :meth:`SegmentationDataset.notes`: how the mask is read, and orientation tags."""
+        """Note how the mask is read, and orientation tags; see :meth:`SegmentationDataset.notes`."""
         image, mask = self.pairs[index].image, self.pairs[index].mask
         notes = [] if mask is None else [f"masks read as {self._reading(mask)}"]
         done = "turned upright by it" if self.upright else "read as stored (data.orientation=ignore)"
@@ -230,7 +230,10 @@ class FolderDataset(SegmentationDataset):
         return notes
 
     def problem(self, pixels: NDArray[np.int64]) -> str | None:
-        """See :meth:`SegmentationDataset.problem`; nor may a class be absent while pixels are ignored by default."""
+        """Report also a class without pixels if pixels are ignored by default.
+
+        See :meth:`SegmentationDataset.problem`.
+        """
         absent = np.flatnonzero(pixels[: self.num_classes] == 0)
         ignored = pixels[IGNORE_INDEX]
         if not (self.expects_all_classes and len(absent) and ignored):
@@ -245,7 +248,7 @@ class FolderDataset(SegmentationDataset):
         )
 
     def _reading(self, file: File) -> str:
-        """Name what a mask's pixels are taken for."""
+        """Return the interpretation of a mask's pixels, for messages."""
         traits = read_traits(file)
         if traits.palette:
             return "colours of a palette" if self.palette_colors else "indices of a palette"
@@ -259,7 +262,7 @@ def pair_split_folder(root: Path, split: str, layout: str) -> Pairing:
 
     Raises:
         MissingSplitError: The root has other splits but not this one.
-        DataError: The root has no split at all, and so is not of this ``layout``.
+        DataError: The root has no split at all, so it does not have this ``layout``.
     """
     source = FolderSource(root)
     image_folder, mask_folder = f"{split}/images", f"{split}/masks"
@@ -280,10 +283,9 @@ def pair_split_folder(root: Path, split: str, layout: str) -> Pairing:
 
 
 def distinct_colors(count: int) -> tuple[Color, ...]:
-    """Up to 254 distinct colours, none of them black: the PASCAL VOC colour map without its first entry.
+    """Return up to 254 distinct colours, none black: the PASCAL VOC colour map without its first entry.
 
-    The map reads the bits of a label three at a time, and spreads them over the channels from the high bit
-    down.
+    Bits 3k, 3k + 1 and 3k + 2 of a label become bit 7 - k of red, green and blue.
     """
 
     def channel(label: int, offset: int) -> int:
@@ -306,14 +308,14 @@ def _stem(name: str, folder: str) -> str:
 
 
 def _color_code(colors: NDArray[np.uint8]) -> NDArray[np.uint32]:
-    """Colours ... x 3 as one number each."""
+    """Encode colours (... x 3) as numbers of 24 bits (...)."""
     return colors.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
 
 
-# Cached here rather than held by the data set, which would send 16 MiB to each worker that is not forked.
+# Cached here: held by the data set, its 16 MiB would be pickled for each worker that is not forked.
 @lru_cache(maxsize=4)
 def _color_table(train_ids: tuple[tuple[Color, int], ...]) -> NDArray[np.uint8]:
-    """The train id of each of the 2**24 colours."""
+    """Build a lookup table from the 2**24 colours to train ids."""
     table = np.full(1 << 24, INVALID, dtype=np.uint8)
     for color, train_id in train_ids:
         table[_color_code(np.array(color, dtype=np.uint8))] = train_id
@@ -337,10 +339,10 @@ def _parse_class(entry: object, position: int) -> tuple[str, int, Color | None]:
 
 
 def _parse_ignored(ignored: object) -> list[int | Color]:
-    """The values and colours under ``ignore``."""
+    """Parse the values and colours under ``ignore``."""
     if ignored is None:
         return []
-    # Three numbers are three values: a lone colour is written "#rrggbb" or in a list of its own.
+    # [1, 2, 3] is three values; a single colour is "#rrggbb" or [[1, 2, 3]].
     items = ignored if isinstance(ignored, list) else [ignored]
     return [item if isinstance(item, int) and _is_byte(item) else _parse_color(item) for item in items]
 

@@ -1,4 +1,4 @@
-"""How samples get into batches: in which order, through which processes, and what happens where one does not."""
+"""Loading of batches: samplers, worker processes, timeouts, and the skipping of unreadable samples."""
 
 import csv
 import os
@@ -40,15 +40,15 @@ __all__ = [
 
 T = TypeVar("T")
 
-# Seconds; the system takes no number of any size.
+# Seconds; system calls overflow on longer timeouts.
 LONGEST_TIMEOUT = 1_000_000
 
 
 class Skipped:
-    """Samples that could not be read and have been left out, of which there may be so many.
+    """Record of unreadable samples that were skipped, at most ``most``.
 
     Args:
-        most: the number of samples.
+        most: Number of samples that may be skipped.
     """
 
     def __init__(self, most: int) -> None:
@@ -57,18 +57,18 @@ class Skipped:
         self._file: Path | None = None
 
     def keep_in(self, file: Path) -> None:
-        """Keep them in a file (CSV of split, name and reason), with those that are in it already.
+        """Share the record through a CSV file (split, name, reason): read it, and append new samples to it.
 
-        The processes of a run, and the command that goes on with it, so know of each other's.
+        All ranks of a run, and a resumed run, use the same file.
         """
         self._file = file
         self._read()
 
     def add(self, split: str, name: str, reason: str) -> None:
-        """Leave a sample out, and say so if it is a new one.
+        """Record a skipped sample, and print a warning if it is new.
 
         Raises:
-            DataError: it is one too many.
+            DataError: ``most`` samples have been skipped already.
         """
         self._read()
         if (split, name) in self.samples:
@@ -86,10 +86,10 @@ class Skipped:
                 csv.writer(file).writerow([split, name, reason])
 
     def share(self) -> None:
-        """Know of what the other processes have left out; to be called by all of them.
+        """All-gather the skipped samples; every rank must call it.
 
         Raises:
-            DataError: together it is too much.
+            DataError: All ranks together have skipped more than ``most`` samples.
         """
         for samples in gather(self.samples):
             self.samples |= samples
@@ -105,52 +105,52 @@ class Skipped:
 
 
 def read_skipped(file: Path) -> dict[tuple[str, str], str]:
-    """The reasons in a file that ``Skipped`` has kept, by split and name; empty if there is none."""
+    """Read the file of ``Skipped``: reasons by split and name; empty if it does not exist."""
     if not file.is_file():
         return {}
-    # A kill may have cut the last line off.
+    # A kill may have truncated the last line.
     return {(row[0], row[1]): row[2] for row in read_table(file) if len(row) == 3}
 
 
 class Readable(Protocol):
-    """What is read by index, and can say what it reads."""
+    """Data set, read by index, that can name the samples and files it reads."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...
 
     def name(self, index: int, /) -> str:
-        """The name of a sample."""
+        """Return the name of a sample."""
 
     def files(self, index: int, /) -> str:
-        """Its files."""
+        """Return the names of its files."""
 
 
 class _Item(NamedTuple):
-    """A sample, or None if it could not be read, and names and reasons of those that were tried before."""
+    """A sample, None if it is unreadable, with names and reasons of the samples skipped for it."""
 
     sample: Any
     skipped: list[tuple[str, str]]
 
 
 class Samples(Dataset[_Item]):
-    """What the loaders' workers read: a data set by index, or by index and seed of the random numbers.
+    """Data set that loader workers read, by index or by (index, random seed).
 
-    With a seed, torch's generator starts from it; and in place of a sample that cannot be read comes the next one, so
-    that batches stay full. Without, such a sample is left out.
+    With a seed, torch's generator is seeded with it, and the next sample replaces an unreadable one, so that batches
+    stay full. Without a seed, an unreadable sample is skipped.
 
     Args:
-        dataset: the data set, or what else reads its files.
-        workers: the number of worker processes.
-        max_skipped: how many samples may be unreadable before reading raises what was wrong with the last one.
-        timeout: seconds that a sample may take where no other process waits for it.
+        dataset: The data set, or another reader of its files.
+        workers: Number of worker processes.
+        max_skipped: Number of samples that may be skipped for one item; the error of the next one is raised.
+        timeout: Seconds to read a sample in the main process; :class:`Loader` waits as long for a worker's batch.
     """
 
     def __init__(self, dataset: Readable, workers: int, max_skipped: int, timeout: float) -> None:
         self.dataset = dataset
         self.max_skipped = max_skipped
         self.timeout = timeout
-        # Of each worker, seen by all processes: its number, and the sample that it is reading, if any.
+        # In shared memory, a row per worker: its pid, and the index of the sample it is reading, or -1.
         self.workers = torch.full((max(1, workers), 2), -1).share_memory_()
 
     def __len__(self) -> int:
@@ -188,18 +188,18 @@ class Samples(Dataset[_Item]):
 
 
 def within(seconds: float, what: str, read: Callable[[], T]) -> T:
-    """What ``read`` gives; for this process, which no other one watches.
+    """Call ``read`` with a timeout, for reads in the main process, and return its result.
 
-    It is called in a thread of its own. Whoever waits for the server of a network disk hears of no signal, so of
-    threads only another one can give up, and the process can end.
+    ``read`` runs in a daemon thread: a thread that waits for a network disk reacts to no signal, so only another thread
+    can give up and let the process end.
 
     Args:
-        seconds: how long it may take.
-        what: the file or folder that it reads.
-        read: a function that reads from a disk.
+        seconds: Timeout.
+        what: The file or folder that ``read`` reads, for messages.
+        read: A function that reads from a disk.
 
     Raises:
-        EmaSegError: it has given nothing in that time.
+        EmaSegError: ``read`` has not returned in time.
     """
     outcome: Future[T] = Future()
 
@@ -216,7 +216,7 @@ def within(seconds: float, what: str, read: Callable[[], T]) -> T:
 
 
 class _Stalled(EmaSegError):
-    """The disk gives nothing: no reason to go on with the next sample."""
+    """Error of a disk that does not respond; not a DataError, so that no next sample is tried."""
 
 
 def _stall(waited_for: list[str], seconds: float) -> str:
@@ -231,10 +231,10 @@ def _listed(files: list[str]) -> str:
 
 
 class Draws(Sampler[tuple[int, int]]):
-    """One process's part of every full batch, each sample with the seed of its augmentation.
+    """Sampler of one rank's part of every full batch: pairs of an index and the seed of its augmentation.
 
-    Order and seeds depend on nothing but the seed and the epoch, which Lightning sets; without it every pass is the
-    next epoch. The parts of all processes make up the batches that a single one would draw.
+    Order and seeds depend only on the seed and the epoch, which Lightning sets; without Lightning, each pass is the
+    next epoch. The parts of all ranks form the batches that a single process would draw.
     """
 
     def __init__(self, size: int, seed: int, batch_size: int) -> None:
@@ -242,10 +242,10 @@ class Draws(Sampler[tuple[int, int]]):
         self.seed = seed
         self.batch_size = batch_size
         self.epoch = 0
-        self.skipped = 0  # samples at the beginning of the next pass
+        self.skipped = 0  # samples to skip at the beginning of the next pass
 
     def set_epoch(self, epoch: int) -> None:
-        """Name the epoch of the next pass."""
+        """Set the epoch of the next pass."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -262,7 +262,7 @@ class Draws(Sampler[tuple[int, int]]):
 
 
 class InTurn(Sampler[int]):
-    """Every process's part of the indices below a size: the first one to the first process, the next to the next."""
+    """Sampler of one rank's part of the indices below ``size``, in order: index i goes to rank i % world size."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -279,19 +279,19 @@ class InTurn(Sampler[int]):
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader of :class:`Samples` that counts its batches, and says in one sentence what went wrong.
+    """DataLoader of :class:`Samples` that counts its batches and raises errors of one sentence.
 
     Args:
-        samples: what to read.
-        collate: puts a list of samples together.
-        skipped: receives the samples that could not be read.
-        split: the name of their split.
-        workers: worker processes; 0 reads in this one.
-        batch_size: samples of a batch.
-        sampler: their order.
+        samples: The samples to read.
+        collate: Makes a batch of a list of samples.
+        skipped: Records the unreadable samples.
+        split: Name of their split.
+        workers: Worker processes; 0 reads in this one.
+        batch_size: Samples in a batch.
+        sampler: Order of the samples.
     """
 
-    passed = 0  # batches of this epoch that have been handed out
+    passed = 0  # batches of this epoch that have been read or skipped
 
     def __init__(
         self,
@@ -310,7 +310,7 @@ class Loader(DataLoader[Any]):
             sampler=sampler,
             collate_fn=_Collate(collate),
             num_workers=workers,
-            # Its own, so that loading draws nothing from the generator that training draws from.
+            # Its own generator, so that loading does not advance the one of the training.
             generator=torch.Generator(),
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -323,7 +323,7 @@ class Loader(DataLoader[Any]):
         self.split = split
 
     def check_worker_number_rationality(self) -> None:
-        """Skip torch's warning about more workers than cores: the number is the user's choice."""
+        """Suppress torch's warning about more workers than cores: the number is the user's choice."""
 
     def __iter__(self) -> Any:
         self.passed = self.sampler.skipped // (self.batch_size or 1) if isinstance(self.sampler, Draws) else 0
@@ -338,7 +338,7 @@ class Loader(DataLoader[Any]):
             text = str(error)
             if not text.startswith("Caught "):  # raised in this process
                 raise
-            # A worker sends the traceback as text, which ends in "<exception's class>: <sentence>".
+            # A worker sends its traceback as text; the last line is "<class of the exception>: <sentence>".
             raise type(error)(text.rstrip().splitlines()[-1].partition(": ")[2]) from None
         except RuntimeError as error:
             if explained := self.explain(error):
@@ -346,16 +346,16 @@ class Loader(DataLoader[Any]):
             raise
 
     def explain(self, error: RuntimeError) -> DataError | None:
-        """What an error of torch's says about the workers of this loader; None if nothing.
+        """Convert torch's error about a stalled or killed worker of this loader to a DataError; else return None.
 
-        That a worker has died it may raise anywhere in the main thread, not only where a batch is waited for.
+        Torch may raise the error of a killed worker anywhere in the main thread, not only while it waits for a batch.
         """
         text = str(error)
         workers: dict[int, int] = dict(self.samples.workers.tolist())
         if text.startswith("DataLoader timed out"):
             waiting = {process: index for process, index in workers.items() if index >= 0}
             for process in waiting:
-                os.kill(process, signal.SIGTERM)  # nobody has to wait for them any longer
+                os.kill(process, signal.SIGTERM)  # so that nothing waits for them at exit
             files = [self.samples.dataset.files(index) for index in waiting.values()]
             return DataError(_stall(files, self.samples.timeout))
         if not text.startswith("DataLoader worker (pid"):
@@ -373,7 +373,7 @@ class Loader(DataLoader[Any]):
 
 
 class _Collate:
-    """Items to a batch of their samples, None if there is none, and what has been skipped for it."""
+    """Collate function from items to their batch, None if no sample is readable, and the samples skipped for it."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
@@ -404,7 +404,7 @@ def collate_crops(samples: list[TensorSample]) -> dict[str, Any]:
 
 
 def collate_images(samples: list[TensorSample]) -> dict[str, Any]:
-    """List samples of any sizes: ``{"image": list[3 x H x W], "mask": list[H x W], "name": list[str]}``."""
+    """Collect samples of any sizes in lists: ``{"image": list[3 x H x W], "mask": list[H x W], "name": list[str]}``."""
     return {
         "image": [sample["image"] for sample in samples],
         "mask": [sample["mask"] for sample in samples],
@@ -416,10 +416,10 @@ def _start_worker(number: int) -> None:
     info = get_worker_info()
     assert info is not None and isinstance(info.dataset, Samples)
     info.dataset.workers[number, 0] = os.getpid()
-    # The workers are the parallelism: OpenCV's own threads on top would compete with them for the cores.
+    # OpenCV's threads would compete with the workers for the cores.
     cv2.setNumThreads(0)
-    # A cluster that wants its machine back tells every process of a job, and the one that trains is still to save its
-    # last step: its workers end with it, not before.
+    # A cluster that preempts a job signals all its processes, but the main one needs its workers until it has saved a
+    # checkpoint: they ignore the signals, except SIGTERM from their parent.
     for number in set(LEAVE_SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):

@@ -1,4 +1,4 @@
-"""The start method of worker processes."""
+"""Start method of worker processes."""
 
 import multiprocessing
 
@@ -6,9 +6,9 @@ __all__ = ["start_method"]
 
 
 def start_method() -> str | None:
-    """Return the platform's own start method where a launcher has set one of its own; None for the one that is set.
+    """Return the platform's default start method if a launcher has set a custom one; None to keep the current one.
 
-    In joblib's processes it is loky's, which starts only processes that joblib itself has made.
+    In joblib's processes the current one is loky's, which starts only joblib's own processes.
     """
     current = multiprocessing.get_start_method(allow_none=True)
     own = multiprocessing.get_all_start_methods()

@@ -17,22 +17,21 @@ from ema_seg.errors import DataError
 __all__ = ["IMAGE_FORMATS", "File", "FolderSource", "Source", "ZipSource"]
 
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow's names of the formats that are read. For others it starts programs: Ghostscript for EPS, whatever the file's
-name says."""
+"""Allowlist of image formats, by Pillow's names. For others Pillow may start programs (Ghostscript for EPS), whatever
+the file's suffix."""
 
-# Left behind by operating systems and network disks beside the user's files, in any case; never part of a data set.
+# Files and folders that operating systems and network disks add, in lower case; never part of a data set.
 _SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini"}
 _SYSTEM_FOLDERS = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
 
-# Far beyond any image: what a member of an archive may take in memory.
+# Limit in bytes for an unpacked archive member, far beyond any image.
 _LARGEST_MEMBER = 2**29
 
 
 class Source(ABC):
-    """A read-only tree of files at ``path``.
+    """Read-only tree of files at ``path``.
 
-    Hidden files (a leading dot) and the droppings of operating systems (``Thumbs.db``, ``__MACOSX/``) are not
-    listed.
+    Hidden files (a leading dot) and system files (``Thumbs.db``, ``__MACOSX/``) are not listed.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -40,22 +39,22 @@ class Source(ABC):
 
     @abstractmethod
     def files(self, folder: str) -> list[str]:
-        """Names of all files under ``folder``, at any depth, sorted; empty where there is no such folder.
+        """List the names of all files under ``folder``, at any depth, sorted; empty if the folder does not exist.
 
         Raises:
-            DataError: A folder, or the archive, cannot be listed.
+            DataError: A folder, or the archive, cannot be listed, or a name is not UTF-8.
         """
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """The content of one file.
+        """Read the content of one file.
 
         Raises:
             DataError: The file is missing or cannot be read.
         """
 
     def locate(self, name: str) -> str:
-        """Where ``name`` is, for messages; a member's name follows its archive's path."""
+        """Return the path of ``name``, for messages; a member's name follows its archive's path."""
         return str(self.path / name)
 
     def __repr__(self) -> str:
@@ -63,10 +62,10 @@ class Source(ABC):
 
 
 class FolderSource(Source):
-    """The files under a folder."""
+    """Files under a folder."""
 
     def files(self, folder: str) -> list[str]:
-        """See :meth:`Source.files`; symbolic links are followed."""
+        """List files, following symbolic links; see :meth:`Source.files`."""
         top = self.path / folder
 
         def refuse(error: OSError) -> None:
@@ -81,7 +80,7 @@ class FolderSource(Source):
         return sorted(name.as_posix() for name in found if _is_listed(name))
 
     def read(self, name: str) -> bytes:
-        """See :meth:`Source.read`."""
+        """Read a file; see :meth:`Source.read`."""
         try:
             return (self.path / name).read_bytes()
         except OSError as error:
@@ -89,11 +88,11 @@ class FolderSource(Source):
 
 
 class ZipSource(Source):
-    """The members of a zip archive, read in place.
+    """Members of a zip archive, read in place.
 
-    An archive is refused that has a member whose name leads out of it, for names become those of files that are
-    written; and a member is not read that would take half a gibibyte or more when it is unpacked, or of which that
-    cannot be bounded.
+    An archive with a member path outside it is refused, because names of members become names of written files. A
+    member is refused if it unpacks to 512 MiB or more, or if its decompression cannot be bounded (neither stored nor
+    deflated).
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -102,13 +101,13 @@ class ZipSource(Source):
         self._opened_by = 0
 
     def files(self, folder: str) -> list[str]:
-        """See :meth:`Source.files`."""
+        """List members; see :meth:`Source.files`."""
         prefix = f"{folder.rstrip('/')}/" if folder else ""
         names = (info.filename for info in self._open().infolist() if not info.is_dir())
         return sorted(name for name in names if name.startswith(prefix) and _is_listed(PurePosixPath(name)))
 
     def read(self, name: str) -> bytes:
-        """See :meth:`Source.read`; a member whose checksum is wrong cannot be read."""
+        """Read a member and verify its checksum; see :meth:`Source.read`."""
         try:
             member = self._open().getinfo(name)
             if member.file_size >= _LARGEST_MEMBER:
@@ -117,25 +116,23 @@ class ZipSource(Source):
                     "does; take it out of the archive."
                 )
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                # What unpacks the others has no limit: a few bytes of a member could fill the memory.
+                # Other decompressors have no size limit: a small member could fill the memory.
                 raise DataError(
                     f"{self.locate(name)}: is neither stored nor deflated, the two ways of compression that are read; "
                     "pack the archive again."
                 )
             with self._open().open(member) as file:
-                # Given a number, it unpacks no more than that, whatever the compressed bytes would give.
+                # A bounded read: the compressed data may unpack to more than the header states.
                 return file.read(member.file_size + 1)
         except KeyError as error:
             raise DataError(f"{self.locate(name)}: the archive has no such member.") from error
-        # RuntimeError: the member is encrypted, or (NotImplementedError) compressed in a way Python cannot
-        # read.
+        # RuntimeError: the member is encrypted, or (NotImplementedError) uses a zip feature Python lacks.
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
             raise DataError(f"{self.locate(name)}: cannot be read from the archive ({error}).") from error
 
     def _open(self) -> zipfile.ZipFile:
-        # A handle inherited through fork shares its file position with the parent's: two processes reading
-        # through it would get each other's bytes. So every process opens the archive for itself, on its first
-        # read.
+        # Each process opens the archive itself: a handle inherited by fork shares its file position, so that
+        # two processes would read each other's bytes.
         if self._archive is None or self._opened_by != os.getpid():
             try:
                 archive = zipfile.ZipFile(self.path)
@@ -161,7 +158,7 @@ class File(NamedTuple):
     name: str
 
     def read(self) -> bytes:
-        """The content; raises DataError like :meth:`Source.read`."""
+        """Read the content; raise DataError like :meth:`Source.read`."""
         return self.source.read(self.name)
 
     def __str__(self) -> str:
@@ -169,14 +166,14 @@ class File(NamedTuple):
 
 
 def _leads_out(name: str) -> bool:
-    # By the rules of every system: an archive may be read on another one than it was made for.
+    # By the path rules of all operating systems: the archive may come from another one.
     return name.startswith(("/", "\\")) or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/")
 
 
 def _is_text(name: str) -> bool:
     try:
         name.encode()
-    except UnicodeEncodeError:  # Python has stand-ins for the bytes of such names, which nothing can write
+    except UnicodeEncodeError:  # surrogates stand for the undecodable bytes of such names
         return False
     return True
 

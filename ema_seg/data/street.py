@@ -1,6 +1,6 @@
-"""The embedded data set: generated street scenes in the layout of Cityscapes; nothing is downloaded.
+"""Embedded data set: generated street scenes in the layout of Cityscapes; nothing is downloaded.
 
-The scenes have what segmentation finds hard (large regions, thin structures, small distant objects,
+The scenes have the hard cases of segmentation (large regions, thin structures, small distant objects,
 occlusion, texture, changing light) and are drawn by :mod:`ema_seg.data.street_scene`.
 """
 
@@ -31,37 +31,37 @@ from ema_seg.errors import ConfigError, DataError
 __all__ = ["StreetDataset"]
 
 GENERATOR_VERSION = 3
-"""Part of the folder's name: raise it with every change to the pictures."""
+"""Part of the folder's name: increase it with every change to the images."""
 
 SIZE_LIMITS = (32, 2048)
 COUNT_LIMITS = (1, 100_000)
 SEED_LIMITS = (0, 2**63 - 1)
 MAX_PROCESSES = 8
 
-# Cityscapes files images by city; like there, no city is in two splits.
+# As in Cityscapes, images are grouped by city, and no city is in two splits.
 _CITIES = {"train": "northgate", "val": "eastgate", "test": "westgate"}
-_ABANDONED_AFTER = 24 * 3600  # seconds after which an unfinished folder's writer is surely gone
+_ABANDONED_AFTER = 24 * 3600  # seconds after which the writer of an unfinished folder must have ended
 
 
 class StreetDataset(CityscapesDataset):
     """Generated street scenes with the 19 classes of Cityscapes; truck, train and motorcycle never occur.
 
     On first use all splits are drawn and written to ``street-<size>-<counts>-s<seed>-v<version>/`` in
-    ``root``, with the folders, file names and label ids of Cityscapes; from then on they are read as
-    Cityscapes is. The same arguments give the same bytes (with the same NumPy and OpenCV), and image k of a
-    split depends on none of the counts. Any number of processes may use one root at the same time.
+    ``root``, with the folders, file names and label ids of Cityscapes; later they are read like Cityscapes.
+    The same arguments give the same bytes (with the same NumPy and OpenCV), and image k of a split does not
+    depend on the counts. Any number of processes may use one root at the same time.
 
     Args:
-        root: Where the generated folder is kept; None is ``$XDG_CACHE_HOME/ema-seg/street`` or, without that
+        root: Parent of the generated folder; None is ``$XDG_CACHE_HOME/ema-seg/street`` or, without that
             variable, ``~/.cache/ema-seg/street``.
         split: "train", "val" or "test".
-        transform: Maps a sample to what indexing returns.
+        transform: Applied to each sample.
         height: Rows of every image, in pixels.
         width: Columns of every image, in pixels.
         train_images: Number of images in the train split.
         val_images: Number of images in the val split.
         test_images: Number of images in the test split.
-        seed: Gives other scenes.
+        seed: Seed of the scenes.
         allow_unpaired: See :class:`SegmentationDataset`.
 
     Raises:
@@ -118,10 +118,10 @@ def _default_root() -> Path:
 
 
 def _generate_once(folder: Path, counts: Mapping[str, int], height: int, width: int, seed: int) -> None:
-    """Generates the data set as a whole or not at all.
+    """Generate the data set completely or not at all.
 
-    It is written beside its place and then renamed, which no reader can see half done. Of several processes
-    that do so at the same time, one renames first; the others find its folder there and drop their own.
+    It is written to a temporary folder and then renamed, so that no reader sees a part of it. If several processes
+    generate it at the same time, the first to rename wins; the others delete their own folders.
     """
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
@@ -153,7 +153,7 @@ def _move_unless_there(source: Path, target: Path) -> None:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Removes what killed processes left behind."""
+    """Remove old temporary folders of killed processes."""
     for leftover in folder.parent.glob(f".{folder.name}.*"):
         if time.time() - leftover.stat().st_mtime > _ABANDONED_AFTER:
             shutil.rmtree(leftover, ignore_errors=True)
@@ -166,7 +166,7 @@ def _write_scenes(folder: Path, counts: Mapping[str, int], height: int, width: i
     scenes = [(split, index) for split, count in counts.items() for index in range(count)]
     write = partial(_write_scene, folder, height, width, seed)
     shares = min(MAX_PROCESSES, os.cpu_count() or 1, len(scenes))
-    # Not a pool: should this process be killed, the workers of a pool would wait for it forever.
+    # Not a pool: if this process is killed, the workers of a pool wait for it forever.
     workers = [_start_worker(write, scenes[first::shares]) for first in range(shares)]
     try:
         for process, outcome in workers:
@@ -181,9 +181,9 @@ def _write_scenes(folder: Path, counts: Mapping[str, int], height: int, width: i
 
 
 def _start_worker(write: Callable[[str, int], None], share: list[tuple[str, int]]) -> tuple[BaseProcess, Connection]:
-    """Starts a process that writes a share of the scenes; it reports None or an OSError when it ends."""
+    """Start a process that writes a share of the scenes; it sends None or an OSError when it ends."""
     receiver, sender = Pipe(duplex=False)
-    context: Any = get_context(start_method())  # of which typeshed's base class lacks Process
+    context: Any = get_context(start_method())  # Any: typeshed's base class lacks Process
     process: BaseProcess = context.Process(target=_work, args=(write, share, sender), daemon=True)
     process.start()
     sender.close()
@@ -202,7 +202,7 @@ def _work(write: Callable[[str, int], None], share: list[tuple[str, int]], outco
 
 
 def _write_scene(folder: Path, height: int, width: int, seed: int, split: str, index: int) -> None:
-    # A random stream of its own for each image makes it independent of the counts and of the order of work.
+    # A random stream per image makes it independent of the counts and of the order of work.
     stream = np.random.SeedSequence([seed, list(_CITIES).index(split), index])
     image, labels = render_scene(np.random.default_rng(stream), height, width)
     city = _CITIES[split]

@@ -1,8 +1,8 @@
-"""Samples to tensors: augmentation for training, and normalisation.
+"""Transforms of samples to tensors: augmentation for training, and normalisation.
 
-Augmentation is a list of named steps, each a class of albumentations or :class:`CategoryLimitedCrop`. A mask
-is always resampled to the nearest pixel, and what a geometric step brings into view from outside the image is
-the mean colour in the image (0 after normalisation) and 255 (ignored) in the mask.
+Augmentation is a list of named steps, each a class of albumentations or :class:`CategoryLimitedCrop`. Masks are
+always resampled with nearest-neighbour interpolation. By default, geometric steps fill the area outside the image
+with the mean colour (0 after normalisation), and outside the mask with 255 (ignored).
 """
 
 import inspect
@@ -24,7 +24,7 @@ from ema_seg.data.base import IGNORE_INDEX, Sample
 from ema_seg.distributed.start import place
 from ema_seg.errors import ConfigError, EmaSegError, did_you_mean, one_line
 
-# On import, albumentations asks the network for a newer version of itself unless told not to.
+# Disable albumentations' check for a newer version, which uses the network on import.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import albumentations as A
@@ -34,7 +34,7 @@ from pydantic import Field, ValidationError
 
 __all__ = ["CategoryLimitedCrop", "TensorSample", "build_eval_transform", "build_train_transform"]
 
-# In the environment, so that the processes of a run, which build their transforms too, do not say it again.
+# An environment variable, so that the processes of a run do not repeat the warning.
 _WARNED = "EMA_SEG_WARNED_OF_ALBUMENTATIONSX"
 
 
@@ -49,27 +49,27 @@ class TensorSample(TypedDict):
 
 
 class CategoryLimitedCrop(A.DualTransform):
-    """A random crop in which no class takes more than ``max_share`` of the labelled pixels.
+    """Random crop in which no class takes more than ``max_share`` of the labelled pixels.
 
-    Crops are drawn up to ``tries`` times, and the last stands if none would do, the usual recipe for
+    Up to ``tries`` crops are drawn; if none is acceptable, the last one is used. This is the usual recipe for
     Cityscapes and ADE20K: it keeps large classes (road, wall, sky) from filling whole crops. Ignored pixels
-    are not counted; a crop with nothing else is drawn again. An image smaller than the crop is first padded
-    at the right and the bottom.
+    are not counted; a crop without labelled pixels is drawn again. An image smaller than the crop is padded at
+    the right and the bottom.
 
     Args:
         height: Height of the crop in pixels.
         width: Width of the crop in pixels.
         max_share: Largest share of the labelled pixels for one class, in (0, 1]; 1 accepts any crop with a label.
-        tries: How often to draw, at least 1.
+        tries: Maximum number of draws, at least 1.
         fill: Colour of the padding, RGB from 0 to 255.
         fill_mask: Train id of the padding.
-        p: Probability with which the step is applied.
+        p: Probability of applying the step.
     """
 
     _targets = (Targets.IMAGE, Targets.MASK)
 
     class InitSchema(BaseTransformInitSchema):
-        """The valid arguments."""
+        """Schema of the arguments."""
 
         height: int = Field(ge=1)
         width: int = Field(ge=1)
@@ -136,17 +136,16 @@ def build_train_transform(
 ) -> Callable[[Sample], TensorSample]:
     """Build the training transform: the augmentation steps in their order, then normalisation.
 
-    The random numbers come from torch's generator, which the data module seeds for each sample of each epoch.
+    Its random numbers come from torch's generator, which the data module seeds for each sample of each epoch.
 
     Args:
-        steps: By a name of the user's choice, ``{"transform": <class>, **arguments}``; the class is
-            :class:`CategoryLimitedCrop` or a transform of albumentations. None in place of a step leaves it
-            out.
+        steps: ``{"transform": <class>, **arguments}`` by a name of the user's choice; the class is
+            :class:`CategoryLimitedCrop` or a transform of albumentations. A step that is None is skipped.
         mean: Mean of each RGB channel, for images in [0, 1].
         std: Standard deviation of each RGB channel, for images in [0, 1].
 
     Raises:
-        ConfigError: A step names no transform, or has arguments that the transform does not take.
+        ConfigError: A step has no known transform, or arguments that the transform does not accept.
     """
     transforms = {name: _build_step(name, step, mean) for name, step in steps.items() if step is not None}
     return _Augmentation(transforms, _Normalisation(mean, std))
@@ -164,7 +163,7 @@ def build_eval_transform(mean: Sequence[float], std: Sequence[float]) -> Callabl
 
 
 class _Normalisation:
-    """Sample to tensors: ``(image / 255 - mean) / std``."""
+    """Conversion of a sample to tensors: ``(image / 255 - mean) / std``."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
@@ -195,7 +194,7 @@ class _Augmentation:
             augmented = self.compose(image=sample["image"], mask=sample["mask"])
         except (EmaSegError, MemoryError):
             raise
-        except Exception as error:  # each transform of albumentations has its own
+        except Exception as error:  # albumentations raises exceptions of any type
             raise ConfigError(
                 f"data.augmentation{self._at_work(error)} cannot be applied to {sample['name']} ({one_line(error)}); "
                 "correct its settings, or leave it out."
@@ -209,16 +208,15 @@ class _Augmentation:
         return self.normalise({**sample, "image": image, "mask": augmented["mask"]})
 
     def _at_work(self, error: Exception) -> str:
-        """The step in which an exception was raised, as the end of its key."""
+        """Return the end of the key of the step that raised an exception; empty if none did."""
         inside = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
         steps = zip(self.names, self.compose.transforms, strict=True)
         return next((f".{name}" for name, step in steps if any(step is one for one in inside)), "")
 
     def _seed(self) -> None:
-        # Albumentations 2 keeps generators of its own, which torch's seed does not reach and which a worker
-        # inherits: all workers would draw the same numbers. And its `seed` argument seeds every transform
-        # alike, which correlates them (with probability 0.5 each, a flip and a blur would always come
-        # together). So for each sample all transforms share one fresh generator, seeded from torch's.
+        # Albumentations 2 has its own generators: torch's seed does not reach them, and all workers inherit the
+        # same state. Its `seed` argument seeds every transform alike: a flip and a blur of probability 0.5 would
+        # always come together. So all transforms share one new generator per sample, seeded from torch's.
         seed = int(torch.randint(2**63 - 1, ()))
         self.compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
 
@@ -260,10 +258,10 @@ def _is_transform(value: object) -> TypeGuard[type[A.BasicTransform]]:
 
 
 def _outside_fill(defaults: Mapping[str, Any], mean: Sequence[float]) -> dict[str, Any]:
-    """What a transform shall show where the image ends.
+    """Return the fill arguments of a transform for the area outside the image.
 
-    Geometric transforms have a ``fill_mask`` that is 0 by default, which here is a class. Dropout transforms
-    have one that is None, which leaves the mask alone, and keep their defaults.
+    The ``fill_mask`` of geometric transforms is 0 by default, which is a class here. That of dropout transforms
+    is None, which leaves the mask unchanged; they keep their defaults.
     """
     if defaults.get("fill_mask") not in (0, IGNORE_INDEX):
         return {}
@@ -271,7 +269,7 @@ def _outside_fill(defaults: Mapping[str, Any], mean: Sequence[float]) -> dict[st
 
 
 def _explain(error: Exception) -> str:
-    """The error in one line; of pydantic's pages only what is wrong with which argument."""
+    """Return the error in one line; of a pydantic error, only each argument with its fault."""
     if isinstance(error.__cause__, ValidationError):
         return ", ".join(
             f"{'.'.join(map(str, fault['loc'][:1]))}={fault['input']!r}: {fault['msg']}"
@@ -281,7 +279,7 @@ def _explain(error: Exception) -> str:
 
 
 def _warn_of_albumentationsx() -> None:
-    """Say once that another package, of another licence, has taken albumentations' place."""
+    """Warn once if albumentationsx, a package of another licence, has replaced albumentations."""
     if _WARNED in os.environ or place().rank:
         return
     try:

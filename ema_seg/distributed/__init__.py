@@ -1,1 +1,1 @@
-"""Several processes, on one machine or many, that do one thing together."""
+"""Process groups on one machine or many: start, collectives, preemption, exit handlers."""

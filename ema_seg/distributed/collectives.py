@@ -1,4 +1,4 @@
-"""Values that the processes of a group exchange; of a process by itself, each function gives back what it is given."""
+"""Collectives: broadcast, all-gather and all-reduce; without communication in a single process."""
 
 import time
 from pathlib import Path
@@ -15,12 +15,12 @@ __all__ = ["agree", "gather", "global_sum", "require_shared", "sum_in_place"]
 
 T = TypeVar("T")
 
-# Seconds after which a file that one machine has made is taken not to come on another.
+# Seconds until a file that one machine has created must be visible on another.
 _LATENCY = 5.0
 
 
 def agree(value: T) -> T:
-    """The first process's value, on every process; it is pickled."""
+    """Broadcast rank 0's value to every rank, pickled."""
     if place().size == 1:
         return value
     values = [value]
@@ -29,26 +29,26 @@ def agree(value: T) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """The values of all processes in their order, on every process; they are pickled."""
+    """Gather the values of all ranks, in rank order, on every rank (all-gather of pickled objects)."""
     size = place().size
     if size == 1:
         return [value]
     values: list[Any] = [None] * size
-    # Objects travel on the device of the default backend, which for a group of both is the CPU.
+    # Objects travel on the default backend's device: the CPU for a group with gloo and NCCL.
     distributed.all_gather_object(values, value)
     return values
 
 
 def require_shared(folder: Path) -> None:
-    """See that all machines have this folder in common; on one machine, nothing is looked at.
+    """Check that all machines share this folder; on one machine, skip the check.
 
     Raises:
-        ConfigError: in every process, that a process does not see what the first one writes there.
+        ConfigError: a rank does not see a file that rank 0 creates in the folder; raised on every rank.
     """
     here = place()
     if here.size == here.local_size:
         return
-    # A name that no machine has looked for before, and so none remembers as missing.
+    # A new name: a file system may cache that a file does not exist.
     file = folder / f".shared-{agree(uuid4().hex)}"
     if here.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,16 +75,16 @@ def _appears(file: Path) -> bool:
 
 
 def sum_in_place(tensor: Tensor) -> Tensor:
-    """Make the tensor the sum of those of all processes."""
+    """Sum the tensor over all ranks, in place (all-reduce)."""
     if place().size > 1:
         distributed.all_reduce(tensor)
     return tensor
 
 
 def global_sum(tensor: Tensor) -> Tensor:
-    """The sum of the tensors of all processes, through which gradients flow.
+    """Sum the tensors of all ranks (differentiable all-reduce).
 
-    The gradient of a process's tensor is that of the sum of all processes' losses.
+    The backward all-reduces too: each rank's gradient is that of the sum of all ranks' losses.
     """
     return tensor if place().size == 1 else _GlobalSum.apply(tensor)
 

@@ -1,4 +1,4 @@
-"""The signals that ask a process to leave its machine, and what it does on them where it has nothing to keep."""
+"""Exit handlers for the preemption signals, for a process that has no state to save."""
 
 import os
 import signal
@@ -19,10 +19,10 @@ __all__ = [
     "stay_when_asked",
 ]
 
-# SIGTERM asks a process to leave its machine; Slurm sends one of the others as long before as it is told to, and
-# submitit has it send the last. Windows has only the first.
+# SIGTERM is the usual one; Slurm can send one of the others some time before the job's limit (sbatch --signal), and
+# submitit makes it send SIGUSR2. Windows has only SIGTERM.
 LEAVE_SIGNALS = tuple(signal.Signals[name] for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
-# Seconds that a process may take to leave: those that it has started for the jobs of a sweep end before it.
+# Seconds until a forced exit: long enough for the processes of a sweep's jobs to exit first.
 _PATIENCE = 15.0
 
 Handler = Callable[[int, FrameType | None], object]
@@ -31,9 +31,9 @@ _asked = False
 
 
 def leave_when_asked() -> None:
-    """From now on leave at once, with a word and the status that asks for another try; in the main thread.
+    """Install handlers that print a message and exit with status 75; call it in the main thread.
 
-    Signals that somebody else has taken, such as submitit, stay theirs.
+    Handlers that a library, such as submitit, has installed before are kept.
     """
     for number in LEAVE_SIGNALS:
         if signal.getsignal(number) == signal.SIG_DFL:
@@ -41,7 +41,7 @@ def leave_when_asked() -> None:
 
 
 def stay_when_asked() -> None:
-    """From now on pass over the signals that ``leave_when_asked`` has taken: all is done, and the end is near."""
+    """Ignore the signals that ``leave_when_asked`` handles, once all results are written."""
     for number in LEAVE_SIGNALS:
         if signal.getsignal(number) is _leave:
             signal.signal(number, signal.SIG_IGN)
@@ -49,9 +49,9 @@ def stay_when_asked() -> None:
 
 @contextmanager
 def as_asked() -> Iterator[None]:
-    """End as a process that was asked to leave does, also where a library has made something else of its leaving.
+    """Exit with status 75 after a preemption signal, even if a library has replaced the SystemExit.
 
-    OmegaConf does, whose own exceptions follow from any that comes while a configuration is half changed.
+    OmegaConf replaces an exception that interrupts its change of a configuration by one of its own.
     """
     try:
         yield
@@ -61,9 +61,9 @@ def as_asked() -> Iterator[None]:
 
 
 def leave_if_stuck(seconds: float, word: str | None = None) -> threading.Timer:
-    """Leave after a while, with a word, unless the timer is cancelled or the process has ended.
+    """Force an exit with status 75 after ``seconds``, unless the returned timer is cancelled; print ``word`` first.
 
-    Python drops what is raised while it frees an object, and some library may catch it.
+    A SystemExit alone may be lost: Python drops exceptions in destructors, and a library may catch it.
     """
     timer = threading.Timer(seconds, _end, [word])
     timer.daemon = True
@@ -72,7 +72,7 @@ def leave_if_stuck(seconds: float, word: str | None = None) -> threading.Timer:
 
 
 def earlier_handler(number: int) -> Handler | None:
-    """Who has taken a signal and has the last word on it, such as submitit, which queues its job again."""
+    """Return the handler that a library has installed, such as submitit's, which requeues its job; else None."""
     handler = signal.getsignal(number)
     return handler if callable(handler) and handler is not _leave else None
 

@@ -1,4 +1,4 @@
-"""Being asked to leave the machine, by SIGTERM, SIGUSR1 or SIGUSR2 (Windows: SIGTERM)."""
+"""Preemption of a training by SIGTERM, SIGUSR1 or SIGUSR2 (Windows: SIGTERM)."""
 
 import signal
 import threading
@@ -14,26 +14,26 @@ from ema_seg.errors import Preempted
 __all__ = ["Preemption"]
 
 _NOTHING_LOST = "; the run has not lost anything"
-# Seconds that a process may take to leave where there is nothing to keep.
+# Seconds until a forced exit, where there is no state to save.
 _PATIENCE = 5.0
 
 
 class Preemption:
-    """Takes the signals, and lets a training leave at the end of a step, with a checkpoint.
+    """Signal handler that lets a training exit at the end of a step, with a checkpoint.
 
-    Where somebody had taken the signals before, such as submitit, which queues its job again, they have the last word.
+    Handlers installed before, such as submitit's, which requeues its job, are called last.
     """
 
     def __init__(self) -> None:
         self._received: int | None = None
         self._earlier: dict[int, Handler | None] = {}
         self._deferred = False
-        self._asked: Any = None  # the question to all processes, whose answer is for the next step
+        self._asked: Any = None  # the pending all-reduce, read at the next step
         self._last_resort: threading.Timer | None = None
 
     @contextmanager
     def watched(self) -> Iterator["Preemption"]:
-        """Take the signals, in the main thread; others never get any."""
+        """Handle the signals inside the block; only in the main thread, because Python delivers signals to no other."""
         handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             self._earlier = {number: earlier_handler(number) for number in LEAVE_SIGNALS}
@@ -48,10 +48,10 @@ class Preemption:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Leave only where ``is_due`` is asked for, or at the end.
+        """Only record signals inside the block, for ``is_due``, instead of exiting at once.
 
         Raises:
-            Preempted: at the end, if a process has been asked to leave since.
+            Preempted: a rank has received a signal that the block has not acted on; raised at its end.
         """
         self._deferred = True
         try:
@@ -70,11 +70,11 @@ class Preemption:
         self.leave(_NOTHING_LOST)
 
     def is_due(self, *, now: bool = False) -> bool:
-        """Whether any process has been asked to leave; the same in all of them, which have to ask equally often.
+        """Return whether any rank has received a signal: an all-reduce, so all ranks must call it equally often.
 
         Args:
-            now: know what all have been asked so far; otherwise, so that no step waits for the answer, what they had
-                been when this was asked before.
+            now: wait for the answer, which covers all signals so far; otherwise return the answer as of the previous
+                call, so that no step waits.
         """
         if place().size == 1:
             return self._received is not None
@@ -94,10 +94,10 @@ class Preemption:
         return bool(votes.item())
 
     def leave(self, what: str) -> None:
-        """Leave, unless an earlier handler of the signal returns.
+        """Call the signal's earlier handler if there is one, else raise.
 
         Raises:
-            Preempted: says ``what`` has been kept.
+            Preempted: there was no earlier handler; the message names the signal and ends in ``what``.
         """
         number, self._received = self._received or signal.SIGTERM, None
         self._answer()

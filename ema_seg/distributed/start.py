@@ -1,9 +1,9 @@
-"""Processes that train or evaluate one model together, on one machine or many, whoever has started them.
+"""Process groups that train or evaluate one model, on one machine or many.
 
-``run_together`` starts them on this machine. ``started_group`` finds out whether torchrun, Slurm or submitit has
-started this process as one of several, and ``joined`` then makes it a member. Within, ``place`` says which one it is,
-``ema_seg.distributed.collectives`` lets it exchange values with the others, and ``first_told`` sees that of several
-failures only the first is told.
+``run_together`` starts the processes on this machine. ``started_group`` detects whether torchrun, Slurm or submitit
+started this process as one of several; ``joined`` then joins the process group. Inside, ``place`` returns rank and
+world size, ``ema_seg.distributed.collectives`` exchanges values, and ``first_told`` limits the report of several
+failures to the first.
 """
 
 import ctypes
@@ -44,12 +44,12 @@ __all__ = [
     "wait_for_all",
 ]
 
-# How long processes may wait for another: for as long as one of them may measure costs or draw figures alone.
+# Timeout of collectives: the other ranks wait while rank 0 measures costs or draws figures.
 _PATIENCE = timedelta(minutes=30)
-# Seconds that the others have to end by themselves, after one has failed.
+# Seconds that the other ranks get to exit by themselves, after one has failed.
 _GRACE = 3.0
 
-# PyTorch would print its stack for each connection that a process which has ended takes with it.
+# Otherwise PyTorch prints a stack trace for each connection lost to a process that has ended.
 _QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 _FAILURE = "failure"
@@ -60,13 +60,13 @@ Failure = Exception | Preempted
 
 
 class Place(NamedTuple):
-    """Which of the processes this one is.
+    """Rank and world size of this process.
 
     Attributes:
-        rank: its number, from 0.
-        size: how many there are.
-        local_rank: its number among those of this machine.
-        local_size: how many of them this machine has.
+        rank: rank in the process group, from 0.
+        size: world size.
+        local_rank: rank on this machine, from 0.
+        local_size: number of the group's processes on this machine.
     """
 
     rank: int = 0
@@ -76,14 +76,14 @@ class Place(NamedTuple):
 
 
 class ProcessFailed(RuntimeError):
-    """One of several processes has failed for no fault of the user's; the message ends in its traceback."""
+    """Unexpected failure of a rank; the message ends in its traceback, if the rank has reported one."""
 
 
 class Silent(SystemExit):
-    """The end of a process whose failure another one tells, or has caused, with the status of the first to fail.
+    """Exit of a process whose failure another process reports or has caused, with the first failure's exit status.
 
     Attributes:
-        first: what has failed first; None if the process that keeps it is gone.
+        first: the first failure of the group; None if the process that hosts the store is gone.
     """
 
     def __init__(self, first: Failure | None) -> None:
@@ -95,7 +95,7 @@ _alone = False
 
 
 def place() -> Place:
-    """Which process this is of those that work together; of one, outside ``joined`` and while it is ``alone``."""
+    """Return rank and world size; rank 0 of 1 outside ``joined`` and inside ``alone``."""
     distributed = sys.modules.get("torch.distributed")
     if _alone or distributed is None or not (distributed.is_available() and distributed.is_initialized()):
         return Place()
@@ -104,7 +104,7 @@ def place() -> Place:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """For a while, be a process that works by itself: what it computes then waits for no other."""
+    """Make collectives no-ops inside the block, as in a single process."""
     global _alone
     _alone = True
     try:
@@ -114,12 +114,12 @@ def alone() -> Iterator[None]:
 
 
 def is_alone() -> bool:
-    """Whether this process is ``alone`` for now."""
+    """Return whether this process is inside ``alone``."""
     return _alone
 
 
 def wait_for_all() -> None:
-    """Go on when all of the processes have come here."""
+    """Wait until all ranks have reached this call (barrier)."""
     if place().size > 1:
         from torch import distributed
 
@@ -131,14 +131,14 @@ def _place_in_environment() -> Place:
 
 
 def started_group() -> str | None:
-    """What has started this process as one of several: "torchrun", "Slurm" or "submitit"; None if nothing has.
+    """Return "torchrun", "Slurm" or "submitit" if one started this process as one of several, else None.
 
-    Slurm's and submitit's variables are translated to torchrun's, which ``joined`` reads.
+    Translates Slurm's and submitit's environment variables to torchrun's, which ``joined`` reads.
     """
     variables: Mapping[str, Any] = {}
     if "TORCHELASTIC_RUN_ID" in os.environ:
         name = "torchrun"
-    # Only srun sets the number of a step's tasks: in a batch script, a single process runs whatever the job reserves.
+    # Only srun sets the number of a step's tasks: a batch script is one process, however many tasks the job has.
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         name, variables = "Slurm", _slurm()
     elif int(os.environ.get("SUBMITIT_LOCAL_NTASKS", 1)) > 1:
@@ -165,7 +165,7 @@ def _slurm() -> dict[str, Any]:
 
 
 def _tasks_of_machine(size: int) -> int:
-    """Of a step that has as many tasks on each machine."""
+    """Return the local world size of a Slurm step; reject steps with unequal numbers of tasks per node."""
     layout = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as 4(x2),3
     counts = {part.partition("(")[0] for part in layout.split(",")}
     if len(counts) > 1:
@@ -177,12 +177,12 @@ def _tasks_of_machine(size: int) -> int:
 
 
 def _port(job: str, step: str = "0") -> int:
-    """The same port for all processes of a job's step, and another one for most other jobs and steps."""
+    """Return a port that all ranks of a job's step share and most other jobs and steps do not use."""
     return 15000 + (int(job) + 1009 * int(step)) % 10000
 
 
 def _submitit() -> dict[str, Any]:
-    """Of submitit's local executor, whose tasks are on one machine."""
+    """Return torchrun's variables for submitit's local executor, whose tasks are on one machine."""
     size, job = os.environ["SUBMITIT_LOCAL_NTASKS"], os.environ["SUBMITIT_LOCAL_JOB_ID"]
     return {
         "RANK": os.environ["SUBMITIT_LOCAL_GLOBALID"],
@@ -194,15 +194,15 @@ def _submitit() -> dict[str, Any]:
     }
 
 
-_store: "Store | None" = None  # of the group that this process has joined, where failures are told
+_store: "Store | None" = None  # of the process group; holds the first failure
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Be one of the processes that torchrun's variables in the environment tell of.
+    """Join the process group that torchrun's environment variables describe, for the duration of the block.
 
     Raises:
-        ConfigError: the first process cannot be reached.
+        ConfigError: rank 0 cannot be reached.
     """
     global _store
     for key, value in _QUIET.items():
@@ -211,7 +211,7 @@ def joined() -> Iterator[None]:
     from torch import distributed
 
     here = _place_in_environment()
-    if "OMP_NUM_THREADS" not in os.environ:  # torchrun has set it
+    if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it
         torch.set_num_threads(max(1, _usable_cores() // here.local_size))
     _store = _connect(here)
     distributed.init_process_group(
@@ -226,11 +226,11 @@ def joined() -> Iterator[None]:
     watch.start()
     try:
         yield
-        if _has_failed(_store):  # this one would wait for others that are gone
+        if _has_failed(_store):  # the barrier would wait for ranks that are gone
             _abort()
         else:
             with first_told():
-                distributed.barrier()  # nobody takes a connection away that another one still needs
+                distributed.barrier()  # no rank closes a connection that another needs
             distributed.destroy_process_group()
     except BaseException:
         if _has_failed(_store):
@@ -245,21 +245,20 @@ def joined() -> Iterator[None]:
 
 
 def _usable_cores() -> int:
-    """Number of cores that this process may use; on macOS and Windows, of the machine."""
+    """Return the number of cores that this process may use; on macOS and Windows, the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _end_with_others(store: "Store", here: Place, over: threading.Event) -> None:
-    """End this process where another one has failed and this one does not come to know of it.
+    """Exit this process if another rank has failed while this one is blocked in a collective (watchdog).
 
-    A process that waits for what its GPU gets from another one waits in CUDA, where no signal and no exception of
-    Python's arrives.
+    A rank that waits for an NCCL collective waits inside CUDA, where neither signals nor Python exceptions arrive.
     """
     while not over.wait(1.0):
         if not _has_failed(store):
             continue
         if _are_leaving(store) and not over.wait(_GRACE / 3):
-            _leave_together(store, here)  # what this one waits for may not hear of it
+            _leave_together(store, here)  # the blocked collective may never return
             os._exit(Preempted.exit_status)
         if not over.wait(_GRACE):
             _abort()
@@ -268,7 +267,7 @@ def _end_with_others(store: "Store", here: Place, over: threading.Event) -> None
 
 
 def _abort() -> None:
-    """Have what waits for other processes fail, as far as their connections know how to."""
+    """Abort pending collectives, as far as the backend supports it."""
     from torch import distributed
 
     with suppress(Exception):
@@ -277,36 +276,36 @@ def _abort() -> None:
 
 
 def _leave_together(store: "Store", here: Place) -> None:
-    """Where the processes were asked to leave, wait a moment for all to know it.
+    """Wait up to ``_GRACE`` seconds until all ranks know of a preemption; return at once for other failures.
 
-    Slurm ends the others when the first one has gone, and with that one may go the store.
+    Slurm ends the other tasks when the first one has exited, and the store may end with it.
     """
-    with suppress(Exception):  # not all come, or the process that holds the store has ended
+    with suppress(Exception):  # a timeout, or the store's host has ended
         if _are_leaving(store):
             store.set(f"leaving/{here.rank}", "")
             store.wait([f"leaving/{rank}" for rank in range(here.size)], timedelta(seconds=_GRACE))
 
 
 def _are_leaving(store: "Store") -> bool:
-    """Whether what has failed first was asked to."""
+    """Return whether the first failure is a preemption."""
     try:
         return isinstance(_told(store.get(_FAILURE).decode()), Preempted)
-    except Exception:  # the process that holds the store has ended
+    except Exception:  # the store's host has ended
         return False
 
 
 def _has_failed(store: "Store") -> bool:
     try:
         return store.check([_FAILURE])
-    except Exception:  # the process that holds the store has ended
+    except Exception:  # the store's host has ended
         return True
 
 
 @contextmanager
 def first_told() -> Iterator[None]:
-    """Let the exception pass that is the first of all processes; of the others ``Silent`` comes instead.
+    """Re-raise the exception in the rank that failed first; raise ``Silent`` in the others.
 
-    The others mostly fail for having lost the first. Outside ``joined`` every exception passes.
+    The others mostly fail because they lost the first. Without a process group every exception passes.
     """
     try:
         yield
@@ -316,7 +315,7 @@ def first_told() -> Iterator[None]:
         word = _word(error)
         try:
             first = _store.compare_set(_FAILURE, "", word).decode()
-        except Exception:  # the process that holds the store has ended, and so has failed first
+        except Exception:  # the store's host has ended, so it failed first
             raise Silent(None) from error
         if first != word:
             raise Silent(_told(first)) from error
@@ -344,7 +343,7 @@ def _connect(here: Place) -> "Store":
 
 
 def _word(error: Failure) -> str:
-    """An exception as text, from which ``_told`` makes it again if it is one of ours."""
+    """Serialise an exception to JSON, from which ``_told`` restores it if it is one of this package's."""
     if isinstance(error, OSError) and (sentence := system_sentence(error)) is not None:
         error = TrainingError(sentence)
     own = type(error).__module__.startswith("ema_seg.")
@@ -368,21 +367,20 @@ def _told(text: str) -> Failure:
 
 
 def run_together(work: Callable[..., object], count: int, *arguments: Any) -> None:
-    """Call ``work(*arguments)`` in ``count`` new processes of this machine that are ``joined``, and wait for their end.
+    """Run ``work(*arguments)`` in ``count`` new processes of this machine, as a process group, and wait for them.
 
-    Where one fails, the others are ended within seconds. Where this process is killed, they end by themselves.
+    If one fails, the others are killed within seconds. If this process is killed, they exit by themselves.
 
     Args:
         work: a function that a bare interpreter can import.
-        count: number of processes.
-        *arguments: what ``pickle`` takes.
+        count: world size.
+        *arguments: picklable arguments.
 
     Raises:
-        EmaSegError: what the first process to fail has raised.
-        ProcessFailed: the first process to fail has raised something else.
-        TrainingError: a process was killed.
-        Preempted: the processes were asked to leave, as this one was; those that had nothing to keep are said to have
-            been stopped.
+        EmaSegError: the first failure, if it is one of this package's errors.
+        ProcessFailed: the first failure is any other exception, or a process exited without reporting one.
+        TrainingError: a process was killed, or the operating system refused a file or a resource.
+        Preempted: a preemption signal, usually one passed on by this process, has ended the processes.
     """
     from torch.distributed import PrefixStore, TCPStore
 
@@ -408,7 +406,7 @@ def run_together(work: Callable[..., object], count: int, *arguments: Any) -> No
 
 @contextmanager
 def _passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Pass the signals that ask to leave on to the processes, which know what to keep; gives those that have come."""
+    """Forward preemption signals to the processes, which save their state; yield the list of signals received."""
     passed: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield passed
@@ -428,8 +426,8 @@ def _passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[in
 
 
 def _start(rank: int, count: int, port: int) -> subprocess.Popen[bytes]:
-    # Not through multiprocessing, which would run the main script once more in every process, and in joblib's processes
-    # passes on a way to start that bare interpreters do not know.
+    # Not multiprocessing: it would run the main script again in every process, and within joblib's workers it passes on
+    # a start method that a bare interpreter does not know.
     variables = {
         "RANK": rank,
         "WORLD_SIZE": count,
@@ -438,7 +436,7 @@ def _start(rank: int, count: int, port: int) -> subprocess.Popen[bytes]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         "GROUP_RANK": 0,
-        "TORCHELASTIC_RESTART_COUNT": 0,  # that of an earlier torchrun would hide what the processes say
+        "TORCHELASTIC_RESTART_COUNT": 0,  # an inherited one would change the store's prefix
         "TORCHELASTIC_USE_AGENT_STORE": True,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
@@ -452,22 +450,22 @@ def _start(rank: int, count: int, port: int) -> subprocess.Popen[bytes]:
 
 def _hand_over(process: subprocess.Popen[bytes], task: bytes) -> None:
     assert process.stdin is not None
-    with suppress(BrokenPipeError), process.stdin:  # its end is noticed soon enough
+    with suppress(BrokenPipeError), process.stdin:  # _wait notices a process that has ended
         process.stdin.write(task)
 
 
 def _be_member(parent: int) -> None:
-    """What a process of ``run_together`` does: the work that comes on standard input."""
+    """Run the pickled work from standard input, in a process of ``run_together``."""
     if sys.platform == "linux":
-        # Have the system kill this process when its parent ends, however it does.
+        # Have the kernel kill this process when its parent ends, even by SIGKILL.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before
+        if os.getppid() != parent:  # it ended before the prctl
             sys.exit(1)
     try:
         with made_for_good():
             work, arguments, sys.argv = pickle.loads(sys.stdin.buffer.read())  # noqa: S301, from the parent alone
         _work_together(work, arguments)
-    except KeyboardInterrupt:  # which the parent has seen, too
+    except KeyboardInterrupt:  # the parent receives it, too
         sys.exit(130)
 
 
@@ -475,12 +473,12 @@ def _work_together(work: Callable[..., object], arguments: Sequence[Any]) -> Non
     try:
         with joined(), first_told():
             work(*arguments)
-    except (Exception, Preempted) as error:  # has been told
+    except (Exception, Preempted) as error:  # the parent reports it
         raise Silent(error) from None
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """Wait for all processes to end, or for the first to fail; returns the exit status of each, 0 of those alive."""
+    """Wait until all processes have ended or one has failed; return each exit status, 0 for those still running."""
     while True:
         codes = [process.poll() for process in processes]
         if any(codes) or None not in codes:
@@ -489,7 +487,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Let the processes end by themselves for a while, then kill those that hang."""
+    """Wait ``_GRACE`` seconds for the processes to exit by themselves, then kill the rest."""
     deadline = time.monotonic() + _GRACE
     for process in processes:
         try:
@@ -500,20 +498,20 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _failure(store: "Store", codes: Sequence[int], passed: Sequence[int]) -> Failure:
-    """Why processes that ended with these codes, and have been passed these signals, have failed."""
+    """Return the error for these exit statuses, after these signals were passed on."""
     for number in passed:
-        if -number in codes:  # where nothing was to be kept
+        if -number in codes:  # it had no handler yet, and no state to save
             return Preempted(f"stopped by {signal.Signals(number).name}; what was written before it is there.")
     told = store.check([_FAILURE])
-    # The word of a process that has lost another one is not the reason, if that one was killed. But NCCL may abort one
-    # that waits for another which has failed.
+    # A killed process comes first: the recorded failure may only be the loss of it. But NCCL may abort a rank (SIGABRT)
+    # that waits for one whose failure is recorded.
     for rank, code in enumerate(codes):
         if code < 0 and not (told and code == -signal.SIGABRT):
             return TrainingError(
                 f"the process {rank} of {len(codes)} was killed ({_signal_name(-code)}); if the system did so for want "
                 "of memory, lower data.batch_size or data.workers."
             )
-    if not told and Preempted.exit_status in codes:  # of a process that could not raise it
+    if not told and Preempted.exit_status in codes:  # from os._exit, which records no failure
         return Preempted("stopped; what was written before it is there.")
     if not told:
         rank, code = next((rank, code) for rank, code in enumerate(codes) if code)

@@ -1,4 +1,4 @@
-"""Predictions to scores, and a model to its cost."""
+"""Evaluation: scores of predictions, and cost of a model."""
 
 from ema_seg.evaluation.attention import attention_weights
 from ema_seg.evaluation.confusion import ConfusionMatrix, Scores

@@ -1,4 +1,4 @@
-"""What attention blocks weigh the pixels of an image with."""
+"""Weight maps of attention blocks."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ __all__ = ["attention_weights"]
 
 
 def attention_weights(model: nn.Module, image: Tensor, stride: int) -> dict[str, Tensor]:
-    """The weight maps of a model's attention blocks for one image.
+    """Compute the weight maps of a model's attention blocks for one image.
 
     Args:
         model: a segmenter.
@@ -17,9 +17,9 @@ def attention_weights(model: nn.Module, image: Tensor, stride: int) -> dict[str,
         stride: the model's stride.
 
     Returns:
-        By the name of the block within the model, in the order in which the blocks are run: weights in (0, 1),
-        float32 (groups, h, w), where (h, w) is the size of the block's features for the image padded to the
-        stride. Blocks without a method ``weight_map`` are left out.
+        Weights in (0, 1) by the name of the block within the model, in the order of execution: float32
+        (groups, h, w), where (h, w) is the size of the block's features for the image padded to the stride. Blocks
+        without a method ``weight_map`` are omitted.
     """
     maps: dict[str, Tensor] = {}
 
@@ -34,7 +34,7 @@ def attention_weights(model: nn.Module, image: Tensor, stride: int) -> dict[str,
         for name, block in blocks.items()
     ]
     try:
-        # A compiled model would not see a hook that came after its compilation.
+        # A compiled model ignores hooks that are registered after its compilation.
         with torch.compiler.set_stance("force_eager"):
             segment(model, [image], stride)
     finally:

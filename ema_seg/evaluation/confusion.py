@@ -2,8 +2,8 @@
 
 The definitions are those of the two benchmarks' own tools: pixel-level evaluation in Cityscapes' scripts
 (https://github.com/mcordts/cityscapesScripts) and the development kit of ADE20K's scene parsing challenge
-(https://github.com/CSAILVision/sceneparsing). Pixels are counted over the whole data set first and divided
-last, and a pixel whose truth is ignored counts nowhere, whatever was predicted there.
+(https://github.com/CSAILVision/sceneparsing). Pixels are counted over the whole data set before
+any division. Pixels whose truth is the ignore index are not counted, whatever the prediction.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ __all__ = ["ConfusionMatrix", "Scores"]
 
 
 class Scores(TypedDict):
-    """What ``ConfusionMatrix.compute`` returns; all are fractions in [0, 1], ``nan`` where undefined."""
+    """Scores of ``ConfusionMatrix.compute``: fractions in [0, 1], ``nan`` where undefined."""
 
     miou: float
     iou: list[float]
@@ -36,7 +36,7 @@ class ConfusionMatrix:
         num_classes: K, the number of classes.
         ignore_index: the true label whose pixels are left out.
         matrix: int64 tensor K x K on the CPU; row = true class, column = predicted class. It is the whole
-            state: add the matrices of several processes to score their union.
+            state: add the matrices of several ranks to score their union.
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
@@ -54,7 +54,7 @@ class ConfusionMatrix:
             target: true class ids of the same shape.
 
         Raises:
-            ModelError: the shapes differ, or a labelled pixel's prediction lies outside [0, K).
+            ModelError: the shapes differ, a type is not integer, or a labelled pixel's prediction lies outside [0, K).
             DataError: a true label is neither in [0, K) nor the ignore index.
         """
         prediction, target = _as_integers(prediction, "prediction"), _as_integers(target, "target")
@@ -96,14 +96,14 @@ class ConfusionMatrix:
         """Derive the scores from the counts.
 
         * ``iou`` of a class: intersection / union of its true and predicted pixels. A class without a pixel
-          in truth or prediction has no union and so no IoU (``nan``); one that is predicted though it never
-          occurs scores 0.
+          in truth or prediction has no union and so no IoU (``nan``); one that is predicted but never occurs
+          scores 0.
         * ``miou``: the mean over the classes that have an IoU.
         * ``mean_accuracy``: the mean accuracy (recall) over the classes that occur in the truth.
-        * ``pixel_accuracy``: the fraction of labelled pixels predicted right.
-        * ``fw_iou``: the IoUs' mean, weighted by how frequent each class is in the truth.
+        * ``pixel_accuracy``: the fraction of labelled pixels predicted correctly.
+        * ``fw_iou``: the mean IoU, weighted by the frequency of each class in the truth.
 
-        Without a single labelled pixel every score is ``nan``.
+        Without any labelled pixel every score is ``nan``.
         """
         matrix = self.matrix.cpu().numpy()
         correct, truth = matrix.diagonal(), matrix.sum(axis=1)
@@ -119,7 +119,7 @@ class ConfusionMatrix:
 
     @property
     def intersection(self) -> np.ndarray:
-        """Pixels of each class that were predicted right, int64 of length K."""
+        """Correctly predicted pixels of each class, int64 of length K."""
         return self.matrix.cpu().numpy().diagonal().copy()
 
     @property
@@ -134,7 +134,7 @@ class ConfusionMatrix:
         return np.flatnonzero(self.union == 0).tolist()
 
     def _outside(self, labels: Tensor) -> str | None:
-        """The first extreme label outside [0, K) as text, or None (a label 0 would be falsy)."""
+        """Return the lowest label if it is negative, else the highest if it is K or more, as text; else None."""
         low, high = (int(bound) for bound in labels.aminmax())
         if low < 0:
             return str(low)
@@ -146,7 +146,7 @@ def _as_integers(labels: Tensor | ArrayLike, role: str) -> Tensor:
         array = np.asarray(labels)
         if not np.issubdtype(array.dtype, np.integer):
             raise ModelError(f"The {role} has the type {array.dtype}: class ids are integers.")
-        # A copy also removes negative strides and read-only memory, which torch does not take.
+        # A copy also removes negative strides and read-only memory, which torch does not support.
         return torch.from_numpy(np.array(array, dtype=np.int64, order="C"))
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ModelError(f"The {role} has the type {labels.dtype}: class ids are integers.")
@@ -154,7 +154,7 @@ def _as_integers(labels: Tensor | ArrayLike, role: str) -> Tensor:
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Float64 part / whole, nan where the whole is empty."""
+    """Divide part by whole in float64; nan where both are 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.true_divide(part, whole)
 

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, arithmetic, time and memory."""
+"""Cost of a model: parameters, arithmetic, time and memory."""
 
 import time
 import weakref
@@ -31,7 +31,7 @@ _MEMORY_METHODS = {
 
 
 class Cost(TypedDict):
-    """What ``measure_cost`` returns."""
+    """Result of ``measure_cost``."""
 
     parameters: dict[str, int]
     gmacs: float
@@ -51,40 +51,41 @@ def measure_cost(
     min_repeats: int = 3,
     budget: float = 10.0,
 ) -> Cost:
-    """Measure a model at one image size, in evaluation mode, precision and memory layout as evaluated.
+    """Measure the cost of a model at one image size, in evaluation mode.
 
-    Forward passes alone are timed on random images, for batches of 1 and of ``batch_size``. With a loader the
-    whole way is timed too: read and decode the files, transform, pad, copy to the device, forward, argmax,
-    and copy the masks back.
+    Forward passes are timed on random images, in the model's memory layout, for batches of 1 and of ``batch_size``.
+    With a loader the end-to-end rate is measured too: read and decode the files, transform, pad, copy to the device,
+    forward, argmax, and copy the masks back.
 
-    Of several processes (see ``ema_seg.distributed``), each with a device, the first times the forward passes while
-    the others wait; the whole way is timed on all of them at once, each with the images of its own loader, and the
-    rates are added up. Every process gets the same result.
+    With several ranks (see ``ema_seg.distributed``), each with a device, rank 0 times the forward passes while the
+    others wait. The end-to-end rate is measured on all ranks at once, each with the images of its own loader, and the
+    rates are summed. Every rank returns the same result.
 
     Args:
         model: maps float B x 3 x H x W to logits; it is moved to the device.
         size: height and width of the images, which are padded to the stride.
-        stride: what the model needs height and width to be multiples of.
+        stride: the model's stride; height and width are padded to multiples of it.
         batch_size: the second batch size to measure.
-        device: where to run.
+        device: device to run on.
         precision: see ``autocast``.
-        loader: the evaluation's loader, as ``evaluate`` takes it; None leaves the end-to-end measurement out.
-        warmup: forward passes before the timed ones; fewer, but one at least, if they take longer than the budget.
-        min_repeats: timed forward passes at least, however long they take.
-        budget: seconds after which no further pass starts, divided equally between the measurements.
+        loader: the evaluation's loader, as for ``evaluate``; None skips the end-to-end measurement.
+        warmup: forward passes before the timed ones; fewer, but at least one, if they take longer than the budget.
+        min_repeats: minimum number of timed forward passes, however long they take.
+        budget: seconds after which no further timed pass starts, divided equally between the measurements; warm-up
+            passes are not part of it.
 
     Returns:
         A dict of plain values: ``parameters`` (``total``, ``trainable``), ``gmacs`` of one image (see
         ``count_macs``), and ``throughput``, which holds the settings (``device``, ``precision``,
         ``compiled``, ``memory_format``, ``size``, ``padded_size``, ``memory_method``), ``forward``, a list with an
         entry for each batch size (``images_per_second``, ``latency`` in seconds per batch as ``median`` and
-        ``p95``, ``peak_memory`` in bytes), and ``end_to_end`` (``images_per_second`` and how it was loaded;
-        None without a loader). ``devices`` of each says on how many it was measured.
+        ``p95``, ``peak_memory`` in bytes), and ``end_to_end`` (see ``time_end_to_end``; None without a loader).
+        ``devices`` in each entry is the number of devices that were measured.
 
     Raises:
         ConfigError: a number is not positive.
-        DataError: the loader gives no image.
-        ModelError: the images are too small for the model, or the memory does not suffice for the batch.
+        DataError: the loader yields no image.
+        ModelError: the images are too small for the model, or the batch does not fit into memory.
     """
     _check_positive(batch_size=batch_size, min_repeats=min_repeats, budget=budget)
     device = torch.device(device)
@@ -123,7 +124,7 @@ def measure_cost(
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Count the weights: ``total`` and those that are ``trainable``; a shared one counts once."""
+    """Count the parameters: ``total`` and ``trainable``; a shared one counts once."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return {
         "total": sum(size for size, _ in sizes),
@@ -134,15 +135,15 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 def count_macs(model: nn.Module, images: Tensor) -> int:
     """Count the multiply-accumulate operations of a forward pass.
 
-    As PyTorch's ``torch.utils.flop_counter`` counts them: convolutions, matrix products and attention.
-    Element-wise operations, normalisation, pooling and interpolation count nothing.
+    ``torch.utils.flop_counter`` counts convolutions, matrix products and attention, but not element-wise
+    operations, normalisation, pooling and interpolation.
 
     Args:
-        model: the model, in the mode it is to be counted in.
+        model: the model; the caller sets its mode.
         images: its input, float B x 3 x H x W.
     """
-    # Compiled code and, on some devices, fused attention hide their matrix products from the counter, so the
-    # count takes the plain path; and ``no_grad``, as inference mode hides the parts of composite operations.
+    # Compiled code and, on some devices, fused attention hide their matrix products from the counter, so both are
+    # disabled. ``no_grad``, because inference mode hides the parts of composite operations.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -159,15 +160,15 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
 
 
 def measure_peak_memory(model: nn.Module, images: Tensor) -> int:
-    """Measure the most bytes that a forward pass without gradients holds at once.
+    """Measure the peak memory, in bytes, of a forward pass without gradients.
 
-    Counted are the weights, the buffers, the input, and what the pass allocates. On a CUDA device the caching
-    allocator tells the latter, workspaces of kernels included. Elsewhere it is the size of all tensors alive
-    between two operations, which is exact and does not depend on the number of threads, but does not see what
-    an operation allocates and releases within itself; a compiled model is followed uncompiled there.
+    The peak includes the weights, the buffers, the input, and the memory that the pass allocates. On a CUDA device
+    the caching allocator reports the latter, including workspaces of kernels. Elsewhere it is the size of all tensors
+    alive between two operations: exact and independent of the number of threads, but without memory that an operation
+    allocates and releases within itself. A compiled model is measured uncompiled there.
 
     Args:
-        model: the model, on the images' device and in the mode it is to be measured in.
+        model: the model, on the images' device; the caller sets its mode.
         images: its input, float B x 3 x H x W.
     """
     resident = [*model.parameters(), *model.buffers(), images]
@@ -186,7 +187,7 @@ def measure_peak_memory(model: nn.Module, images: Tensor) -> int:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Follows how many bytes the tensors hold that are alive, from some resident ones on."""
+    """Dispatch mode that tracks the bytes of live tensors, starting with some resident ones."""
 
     def __init__(self, resident: Iterable[Tensor]) -> None:
         super().__init__()
@@ -205,7 +206,7 @@ class _LiveBytes(TorchDispatchMode):
         return result
 
     def _follow(self, tensor: Tensor) -> None:
-        # Views share a storage, which is what holds the bytes; its Python object lives as long as it does.
+        # Views share a storage, which holds the bytes; its Python object lives as long as the storage.
         storage = tensor.untyped_storage()
         if id(storage) in self._storages:
             return
@@ -236,7 +237,7 @@ def _random_images(
 def _time_forward(
     model: nn.Module, images: Tensor, device: torch.device, warmup: int, min_repeats: int, budget: float
 ) -> tuple[int, list[float]]:
-    """Count the passes for warm-up, and time the others, waiting for the device before and after each."""
+    """Return the number of warm-up passes and the seconds of each timed pass, synchronised with the device."""
     deadline = time.perf_counter() + budget
     warmed = 0
     while warmed < warmup and (not warmed or time.perf_counter() < deadline):
@@ -273,23 +274,23 @@ def _forward_entry(batch_size: int, seconds: list[float], warmup: int, memory: i
 
 
 def time_end_to_end(model: nn.Module, loader: DataLoader, stride: int, budget: float) -> dict[str, Any]:
-    """Time the way from the files to the masks, over the data set or until the budget is spent.
+    """Time the path from files to masks, over the data set or until the budget is spent.
 
     Args:
-        model: see ``measure_cost``; used as it is found.
+        model: see ``measure_cost``; the caller sets its device, mode and precision.
         loader: see ``measure_cost``.
         stride: see ``measure_cost``.
         budget: seconds after which no further batch starts.
 
     Returns:
-        A dict of ``images_per_second``, the ``images`` that were timed, the loader's ``batch_size`` and
-        ``workers``, the ``warmup_batches`` that were not timed, and the number of ``devices``: of all processes
-        together, but for the loader's, which are of each.
+        A dict of ``images_per_second``, the number of timed ``images`` and the number of ``devices``, all three
+        over all ranks; and, for each rank, the loader's ``batch_size`` and ``workers``, and the ``warmup_batches``
+        that were not timed.
 
     Raises:
-        DataError: the loader gives no image.
+        DataError: the loader yields no image.
     """
-    # The batches that workers fetch ahead of the first one would flatter the rate, so they warm up too.
+    # Batches that workers prefetch before the timing starts would inflate the rate, so they are warm-up too.
     ahead = loader.num_workers * (loader.prefetch_factor or 0)
     warmup = min(1 + ahead, len(loader) // 2)
     wait_for_all()

@@ -1,4 +1,4 @@
-"""What a result was obtained with: versions, device, code and command line."""
+"""Environment of a result: versions, device, code and command line."""
 
 import platform
 import subprocess
@@ -26,16 +26,16 @@ _PACKAGES = (
 
 
 def describe_environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Collect what someone needs to know to repeat a result or to compare with it.
+    """Collect the facts needed to repeat a result or to compare with it.
 
     Args:
-        device: where the model runs.
+        device: device that the model runs on.
 
     Returns:
         A dict of plain values, ready for JSON: ``python``, ``os``, ``packages`` (version by name, None if not
-        installed), ``device`` (type and name), ``processes`` that work together, ``threads`` of each, ``cuda`` and
-        ``cudnn`` (None without), ``git`` (``commit`` of the running code and whether it is ``dirty``; None outside a
-        git checkout) and ``command``.
+        installed), ``device`` (type and name), ``processes`` (the world size), ``threads`` per process, ``cuda`` and
+        ``cudnn`` (None without CUDA), ``git`` (``commit`` of the running code and whether it is ``dirty``; None
+        outside a git checkout) and ``command``.
     """
     return {
         "python": platform.python_version(),
@@ -52,7 +52,7 @@ def describe_environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def describe_device(device: torch.device | str) -> dict[str, str]:
-    """Type ("cpu", "cuda", ...) and product name of a device."""
+    """Return the type ("cpu", "cuda", ...) and the product name of a device."""
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {"type": device.type, "name": name}
@@ -66,7 +66,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    """The CPU's product name; ``platform.processor`` does not know it on Linux."""
+    """Return the CPU's product name, which ``platform.processor`` lacks on Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -76,8 +76,8 @@ def _processor() -> str:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit of the code that runs, and whether tracked files differ from it."""
-    # A copy installed into somebody else's checkout is not tracked there, and that commit would tell nothing.
+    """Return the commit of the running code and whether tracked files differ from it; None if untracked."""
+    # A copy installed inside another project's checkout is untracked there; that project's commit is irrelevant.
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
     commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")

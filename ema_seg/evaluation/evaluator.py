@@ -1,4 +1,4 @@
-"""A model and a data set to one confusion matrix and a record of every image."""
+"""Evaluation of a model on a data set: one confusion matrix, and a record of each image."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ __all__ = ["Evaluation", "ImageRecord", "evaluate"]
 
 
 class ImageRecord(TypedDict):
-    """What one image contributes: its own scores, and the counts to rebuild any subset's mean IoU.
+    """Scores of one image, and its counts, from which the mean IoU of any subset can be computed.
 
-    ``strata`` holds the counts by the size of objects, see ``ema_seg.evaluation.strata``.
+    ``strata`` holds the counts by object size, see ``ema_seg.evaluation.strata``.
     """
 
     name: str
@@ -38,7 +38,7 @@ class ImageRecord(TypedDict):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The outcome of ``evaluate``.
+    """Result of ``evaluate``.
 
     Attributes:
         confusion: the counts over all images.
@@ -62,8 +62,8 @@ def evaluate(
 ) -> Evaluation:
     """Predict every image at its own size and count the pixels.
 
-    Of several processes (see ``ema_seg.distributed``) each predicts the images of its loader, which are those in its
-    turn; the outcome is that of all images, on every process.
+    With several ranks (see ``ema_seg.distributed``), each predicts the images of its own loader, which yields every
+    world-size-th image from its rank on. Every rank returns the result for all images.
 
     The model is moved to the device and run in evaluation mode; every module's mode is restored afterwards.
 
@@ -71,16 +71,17 @@ def evaluate(
         model: maps float B x 3 x H x W to logits B x K x H x W.
         loader: batches of lists ``image`` (normalised float 3 x H x W), ``mask`` (int64 H x W) and ``name``.
         classes: the names of the K classes.
-        stride: what the model needs height and width to be multiples of.
-        device: where to run.
+        stride: the model's stride; height and width are padded to multiples of it.
+        device: device to run on.
         precision: see ``autocast``.
         progress: show a progress bar if the output is a terminal.
-        on_prediction: called with the name and predicted class ids, H x W, of each image of this process, in the
-            loader's order; no prediction is kept otherwise.
+        on_prediction: called with the name and the predicted class ids, H x W, of each image of this rank, in the
+            loader's order; predictions are not kept otherwise.
 
     Raises:
-        DataError: the loader gives no image, or a mask holds a label that is no class.
-        ModelError: the model predicts another number of classes than the data set has.
+        DataError: the loaders of all ranks yield no image, or a mask holds a label that is neither a class nor 255.
+        ModelError: the model predicts another number of classes than the data set has, or cannot predict an image
+            (see ``predict``).
     """
     device = torch.device(device)
     model.to(device)
@@ -121,7 +122,7 @@ def _count(name: str, logits: Tensor, target: Tensor, num_classes: int) -> tuple
         confusion.update(prediction, target)
     except (DataError, ModelError) as error:
         raise type(error)(f"{name}: {error}") from error
-    # An eighth of the bytes to copy from the device, and to look at: class ids are bytes in every mask.
+    # uint8 holds the ids of up to 256 classes, and is an eighth of int64 to copy from the device and to process.
     return confusion, (prediction.byte() if num_classes <= 256 else prediction).cpu().numpy()
 
 

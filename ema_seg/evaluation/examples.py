@@ -1,4 +1,4 @@
-"""The images that show a model at its best, its usual and its worst."""
+"""Example images: a model's best, median and worst predictions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ __all__ = ["Example", "choose_examples", "denormalise", "predict_example", "pred
 
 
 class Example(TypedDict):
-    """One image to be drawn: uint8 RGB H x W x 3, with its masks as integers H x W (255 = ignored).
+    """Image to draw: uint8 RGB H x W x 3, with its masks as integers H x W (255 = ignored).
 
-    ``weight_map`` is what an attention block weighs each pixel with, float H x W in [0, 1].
+    ``weight_map`` is the weight of each pixel in an attention block, float H x W in [0, 1].
     """
 
     title: str
@@ -29,7 +29,7 @@ class Example(TypedDict):
 
 
 class Samples(Protocol):
-    """A data set of transformed samples, by index."""
+    """Data set of transformed samples, by index."""
 
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
@@ -37,8 +37,8 @@ class Samples(Protocol):
 def choose_examples(records: Sequence[ImageRecord]) -> dict[str, int]:
     """Pick the images with the best, the median and the worst mean IoU.
 
-    Images without a labelled pixel have no score and are passed over; no image is picked twice, so that fewer
-    than three scored images give fewer examples.
+    Images without a labelled pixel have no score and are skipped. No image is picked twice, so fewer than three
+    scored images give fewer examples.
 
     Returns:
         Index into ``records`` by "best", "median" and "worst", in this order.
@@ -64,14 +64,14 @@ def predict_examples(
     device: torch.device | str,
     precision: str | int = "32-true",
 ) -> list[Example]:
-    """Predict the best, median and worst image once more, so that no evaluation has to keep its predictions.
+    """Predict the best, median and worst image again, so that an evaluation need not keep its predictions.
 
     Args:
         model: the model that was evaluated.
         dataset: the data set that was evaluated, with its evaluation transform.
         records: the evaluation's records, in the data set's order.
         mean: the mean colour that the transform subtracts, per channel, for images in [0, 1].
-        std: the deviation that it divides by.
+        std: the standard deviation that it divides by.
         stride: see ``evaluate``.
         device: see ``evaluate``.
         precision: see ``evaluate``.
@@ -89,7 +89,7 @@ def predict_examples(
 def predict_example(
     model: nn.Module, sample: Mapping[str, Any], title: str, *, mean: Sequence[float], std: Sequence[float], stride: int
 ) -> Example:
-    """Predict one image and make it ready to be drawn; see ``predict_examples``. The model is used as it is found."""
+    """Predict one image for drawing; see ``predict_examples``. The caller sets the model's mode and precision."""
     (prediction,) = segment(model, [sample["image"]], stride)
     return Example(
         title=title,
@@ -100,12 +100,12 @@ def predict_example(
 
 
 def denormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Turn a normalised image back into colours.
+    """Convert a normalised image back to RGB colours.
 
     Args:
         image: float tensor 3 x H x W.
         mean: the mean colour that was subtracted, per channel, for images in [0, 1].
-        std: the deviation that was divided by.
+        std: the standard deviation that was divided by.
 
     Returns:
         A uint8 array H x W x 3.

@@ -1,4 +1,4 @@
-"""From images of any size to logits of the same size."""
+"""Prediction of logits for images of any size."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +21,7 @@ __all__ = [
     "segment",
 ]
 
-#: Lightning's names of the precisions, and the type that autocast computes in (None: no autocast).
+#: Lightning's names of the precisions, and the dtype of autocast (None: no autocast).
 PRECISIONS: dict[str, torch.dtype | None] = {
     "32-true": None,
     "32": None,
@@ -36,14 +36,14 @@ LESS_MEMORY = "lower data.evaluation_batch_size, set evaluation.precision=bf16-m
 
 
 def autocast(device: torch.device | str, precision: str | int) -> AbstractContextManager[object]:
-    """The context to run a model in, for a precision by Lightning's name.
+    """Return the autocast context for a precision by Lightning's name.
 
     Args:
-        device: where the model runs.
-        precision: one of ``PRECISIONS``; "32-true" leaves every operation as it is.
+        device: device that the model runs on.
+        precision: one of ``PRECISIONS``; "32-true" uses no autocast.
 
     Raises:
-        ConfigError: the precision is not known.
+        ConfigError: the precision is not one of ``PRECISIONS``.
     """
     if str(precision) not in PRECISIONS:
         raise ConfigError(f"precision={precision!r} is not known: choose one of {', '.join(PRECISIONS)}.")
@@ -52,15 +52,15 @@ def autocast(device: torch.device | str, precision: str | int) -> AbstractContex
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's weights (the CPU for a model without any)."""
+    """Return the device of the model's weights, or the CPU for a model without any."""
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
 
 
 def memory_format_of(model: nn.Module) -> torch.memory_format:
-    """``torch.channels_last`` if the model's convolution weights are laid out so, else contiguous.
+    """Return ``torch.channels_last`` if the model's convolution weights have that layout, else contiguous.
 
-    The weights of 1x1 convolutions fit both layouts and so tell nothing.
+    The weights of 1x1 convolutions fit both layouts, so they are inconclusive.
     """
     for weight in model.parameters():
         if weight.dim() == 4 and not weight.is_contiguous():
@@ -75,10 +75,10 @@ def pad_to_stride(images: Tensor, stride: int) -> Tensor:
 
     Args:
         images: float tensor B x C x H x W.
-        stride: what height and width must be multiples of.
+        stride: number that height and width must be multiples of.
 
     Returns:
-        A tensor B x C x H' x W'; ``images`` itself where nothing is missing.
+        A tensor B x C x H' x W'; ``images`` itself if no padding is needed.
     """
     height, width = images.shape[-2:]
     bottom, right = -height % stride, -width % stride
@@ -90,8 +90,8 @@ def predict(model: nn.Module, images: Sequence[Tensor], stride: int) -> list[Ten
     """Compute the logits of images that may differ in size.
 
     Images of equal size are forwarded together: each such batch is padded to the stride (see
-    ``pad_to_stride``) and its logits are cropped back. The model is used as it is found: its mode, its
-    device, its memory layout, and the autocast context around the call.
+    ``pad_to_stride``) and its logits are cropped back. The caller sets the model's mode, its device,
+    its memory layout, and the autocast context around the call.
 
     Args:
         model: maps float B x 3 x H x W, with H and W multiples of the stride, to logits B x K x H x W.
@@ -102,8 +102,8 @@ def predict(model: nn.Module, images: Sequence[Tensor], stride: int) -> list[Ten
         One tensor K x H x W for each image, in the images' order and at their sizes, on the model's device.
 
     Raises:
-        ModelError: the model's logits have another size than its input, the images are too small for the model, or the
-            memory does not suffice for them.
+        ModelError: the model's logits have another size than its input, or the images are too small for the model or
+            do not fit into memory.
     """
     device, memory_format = device_of(model), memory_format_of(model)
     by_size: dict[torch.Size, list[int]] = {}

@@ -1,15 +1,15 @@
-"""Scores by the size of objects: what a prediction does for small things, which large ones hide in the mean.
+"""Scores by the size of objects, because large objects hide small ones in the mean.
 
 An *object* is an 8-connected component of one class, and its size the number of its labelled pixels; the limits of the
 strata are those of COCO (https://cocodataset.org/#detection-eval). For a class and a stratum
 
-* the *intersection* is the rightly predicted pixels of the true objects of that size;
+* the *intersection* is the correctly predicted pixels of the true objects of that size;
 * the *union* is all pixels of those objects, and the wrongly predicted pixels that lie in predicted objects of
   that size.
 
 So every pixel of a class's intersection and union counts in exactly one stratum: the strata add up to the counts of the
-confusion matrix. Pixels whose truth is ignored count nowhere, and are removed from the prediction before its objects
-are looked for.
+confusion matrix. Pixels whose truth is ignored are not counted, and are removed from the prediction before its objects
+are found.
 """
 
 from typing import TypedDict
@@ -25,7 +25,7 @@ STRATA = {
     "medium": "objects from 32² to under 96² pixels",
     "large": "objects from 96² pixels",
 }
-"""What each stratum means, by its name, in the order of the sizes."""
+"""Meaning of each stratum by name, in order of size."""
 
 _LIMITS = (32**2, 96**2)
 
@@ -71,7 +71,7 @@ def count_strata(
 
 
 def score_strata(images: list[dict[str, StratumCounts]], num_classes: int) -> dict[str, list[float]]:
-    """IoU of each class in each stratum over some images; ``nan`` where a stratum has nothing of the class."""
+    """Compute the IoU of each class in each stratum over some images; ``nan`` where a class has no pixel."""
     scores = {}
     for name in STRATA:
         totals = {
@@ -84,14 +84,14 @@ def score_strata(images: list[dict[str, StratumCounts]], num_classes: int) -> di
 
 
 def _by_size(mask: NDArray[np.bool_], chosen: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each stratum the pixels of the mask's objects of that size, and those of them that are ``chosen``."""
+    """Count in each stratum the pixels of the mask's objects of that size, and the ``chosen`` ones among them."""
     pixels = mask.view(np.uint8)
     left, top, width, height = cv2.boundingRect(pixels)
     if width == 0:
         return np.zeros(len(STRATA), np.int64), np.zeros(len(STRATA), np.int64)
-    # Most classes lie in a small part of an image, and labelling costs by the pixel.
+    # Most classes lie in a small part of an image, and the cost of labelling grows with the pixels.
     box = np.s_[top : top + height, left : left + width]
-    # OpenCV's own statistics would take ten times as long as the labels: they hold more than sizes.
+    # OpenCV's own statistics take ten times as long as the labels, because they hold more than sizes.
     count, labels = cv2.connectedComponents(pixels[box], connectivity=8)
     inside = np.flatnonzero(mask[box])
     found = labels.ravel()[inside]

@@ -1,4 +1,4 @@
-"""Compose an encoder–decoder model with attention blocks at chosen placements."""
+"""Construction of an encoder–decoder model with attention blocks at chosen placements."""
 
 import inspect
 import warnings
@@ -19,19 +19,19 @@ __all__ = ["build_segmenter", "decoder_names", "model_stride", "segmenter_from_c
 
 _DECODERS: dict[str, type[nn.Module]] = dict(smp.MODEL_ARCHITECTURES_MAPPING)
 
-# Options of smp's and of timm's that are decided here: images are RGB, the model gives logits of their size, and
-# weights are read as data.
+# Options of smp and timm that are fixed here: images are RGB, logits have the images' size, and weights are loaded
+# without running code.
 _DECIDED = {
     *("activation", "aux_params", "in_channels", "upsampling"),
     *("cache_dir", "checkpoint_path", "features_only", "in_chans", "model_name", "out_indices", "pretrained"),
     *("pretrained_cfg", "pretrained_cfg_overlay"),
 }
-# Decoders that enlarge what they make by as much whatever the encoder's depth.
+# Decoders that upsample by a fixed factor, whatever the encoder's depth.
 _FIXED_DEPTH = ("fpn", "pspnet")
 
 
 def decoder_names() -> tuple[str, ...]:
-    """The decoders that ``build_segmenter`` knows: all of segmentation-models-pytorch."""
+    """Return the names of the decoders for ``build_segmenter``: all of segmentation-models-pytorch."""
     return tuple(_DECODERS)
 
 
@@ -65,8 +65,8 @@ def build_segmenter(
         placements: where the blocks sit: any of ``"encoder"``, ``"decoder"``, ``"head"``.
         encoder_stages: for ``"encoder"``: indices of the feature maps to re-weight; None for all that the
             decoder reads.
-        weights: the state dict that the model will be filled with. Its shapes tell the number of groups of each EMA
-            block with ``factor="auto"``: weights from earlier versions may have fewer channels per group.
+        weights: the state dict that will be loaded into the model. Its shapes determine the number of groups of each
+            EMA block with ``factor="auto"``: weights from earlier versions may have fewer channels per group.
         **options: further keyword arguments of the smp architecture or, for timm encoders, of the encoder.
 
     Returns:
@@ -74,9 +74,9 @@ def build_segmenter(
         logits (B, K, H, W).
 
     Raises:
-        ConfigError: a name or an option is unknown.
+        ConfigError: a name or an option is unknown, or a placement setting has no effect.
         ModelError: the parts do not fit together.
-        CheckpointError: the encoder's weights cannot be had or do not fit.
+        CheckpointError: the encoder's weights cannot be obtained or do not fit.
     """
     if decoder not in _DECODERS:
         raise ConfigError(
@@ -102,7 +102,7 @@ def build_segmenter(
         if groups is None:
             return build_attention(attention, channels, **block_options)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about one channel per group, which nobody chose now
+            warnings.simplefilter("ignore")  # about one channel per group: the weights set it
             return build_attention(attention, channels, **(block_options | {"factor": groups}))
 
     model = _build_plain(decoder, encoder, classes, options)
@@ -114,13 +114,13 @@ def build_segmenter(
             fetch=lambda: _construct(decoder, encoder, "imagenet", classes, options).encoder,
         )
     if attention == "none":
-        build_block(1, "")  # for its complaint about options that it does not have
+        build_block(1, "")  # raises if attention=none has options
     try:
         if attention != "none":
             place_attention(model, decoder, build_block, placements, encoder_stages=encoder_stages)
         elif options:
             run_once(model)
-    except RuntimeError as error:  # some of smp's options are looked at only when there is an image
+    except RuntimeError as error:  # smp checks some options only in a forward pass
         raise ModelError(
             f"the {decoder} decoder cannot run with encoder={encoder!r}{_shown(options)}: {one_line(error)}"
         ) from error
@@ -130,13 +130,13 @@ def build_segmenter(
 def segmenter_from_config(
     config: Mapping[str, Any], classes: int, *, pretrained: bool = True, weights: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """Build the segmenter that a run's configuration describes, see ``build_segmenter``.
+    """Build the segmenter of a run's configuration; see ``build_segmenter``.
 
     Args:
         config: holds ``model`` (decoder, encoder, encoder_weights and options), ``attention`` (name and
             options) and ``placement`` (``encoder``, ``decoder``, ``head`` as booleans; ``encoder_stages``).
         classes: number of classes.
-        pretrained: False leaves the encoder's weights random, for a model that a checkpoint will fill.
+        pretrained: False keeps the encoder's weights random, for a model that gets its weights from a checkpoint.
         weights: see ``build_segmenter``.
 
     Raises:
@@ -165,12 +165,12 @@ _OWN = inspect.signature(build_segmenter).parameters
 
 
 def model_stride(model: nn.Module) -> int:
-    """The number of pixels that height and width of an input must be multiples of."""
+    """Return the model's stride: height and width of an input, in pixels, must be multiples of it."""
     return int(model.encoder.output_stride)  # type: ignore[union-attr, arg-type]
 
 
 def _check_options(decoder: str, encoder: str, options: Mapping[str, Any]) -> None:
-    """Reject misspelt options; only timm encoders take free keyword arguments."""
+    """Reject fixed and unknown options; a timm encoder takes further ones unless they look like a misspelling."""
     known = {
         name
         for name, parameter in inspect.signature(_DECODERS[decoder]).parameters.items()
@@ -192,7 +192,7 @@ def _check_options(decoder: str, encoder: str, options: Mapping[str, Any]) -> No
 
 
 def _build_plain(decoder: str, encoder: str, classes: int, options: Mapping[str, Any]) -> SegmentationModel:
-    """The smp model with random weights."""
+    """Build the smp model with random weights."""
     try:
         return _construct(decoder, encoder, None, classes, options)
     except (AssertionError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
@@ -208,11 +208,11 @@ def _shown(options: Mapping[str, Any]) -> str:
 def _construct(
     decoder: str, encoder: str, weights: str | None, classes: int, options: Mapping[str, Any]
 ) -> SegmentationModel:
-    # A vision transformer otherwise takes images of one size only.
+    # Otherwise a vision transformer takes images of one size only.
     defaults = {"dynamic_img_size": True} if decoder == "dpt" else {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", message="For 'tu-'")  # about the name "imagenet", which is ours for all
+        warnings.filterwarnings("ignore", message="For 'tu-'")  # we use the name "imagenet" for all encoders
         return _DECODERS[decoder](
             encoder_name=encoder, encoder_weights=weights, classes=classes, **(defaults | dict(options))
         )

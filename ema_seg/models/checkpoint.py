@@ -1,4 +1,4 @@
-"""Rebuild a model from a checkpoint alone."""
+"""Reading of checkpoints, and models rebuilt from a checkpoint alone."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,19 +18,19 @@ _MODEL_PREFIX = "model."
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of ``train.py`` onto the CPU, as data only: code that it may carry is not run.
+    """Read a checkpoint of ``train.py`` onto the CPU, without running code that it may contain.
 
     Returns:
         At least ``state_dict``, ``config`` (the run's configuration) and ``classes`` (the class names).
 
     Raises:
-        CheckpointError: the file is missing, unreadable or of another program.
+        CheckpointError: the file is missing, damaged or not written by ``train.py``.
     """
     if not path.is_file():
         raise CheckpointError(f"ckpt={path}: no such file; give the path of a checkpoint that train.py wrote.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, pickle and zipfile each have their own
+    except Exception as error:  # torch, pickle and zipfile each raise their own types
         raise CheckpointError(
             f"ckpt={path}: the file is truncated or no checkpoint of plain data ({type(error).__name__}); "
             "give a checkpoint that train.py wrote."
@@ -48,7 +48,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _check_contents(path: Path, checkpoint: Mapping[str, Any]) -> None:
-    """Data can be of the right names and be anything."""
+    """Check the types of weights, config and classes, and that the weights are finite."""
     weights, config, classes = (checkpoint[key] for key in ("state_dict", "config", "classes"))
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise CheckpointError(f"ckpt={path}: its state_dict has no weights by name; give one that train.py wrote.")
@@ -81,13 +81,13 @@ def model_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_segmenter(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild the model that a checkpoint holds.
+    """Rebuild the model of a checkpoint.
 
     Returns:
         The model on the CPU, in evaluation mode, and the checkpoint.
 
     Raises:
-        CheckpointError: see ``load_checkpoint``; or the weights do not fit the configuration beside them.
+        CheckpointError: see ``load_checkpoint``; or the weights do not fit the checkpoint's configuration.
     """
     checkpoint = load_checkpoint(path)
     weights = model_weights(checkpoint)

@@ -1,4 +1,4 @@
-"""What a model cannot be given: images too small for it, or more of them than the memory holds."""
+"""Clear errors for a model's input: images too small for the model, or too many for the memory."""
 
 import os
 import sys
@@ -18,16 +18,16 @@ from ema_seg.errors import ModelError
 
 __all__ = ["describe_memory", "explained_memory", "explained_sizes", "is_out_of_memory"]
 
-# Of torch's allocator on the CPU, of OpenCV's, and of the libraries that take memory of a GPU beside torch's.
+# Messages of torch's CPU allocator, of OpenCV's, and of cuBLAS and cuDNN, which allocate beside torch.
 _SHORT_OF_MEMORY = ("can't allocate memory", "Insufficient memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_")
 
 
 @contextmanager
 def explained_sizes(images: Tensor) -> Iterator[None]:
-    """Tell in one sentence that images B x C x H x W are too small, where torch names a layer's features.
+    """Replace torch's error about a layer's output size by one about the images' size, B x C x H x W.
 
     Raises:
-        ModelError: they are.
+        ModelError: the images are too small for the model.
     """
     try:
         yield
@@ -43,14 +43,14 @@ def explained_sizes(images: Tensor) -> Iterator[None]:
 
 @contextmanager
 def explained_memory(images: Tensor, advice: str) -> Iterator[None]:
-    """Tell in one sentence that the memory does not suffice for a model's input.
+    """Replace an out-of-memory error by one sentence about a model's input.
 
     Args:
         images: the input, B x C x H x W.
-        advice: what there is to do.
+        advice: the end of the sentence, which says what the user can do.
 
     Raises:
-        ModelError: it does not.
+        ModelError: the memory does not suffice.
     """
     try:
         yield
@@ -65,14 +65,14 @@ def explained_memory(images: Tensor, advice: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is short: of a GPU, of this machine, or of what the process may have."""
+    """Return whether an error means that memory is exhausted: the GPU's, the machine's or the process's limit."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError | cv2.error) and any(said in str(error) for said in _SHORT_OF_MEMORY)
 
 
 def describe_memory(device: torch.device) -> str:
-    """How much memory the device has, and how much of it this process has had at its peak, where the system tells."""
+    """Describe a device's memory and this process's peak use; only name the device if the system reports neither."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         peak = torch.cuda.max_memory_allocated(device)

@@ -1,4 +1,4 @@
-"""How a model is run: its layout, its compilation, and evaluation mode for a while."""
+"""Execution modes of a model: deterministic algorithms, evaluation mode, memory format, compilation."""
 
 import os
 from collections.abc import Iterator
@@ -11,20 +11,22 @@ from ema_seg.errors import ConfigError
 
 __all__ = ["deterministic_algorithms", "evaluation_mode", "set_execution"]
 
-# What torch says of an operation, after its name.
+# Part of torch's message that follows the name of the operation.
 _UNREPEATABLE = " does not have a deterministic implementation"
 
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """For a while, let torch use only algorithms that give the same bits each time, or any; afterwards as before.
+    """Restrict torch to deterministic algorithms inside the block if ``wanted``, else allow all.
+
+    The earlier setting is restored afterwards.
 
     Raises:
-        ConfigError: there is none for an operation within.
+        ConfigError: an operation inside the block has no deterministic algorithm.
     """
     before = torch.are_deterministic_algorithms_enabled()
-    # Without it, cuBLAS may share its memory between streams. Set even if not wanted, because it is read when a process
-    # first multiplies matrices on a GPU, which a later job of a sweep may want to repeat.
+    # Without it, cuBLAS may share its workspace between streams. Set in any case: cuBLAS reads it once, at a process's
+    # first matrix product on a GPU, and a later job of a sweep may want determinism.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
     try:
@@ -43,9 +45,9 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode and every module back into its own mode afterwards.
+    """Put a model into evaluation mode, and restore the mode of every module afterwards.
 
-    Module by module, because ``model.train()`` would also wake normalisation layers that are frozen on purpose.
+    ``model.train()`` is not enough: it would also unfreeze normalisation layers that are frozen on purpose.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -57,9 +59,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def set_execution(model: nn.Module, *, channels_last: bool, compile: bool) -> None:
-    """Lay the weights out for channels-last convolutions, and compile the model for static shapes; in place.
+    """Convert the weights to channels-last and compile the model for static shapes, each if set; in place.
 
-    Training crops all have one size; evaluation images may not, and each new size is compiled anew.
+    Training crops all have one size; each new size of an evaluation image triggers a recompilation.
     """
     if channels_last:
         model.to(memory_format=torch.channels_last)

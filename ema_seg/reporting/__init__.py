@@ -1,4 +1,4 @@
-"""A result to ``report.json``, tables and figures; many results to one comparison."""
+"""Reports of evaluations (``report.json``, tables, figures) and comparisons of many reports."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ __all__ = [
     "write_report",
 ]
 
-# Imported on first use: reports are read and compared without torch, which takes longer to import than they to read.
+# Lazy imports: reading and comparing reports needs no torch, whose import takes longer than that work.
 _MODULES = {
     "assess_checkpoint": "assessment",
     "build_report": "report",

@@ -1,4 +1,7 @@
-"""Compare runs: ``python -m ema_seg.reporting <sweep folder>``, ``python -m ema_seg.reporting compare RUN RUN``."""
+"""Command line that compares runs.
+
+``python -m ema_seg.reporting <sweep folder>`` or ``python -m ema_seg.reporting compare RUN RUN``
+"""
 
 import argparse
 import re
@@ -19,7 +22,7 @@ _DESCRIPTION = "Compare the runs of a sweep, or single runs: differences with in
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare what the command line names; returns the exit status."""
+    """Compare the runs that the command line names and return the exit status."""
     texts = list(sys.argv[1:] if arguments is None else arguments)
     if texts[:1] == ["compare"]:
         parser = argparse.ArgumentParser(prog="python -m ema_seg.reporting compare", description=_DESCRIPTION)

@@ -1,4 +1,4 @@
-"""From a checkpoint to its report: scores, costs and figures of one model, measured together."""
+"""Assessment of a checkpoint: scores, costs and figures of one model, measured together."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,27 +40,27 @@ def assess_checkpoint(
     job: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Score a checkpoint on its evaluation split, measure what the model costs, and write the report.
+    """Score a checkpoint on its evaluation split, measure the model's cost and write the report.
 
-    Of several processes (see ``ema_seg.distributed``) each scores the images in its turn, and the first writes. Another
-    evaluation that writes to the same folder is waited for, with everything that is measured.
+    With several ranks (see ``ema_seg.distributed``), each scores its share of the images and rank 0 writes. The folder
+    is locked before anything is measured, so that evaluations that write to it run one after another.
 
     Args:
         checkpoint: a checkpoint that ``train.py`` wrote.
         data: arguments of ``SegmentationDataModule``; its ``evaluation_split`` is scored. A ``mean`` or ``std``
-            of None is that of the training.
+            of None takes the training's value.
         settings: ``device``, ``precision``, ``channels_last``, ``compile``, and for the cost ``batch_size``,
-            ``size`` (height and width; None for that of the split's first image) and ``budget`` in seconds.
-        directory: where ``report.json``, ``report.md``, ``figures/`` and ``predictions/`` go.
-        run: the run's folder, for the record; its ``metrics.csv``, if there is one, becomes the report's curves.
-        job: of a run inside a sweep its ``identity`` and ``overrides`` (texts by key), for the record.
+            ``size`` (height and width; None for that of the split's first readable image) and ``budget`` in seconds.
+        directory: folder for ``report.json``, ``report.md``, ``figures/`` and ``predictions/``.
+        run: the run's folder, recorded in the report; its ``metrics.csv``, if any, becomes the report's curves.
+        job: ``identity`` and ``overrides`` (text by key) of a run inside a sweep, recorded in the report.
         quiet: show no progress bar.
 
     Returns:
-        The report, as ``report.json`` holds it, of the first process; nothing of the others.
+        The report as in ``report.json`` on rank 0, an empty dict on the other ranks.
 
     Raises:
-        EmaSegError: whatever a user can correct, from the parts that find it.
+        EmaSegError: the settings, the checkpoint, the data or the folder have a fault that the user can correct.
     """
     check_settings(settings)
     if place().rank == 0:
@@ -128,11 +128,11 @@ def assess_checkpoint(
 def _measure(
     model: nn.Module, module: SegmentationDataModule, settings: Mapping[str, Any], directory: Path, *, quiet: bool
 ) -> tuple[Cost, Evaluation, dict[str, str]]:
-    """What the model costs, its scores, and the path of each image's predicted mask."""
+    """Measure the model's cost and scores; return them with the path of each image's predicted mask."""
     loader, dataset = module.test_dataloader(), module.test_dataset
     stride, device, precision = model_stride(model), find_device(settings["device"]), settings["precision"]
     batch_size = _cost_batch_size(settings, module, len(loader.sampler))  # type: ignore[arg-type]  # it has a length
-    # The cost first: a compiled model is then compiled for the size that is timed, before it meets others.
+    # The cost first, so that a compiled model is compiled for the timed size before it sees others.
     cost = measure_cost(
         model,
         size=tuple(settings["size"] or module.read_near(dataset, 0, dataset.read_image).shape[:2]),
@@ -166,7 +166,7 @@ def _measure(
 
 
 def _cost_batch_size(settings: Mapping[str, Any], module: SegmentationDataModule, images: int) -> int:
-    """The second batch size to measure: no larger than the split, unless it was chosen for the measurement alone."""
+    """Return the second batch size to measure: at most ``images``, unless it was set for the cost alone."""
     batch_size: int = settings["batch_size"]
     if batch_size != module.evaluation_batch_size:
         return batch_size
@@ -174,7 +174,7 @@ def _cost_batch_size(settings: Mapping[str, Any], module: SegmentationDataModule
 
 
 class _Scored:
-    """The samples that have been scored, in the order of their records."""
+    """Scored samples in the order of their records."""
 
     def __init__(self, module: SegmentationDataModule, indices: Sequence[int]) -> None:
         self.module = module
@@ -186,7 +186,7 @@ class _Scored:
 
 
 def _skipped_in_training(run: str | None) -> dict[str, list[str]]:
-    """Names by split, of a run that train.py made."""
+    """Read the names of the samples that a run skipped, by split."""
     names: dict[str, list[str]] = {}
     for split, name in read_skipped(Path(run) / "skipped.csv") if run is not None else ():
         names.setdefault(split, []).append(name)
@@ -194,16 +194,19 @@ def _skipped_in_training(run: str | None) -> dict[str, list[str]]:
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """A ConfigError if an evaluation with these settings cannot work, whatever the machine.
+    """Check the settings of an evaluation, as far as that is possible without its machine.
 
-    Called before a training too, so that its evaluation does not fail for a mistake that was there from the start.
+    A training calls this before it starts, so that its evaluation does not fail for an invalid setting.
+
+    Raises:
+        ConfigError: a setting is missing, unknown or invalid.
     """
     require_settings(settings, EVALUATION_SECTION, "evaluation.")
-    autocast("cpu", settings["precision"])  # for its complaint
+    autocast("cpu", settings["precision"])  # raises for an unknown precision
 
 
 def _read_curves(run: str | None) -> dict[str, list[float | None]] | None:
-    """The columns of a run's ``metrics.csv``; None without a run, or for one that has none."""
+    """Read the columns of a run's ``metrics.csv``; return None without a run or without the file."""
     if run is None or not (Path(run) / "metrics.csv").is_file():
         return None
     rows = read_metrics(Path(run))
@@ -212,10 +215,10 @@ def _read_curves(run: str | None) -> dict[str, list[float | None]] | None:
 
 
 def find_device(name: str) -> torch.device:
-    """The device that a configuration calls ``name``.
+    """Return the device for a value of ``evaluation.device``.
 
     Raises:
-        ConfigError: this machine does not have it, or several processes would share it.
+        ConfigError: this machine does not have the device, or several ranks would share it.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
@@ -233,16 +236,16 @@ def find_device(name: str) -> torch.device:
 
 
 def check_classes(trained: Sequence[str], data: SegmentationDataModule, checkpoint: Path, advice: str) -> None:
-    """Compare a checkpoint's classes with those of the data, order included.
+    """Check that a checkpoint's classes are those of the data, in the same order.
 
     Args:
         trained: the class names in the checkpoint.
-        data: the data set to use it on.
-        checkpoint: its path, for the message.
-        advice: the end of the message.
+        data: the data to use the checkpoint on.
+        checkpoint: path of the checkpoint, for the message.
+        advice: end of the message.
 
     Raises:
-        DataError: they differ.
+        DataError: the classes differ.
     """
     found = data.classes
     if tuple(trained) == tuple(found):

@@ -1,4 +1,4 @@
-"""Runs to a comparison: rows, differences with intervals, costs, curves, and what a reader has to know beside them.
+"""Comparison of runs: rows, differences with confidence intervals, costs, curves and notes.
 
 Reading, statistics and tables need neither torch nor Matplotlib, so that a hundred reports are compared in seconds.
 """
@@ -35,7 +35,7 @@ CONFIDENCE = 0.95
 
 Array = NDArray[np.float64]
 
-# What a cost is in a report: of the forward pass of the larger batch, where it depends on a batch.
+# Getters of the costs in a report; costs that depend on the batch size are those of the larger batch.
 _COSTS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "images_per_second": lambda report: report["throughput"]["forward"][-1]["images_per_second"],
     "latency": lambda report: report["throughput"]["forward"][-1]["latency"]["median"],
@@ -43,11 +43,11 @@ _COSTS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "parameters": lambda report: report["parameters"]["total"],
     "gmacs": lambda report: report["gmacs"],
 }
-# Of more rows that have the same to be said of them, such as the trials of a search, the others are counted.
+# Name at most this many rows in a note, such as the trials of a search; count the rest.
 _NAMED = 5
-# What a group of classes cannot be called: a size of objects, or what a table calls a column beside the mIoU.
+# Reserved group names: object sizes, and names whose CSV column would be one of the mIoU's, such as ``miou_sd``.
 _TAKEN_NAMES = {*SIZES, "sd", "difference", "low", "high", "n", "covers", "p", "p_holm"}
-# What costs have to have in common to be compared, with how a reader is told of it.
+# Settings that must agree for costs to be comparable, by their names in the notes.
 _COST_SETTINGS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "device": lambda report: report["throughput"]["device"],
     "number of CPU threads": lambda report: report["environment"]["threads"],
@@ -65,9 +65,9 @@ class Match:
 
     Attributes:
         configuration: settings, label and all runs.
-        results: of the finished runs, by seed and in the order of the seeds; one for each seed.
-        baseline: what it is compared with; None for a baseline, or where there is none.
-        is_baseline: whether others are compared with it.
+        results: one result for each finished seed, in the order of the seeds.
+        baseline: the configuration it is compared with; None for a baseline, or where no comparison is possible.
+        is_baseline: whether it is the baseline of another configuration.
     """
 
     configuration: Configuration
@@ -82,7 +82,7 @@ class Match:
 
     @property
     def common_seeds(self) -> list[int | None]:
-        """The seeds that it and its baseline have both finished."""
+        """Seeds that it and its baseline have both finished."""
         return [] if self.baseline is None else [seed for seed in self.results if seed in self.baseline.results]
 
 
@@ -93,7 +93,7 @@ class Matches(NamedTuple):
         settings: the keys that differ.
         baseline: the settings that name the baseline, or None.
         rows: the configurations, baselines first.
-        notes: what a reader has to know.
+        notes: sentences for the reader.
     """
 
     settings: list[str]
@@ -106,17 +106,17 @@ def match_runs(runs: Runs, baseline: Mapping[str, str] | None = None) -> Matches
     """Group runs into configurations and find their baselines.
 
     Args:
-        runs: what was read.
-        baseline: settings that name the baseline. By default those of the sweep; of runs that were named one by one the
-            first; else no attention, if that is among them.
+        runs: see ``ema_seg.reporting.runs``.
+        baseline: settings that name the baseline. The default is the first of runs that were named one by one, else the
+            sweep's baseline, else ``attention=none`` if a configuration has it.
 
     Raises:
-        ConfigError: the baseline fits no configuration.
+        ConfigError: no configuration has the baseline's settings, or runs that were named one by one all have the same.
         DataError: the reports are not of the same images and classes.
     """
     _require_same_data([run.result for run in runs.runs if run.result is not None])
     notes = list(runs.notes)
-    # Runs of one sweep are told apart by its overrides; runs that were named one by one may come from several.
+    # Runs that were named one by one have no overrides to group by: they may come from several sweeps.
     settings, configurations = group_runs(runs.runs)
     if runs.folder is None and len(configurations) == 1 and len(runs.runs) > 1:
         named = " and ".join(str(run.folder) for run in runs.runs)
@@ -134,10 +134,10 @@ def match_runs(runs: Runs, baseline: Mapping[str, str] | None = None) -> Matches
     results = [_results_by_seed(configuration, notes) for configuration in configurations]
     compared_with = {base.label for base in bases if base is not None}
     matches: dict[str, Match] = {}
-    # Baselines, which have none themselves, before what is compared with them.
+    # Baselines first: the matches of the others refer to theirs.
     for index, configuration in sorted(enumerate(configurations), key=lambda item: item[1].label not in compared_with):
         base, label = bases[index], configuration.label
-        # Of a mixture of trainings a difference would be one of nothing in particular.
+        # A configuration whose runs differ in more than the seed has no meaningful mean.
         comparable = base is not None and not base.mixed_keys and not configuration.mixed_keys
         baseline_match = matches[base.label] if base is not None and comparable else None
         matches[label] = Match(configuration, results[index], baseline_match, is_baseline=label in compared_with)
@@ -153,23 +153,24 @@ def compare_runs(
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> Comparison:
-    """Draw up a comparison: ``match_runs`` and ``compare_matches`` in one."""
+    """Compare runs: ``match_runs`` and ``compare_matches`` in one."""
     return compare_matches(runs, match_runs(runs, baseline), replicates=replicates, seed=seed)
 
 
 def compare_matches(runs: Runs, matches: Matches, *, replicates: int = REPLICATES, seed: int = 0) -> Comparison:
-    """Draw up a comparison.
+    """Compute the scores, differences, costs and notes of a comparison.
 
     Args:
         runs: see ``ema_seg.reporting.runs``.
-        matches: what ``match_runs`` made of them.
-        replicates: of the bootstrap over images, see ``ema_seg.reporting.statistics``.
-        seed: of its draws.
+        matches: result of ``match_runs`` for these runs.
+        replicates: number of bootstrap replicates over images, see ``ema_seg.reporting.statistics``.
+        seed: seed of the bootstrap.
 
     Returns:
-        What ``comparison.json`` holds. ``examples`` name the images, without files: see ``ema_seg.reporting.pictures``.
+        The content of ``comparison.json``, whose ``examples`` have no files yet: see ``ema_seg.reporting.pictures``.
 
     Raises:
+        ConfigError: a group of classes has a reserved name.
         DataError: the reports are of a single image.
     """
     settings, baseline, rows_matched, notes = matches
@@ -228,7 +229,7 @@ def _default_baseline(
 
 
 def _require_same_data(results: Sequence[Result]) -> None:
-    """Refuse reports whose scores do not mean the same, naming two files and what they differ in."""
+    """Raise a DataError that names two reports and their difference if the reports are not of the same data."""
     aspects: dict[str, Callable[[Result], Any]] = {
         "the data set": lambda result: result.report["data"]["name"],
         "the split": lambda result: result.report["data"]["split"],
@@ -236,7 +237,7 @@ def _require_same_data(results: Sequence[Result]) -> None:
         "the number of images": lambda result: len(result.names),
         "the names of the images": lambda result: result.names,
         "the limits of the object sizes": lambda result: result.report["strata"],
-        # Rows of the confusion matrix: the true pixels of each class.
+        # Row sums of the confusion matrix: the true pixels of each class.
         "the labels of the images": lambda result: [sum(row) for row in result.report["confusion_matrix"]],
     }
     for one, other in pairwise(results):
@@ -248,7 +249,7 @@ def _require_same_data(results: Sequence[Result]) -> None:
 
 
 def _results_by_seed(configuration: Configuration, notes: list[str]) -> dict[int | None, Result]:
-    """The results of a configuration; of several with one seed the latest."""
+    """Return a configuration's results by seed; keep the latest of several with one seed and add a note."""
     results: dict[int | None, Result] = {}
     for run in configuration.runs:
         if run.result is None:
@@ -264,7 +265,7 @@ def _results_by_seed(configuration: Configuration, notes: list[str]) -> dict[int
 
 
 def _groups(named: Mapping[str, Sequence[str]], classes: Sequence[str]) -> dict[str, list[int]]:
-    """The groups that have classes here, with the numbers of these."""
+    """Return the class indices of each group, without groups that have no class in the data."""
     for group in named:
         if group in _TAKEN_NAMES:
             raise ConfigError(f"sweep.groups.{group}: this name has a meaning of its own here; choose another.")
@@ -276,10 +277,10 @@ def _groups(named: Mapping[str, Sequence[str]], classes: Sequence[str]) -> dict[
 def _contrasts(
     matches: Sequence[Match], groups: Sequence[Sequence[int]], replicates: int, seed: int
 ) -> dict[str, list[list[Contrast | None]]]:
-    """The contrasts of every configuration that has a baseline and a seed in common with it.
+    """Compute the contrasts of every configuration that shares a seed with its baseline.
 
     Returns:
-        By label a list for the whole image and one for each stratum, of the contrasts of the mean, of each class and
+        By label: a list for the whole image and one for each stratum, of the contrasts of the mean, of each class and
         of each group of classes.
     """
     pairs = [match for match in matches if match.common_seeds]
@@ -289,7 +290,7 @@ def _contrasts(
     for match in pairs:
         for side in (match, match.baseline):
             needed |= {id(side.results[key]): side.results[key] for key in match.common_seeds} if side else {}
-    # All runs in one product of matrices: many small ones take several times as long where others use the cores too.
+    # All runs in one matrix product: many small ones take several times as long on a busy machine.
     counts = np.stack([result.counts for result in needed.values()], axis=1).astype(float)
     full = add_groups(score_sums(add_whole(counts.sum(axis=0))), groups)
     places = {key: place for place, key in enumerate(needed)}
@@ -303,14 +304,14 @@ def _contrasts(
 
 
 def _images_with(union: NDArray[np.bool_], groups: Sequence[Sequence[int]]) -> NDArray[np.intp]:
-    """The number of images that a score rests on: those in which a run has a pixel of it, or the truth.
+    """Count the images behind each score: those with a pixel of its classes in the truth or a prediction.
 
     Args:
-        union: whether there is such a pixel, (images, runs, strata, K).
-        groups: classes of each group.
+        union: whether a class has such a pixel, (images, runs, strata, K).
+        groups: class indices of each group.
 
     Returns:
-        For the whole and each stratum, of the mean, each class and each group: (1 + strata, 1 + K + groups).
+        The counts (1 + strata, 1 + K + groups): for the whole and each stratum, of the mean, each class and each group.
     """
     any_of = np.logical_or.reduce
     strata = any_of(union, axis=1)
@@ -321,17 +322,17 @@ def _images_with(union: NDArray[np.bool_], groups: Sequence[Sequence[int]]) -> N
 
 
 class _PairSpread:
-    """Gathers how the difference of a configuration and its baseline varies over replicates."""
+    """Accumulator of the variance over replicates of the difference between a configuration and its baseline."""
 
     def __init__(self, match: Match, places: Mapping[int, int], full: Array) -> None:
-        """Start with the scores (runs, 1 + strata, 1 + K) of all images, and the place of each result in them."""
+        """Start from the scores of all images, (runs, 1 + strata, 1 + K + groups), and each result's index there."""
         assert match.baseline is not None
         self._baseline = match.baseline.label
         self._ours = [places[id(match.results[key])] for key in match.common_seeds]
         self._theirs = [places[id(match.baseline.results[key])] for key in match.common_seeds]
         self.runs = [*self._ours, *self._theirs]
-        self._differences = self._subtract(full)  # (n, 1 + strata, 1 + K)
-        # A class that a seed has no score of takes part with the other seeds.
+        self._differences = self._subtract(full)  # (n, 1 + strata, 1 + K + groups)
+        # A class without a score at one seed is averaged over the other seeds.
         self._valid = np.isfinite(self._differences)
         self._count = self._valid.sum(axis=0)
         self._mean = self._over_seeds(self._differences)
@@ -340,20 +341,20 @@ class _PairSpread:
         self._squares = np.zeros(self._mean.shape)
 
     def add(self, scores: Array) -> None:
-        """Take the scores (r, runs, 1 + strata, 1 + K) of some replicates."""
-        # Around the difference of all images, so that nothing cancels.
+        """Add the scores of r replicates, (r, runs, 1 + strata, 1 + K + groups)."""
+        # Centred at the difference over all images, so that the variance below does not suffer from cancellation.
         deviation = self._over_seeds(self._subtract(scores)) - self._mean
-        defined = np.isfinite(deviation)  # a replicate without a rare class says nothing about it
+        defined = np.isfinite(deviation)  # a replicate may lack a rare class
         deviation[~defined] = 0
         self._replicates += defined.sum(axis=0)
         self._sum += deviation.sum(axis=0)
         self._squares += (deviation**2).sum(axis=0)
 
     def contrasts(self, images: NDArray[np.intp]) -> list[list[Contrast | None]]:
-        """The contrasts of each stratum's mean and classes; None where there is no difference.
+        """Return the contrasts of the whole and each stratum: of the mean, each class and each group.
 
         Args:
-            images: that each of them rests on. What a single image says has no interval, and gets no contrast.
+            images: number of images behind each score. Below two there is no interval, and the contrast is None.
         """
         used = np.maximum(self._replicates, 2)
         variance = np.maximum(self._squares - self._sum**2 / used, 0) / (used - 1)
@@ -445,7 +446,7 @@ def _job(run: Run, folder: Path | None) -> Job:
 
 
 def _summary(values: Iterable[float | None]) -> Summary:
-    """Mean and deviation of what is known; a value that is not known stays in its place in ``values``."""
+    """Compute mean and standard deviation of the known values; ``values`` keeps None for the others."""
     listed = list(values)
     known = [value for value in listed if value is not None]
     return Summary(
@@ -457,9 +458,9 @@ def _summary(values: Iterable[float | None]) -> Summary:
 
 
 def _curves(runs: Sequence[Mapping[str, Sequence[float | None]]]) -> dict[str, Curve]:
-    """Each column but the epoch, as far as all runs that have the column have a value.
+    """Return the curve of each column but the epoch, at the epochs that all runs with the column have.
 
-    Where some have ended earlier the mean over the others would jump, for no reason that lies in the training.
+    Where some runs have ended, the mean over the others would jump for no reason in the training.
     """
     points: dict[str, dict[int, list[float]]] = {}
     for columns in runs:
@@ -481,7 +482,7 @@ def _curves(runs: Sequence[Mapping[str, Sequence[float | None]]]) -> dict[str, C
 
 
 def _disagreements(match: Match) -> list[Disagreement]:
-    """The image on which a configuration wins most over its baseline, and that on which it loses most."""
+    """Return the image on which a configuration gains most over its baseline and the one on which it loses most."""
     seeds = match.common_seeds
     if match.baseline is None or not seeds:
         return []
@@ -565,7 +566,7 @@ def _notes_on_matches(matches: Sequence[Match], baseline: Mapping[str, str] | No
 
 
 def _tell(runs: Sequence[Run]) -> list[str]:
-    """What became of unfinished runs; those of one fate together."""
+    """Describe unfinished runs, grouped by state and reason."""
     fates: dict[str, list[str]] = {}
     for run in runs:
         fate = run.state + (f": {run.reason.rstrip('.')}" if run.reason else "")

@@ -1,25 +1,25 @@
-"""Many runs to one comparison: what differs, by how much, and whether the difference stands up.
+"""Format of a comparison: the keys of ``comparison.json`` and the files beside it.
 
-A comparison is drawn up from the ``report.json`` files of runs alone, and every table, figure and page of it from
-``comparison.json`` alone. ``comparison.json`` is strict JSON; fractions are in [0, 1], times in seconds, memory in
-bytes, and null stands for what is not known.
+The numbers of a comparison come from the runs' ``report.json`` files alone; its tables, figures and page are drawn from
+``comparison.json`` and the pictures beside it alone. ``comparison.json`` is strict JSON; fractions are in [0, 1], times
+in seconds, memory in bytes, and null means unknown.
 
 ================  ====================================================================================
 ``schema``        ``"ema-seg.comparison/1"``
 ``created``       time of writing, ISO 8601 in UTC
-``title``         a few words
-``folder``        the sweep's folder, or null
+``title``         name of the sweep or the folder, or the names of the runs
+``folder``        folder of the sweep or of the runs; null for runs that were named one by one
 ``data``          ``name``, ``split``, ``images``
 ``classes``       the K names
 ``palette``       K colours
-``strata``        what is scored apart, by its name: objects of a size, and groups of classes that the sweep names
+``strata``        meaning of each separate score by its name: a size of objects, or a group of classes of the sweep
 ``settings``      the keys that differ between the rows, in the order of the columns
 ``baseline``      the settings that name the baseline, such as {"attention": "none"}; null: no differences
 ``bootstrap``     ``replicates``, ``confidence``, ``seed``
 ``rows``          one for each configuration, see ``Row``
 ``examples``      images on which a row and its baseline disagree most, see ``Disagreement``
 ``environment``   ``devices``, ``packages`` (versions by name), ``python``, ``commits``: every value that occurs
-``notes``         sentences that a reader has to know, such as costs measured on different devices
+``notes``         sentences for the reader, such as a warning of costs that were measured on different devices
 ================  ====================================================================================
 """
 
@@ -51,14 +51,17 @@ FIGURES = tuple(
     for name in ("pareto", "differences", "curves", "class_differences", "examples")
     for suffix in ("png", "pdf")
 )
-"""With ``FILES`` and the pictures in ``examples/`` all that a comparison's folder holds."""
+"""With ``FILES``, the manifest and the pictures in ``examples/``, all files of a comparison's folder."""
 
 SIZES = ("small", "medium", "large")
-"""The strata that are sizes of objects; others are groups of classes."""
+"""Strata that are sizes of objects; the others are groups of classes."""
 
 
 class Summary(TypedDict):
-    """A number over the seeds: ``values`` in the order of ``seeds`` of the row's finished jobs; sd is null for one."""
+    """Mean and standard deviation over seeds.
+
+    ``values`` is in the order of the row's ``seeds``, ``n`` counts the known ones; ``sd`` is null for fewer than two.
+    """
 
     mean: float | None
     sd: float | None
@@ -67,10 +70,10 @@ class Summary(TypedDict):
 
 
 class Contrast(TypedDict):
-    """A row's difference to its baseline over the ``n`` seeds that both have finished.
+    """Difference of a row to its baseline over the ``n`` seeds that both have finished.
 
-    ``low`` and ``high`` bound the interval; ``covers`` says what it covers: "seeds and images", or "images" where
-    there is one seed only, whose interval says nothing about training anew, and whose ``p`` is null.
+    ``low`` and ``high`` bound the confidence interval. It covers "seeds and images" (``covers``), or only "images" for
+    a single seed: then it says nothing about another training, and ``p`` is null.
     """
 
     baseline: str
@@ -84,9 +87,10 @@ class Contrast(TypedDict):
 
 
 class Job(TypedDict):
-    """One run of a row: ``state`` is "finished", "failed", "pruned", "impossible", "running", "interrupted", "missing".
+    """Run of a row.
 
-    ``run`` is its folder (relative to the comparison's ``folder`` if inside), ``reason`` why it is not finished.
+    ``state`` is "finished", "failed", "pruned", "impossible", "running", "interrupted" or "missing"; ``run`` is its
+    folder (relative to the comparison's ``folder`` if inside), ``reason`` why it is not finished.
     """
 
     seed: int | None
@@ -96,7 +100,7 @@ class Job(TypedDict):
 
 
 class Curve(TypedDict):
-    """A column of ``metrics.csv`` over the epochs: mean, lowest and highest of the seeds that reached the epoch."""
+    """Mean, lowest and highest value over seeds of a column of ``metrics.csv``, at the epochs that all of them have."""
 
     epoch: list[int]
     mean: list[float]
@@ -105,12 +109,13 @@ class Curve(TypedDict):
 
 
 class Row(TypedDict):
-    """One configuration.
+    """Row of a comparison: one configuration.
 
-    ``label`` is unique; ``settings`` holds the value of each key that differs; ``classes`` and ``strata`` hold for each
-    class name and each stratum ``score`` (a ``Summary`` of its IoU, or of the stratum's mIoU) and ``contrast`` (a
-    ``Contrast`` without Holm's correction across them, or null). ``cost`` holds ``images_per_second``, ``latency``,
-    ``memory`` (all for batch ``cost_batch_size``), ``parameters`` and ``gmacs``. ``curves`` is by column.
+    ``label`` is unique; ``settings`` holds the value of each key that differs. ``classes`` and ``strata`` hold, by
+    name, ``score`` (a ``Summary`` of the class's IoU or the stratum's mIoU) and ``contrast`` (a ``Contrast`` without
+    Holm's correction, or null). ``cost`` holds ``images_per_second``, ``latency``, ``memory`` (all three for batches of
+    ``cost_batch_size``, which is null if it differs between seeds), ``parameters`` and ``gmacs``. ``curves`` is by
+    column.
     """
 
     label: str
@@ -128,11 +133,11 @@ class Row(TypedDict):
 
 
 class Disagreement(TypedDict):
-    """An image on which a row differs most from its baseline, ``kind`` "best" (the row wins most) or "worst".
+    """Image on which a row gains most ("best", see ``kind``) or loses most ("worst") against its baseline.
 
-    ``difference`` is the row's mIoU of the image minus the baseline's, meaned over the common seeds; the files show the
-    seed ``seed``: paths relative to ``comparison.json`` of ``image``, ``truth``, ``prediction`` and ``baseline`` as
-    pictures of one size, each null where it cannot be had.
+    ``difference`` is the row's mIoU on the image minus the baseline's, averaged over the common seeds. ``files`` holds
+    the paths, relative to ``comparison.json``, of ``image``, ``truth``, ``prediction`` and ``baseline`` at the seed
+    ``seed``: pictures of one size, null where there is none.
     """
 
     row: str
@@ -145,7 +150,7 @@ class Disagreement(TypedDict):
 
 
 class Comparison(TypedDict):
-    """What ``comparison.json`` holds: see the text of this module."""
+    """Content of ``comparison.json``: see this module's docstring."""
 
     schema: str
     created: str
@@ -165,12 +170,12 @@ class Comparison(TypedDict):
 
 
 def comparison_manifest(directory: Path) -> Manifest:
-    """The files that comparisons have written into a folder."""
+    """Return the manifest of the files that comparisons have written into a folder."""
     return Manifest(directory, _files_without_manifest)
 
 
 def _files_without_manifest(directory: Path) -> Iterator[str]:
-    """The files of a comparison that is older than manifests."""
+    """Yield the files of a comparison that was written before there were manifests."""
     try:
         comparison = read_json(directory / "comparison.json")
         if not str(comparison["schema"]).startswith("ema-seg.comparison/"):

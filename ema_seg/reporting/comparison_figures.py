@@ -1,6 +1,6 @@
 """Figures of a comparison: scores against speed, differences, curves, classes, and the images that differ most.
 
-Drawn from ``comparison.json`` and the pictures beside it alone, see ``ema_seg.reporting.comparison``.
+They are drawn from ``comparison.json`` and the pictures beside it alone, see ``ema_seg.reporting.comparison``.
 """
 
 import math
@@ -32,7 +32,7 @@ from ema_seg.reporting.files import write_file
 
 __all__ = ["draw_comparison", "front_rows"]
 
-# From Okabe and Ito's palette, which every kind of colour vision tells apart: better is blue and worse vermillion.
+# Okabe and Ito's colour-blind-safe palette: better is blue, worse is vermillion.
 _BETTER, _WORSE, _UNDECIDED = "#0072B2", "#D55E00", "#6b6b6b"
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a6d00")
 _GAINS = LinearSegmentedColormap.from_list(
@@ -44,7 +44,7 @@ _NUMBERED_COLUMNS = 24
 _ILLUSTRATED_ROWS = 3
 _LEGEND_CLASSES = 32
 _PICTURE_PIXELS = 640
-# Of the columns of numbers right of the differences, in points of 1/72 inch.
+# Right edges of the number columns beside the differences, in points (1/72 inch).
 _NUMBER_OFFSETS = (48, 84, 138)
 _SCALES = {"val/miou": 100.0, "train/loss": 1.0}
 _POINTS = "percentage points"
@@ -54,31 +54,31 @@ Extent = tuple[float, float, float, float]
 
 
 def draw_comparison(comparison: Comparison, directory: Path) -> list[str]:
-    """Write the figures of a comparison as PNG and PDF; the same comparison gives the same PDF to the byte.
+    """Write the figures of a comparison as PNG and PDF.
+
+    The same comparison gives byte-identical PDFs. A figure without data is left out, and its earlier files are removed.
 
     ======================  =====================================================================================
     ``pareto``              mIoU against images per second with their deviations over seeds, and the Pareto front
     ``differences``         each row's difference to its baseline with the interval, seeds and Holm's p
-    ``curves``              validation mIoU, its last third closer, and training loss, with the range over seeds
-    ``class_differences``   the difference of each class, and of what else is scored apart
-    ``examples``            of the rows that differ most the images that differ most
+    ``curves``              validation mIoU, its last third enlarged, and training loss, with the range over seeds
+    ``class_differences``   difference of each class, object size and group of classes
+    ``examples``            the images that differ most, for the rows that differ most
     ======================  =====================================================================================
 
-    A figure that the comparison has no data for is left out, and an earlier one of its name removed.
-
     Args:
-        comparison: what ``comparison.json`` holds.
-        directory: its folder; the figures go to ``figures/`` in it.
+        comparison: content of ``comparison.json``.
+        directory: the comparison's folder; the figures are written to its ``figures/``.
 
     Returns:
         The names of the figures, without suffix.
 
     Raises:
-        DataError: a picture of an example cannot be read.
+        DataError: a picture of an example cannot be read, or a figure cannot be written.
     """
     manifest = comparison_manifest(directory)
     comparison = _drawable(comparison)
-    # Fonts as TrueType: text in a PDF can then be searched and edited, and publishers take it.
+    # TrueType fonts: text in a PDF can then be searched and edited, and publishers accept it.
     with rc_context({"pdf.fonttype": 42}):
         figures = {
             "pareto": _draw_pareto(comparison),
@@ -102,7 +102,7 @@ def draw_comparison(comparison: Comparison, directory: Path) -> list[str]:
 
 
 def _drawable(value: Any) -> Any:
-    """The same data with texts that Matplotlib can draw: of some it raises, others show as an empty box."""
+    """Escape the unprintable characters in all texts: Matplotlib raises for some and draws others as empty boxes."""
     if isinstance(value, str):
         return for_terminal(value)
     if isinstance(value, dict):
@@ -111,7 +111,7 @@ def _drawable(value: Any) -> Any:
 
 
 def front_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows that no other beats in mIoU without being slower, from the slowest to the fastest."""
+    """Return the rows on the Pareto front of mIoU and images per second, from the slowest to the fastest."""
     best = -math.inf
     front: list[Row] = []
     for row in sorted(rows, key=_point, reverse=True):
@@ -185,7 +185,7 @@ def _draw_pareto(comparison: Comparison) -> Figure | None:
     if bars_of_seeds:
         handles.append(Line2D([], [], color="0.4", linewidth=1, marker="|", markersize=7, label="± sd over seeds"))
     _legend_below(figure, handles)
-    # The most telling labels choose their places first.
+    # Baselines and the front come first: earlier labels get the better places.
     order = sorted(rows, key=lambda row: not (row["baseline"] or any(row is other for other in front)))
     _place_labels(figure, axes, [(_point(row)[0], 100 * _point(row)[1], row["label"]) for row in order], bars)
     return figure
@@ -281,10 +281,10 @@ def _draw_curves(comparison: Comparison) -> Figure | None:
 
 
 def _curve_panels(rows: Sequence[Row]) -> list[tuple[str, int, str]]:
-    """Column, first epoch shown, and label of each panel."""
+    """Return column, first epoch shown, and label of each panel."""
     scored = [epoch for row in rows if "val/miou" in row["curves"] for epoch in row["curves"]["val/miou"]["epoch"]]
     panels = [("val/miou", 0, "validation mIoU, %")] if scored else []
-    # What sets the rows apart in the end is too small to be seen beside the rise from the first epochs.
+    # The final differences are too small to see beside the rise of the first epochs.
     late = math.ceil(2 / 3 * (max(scored, default=0) + 1))
     if len({epoch for epoch in scored if epoch >= late}) > 2:
         panels.append(("val/miou", late, "validation mIoU, %, last third"))
@@ -299,7 +299,7 @@ def _draw_class_differences(comparison: Comparison) -> Figure | None:
     if not classes:
         return None
     known = len(classes)
-    # In their own order, so that a class is found where the reader expects it.
+    # In the data set's order, where the reader expects a class.
     largest = sorted(range(known), key=lambda index: -_largest(classes[index]))[:_SHOWN_CLASSES]
     shown = [classes[index] for index in sorted(largest)]
     strata = _contrast_columns(rows, list(comparison["strata"]), "strata")
@@ -309,7 +309,7 @@ def _draw_class_differences(comparison: Comparison) -> Figure | None:
     cell = 0.46 if numbered else 0.3
     figure = _new_figure(2.6 + cell * (columns + 1) + _extra_width(rows), 2.4 + 0.3 * len(rows))
     values = np.abs([100 * contrast["difference"] for _, cells in shown + strata for contrast in cells if contrast])
-    # A single extreme class would bleach all others.
+    # Not the maximum: a single extreme class would make all others pale.
     limit = max(float(np.percentile(values, 98)), 0.1)
     norm = Normalize(-limit, limit)
     grid = figure.subplots(1, len(groups), squeeze=False, width_ratios=[len(group) for group in groups])[0]
@@ -348,7 +348,7 @@ def _draw_examples(comparison: Comparison, directory: Path) -> Figure | None:
         return None
     pictures = [{key: _read_picture(directory, path) for key, path in one["files"].items()} for one in examples]
     keys = {"image": "photograph", "truth": "truth", "baseline": "baseline's prediction", "prediction": "prediction"}
-    # Laid out by hand: rows of pictures of different shapes, all as wide as the figure, and none of its height wasted.
+    # Manual layout: the rows differ in aspect ratio, and each spans the width without wasting height.
     width, gap, margin, caption, heading = 2.5, 0.06, 0.12, 0.3, 0.3
     heights = [
         next(width * picture.shape[0] / picture.shape[1] for picture in panels.values() if picture is not None)
@@ -393,7 +393,7 @@ def _new_figure(width: float, height: float) -> Figure:
 
 
 def _write_beside(axes: Axes, height: float, texts: Sequence[str], colour: str, weight: str = "normal") -> None:
-    """Right of the axes, in columns of fixed widths however wide the axes become."""
+    """Write texts right of the axes, in columns whose width does not depend on that of the axes."""
     coordinates = axes.get_yaxis_transform()
     for offset, text in zip(_NUMBER_OFFSETS, texts, strict=True):
         axes.annotate(
@@ -432,11 +432,11 @@ def _marker(shape: str, colour: str, label: str, *, hollow: bool = False, line: 
 
 
 def _legend_below(figure: Figure, handles: Sequence[Line2D | Rectangle], **place: Any) -> None:
-    widths = [0.075 * len(str(handle.get_label())) + 0.6 for handle in handles]  # of the letters and the symbol, inches
+    widths = [0.075 * len(str(handle.get_label())) + 0.6 for handle in handles]  # letters and symbol, in inches
     columns = len(handles)
     while columns > 1 and sum(max(column) for column in np.array_split(widths, columns)) > figure.get_figwidth():
         columns -= 1
-    # A label that begins with an underscore would be left out, and one with two dollar signs be read as mathematics.
+    # Texts are set afterwards: Matplotlib drops labels that begin with "_" and reads two dollar signs as mathematics.
     place = place or {"loc": "outside lower center"}
     legend = figure.legend(handles, ["."] * len(handles), ncols=columns, fontsize=9, frameon=False, **place)
     for text, handle in zip(legend.get_texts(), handles, strict=True):
@@ -445,7 +445,7 @@ def _legend_below(figure: Figure, handles: Sequence[Line2D | Rectangle], **place
 
 
 def _class_patches(comparison: Comparison, masks: Sequence[np.ndarray | None]) -> list[Rectangle]:
-    """The classes whose colours the masks show, in their order; of very many those with the most pixels."""
+    """Return a patch for each class in the masks, in class order; of very many, for those with the most pixels."""
     pixels: Counter[tuple[int, ...]] = Counter()
     for mask in masks:
         if mask is not None:
@@ -471,7 +471,7 @@ def _confidence(comparison: Comparison) -> str:
 
 
 def _extra_width(rows: Sequence[Row]) -> float:
-    """What long labels take, in inches, so that they do not take it from what they label."""
+    """Return the width to add to the figure for long labels, in inches."""
     return 0.075 * max(max(len(row["label"]) for row in rows) - 18, 0)
 
 
@@ -497,7 +497,7 @@ def _verdict_colour(contrast: Contrast) -> str:
 
 
 def _coloured_rows(rows: Sequence[Row]) -> dict[str, str]:
-    """Label and colour of the baselines, in black, and the best of the others; more could not be told apart."""
+    """Return the colours of the first baseline (black) and the best other rows, by label; more would look alike."""
     bases = [row for row in rows if row["baseline"]][:1]
     others = [row for row in rows if not any(row is base for base in bases)]
     best = sorted(others, key=lambda row: -(row["miou"]["mean"] or 0))[: len(_LINES)]
@@ -506,7 +506,7 @@ def _coloured_rows(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _contrast_columns(rows: Sequence[Row], names: Sequence[str], part: str) -> Columns:
-    """The contrasts of all rows for each name that has any."""
+    """Return the contrasts of all rows for each name that has at least one."""
     columns = [(name, [row[part][name]["contrast"] for row in rows]) for name in names]  # type: ignore[literal-required]
     return [column for column in columns if any(column[1])]
 
@@ -522,7 +522,7 @@ def _draw_cells(axes: Axes, columns: Columns, norm: Normalize, numbered: bool) -
     axes.set_xticks(range(len(columns)), [name for name, _ in columns], rotation=90, fontsize=8.5, parse_math=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    # White gaps between the cells keep neighbours apart whatever their colours.
+    # White gaps separate neighbouring cells of any colours.
     axes.set_xticks(np.arange(len(columns) - 1) + 0.5, minor=True)
     axes.set_yticks(np.arange(len(values) - 1) + 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=1)
@@ -541,7 +541,7 @@ def _draw_cells(axes: Axes, columns: Columns, norm: Normalize, numbered: bool) -
 
 
 def _chosen_examples(comparison: Comparison) -> list[Disagreement]:
-    """The examples with pictures of the rows that differ most from their baseline, the largest difference first."""
+    """Return the examples with pictures, for the rows that differ most from their baseline, largest first."""
     ranked = sorted(_contrasted(comparison), key=lambda pair: -abs(pair[1]["difference"]))
     pictured = [example for example in comparison["examples"] if any(example["files"].values())]
     of_row = [[example for example in pictured if example["row"] == row["label"]] for row, _ in ranked]
@@ -549,7 +549,7 @@ def _chosen_examples(comparison: Comparison) -> list[Disagreement]:
 
 
 def _read_picture(directory: Path, path: str | None) -> np.ndarray | None:
-    """A picture no larger than it is shown, so that the PDF stays small."""
+    """Read a picture, subsampled to the size that is shown, so that the PDF stays small."""
     if path is None:
         return None
     try:
@@ -564,13 +564,13 @@ def _read_picture(directory: Path, path: str | None) -> np.ndarray | None:
 def _place_labels(
     figure: Figure, axes: Axes, labels: Sequence[tuple[float, float, str]], bars: Sequence[Extent]
 ) -> None:
-    """Write each label near its point where it covers no point, bar or other label, with a line if it is further off.
+    """Write each label near its point, clear of points, bars and other labels; connect distant ones with a line.
 
-    Places are tried around the point, the nearest first; of several at one distance the one with the most free room
-    is taken. What cannot be placed within reach is written right beside its point.
+    Places around the point are tried by distance, then by angle. A label without a free place is written just right of
+    its point.
     """
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # the room is given away now
+    figure.set_layout_engine("none")  # the axes must not move any more: places are in pixels
     renderer = FigureCanvasAgg(figure).get_renderer()
     pixel = figure.dpi / 72
     frame = axes.get_window_extent(renderer).expanded(1.02, 1.02)

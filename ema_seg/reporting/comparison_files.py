@@ -1,4 +1,4 @@
-"""Comparisons as files: everything that a folder of one holds."""
+"""Writer of a comparison's folder: JSON, CSV, LaTeX, Markdown, page, figures and pictures."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def report_comparison(runs: Runs, directory: Path, baseline: dict[str, str] | No
 
     Args:
         runs: see ``read_folder`` and ``read_runs``.
-        directory: where ``comparison.*``, ``figures/`` and ``examples/`` go.
+        directory: folder for ``comparison.*``, ``figures/`` and ``examples/``.
         baseline: see ``ema_seg.reporting.compare.match_runs``.
 
     Returns:
@@ -47,17 +47,17 @@ def write_comparison(comparison: Comparison, directory: str | Path) -> Path:
     """Write ``comparison.{json,csv,tex,md,html}`` and ``figures/``; each file appears whole or not at all.
 
     Args:
-        comparison: what ``compare_runs`` returned; its examples' pictures lie in the directory already.
-        directory: made if missing; an earlier comparison in it is replaced, and no file that is not of one.
+        comparison: result of ``compare_runs``; the pictures of its examples are in the directory already.
+        directory: created if missing; an earlier comparison in it is replaced, but no other file.
 
     Returns:
         The path of ``comparison.json``.
 
     Raises:
-        DataError: the directory cannot be written to, or holds a file of such a name that no comparison has written.
+        DataError: the directory cannot be written to, or a file would replace one that no comparison has written.
     """
     directory = Path(directory)
-    from ema_seg.reporting.comparison_figures import draw_comparison  # brings Matplotlib, which takes a while
+    from ema_seg.reporting.comparison_figures import draw_comparison  # imports Matplotlib, which is slow
 
     comparison_manifest(directory).claim(FILES)
     figures = [f"figures/{name}.png" for name in draw_comparison(comparison, directory)]

@@ -1,7 +1,7 @@
-"""A comparison as tables: on the terminal, in Markdown, CSV and LaTeX.
+"""Tables of a comparison: on the terminal, in Markdown, CSV and LaTeX.
 
-Each is drawn from the comparison alone. A difference is bold where it is significant at 5 % after Holm's correction,
-and nothing else is: the best of many numbers is always some number.
+Only a difference that is significant at 5 % after Holm's correction is bold. The best score is not: one of many numbers
+is always the best.
 """
 
 import csv
@@ -31,23 +31,23 @@ __all__ = [
 ]
 
 SIGNIFICANT = 0.05
-"""The level that a difference is called significant at, after Holm's correction."""
+"""Significance level of a difference, after Holm's correction."""
 
 _SCORE_COLUMNS = ("mIoU, % (seeds)", "difference, points", "p (Holm)")
 _COST_COLUMNS = ("images/s", "latency, ms", "memory, MiB", "parameters, M", "GMACs")
 _COST_SCALES = {"images_per_second": 1.0, "latency": 1e3, "memory": 2**-20, "parameters": 1e-6, "gmacs": 1.0}
-# A terminal as wide as this shows scores and costs side by side.
+# Terminal width, in columns, from which scores and costs are shown side by side.
 _WIDE = 140
 _NOTHING = "–"
-_MINUS = "\N{MINUS SIGN}"  # as long as the plus sign
+_MINUS = "\N{MINUS SIGN}"  # as wide as the plus sign
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Print scores and costs of each configuration, what is not finished, and the notes.
+    """Print the scores and costs of each configuration, how to read them, and the notes.
 
     Args:
-        comparison: what ``compare_runs`` returned.
-        console: where to print; standard output by default. Where it is narrow the costs follow below the scores.
+        comparison: result of ``compare_runs``.
+        console: where to print, standard output by default; if it is narrow, the costs follow below the scores.
     """
     console = console or Console()
     columns = (*_SCORE_COLUMNS, *_COST_COLUMNS)
@@ -73,14 +73,14 @@ def comparison_as_markdown(comparison: Comparison, figures: Sequence[str] = ()) 
     """Render a comparison as Markdown.
 
     Args:
-        comparison: what ``compare_runs`` returned.
-        figures: paths of pictures beside it, to show at the end.
+        comparison: result of ``compare_runs``.
+        figures: paths of the figures to show, relative to the Markdown file.
     """
     return "\n".join(_markdown_lines(comparison, figures)) + "\n"
 
 
 def comparison_as_csv(comparison: Comparison) -> str:
-    """A line for each configuration, with plain numbers: fractions, seconds and bytes; nothing where it is unknown."""
+    """Render a comparison as CSV: a line for each configuration, in fractions, seconds and bytes; unknown is empty."""
     output = StringIO()
     rows = [_flat_row(comparison, row) for row in comparison["rows"]]
     writer = csv.writer(output, lineterminator="\n")
@@ -90,7 +90,7 @@ def comparison_as_csv(comparison: Comparison) -> str:
 
 
 def comparison_as_latex(comparison: Comparison) -> str:
-    """A table for a paper, with the rules of the package ``booktabs``."""
+    """Render a comparison as a LaTeX table with the rules of the package ``booktabs``."""
     header = ("configuration", *_SCORE_COLUMNS, *_COST_COLUMNS)
     lines = [
         "% \\usepackage{booktabs}",
@@ -165,7 +165,7 @@ def _markdown_lines(comparison: Comparison, figures: Sequence[str]) -> Iterator[
 def _markdown_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool] | None = None
 ) -> Iterator[str]:
-    """Lines of a table; in the rows that are ``bold`` the third cell is."""
+    """Yield the lines of a table, with the third cell of the ``bold`` rows in bold."""
     yield f"| {' | '.join(map(for_markdown, header))} |"
     yield f"| {' | '.join(['---', *['---:'] * (len(header) - 1)])} |"
     for cells, strong in zip(rows, bold or [False] * len(rows), strict=True):
@@ -180,7 +180,7 @@ def _title(comparison: Comparison) -> str:
 
 
 def _explain(comparison: Comparison) -> str:
-    """How the numbers of the main table are to be read."""
+    """Explain how to read the numbers of the main table."""
     if comparison["baseline"] is None or not any(row["contrast"] for row in comparison["rows"]):
         return "Scores: mean ± standard deviation over seeds."
     baseline = ", ".join(f"{key}={value}" for key, value in comparison["baseline"].items())
@@ -227,20 +227,20 @@ def _difference(contrast: Contrast | None) -> str:
 
 
 def _part_difference(row: Row, contrast: Contrast | None) -> str:
-    """The difference in a class or stratum; with its seeds where they are not those of the whole row."""
+    """Format the difference in a class or stratum, with its number of seeds if that is not the whole row's."""
     text = _difference(contrast)
     whole = row["contrast"]
     return text if contrast is None or whole is None or contrast["n"] == whole["n"] else f"{text} (n={contrast['n']})"
 
 
 def points_text(fraction: float, *, digits: int = 2, signed: bool = False) -> str:
-    """A fraction in percentage points, minus as in print; what rounds to zero has no sign."""
+    """Format a fraction in percentage points, with a true minus sign, and no sign if it rounds to zero."""
     text = f"{100 * fraction:{'+' if signed else '-'}.{digits}f}"
     return text.lstrip("+-") if float(text) == 0 else text.replace("-", _MINUS)
 
 
 def probability_text(p: float | None) -> str:
-    """A p as tables and figures show it; a dash for None."""
+    """Format a p-value for tables and figures; None is a dash."""
     return _NOTHING if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
@@ -264,7 +264,7 @@ def _flat_row(comparison: Comparison, row: Row) -> dict[str, Any]:
 
 
 def _flat_score(name: str, score: Summary, contrast: Contrast | None) -> dict[str, Any]:
-    # Of classes and strata no p: it would have to be corrected for their number.
+    # No p for classes and strata: it would have to be corrected for their number.
     keys = ("difference", "low", "high", "n", "covers", *(("p",) if name == "miou" else ()))
     return {name: score["mean"], f"{name}_sd": score["sd"]} | {
         f"{name}_{key}": contrast and contrast[key]  # type: ignore[literal-required]

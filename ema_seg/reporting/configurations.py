@@ -1,4 +1,4 @@
-"""Which runs are seeds of one configuration, what tells configurations apart, and which is the baseline of which."""
+"""Configurations of a comparison: runs grouped over seeds, the keys that differ, labels and baselines."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +12,8 @@ from ema_seg.sweeps import ANY, machine_keys
 
 __all__ = ["Configuration", "find_baselines", "group_runs", "has_settings", "setting_text"]
 
-# Keys that no row is told apart by. What a run was evaluated with stands in its report, whatever the configuration of
-# the training says; the number of epochs is that of ``epochs``.
+# Keys that do not distinguish rows. The report, not the training's config, has the settings of the evaluation;
+# ``trainer.max_epochs`` repeats ``epochs``.
 _LEFT_OUT = ("seed", "evaluation", "trainer.log_every_n_steps", "trainer.max_epochs")
 
 
@@ -25,7 +25,7 @@ def _loss_name(options: Mapping[str, Any]) -> str:
     return "+".join(name for name, loss in options.items() if loss is not None)
 
 
-# What a section of the configuration is called: where that differs, what belongs to it alone is not told beside it.
+# Name of each config section; its other keys are compared only between runs with the same name.
 _SECTION_NAMES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "attention": lambda options: options.get("name"),
     "placement": _placement_name,
@@ -39,12 +39,12 @@ _SECTION_NAMES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 
 @dataclass
 class Configuration:
-    """A row of a comparison.
+    """Row of a comparison: runs that differ in the seed alone.
 
     Attributes:
         settings: value of each key that differs between configurations; None where a configuration has no such key.
         runs: its runs, in the order of their seeds.
-        label: a few words that no other configuration has.
+        label: short text, unique among the configurations.
     """
 
     settings: dict[str, Any]
@@ -53,7 +53,7 @@ class Configuration:
 
     @cached_property
     def mixed_keys(self) -> list[str]:
-        """The keys in which its finished runs differ, though the overrides of the sweep do not tell them apart."""
+        """Keys in which its finished runs differ although their overrides in the sweep are the same."""
         finished = [replace(run, overrides=None) for run in self.runs if run.result is not None]
         return group_runs(finished)[0] if len(finished) > 1 else []
 
@@ -61,14 +61,14 @@ class Configuration:
 def group_runs(runs: Sequence[Run]) -> tuple[list[str], list[Configuration]]:
     """Group runs whose configurations differ in the seed alone.
 
-    Jobs of one sweep are told apart by their overrides, other runs by their whole configurations but for keys
-    that say where and how they ran.
+    Jobs of one sweep are grouped by their overrides, other runs by their whole configurations, without the keys that
+    say where and how they ran.
 
     Args:
-        runs: finished ones, or jobs of a sweep in any state.
+        runs: finished runs, or jobs of a sweep in any state.
 
     Returns:
-        The keys that differ, and the configurations, both in the order in which they first occur.
+        The keys that differ, and the configurations in the order in which they first occur.
     """
     planned = all(run.overrides is not None for run in runs)
     keys = [_override_settings(run) if planned else _config_settings(run) for run in runs]
@@ -86,24 +86,24 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[str], list[Configuration]]:
 
 
 def find_baselines(configurations: Sequence[Configuration], baseline: Mapping[str, str]) -> list[Configuration | None]:
-    """The baseline of each configuration: the one with the settings of ``baseline`` and else the same ones.
+    """Find the baseline of each configuration: the one with the settings ``baseline`` and otherwise the same ones.
 
-    So in a grid of attention blocks and decoders each block is compared with no attention in the same decoder. Options
-    of a setting that the baseline replaces (``attention.factor`` beside ``attention``) are not compared; nor, if no
-    configuration fits otherwise, is the place of an attention block that the baseline does not have.
+    In a grid of attention blocks and decoders, each block is thus compared with no attention in the same decoder.
+    Options of a setting in ``baseline`` (``attention.factor`` beside ``attention``) are ignored. For ``attention=none``
+    the placement is ignored too if no configuration matches otherwise.
 
     Returns:
-        For each configuration its baseline; None for a baseline itself and where there is none.
+        The baseline of each configuration; None for a baseline itself and where no other matches.
 
     Raises:
-        ConfigError: a key of ``baseline`` does not differ, or no configuration has its values.
+        ConfigError: a key of ``baseline`` does not differ between configurations, or no configuration has its values.
     """
     keys = list(configurations[0].settings)
     for key in baseline:
         if key not in keys:
             known = f"what differs is {', '.join(keys)}" if keys else "nothing differs"
             raise ConfigError(f"--baseline {key}={baseline[key]}: {known}.{did_you_mean(key, keys)}")
-    # One job may stand for several values; one that has the very values goes before it.
+    # One job may stand for several values (``ANY``); exact matches come first.
     bases = sorted(
         (candidate for candidate in configurations if has_settings(candidate, baseline)),
         key=lambda candidate: any(candidate.settings[key] == ANY for key in baseline),
@@ -124,7 +124,7 @@ def find_baselines(configurations: Sequence[Configuration], baseline: Mapping[st
 
 
 def setting_text(value: Any) -> str:
-    """A value as on the command line."""
+    """Format a value as on the command line."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -137,14 +137,14 @@ def _first_match(
         for base, values in known:
             if values == wanted:
                 return base
-        for base, values in known:  # for some values of a key a sweep may have one job, such as the plain model
+        for base, values in known:  # one job may stand for several values, such as the model without attention
             if all(value in (ANY, text) for value, text in zip(values, wanted, strict=True)):
                 return base
     return None
 
 
 def has_settings(configuration: Configuration, values: Mapping[str, str]) -> bool:
-    """Whether a configuration has these values, given as on the command line, of keys that differ."""
+    """Check whether a configuration has these values, as on the command line; their keys must be in its settings."""
     return all(setting_text(configuration.settings[key]) in (ANY, value) for key, value in values.items())
 
 
@@ -153,7 +153,7 @@ def _override_settings(run: Run) -> dict[str, Any]:
 
 
 def _config_settings(run: Run) -> dict[str, Any]:
-    """The leaves of a run's configuration by dotted key, but for seed and machine; null is the same as no key."""
+    """Return a run's configuration by dotted key, without nulls, machine keys and ``_LEFT_OUT``."""
     assert run.result is not None
     config = run.result.report["config"]
     left_out = [*machine_keys(config), *_LEFT_OUT]
@@ -176,7 +176,7 @@ def _differing_overrides(keys: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _differing_settings(runs: Sequence[Run], keys: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of sections that differ, and every other key that differs between runs of one such name."""
+    """Return the sections whose names differ, and the keys that differ between runs with the same name there."""
     names = [_section_names(run) for run in runs]
     sections = [section for section in _SECTION_NAMES if len({_frozen(name.get(section)) for name in names}) > 1]
     shown = list(sections)
@@ -206,7 +206,7 @@ def _frozen(value: Any) -> str:
 
 
 def _set_labels(configurations: Sequence[Configuration]) -> None:
-    """Labels of values alone, then with the last parts of keys, then with whole keys: the shortest that are unique."""
+    """Set the shortest unique labels: values alone, with the last parts of keys, with whole keys, or numbered."""
     for name in (_short_part, _named_part, _full_part):
         labels = [
             ", ".join(filter(None, (name(key, value) for key, value in configuration.settings.items())))
@@ -225,7 +225,7 @@ def _set_labels(configurations: Sequence[Configuration]) -> None:
 
 
 def _short_part(key: str, value: Any) -> str:
-    """A word for itself, anything else with its key; what makes no difference is left out."""
+    """Format a word alone, any other value with its key, and None or ``ANY`` as nothing."""
     if value is None or value == ANY:
         return ""
     text = setting_text(value)
@@ -242,7 +242,7 @@ def _full_part(key: str, value: Any) -> str:
 
 
 def _lone_label(configuration: Configuration) -> str:
-    """What the only configuration is called: by its attention block."""
+    """Return the label of the only configuration: its attention block, if a run is finished."""
     for run in configuration.runs:
         if run.result is not None:
             return str(run.result.report["attention"]["name"])

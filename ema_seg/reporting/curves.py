@@ -20,10 +20,10 @@ _PANELS = {"train/loss": "training loss", "val/miou": "validation mIoU, %"}
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The rows of a run's ``metrics.csv``, one per epoch; a value that was not measured is left out.
+    """Read the rows of a run's ``metrics.csv``, one per epoch, without the values that were not measured.
 
     Raises:
-        DataError: the file is missing or not what ``train.py`` writes.
+        DataError: the file is missing or is not a table of numbers.
     """
     path = run / "metrics.csv"
     try:
@@ -39,7 +39,7 @@ def draw_curves(runs: Mapping[str, Path]) -> Figure:
     """Draw training loss and validation mIoU over the epochs.
 
     Args:
-        runs: the folder of each run, by the name that the legend gives it.
+        runs: the folder of each run, by its name in the legend.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, (column, label) in zip(figure.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
@@ -56,7 +56,7 @@ def draw_curves(runs: Mapping[str, Path]) -> Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw the figure that the command line asks for; returns the exit status."""
+    """Draw the curves of the runs that the command line names and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m ema_seg.reporting.curves", description="Draw training curves.")
     parser.add_argument("figure", type=Path, help="where to write the figure: .png, .pdf or .svg")
     parser.add_argument("runs", nargs="+", metavar="name=folder", help="a run of train.py and its name in the legend")

@@ -1,6 +1,6 @@
 """Figures: confusion matrix, IoU of each class, and images beside their masks.
 
-Drawn through Matplotlib's object interface, which needs no display and keeps no global state.
+They are drawn through Matplotlib's object interface, which needs no display and keeps no global state.
 """
 
 import math
@@ -23,7 +23,7 @@ from ema_seg.reporting.tables import describe_model
 __all__ = ["colourise", "draw_class_iou", "draw_confusion_matrix", "draw_samples"]
 
 _IGNORED_COLOUR = (0, 0, 0)
-# Vermillion of Okabe and Ito's palette: told from grey with every kind of colour vision.
+# Vermillion of Okabe and Ito's colour-blind-safe palette, distinct from grey.
 _WRONG_COLOUR = (213, 94, 0)
 
 _NUMBERED_CLASSES = 25
@@ -50,7 +50,7 @@ def colourise(mask: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def draw_confusion_matrix(report: Mapping[str, Any]) -> Figure:
-    """Draw which classes are taken for which: each row is a true class and adds up to 100 %.
+    """Draw the confusion matrix: each row is a true class and adds up to 100 %.
 
     Rows of classes that do not occur in the truth stay grey.
     """
@@ -62,7 +62,7 @@ def draw_confusion_matrix(report: Mapping[str, Any]) -> Figure:
     side = float(np.clip(0.42 * len(classes), 4.5, 13))
     figure = _new_figure(side + 1.6, side + 0.9, layout="compressed")
     axes = figure.add_subplot()
-    # The square root brings out the confusions, which are small beside the diagonal.
+    # A square-root scale shows the confusions, which are small beside the diagonal.
     image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1), interpolation="nearest")
     axes.set_facecolor("0.88")
     axes.set(xlabel="predicted class", ylabel="true class")
@@ -99,13 +99,13 @@ def draw_class_iou(report: Mapping[str, Any]) -> Figure:
 def draw_samples(
     rows: Sequence[Example], classes: Sequence[str], palette: Sequence[Sequence[int]], title: str = ""
 ) -> Figure:
-    """Draw images in rows: input, truth, prediction and errors, and the attention's weights where given.
+    """Draw images in rows: input, truth, prediction and errors, and the attention weights where given.
 
     Args:
         rows: at least one image with its masks.
         classes: names of the K classes.
         palette: their colours.
-        title: a heading for the whole.
+        title: heading of the figure.
     """
     weighted = any("weight_map" in row for row in rows)
     columns = ["input", "truth", "prediction", "errors"] + ["attention weight"] * weighted
@@ -145,7 +145,7 @@ def _draw_bars(axes: Axes, bars: Sequence[Bar], mean: float | None) -> None:
         axes.barh(place, iou or 0, height=0.75, color=_rgb(colour), edgecolor="0.25", linewidth=0.6)
         text = "absent" if iou is None else f"{100 * iou:.1f}"
         label = axes.text((iou or 0) + 0.012, place, text, va="center", fontsize=8, color="0.25")
-        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # keeps the mean's line off it
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # hides the mean's line behind the text
     axes.set_yticks(range(len(bars)), [for_figure(name) for name, _, _ in bars], fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.set(xlim=(0, 1.08), xlabel="IoU")
@@ -172,7 +172,7 @@ def _draw_sample(axes_row: Sequence[Axes], row: Example, palette: Sequence[Seque
         axes.imshow(panel, interpolation="nearest")
     axes_row[0].set_title(for_figure(row["title"]), loc="left", fontsize=8, pad=3)
     if "weight_map" in row:
-        # Each map over its own range, which the bar beside it tells: on the scale from 0 to 1 most would look flat.
+        # Each map has its own range, shown by its colour bar: on a scale from 0 to 1 most would look flat.
         image = axes_row[-1].imshow(row["weight_map"], cmap="viridis")
         bar = axes_row[-1].figure.colorbar(image, ax=axes_row[-1], ticks=image.get_clim(), fraction=0.04, pad=0.02)
         bar.ax.yaxis.set_major_formatter("{x:.2f}")
@@ -180,7 +180,7 @@ def _draw_sample(axes_row: Sequence[Axes], row: Example, palette: Sequence[Seque
 
 
 def _paint_errors(row: Example) -> np.ndarray:
-    """The input in pale grey, wrong pixels in vermillion, ignored ones in white."""
+    """Paint the input in pale grey, wrong pixels in vermillion, ignored ones in white."""
     grey = row["image"].mean(axis=2, keepdims=True) * 0.4 + 150
     painted = np.repeat(grey, 3, axis=2)
     labelled = row["truth"] != IGNORE_INDEX
@@ -190,7 +190,7 @@ def _paint_errors(row: Example) -> np.ndarray:
 
 
 def _legend_patches(rows: Sequence[Example], classes: Sequence[str], palette: Sequence[Sequence[int]]) -> list[Patch]:
-    """The classes that occur, in their order; of very many those with the most pixels."""
+    """Return a patch for each class that occurs, in class order; of very many, for those with the most pixels."""
     masks = np.concatenate([row[key].ravel() for row in rows for key in ("truth", "prediction")])
     pixels = np.bincount(masks, minlength=IGNORE_INDEX + 1)[: len(classes)]
     shown = np.sort(np.argsort(-pixels, kind="stable")[: min(_LEGEND_CLASSES, np.count_nonzero(pixels))])

@@ -1,4 +1,4 @@
-"""How reports are written: whole files or none, under names that every file system takes, over no foreign file."""
+"""Report files: written atomically, under portable names, and never over foreign files."""
 
 import json
 import os
@@ -17,36 +17,37 @@ _SCHEMA = "ema-seg.files/1"
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it appears whole or not at all; its folder is made if missing.
+    """Write a file atomically; create its folder if missing.
 
     Raises:
-        DataError: it cannot be written.
+        DataError: the file cannot be written.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another process may write the same
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another process may write the same file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         partial.replace(path)
     except OSError as error:
         with suppress(OSError):
-            partial.unlink(missing_ok=True)  # which may be what has filled the disk
+            partial.unlink(missing_ok=True)  # the partial file may have filled the disk
         raise DataError(f"{path}: cannot be written ({error.strerror}); make room or give permission.") from error
 
 
 class Manifest:
-    """The files that this project has written into a folder, which are all that it may replace or remove there.
+    """List of the files that this project has written into a folder: it replaces and removes no others there.
 
-    Kept in ``written_files.json``. A file is listed before it is written, so that a kill leaves none that is not.
+    The list is kept in ``written_files.json``. A file is listed before it is written, so that a kill leaves no file
+    that is not listed.
 
     Args:
         directory: the folder, which need not exist.
-        earlier: gives the files of a folder without a manifest that an earlier version has written.
+        earlier: returns the files that an earlier version has written into a folder without a manifest.
 
     Attributes:
         files: paths relative to the folder.
 
     Raises:
-        DataError: the manifest is not one of this project.
+        DataError: the manifest cannot be read or is not one of this project.
     """
 
     def __init__(self, directory: Path, earlier: Callable[[Path], Iterable[str]] = lambda directory: ()) -> None:
@@ -67,7 +68,7 @@ class Manifest:
         self.files = {file for file in files if _is_inside(file)}
 
     def check(self, files: Iterable[str]) -> None:
-        """Raise a DataError if one of these is there and was not written by this project."""
+        """Raise a DataError if one of the files exists and was not written by this project."""
         for file in files:
             if file not in self.files and os.path.lexists(self.directory / file):
                 raise DataError(
@@ -76,10 +77,10 @@ class Manifest:
                 )
 
     def claim(self, files: Iterable[str]) -> None:
-        """List files that are written next.
+        """Add files that are about to be written.
 
         Raises:
-            DataError: see ``check``.
+            DataError: one of the files exists and was not written by this project, or the manifest cannot be written.
         """
         new = set(files) - self.files
         self.check(sorted(new))
@@ -88,7 +89,7 @@ class Manifest:
             self._save()
 
     def remove(self, files: Iterable[str]) -> None:
-        """Remove those of the files that were written by this project."""
+        """Remove the files, except those that this project has not written."""
         own = set(files) & self.files
         for file in own:
             (self.directory / file).unlink(missing_ok=True)
@@ -107,10 +108,11 @@ def _is_inside(file: str) -> bool:
 
 
 def file_names(names: Iterable[str]) -> list[str]:
-    """A file name, without suffix, for each of some free texts such as the names of images or of configurations.
+    """Return a unique file name, without suffix, for each text, such as the name of an image.
 
-    Letters of ASCII, digits, ``-``, ``.`` and ``_`` stay; what else there is becomes ``_``, folders' slashes too. Names
-    that would be the same, also to a file system that ignores case, are numbered: ``a``, ``a~2``.
+    ASCII letters, digits, ``-`` and ``.`` stay; any other characters in a row, slashes included, become one ``_``. A
+    name is cut at 100 characters and loses leading dots. Names that are the same but for case are numbered: ``a``,
+    ``a~2``.
     """
     taken: set[str] = set()
     safe = []

@@ -1,4 +1,4 @@
-"""A comparison as one page that opens from the disk and needs nothing else: no network, no library, no second file."""
+"""Self-contained HTML page of a comparison: it needs no network, no library and no second file."""
 
 import base64
 import json
@@ -26,8 +26,8 @@ def write_page(comparison: Comparison, directory: Path) -> Path:
     tables and plots from them.
 
     Args:
-        comparison: what ``compare_runs`` returned, with the ``files`` of its examples.
-        directory: where the files of the examples lie, and the page goes.
+        comparison: result of ``compare_runs``, with the ``files`` of its examples.
+        directory: folder of the examples' files and of the page.
 
     Returns:
         The path of the page.
@@ -35,7 +35,7 @@ def write_page(comparison: Comparison, directory: Path) -> Path:
     paths = {path for example in comparison["examples"] for path in example["files"].values() if path}
     pictures = {path: _data_uri(directory / path) for path in sorted(paths)}
     page = _asset("page.html")
-    # The data last: what they hold might look like a place to fill in.
+    # The data come last, as their texts might contain a placeholder.
     for place, content in {
         "/* style */": _asset("page.css"),
         "/* program */": _asset("page.js"),
@@ -43,7 +43,7 @@ def write_page(comparison: Comparison, directory: Path) -> Path:
     }.items():
         page = page.replace(place, content)
     path = directory / "comparison.html"
-    write_file(path, page.encode(errors="backslashreplace"))  # in JSON an escape
+    write_file(path, page.encode(errors="backslashreplace"))  # lone surrogates become JSON escapes
     return path
 
 
@@ -52,13 +52,13 @@ def _asset(name: str) -> str:
 
 
 def _embed(data: Any) -> str:
-    """JSON for the inside of a script element, which ``</script`` would end."""
+    """Encode data as JSON for a script element; escape ``<``, because ``</script`` would end the element."""
     text = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
 
 
 def _data_uri(path: Path) -> str:
-    """The picture itself; photographs of other formats as JPEG, which is a tenth of their size."""
+    """Encode a picture as a data URI; large RGB pictures become JPEG, at a tenth of their size."""
     content, kind = path.read_bytes(), path.suffix.lstrip(".").lower().replace("jpg", "jpeg")
     with Image.open(BytesIO(content), formats=IMAGE_FORMATS) as picture:
         if picture.mode == "RGB" and kind != "jpeg" and len(content) > 2**16:

@@ -1,4 +1,4 @@
-"""The pictures of a comparison's examples: photograph, truth, and the masks of a configuration and of its baseline."""
+"""Pictures of a comparison's examples: photograph, truth, and the masks of a configuration and of its baseline."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_examples"]
 
-# Of the longer side, in pixels: a page with twenty configurations shows 160 of them.
+# Longer side in pixels: a page with twenty configurations shows 160 pictures.
 _LARGEST = 1024
 _FOLDER = "examples"
 
@@ -31,18 +31,18 @@ _FOLDER = "examples"
 def draw_examples(
     examples: Sequence[Disagreement], matches: Sequence[Match], directory: Path
 ) -> tuple[list[Disagreement], list[str]]:
-    """Write the pictures of examples into ``examples/``, as large as they are or with their longer side 1024.
+    """Write the pictures of examples into ``examples/``, shrunk to 1024 pixels on the longer side if larger.
 
-    Photograph and truth are read from the data set, if it is where one of the evaluations had it; the masks from the
-    reports.
+    Photograph and truth are read from the data set, if it is at the root of one of the evaluations; the masks are read
+    from the reports' folders.
 
     Args:
-        examples: of a comparison.
-        matches: the configurations that it was drawn up from, see ``match_runs``.
-        directory: where ``comparison.json`` goes.
+        examples: the examples of a comparison.
+        matches: the configurations of the comparison, see ``match_runs``.
+        directory: folder of ``comparison.json``.
 
     Returns:
-        The examples with their ``files``, each None where it cannot be had, and sentences that say which and why.
+        The examples with their ``files``, None where there is no picture, and notes on pictures that cannot be read.
     """
     by_label = {match.label: match for match in matches}
     results = [result for match in matches for result in match.results.values()]
@@ -68,7 +68,7 @@ def draw_examples(
 
 
 class _Album:
-    """Writes each picture once, however many examples show it."""
+    """Writer of pictures, which writes each one once for all examples that show it."""
 
     def __init__(
         self, manifest: Manifest, results: Sequence[Result], labels: Sequence[str], names: Sequence[str]
@@ -88,12 +88,12 @@ class _Album:
         return self._once(f"{self._names[name]}+truth.png", lambda: self._read_truth(name))
 
     def prediction(self, result: Result, name: str, label: str, seed: int | None) -> str | None:
-        # No name of a file has a plus sign in it, so that no two of these are the same.
+        # ``file_names`` gives no plus signs, so the joined names are unique.
         file = f"{self._names[name]}+{self._labels[label]}+{seed}.png"
         return self._once(file, lambda: self._read_prediction(result, name))
 
     def remove_others(self) -> None:
-        """Remove the pictures of an earlier comparison, which show other images or other models; nothing else."""
+        """Remove the pictures that only an earlier comparison has written: they show other images or models."""
         earlier = {file for file in self._manifest.files if file.startswith(f"{_FOLDER}/")}
         self._manifest.remove(earlier - set(self._written.values()))
 
@@ -134,7 +134,7 @@ class _Album:
             return None
         try:
             with Image.open(result.path.parent / path, formats=IMAGE_FORMATS) as mask:
-                # The indices alone: shrinking must not mix colours, and the palette is the comparison's.
+                # Class ids alone: shrinking must not mix colours, and the palette is the report's.
                 return _encode(Image.frombytes("L", mask.size, mask.tobytes()), result.report["palette"])
         except (OSError, ValueError) as error:
             self.notes.append(f"No prediction of {name}: {result.path.parent / path} ({one_line(error)}).")
@@ -142,7 +142,7 @@ class _Album:
 
     @cached_property
     def _dataset(self) -> "SegmentationDataset | None":
-        """The data set, which is the same for all results; None if it cannot be read in any of their places."""
+        """Data set of all results; None if it cannot be read at any of their roots."""
         reports = {result.report["data"]["root"]: result.report for result in self._results}
         reasons = []
         for root, report in reports.items():
@@ -151,7 +151,7 @@ class _Album:
                 continue
             try:
                 return _open_dataset(report["data"], report["config"].get("data", {}))
-            except Exception as error:  # a picture is no reason to lose the comparison
+            except Exception as error:  # a missing picture must not end the comparison
                 reasons.append(one_line(error))
         self.notes.append(f"No photographs and no truth: {' '.join(reasons)}")
         return None
@@ -163,10 +163,10 @@ class _Album:
 
 
 def _open_dataset(data: Mapping[str, Any], options: Mapping[str, Any]) -> "SegmentationDataset":
-    # Torch comes with it, and takes longer to import than a comparison may take where no picture can be had.
+    # Imports torch, which takes longer than a comparison without pictures may take.
     from ema_seg.data import build_dataset, find_dataset_class
 
-    # The configuration of the data has the loader's settings too.
+    # The data config also holds the loader's settings.
     known = list(inspect.signature(find_dataset_class(data["name"])).parameters)[3:]
     same = options.get("name") == data["name"]
     chosen = {key: value for key, value in options.items() if same and key in known}

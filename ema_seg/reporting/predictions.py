@@ -1,4 +1,4 @@
-"""Predicted masks as files, for pictures side by side long after the evaluation."""
+"""Predicted masks as files, for pictures that are drawn long after the evaluation."""
 
 import shutil
 import sys
@@ -21,20 +21,20 @@ from ema_seg.reporting.report import report_manifest
 __all__ = ["PredictionWriter", "encode_mask", "hold_report"]
 
 _FOLDER = "predictions"
-# Seconds after which the other processes of a group hear that the first one still waits.
+# Seconds between broadcasts of rank 0 to the other ranks while it waits for the lock.
 _TURN = 30.0
 
 
 @contextmanager
 def hold_report(directory: Path) -> Iterator[None]:
-    """Keep other evaluations from writing to a report's folder meanwhile; wait for one that does.
+    """Hold the lock of a report's folder; wait for another evaluation that holds it.
 
-    The first process of a group holds the lock. A disk that knows no locks is trusted.
+    Rank 0 holds the lock for all ranks. On a file system without locks nothing is locked.
 
     Raises:
-        DataError: the folder cannot be made.
+        DataError: the folder cannot be created or written to.
     """
-    from ema_seg.distributed.collectives import agree  # brings torch, which reading masks does without
+    from ema_seg.distributed.collectives import agree  # imports torch, which reading masks does not need
 
     lock = FileLock(directory / "report.lock")
     first = place().rank == 0
@@ -63,11 +63,11 @@ def _acquire(lock: FileLock, directory: Path, timeout: float) -> bool:
 
 
 class PredictionWriter:
-    """Writes predicted masks into ``predictions/`` of a report's folder, one at a time.
+    """Writer of predicted masks into ``predictions/`` of a report's folder, one at a time.
 
-    A context manager: the masks gather beside an earlier report's, and take their place when all are there; files that
-    no report has written stay. Of several processes (see ``ema_seg.distributed``) each writes those of the images in
-    its turn.
+    A context manager: masks are written beside an earlier report's and replace them when the block ends without an
+    error; files that no report has written stay. With several ranks (see ``ema_seg.distributed``), each writes the
+    masks of its share of the images.
 
     Args:
         directory: the report's folder.
@@ -102,7 +102,7 @@ class PredictionWriter:
         """Write an image's mask: class ids in [0, K), H x W.
 
         Raises:
-            DataError: it cannot be written.
+            DataError: the mask cannot be written.
         """
         path = self._partial / self._files[name]
         write_file(path, encode_mask(prediction, self._palette))
@@ -118,7 +118,7 @@ class PredictionWriter:
             self._move()
 
     def _move(self) -> None:
-        written = {f"{_FOLDER}/{path.name}" for path in self._partial.iterdir()}  # of skipped images there is none
+        written = {f"{_FOLDER}/{path.name}" for path in self._partial.iterdir()}  # skipped images have none
         manifest = report_manifest(self._directory)
         manifest.claim(written)
         (self._directory / _FOLDER).mkdir(exist_ok=True)
@@ -129,7 +129,7 @@ class PredictionWriter:
 
 
 def encode_mask(mask: NDArray[np.integer], palette: Sequence[Sequence[int]]) -> bytes:
-    """A PNG whose pixels are class ids and whose palette is their colours; 255, for ignored pixels, is black.
+    """Encode a mask as a PNG of class ids with their colours as palette; 255, for ignored pixels, is black.
 
     Args:
         mask: class ids in [0, K) or 255, H x W.
@@ -140,6 +140,6 @@ def encode_mask(mask: NDArray[np.integer], palette: Sequence[Sequence[int]]) -> 
     image = Image.fromarray(np.asarray(mask, np.uint8))
     image.putpalette(colours.tobytes())
     content = BytesIO()
-    # The lowest level takes half of the time of the default and a third more space: an evaluation waits for it.
+    # An evaluation waits for this: level 1 takes half the time of the default, and a third more space.
     image.save(content, "PNG", compress_level=1)
     return content.getvalue()

@@ -1,4 +1,4 @@
-"""The machine-readable result of an evaluation, from which every table and figure is drawn.
+"""Machine-readable result of an evaluation, from which every table and figure is drawn.
 
 ``report.json`` is strict JSON: an undefined number (the IoU of an absent class) is null. Fractions are in
 [0, 1], times in seconds, memory in bytes.
@@ -10,27 +10,27 @@
 ``checkpoint``      path of the checkpoint, or null
 ``seed``            the seed of the training, or null
 ``config``          the run's whole resolved configuration, as in its checkpoint
-``job``             of a run inside a sweep: ``identity``, ``overrides`` (texts by key) and, if the report was
-                    written by the sweep itself, its ``launcher``; else null
+``job``             ``identity``, ``overrides`` (text by key) and, if the sweep itself wrote the report, its
+                    ``launcher``; null for a run outside a sweep
 ``data``            ``name``, ``root``, ``split``, ``images`` (how many), ``skipped`` (by split, the names of those
                     that could not be read, in the training or here)
-``model``           ``decoder``, ``encoder``, and whatever else the model was built with
-``attention``       ``name``, and whatever else the attention block was built with
+``model``           ``decoder``, ``encoder`` and the model's other settings
+``attention``       ``name`` and the attention block's other settings
 ``classes``         the K names
 ``palette``         K colours, [red, green, blue] from 0 to 255
 ``confusion_matrix``  K x K pixel counts, a row for each true class
 ``miou`` ...        ``iou`` (K values), ``mean_accuracy``, ``pixel_accuracy``, ``fw_iou``: see
                     ``ema_seg.evaluation.ConfusionMatrix.compute``
 ``absent_classes``  names of the classes in neither truth nor prediction, which the mean leaves out
-``strata``          what each stratum of object sizes means, by its name: see ``ema_seg.evaluation.strata``
+``strata``          meaning of each stratum of object sizes, by its name: see ``ema_seg.evaluation.strata``
 ``size_iou``        by stratum, the IoU of each class
 ``size_miou``       by stratum, the mean IoU of the classes that the stratum has
 ``parameters``      ``total``, ``trainable``
 ``gmacs``           10^9 multiply-accumulate operations for one image
-``throughput``      speed and memory: see ``ema_seg.evaluation.measure_cost``; ``capped_batch_size`` where the split has
-                    no batch of that size, so that the largest that it has was measured
+``throughput``      speed and memory: see ``ema_seg.evaluation.measure_cost``; ``capped_batch_size`` is the requested
+                    batch size, present if the split has fewer images and a smaller batch was measured
 ``environment``     see ``ema_seg.evaluation.describe_environment``
-``curves``          the columns of the run's ``metrics.csv``, by name: a value for each epoch, or null; null without
+``curves``          columns of the run's ``metrics.csv`` by name, each epoch's value or null; null without that file
 ``images``          for each image ``name``, ``miou``, ``pixel_accuracy``, ``intersection``, ``union`` (K counts),
                     ``strata`` (by stratum ``intersection``, ``union``), and ``prediction``: the path of its predicted
                     mask, a PNG of class ids, relative to ``report.json``; null where none was kept
@@ -58,7 +58,7 @@ __all__ = ["FILES", "SCHEMA", "build_report", "load_report", "report_manifest", 
 SCHEMA = "ema-seg.report/2"
 _PANEL = "figures/panel.png"
 FILES = ("report.json", "report.md", "figures/confusion_matrix.png", "figures/per_class_iou.png", _PANEL)
-"""What a report's folder holds besides ``predictions/``."""
+"""Files of a report's folder besides ``predictions/`` and the manifest."""
 
 
 def build_report(
@@ -82,7 +82,7 @@ def build_report(
 
     Args:
         evaluation: the scores.
-        cost: what the same model costs, measured in the same process.
+        cost: cost of the same model, measured in the same process.
         classes: names of the K classes.
         palette: their colours.
         data: ``name``, ``root``, ``split`` and ``skipped``.
@@ -91,15 +91,15 @@ def build_report(
         environment: versions, device, code and command line.
         config: the run's whole resolved configuration; its ``seed`` is the report's.
         run: name of the run or its directory.
-        checkpoint: the file that the weights came from.
+        checkpoint: file of the weights.
         job: ``identity`` and ``overrides`` of a run inside a sweep.
         curves: the columns of the run's ``metrics.csv``.
         predictions: path of each image's predicted mask, relative to the report's folder.
 
     Returns:
-        The dict that ``report.json`` holds, of plain values only; see this module's text for its keys.
+        The content of ``report.json``, of plain values only; see this module's docstring for its keys.
     """
-    # Torch comes with it, which reading a report does without.
+    # Imports torch, which reading a report does not need.
     from ema_seg.evaluation.strata import STRATA, score_strata
 
     confusion, images = evaluation.confusion, evaluation.images
@@ -136,17 +136,17 @@ def write_report(report: Mapping[str, Any], directory: str | Path, panel: "Seque
     """Write ``report.json``, ``report.md`` and ``figures/*.png``; each file appears whole or not at all.
 
     Args:
-        report: what ``build_report`` or ``load_report`` returned.
-        directory: made if missing; an earlier report in it is replaced, and no file that is not of one.
-        panel: the images of the panel, see ``ema_seg.evaluation.predict_examples``; none leaves it out.
+        report: result of ``build_report`` or ``load_report``.
+        directory: created if missing; an earlier report in it is replaced, but no other file.
+        panel: images of the panel, see ``ema_seg.evaluation.predict_examples``; without images there is no panel.
 
     Returns:
         The path of ``report.json``, which is written last.
 
     Raises:
-        DataError: a file cannot be written, or one of its name is there that no report has written.
+        DataError: a file cannot be written, or would replace one that no report has written.
     """
-    # Matplotlib is for drawing alone: reading a hundred reports goes without.
+    # Imports Matplotlib, which reading a hundred reports does not need.
     from ema_seg.reporting.figures import draw_class_iou, draw_confusion_matrix, draw_samples
 
     directory = Path(directory)
@@ -167,18 +167,18 @@ def write_report(report: Mapping[str, Any], directory: str | Path, panel: "Seque
         write_file(directory / "figures" / f"{name}.png", content.getvalue())
     write_file(directory / "report.md", render_markdown(report, tuple(figures)).encode())
     path = directory / "report.json"
-    # A file's name may have bytes that are not UTF-8: in JSON's escapes they are read again as they were.
+    # File names may have bytes that are not UTF-8, which JSON's escapes preserve.
     write_file(path, _to_json(report).encode(errors="backslashreplace"))
     return path
 
 
 def report_manifest(directory: Path) -> Manifest:
-    """The files that evaluations have written into a report's folder."""
+    """Return the manifest of the files that evaluations have written into a report's folder."""
     return Manifest(directory, _files_without_manifest)
 
 
 def _files_without_manifest(directory: Path) -> Iterator[str]:
-    """The files of a report that is older than manifests."""
+    """Yield the files of a report that was written before there were manifests."""
     try:
         report = read_json(directory / "report.json")
         if not str(report["schema"]).startswith("ema-seg.report/"):
@@ -194,7 +194,7 @@ def load_report(path: str | Path) -> dict[str, Any]:
     """Read a ``report.json``.
 
     Raises:
-        DataError: the file is missing, or no report of this schema.
+        DataError: the file is missing, or is not a report of this schema.
     """
     path = Path(path)
     try:
@@ -213,13 +213,13 @@ def load_report(path: str | Path) -> dict[str, Any]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """The mean of what is defined, as ``ConfusionMatrix.compute`` takes it; ``nan`` of nothing."""
+    """Return the mean of the defined values, as ``ConfusionMatrix.compute`` does; ``nan`` if there are none."""
     defined = [value for value in values if not math.isnan(value)]
     return sum(defined) / len(defined) if defined else math.nan
 
 
 def _plain(value: Any) -> Any:
-    """The same value made of what strict JSON knows."""
+    """Convert a value to the types of strict JSON; numbers that are not finite become None."""
     match value:
         case None | bool() | int() | str():
             return value
@@ -235,7 +235,7 @@ def _plain(value: Any) -> Any:
 
 
 def _to_json(report: Mapping[str, Any]) -> str:
-    """JSON with a line for each key and each item of the long lists, so that it can be read and compared."""
+    """Format a report as JSON with a line for each key and each item of the long lists, to be readable in a diff."""
     lines = []
     for key, value in report.items():
         text = json.dumps(value, allow_nan=False, ensure_ascii=False)

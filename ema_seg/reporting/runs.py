@@ -1,4 +1,4 @@
-"""The runs that a comparison is drawn up from: finished ones with their report, others with the reason why not."""
+"""Runs of a comparison: finished ones with their report, others with the reason why they are not."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +22,13 @@ _NEEDED = {
 
 @dataclass(frozen=True)
 class Result:
-    """A report as a comparison takes it: its long lists as arrays.
+    """Report as a comparison uses it, with its long lists as arrays.
 
     Attributes:
-        path: of ``report.json``.
-        report: what it holds, but for the images.
-        names: of the N images.
-        miou: of each image, ``nan`` where it has none.
+        path: path of ``report.json``.
+        report: its content without the images.
+        names: names of the N images.
+        miou: float64 (N,): mIoU of each image, ``nan`` where it has none.
         counts: int32 (N, strata, 2, K): pixels of intersection and union of each class in each stratum, which add up
             to those of the whole image.
         predictions: path of each image's predicted mask relative to ``report.json``, or None.
@@ -44,14 +44,15 @@ class Result:
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """Run of a comparison.
 
     Attributes:
-        folder: of the run.
+        folder: folder of the run.
         state: "finished" if there is a ``result``, else see ``ema_seg.reporting.comparison.Job``.
         reason: why it is not finished.
         result: its report.
-        overrides: what tells it from the other jobs of its sweep, as on the command line; None outside a sweep.
+        overrides: the overrides that distinguish it from the other jobs of its sweep, as on the command line; None for
+            a run that was not read as a job of a sweep.
     """
 
     folder: Path
@@ -62,7 +63,7 @@ class Run:
 
     @property
     def seed(self) -> int | None:
-        """The seed of the training; None if it is not known."""
+        """Seed of the training; None if it is not known."""
         if self.result is not None:
             return self.result.report["seed"]
         text = (self.overrides or {}).get("seed", "")
@@ -71,15 +72,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Runs:
-    """The runs of a comparison, and what is known of them together.
+    """Runs of a comparison, with their title, folder, baseline and groups of classes.
 
     Attributes:
-        title: a few words.
-        folder: of the sweep; None for runs that were named one by one.
-        runs: in the order of their rows.
-        baseline: settings that name the baseline; None leaves it open.
-        notes: sentences about runs that had to be left out.
-        groups: classes by the name of a group that is scored apart; those that the data do not have are passed over.
+        title: name of the sweep or the folder, or the names of the runs.
+        folder: folder of the sweep or of the runs; None for runs that were named one by one.
+        runs: the runs, in the order of their rows.
+        baseline: settings that name the sweep's baseline; None for the default of ``match_runs``.
+        notes: sentences about reports that were left out and sweeps that were not read as such.
+        groups: names of the classes of each group that gets a score, by the group's name; classes that the data do not
+            have are ignored.
     """
 
     title: str
@@ -91,13 +93,13 @@ class Runs:
 
 
 def read_folder(folder: Path) -> Runs:
-    """Read a sweep, or all runs whose folders lie in a folder.
+    """Read the runs of a sweep, or all runs in a folder.
 
-    With a ``sweep.json`` its jobs are the runs, in whatever state they are; a report that cannot be read makes a failed
-    one. Without, every ``*/report/report.json`` and ``*/*/report/report.json`` is a finished run.
+    With a ``sweep.json``, the runs are its jobs in any state; a job whose report cannot be read counts as failed.
+    Without one, every readable ``*/report/report.json`` and ``*/*/report/report.json`` is a finished run.
 
     Raises:
-        DataError: there is no such folder, or nothing in it to compare.
+        DataError: the folder does not exist or has no finished run.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the folder of a sweep.")
@@ -109,12 +111,12 @@ def read_folder(folder: Path) -> Runs:
     else:
         paths = sorted({*folder.glob("*/report/report.json"), *folder.glob("*/*/report/report.json")})
         runs = [_read_job(path.parents[1], None, None, notes) for path in paths]
-        # Of what cannot be read the configuration is unknown, and so its row.
         for plan_path in sorted(folder.glob("*/sweep.json")):
             notes.append(
                 f"{plan_path.parent} is a sweep: its finished jobs are told apart by their settings here, the others "
                 "are not shown, and its own baseline and groups are not used."
             )
+        # Without a readable report, a run's configuration, and so its row, is unknown.
         found = Runs(folder.resolve().name, folder, [run for run in runs if run.result], None, notes)
     if not any(run.result for run in found.runs):
         states = ", ".join(f"{sum(run.state == state for run in found.runs)} {state}" for state in _states(found.runs))
@@ -128,14 +130,14 @@ def read_runs(paths: Sequence[Path]) -> Runs:
     """Read runs by their folders, or by their ``report.json``; the first is the baseline.
 
     Raises:
-        DataError: one of them has no report, or one that cannot be read.
+        DataError: a run has no report, or its report cannot be read.
     """
     runs = []
     for path in paths:
         report = path
         if path.is_dir():
             report = path / "report" / "report.json"
-            # eval.py can put a report anywhere, without a run around it.
+            # eval.py can write a report outside a run's folder.
             if not report.is_file() and (path / "report.json").is_file():
                 report = path / "report.json"
         result = load_result(report)
@@ -145,10 +147,10 @@ def read_runs(paths: Sequence[Path]) -> Runs:
 
 
 def load_result(path: Path) -> Result:
-    """Read a ``report.json`` as a comparison takes it.
+    """Read a ``report.json`` as a comparison uses it.
 
     Raises:
-        DataError: it cannot be read, or is no whole report of this version.
+        DataError: the file cannot be read, or is not a complete report of this version.
     """
     report = load_report(path)
     try:

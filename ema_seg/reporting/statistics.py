@@ -1,27 +1,27 @@
-"""Is a difference between two configurations more than chance?
+"""Statistics of the difference between two configurations: its confidence interval and p-value.
 
-Two things could have come out otherwise: the *training* (another seed gives another model) and the *images* (another
-draw of them from the same streets gives other scores). The design is crossed, not nested: every seed of every
-configuration is scored on the same images. With n seeds and N images, d(s) the difference of mIoU of two
-configurations at seed s and D their mean, the variance of D has two parts here:
+A difference varies with the *training* (another seed gives another model) and with the *images* (another sample from
+the same streets gives other scores). The design is crossed, not nested: every seed of every configuration is scored on
+the same images. Let n be the number of seeds and N that of images, d(s) the difference of mIoU of two configurations at
+seed s, and D the mean of d(s). The variance of D is estimated as the sum of two parts:
 
-* *seeds*: var(d)/n, with n - 1 in the denominator of var. It is what a bootstrap tends to that draws n - 1 of n seeds
-  with replacement, the number that makes it unbiased for few
-  (Rao & Wu 1988, https://doi.org/10.1080/01621459.1988.10478591), without that bootstrap's noise.
-* *images*: the variance of D over replicates that draw N - 1 of N images with replacement, the same ones for all
-  configurations and seeds. This is a bootstrap because mIoU is no mean over images: pixels are summed before they are
-  divided, and a class that a replicate has no pixel of drops out of its mean.
+* *seeds*: var(d)/n, with n - 1 in the denominator of var. A bootstrap that draws n - 1 of n seeds with replacement,
+  the number that makes it unbiased for few seeds (Rao & Wu 1988, https://doi.org/10.1080/01621459.1988.10478591), tends
+  to this value; the formula is free of the bootstrap's noise.
+* *images*: the variance of D over bootstrap replicates that draw N - 1 of N images with replacement, the same ones for
+  all configurations and seeds. A bootstrap is needed because mIoU is not a mean over images: pixels are summed before
+  the division, and a class without a pixel in a replicate drops out of its mean.
 
 Drawing seeds and images within one replicate (the pigeonhole bootstrap: Owen 2007,
-https://doi.org/10.1214/07-AOAS122) would count the interaction of the two, how differently a seed does on an image,
-three times; the sum of the two parts counts it twice. The interval is thus a little too wide rather than too narrow.
+https://doi.org/10.1214/07-AOAS122) would count the interaction of seeds and images three times; the sum of the two
+parts counts it twice. The interval is thus a little too wide rather than too narrow.
 
 The interval is D ± t · √(seeds + images), where t is the quantile of Student's distribution for the degrees of
 freedom of a sum of two estimated variances with n - 1 and N - 1 of them (Satterthwaite 1946,
-https://doi.org/10.2307/3002019); and never narrower than the interval of the paired t-test over seeds,
-D ± t(n - 1) · √seeds. Satterthwaite's approximation is too sure of itself where few seeds happen to agree, and that
-test is exact for the question of training anew on these very images. docs/comparison.md has the coverage of the
-interval in simulations, beside that of others.
+https://doi.org/10.2307/3002019). It is never narrower than the interval of the paired t-test over seeds,
+D ± t(n - 1) · √seeds: Satterthwaite's approximation is overconfident where few seeds happen to agree, and the t-test is
+exact for another training on the same images. docs/comparison.md compares the coverage of the interval with that of
+others in simulations.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,14 +44,14 @@ __all__ = [
 
 Array = NDArray[np.float64]
 
-# The memory of a chunk of weights; that of the scores of many jobs, all of one chunk, grows with it.
+# Memory of a chunk of weights; the memory of a chunk's scores grows with it and with the number of jobs.
 _CHUNK_BYTES = 2**20
 
 
 class Estimate(NamedTuple):
-    """A difference, its interval, and what the interval covers: "seeds and images" or "images".
+    """Difference with its confidence interval, which covers "seeds and images" or only "images" (``covers``).
 
-    ``p`` is two-sided, of no difference; None where the interval does not cover the seeds.
+    ``p`` is the two-sided p-value of no difference; None where the interval does not cover the seeds.
     """
 
     difference: float
@@ -62,17 +62,17 @@ class Estimate(NamedTuple):
 
 
 def draw_weights(images: int, replicates: int, seed: int) -> Iterator[Array]:
-    """How often each image occurs in each replicate of a bootstrap.
+    """Draw how often each image occurs in each replicate of a bootstrap.
 
     A replicate draws N - 1 of the N images with replacement: then the variance over replicates is unbiased for a mean.
 
     Args:
         images: N, at least 2.
-        replicates: R, how many in all.
+        replicates: R, the total number.
         seed: the same seed gives the same weights.
 
     Yields:
-        Whole numbers as float64 of shape (r, N), some of the R replicates at a time.
+        Counts as float64 of shape (r, N), for r of the R replicates at a time.
     """
     generator = np.random.default_rng(seed)
     chunk = max(_CHUNK_BYTES // (8 * images), 1)
@@ -83,13 +83,13 @@ def draw_weights(images: int, replicates: int, seed: int) -> Iterator[Array]:
 
 
 def weigh_counts(weights: Array, counts: Array) -> Array:
-    """Sum the images' counts of a run in each replicate.
+    """Sum the images' counts in each replicate.
 
-    One product of matrices. In float64 it is exact, up to sums of 2^53 pixels.
+    This is one matrix product, exact in float64 up to sums of 2^53 pixels.
 
     Args:
         weights: (r, N), see ``draw_weights``.
-        counts: of each image, (N, ...).
+        counts: counts of each image, (N, ...).
 
     Returns:
         The sums, (r, ...).
@@ -98,12 +98,12 @@ def weigh_counts(weights: Array, counts: Array) -> Array:
 
 
 def add_whole(sums: Array) -> Array:
-    """Put what strata add up to, the whole, before them: (..., strata, 2, K) to (..., 1 + strata, 2, K)."""
+    """Prepend the sum of the strata, the whole: (..., strata, 2, K) to (..., 1 + strata, 2, K)."""
     return np.concatenate([sums.sum(axis=-3, keepdims=True), sums], axis=-3)
 
 
 def score_sums(sums: Array) -> Array:
-    """Mean IoU and the IoU of each class, by the rules of ``ema_seg.evaluation.ConfusionMatrix``.
+    """Compute the mean IoU and the IoU of each class, by the rules of ``ema_seg.evaluation.ConfusionMatrix``.
 
     Args:
         sums: pixels of intersection and union of each of K classes, (..., 2, K).
@@ -121,11 +121,11 @@ def score_sums(sums: Array) -> Array:
 
 
 def add_groups(scores: Array, groups: Sequence[Sequence[int]]) -> Array:
-    """Put the mean IoU of groups of classes behind the scores: (..., 1 + K) to (..., 1 + K + groups).
+    """Append the mean IoU of groups of classes to the scores: (..., 1 + K) to (..., 1 + K + groups).
 
     Args:
         scores: see ``score_sums``.
-        groups: the classes of each group, by their numbers; those without an IoU are left out of its mean.
+        groups: class indices of each group; classes without an IoU are left out of its mean.
     """
     means = []
     for group in groups:
@@ -139,17 +139,17 @@ def add_groups(scores: Array, groups: Sequence[Sequence[int]]) -> Array:
 def estimate_difference(
     differences: Sequence[float] | Array, image_variance: float, images: int, confidence: float = 0.95
 ) -> Estimate:
-    """The mean of the differences over seeds, with its interval; see the text of this module.
+    """Estimate the mean difference over seeds and its interval; see this module's docstring.
 
     Args:
-        differences: of two configurations trained with the same seed, one for each of n seeds.
-        image_variance: of the mean difference, over replicates that draw images.
+        differences: difference of two configurations trained with the same seed, for each of n seeds.
+        image_variance: variance of the mean difference over replicates that draw images.
         images: N, at least 2.
-        confidence: of the interval.
+        confidence: confidence level of the interval.
 
     Returns:
         The estimate. For one seed its interval covers the images alone. Without any variance, as between copies of
-        one run, the interval is a point, and ``p`` 1 if it is zero.
+        one run, the interval is a point; for several seeds ``p`` is then 1 if the difference is zero, else 0.
     """
     values = np.asarray(differences, dtype=float)
     seeds, difference = len(values), float(np.mean(values))
@@ -162,7 +162,7 @@ def estimate_difference(
     parts = image_variance**2 / (images - 1)
     if seeds > 1:
         parts += seed_variance**2 / (seeds - 1)
-    # The squares of the smallest variances are zero.
+    # The squares of very small variances underflow to zero.
     freedom = variance**2 / parts if parts > 0 else float(max(seeds - 1, 1))
     tests = [(variance**0.5, freedom)]
     if seeds > 1:
@@ -175,7 +175,7 @@ def estimate_difference(
 
 
 def adjust_holm(values: Sequence[float | None]) -> list[float | None]:
-    """Adjust p-values for their number, so that any false one below 0.05 is as rare as 5 % (Holm 1979).
+    """Adjust p-values by Holm's method, which controls the family-wise error rate (Holm 1979).
 
     Scandinavian Journal of Statistics 6, 65–70: https://www.jstor.org/stable/4615733.
 
@@ -183,8 +183,8 @@ def adjust_holm(values: Sequence[float | None]) -> list[float | None]:
         values: p-values; a None takes no part and stays None.
 
     Returns:
-        The adjusted values in the same order: the smallest times the number of them, the next times one fewer, and so
-        on, none below the one before and none above 1.
+        The adjusted values in the same order: the smallest times their number, the next times one fewer, and so on,
+        none below the previous one and none above 1.
     """
     known = sorted((value, index) for index, value in enumerate(values) if value is not None)
     adjusted: list[float | None] = [None] * len(values)

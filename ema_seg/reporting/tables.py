@@ -1,4 +1,4 @@
-"""A report as tables: on the terminal and in Markdown."""
+"""Tables of a report: on the terminal and in Markdown."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,8 +33,8 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
     """Print a report as one table: the scores beside the cost, then the IoU of each class.
 
     Args:
-        report: what ``build_report`` or ``load_report`` returned.
-        console: where to print; standard output by default, 80 columns wide if it is no terminal.
+        report: result of ``build_report`` or ``load_report``.
+        console: where to print; standard output by default, 80 columns wide if it is not a terminal.
     """
     table = Table(
         title=_text(describe_model(report)),
@@ -59,27 +59,27 @@ def render_markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> s
     """Render a report as Markdown.
 
     Args:
-        report: what ``build_report`` or ``load_report`` returned.
-        figures: names of the figures that lie in ``figures/`` beside it.
+        report: result of ``build_report`` or ``load_report``.
+        figures: names of the figures in ``figures/`` beside the Markdown file.
     """
     return "\n".join(_markdown_lines(report, figures)) + "\n"
 
 
 def describe_model(report: Mapping[str, Any]) -> str:
-    """Model, attention block and data in a few words: the title of every table and figure."""
+    """Describe model, attention block and data in a few words: the title of every table and figure."""
     model, attention, data = report["model"], report["attention"], report["data"]
     return f"{model['decoder']} / {model['encoder']} / {attention['name']} on {data['name']} {data['split']}"
 
 
 def format_number(value: float) -> str:
-    """Three significant digits or more, without an exponent."""
+    """Format a number with three significant digits or more, without an exponent."""
     digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
     return f"{value:.{max(digits, 0)}f}"
 
 
 def _add_rows(table: Table, left: Sequence[Row], right: Sequence[Row]) -> None:
     for cells in zip_longest(left, right, fillvalue=("", "")):
-        # As text, because the name of a class may hold brackets, which rich would take for markup.
+        # As ``Text``: rich would take brackets in the name of a class for markup.
         table.add_row(*(_text(cell) for pair in cells for cell in pair))
 
 
@@ -115,7 +115,7 @@ def _markdown_table(header: Row, rows: Sequence[Row]) -> Iterator[str]:
 
 def _score_rows(report: Mapping[str, Any]) -> list[Row]:
     rows = [(label, _percent(report[key])) for key, label in _SCORES.items()]
-    skipped = report["data"].get("skipped", {})  # which reports of earlier versions do not tell
+    skipped = report["data"].get("skipped", {})  # missing in reports of earlier versions
     scored = len(report["classes"]) - len(report["absent_classes"])
     return [
         *rows,
@@ -147,7 +147,7 @@ def _cost_rows(report: Mapping[str, Any]) -> list[Row]:
 
 
 def _class_rows(report: Mapping[str, Any]) -> list[Row]:
-    """Every class with its IoU; one without, being absent from truth and prediction, says so."""
+    """Return each class with its IoU, or "absent" if it is in neither truth nor prediction."""
     pairs = zip(report["classes"], report["iou"], strict=True)
     return [(name, "absent" if iou is None else _percent(iou)) for name, iou in pairs]
 

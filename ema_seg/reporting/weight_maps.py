@@ -1,4 +1,4 @@
-"""The weight maps of a trained model's attention blocks on an image.
+"""Weight maps of a trained model's attention blocks on an image.
 
 ``python -m ema_seg.reporting.weight_maps weights.png runs/my_run/checkpoints/best.ckpt street.png``
 """
@@ -28,9 +28,9 @@ _GROUPS = 4
 
 
 def draw_weight_maps(image: np.ndarray, maps: Mapping[str, np.ndarray]) -> Figure:
-    """Draw an image and, a row for each block, the mean weight map and those of the most different groups.
+    """Draw a row for each block: the image, the mean weight map and the maps of the groups that vary most.
 
-    Every map has a colour scale of its own, which its title gives: the weights of one map often lie close together.
+    Each map has its own colour scale, given in its title: the weights of one map often lie close together.
 
     Args:
         image: uint8 RGB (H, W, 3).
@@ -46,7 +46,7 @@ def draw_weight_maps(image: np.ndarray, maps: Mapping[str, np.ndarray]) -> Figur
         axes_row[0].imshow(image)
         axes_row[0].set_title(f"{name}\n{len(groups)} groups, {groups.shape[1]} × {groups.shape[2]}", fontsize=8)
         _draw_map(axes_row[1], groups.mean(axis=0), "mean of the groups")
-        # The groups whose weights differ most from pixel to pixel, in their own order.
+        # The groups whose weights vary most over the pixels, in index order.
         chosen = sorted(np.argsort(-groups.std(axis=(1, 2)))[:_GROUPS])
         for axes, group in zip(axes_row[2:], chosen, strict=False):
             _draw_map(axes, groups[group], f"group {group}")
@@ -54,7 +54,7 @@ def draw_weight_maps(image: np.ndarray, maps: Mapping[str, np.ndarray]) -> Figur
 
 
 def _without_padding(groups: Tensor, size: Sequence[int], stride: int) -> Tensor:
-    """The part of a map (groups, h, w) that shows the image of this height and width, not what it was padded with."""
+    """Crop the padding off a map (groups, h, w) of an image of this height and width."""
     height, width = (
         math.ceil(cells * length / (length + -length % stride))
         for cells, length in zip(groups.shape[-2:], size, strict=True)
@@ -68,7 +68,7 @@ def _draw_map(axes: Axes, weights: np.ndarray, title: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw the figure that the command line asks for; returns the exit status."""
+    """Draw the weight maps of the checkpoint and image on the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m ema_seg.reporting.weight_maps",
         description="Draw the weight maps of a trained model's attention blocks on an image.",

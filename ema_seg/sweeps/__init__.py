@@ -1,7 +1,7 @@
-"""Sweeps: many jobs in one folder, each known by its configuration, and what became of them.
+"""Sweeps: many jobs in one folder, each identified by its configuration, and their states.
 
-Nothing here starts a job: launchers do. A sweep's folder is the only thing that its processes share; the state of a
-job follows from the files in its own folder, so that a kill at any moment leaves nothing to repair.
+Launchers, not this package, start the jobs. The processes of a sweep share only its folder. A job's state follows from
+the files in its own folder, so that a kill at any moment leaves nothing to repair.
 """
 
 from ema_seg.sweeps.devices import count_devices, deal_devices

@@ -1,4 +1,4 @@
-"""Show a sweep from any terminal: ``python -m ema_seg.sweeps <sweep folder>``."""
+"""Command line that shows a sweep from any terminal: ``python -m ema_seg.sweeps <sweep folder>``."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ from ema_seg.sweeps.view import Overview, SweepView, render, survey
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Show what the command line asks for; returns the exit status."""
+    """Show the sweep that the command line names and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m ema_seg.sweeps",
         description="Show the jobs of a sweep: done, running, failed and left, the time to go, and the best so far.",

@@ -1,4 +1,4 @@
-"""GPUs of its own to each process of a sweep on one machine."""
+"""Assignment of GPUs to the processes of a sweep on one machine."""
 
 import itertools
 import os
@@ -13,30 +13,31 @@ from ema_seg.errors import ConfigError
 
 __all__ = ["count_devices", "deal_devices"]
 
-_held: list[FileLock] = []  # for as long as this process lives
+_held: list[FileLock] = []  # until this process ends
 
 
 def count_devices() -> int:
-    """The CUDA devices that this process may use."""
+    """Count the CUDA devices that this process may use."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def deal_devices(folder: Path, number: int | Sequence[int] = 1) -> str | None:
-    """Take the CUDA devices that the fewest other processes of the sweep have, and keep them until this process ends.
+    """Lock the CUDA devices that the fewest processes of the sweep use, and set ``CUDA_VISIBLE_DEVICES`` to them.
 
-    To be called before anything is computed on a device: a process cannot change its devices later.
+    The devices stay locked until this process ends. Call this before anything is computed on a device: a process cannot
+    change its devices later.
 
     Args:
-        folder: of the sweep, where a lock for each device is.
-        number: of devices; not which, as a list would say.
+        folder: the sweep's folder, which holds the locks of the devices.
+        number: number of devices; a list of devices is an error.
 
     Returns:
-        The devices' names in ``CUDA_VISIBLE_DEVICES``; None on a machine without CUDA.
+        The value of ``CUDA_VISIBLE_DEVICES``; None on a machine without CUDA.
 
     Raises:
-        ConfigError: the machine has fewer, or this process holds another number already, or ``number`` is a list.
+        ConfigError: the machine has fewer devices, this process holds another number already, or ``number`` is a list.
     """
     if isinstance(number, Sequence):
         if not count_devices():
@@ -59,10 +60,10 @@ def deal_devices(folder: Path, number: int | Sequence[int] = 1) -> str | None:
         raise ConfigError(f"{number} devices are more than the {count} GPUs of this machine.")
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = listed.split(",") if listed else map(str, range(count))
-    # CUDA takes names up to the first that is no device.
+    # CUDA ignores all names from the first invalid one on.
     names = [device.strip() for device in devices][:count]
     taken: list[str] = []
-    # A second process on a device only where each device has one, and so on: as many processes as the user asked for.
+    # A device gets a second process only when each device has one, and so on.
     for turn in itertools.count():
         for name in names:
             if name in taken or len(taken) == number:

@@ -1,19 +1,19 @@
-"""The folder of a sweep: the plan of its jobs, and the state of each as its files tell it.
+"""Folder of a sweep: the plan of its jobs, and the state of each job, which follows from its files.
 
 ``sweep.json`` holds the plan:
 
 ============  ========================================================================================
 ``schema``    ``"ema-seg.sweep/1"``
-``name``      of the sweep
-``command``   the command line that planned it last
+``name``      name of the sweep
+``command``   the command line that wrote the plan last
 ``baseline``  the settings that name the baseline of comparisons, such as {"attention": "none"}; or null
-``groups``    classes by the name of a group, which comparisons score apart
-``jobs``      for each ``identity``, ``folder``, ``overrides`` (text by key), ``epochs``, and
+``groups``    classes of each group that gets a score in comparisons, by the group's name
+``jobs``      ``identity``, ``folder``, ``overrides`` (text by key) and ``epochs`` of each job, and
               ``impossible``: why it cannot be trained, or null
 ============  ========================================================================================
 
-Of a job's folder ``report/report.json``, which is written last and in one step, means finished; ``failure.json`` means
-failed or pruned; a lock on ``run.lock``, which the system frees when its holder dies however it dies, means running.
+In a job's folder, ``report/report.json``, which is written last and atomically, means finished; ``failure.json`` means
+failed or pruned; a lock on ``run.lock``, which the system releases when its holder dies, means running.
 """
 
 import json
@@ -49,20 +49,20 @@ __all__ = [
 
 SCHEMA = "ema-seg.sweep/1"
 
-# In the overrides of a job: more than one value of the key means this job.
+# Value of an override that stands for several: all of them give the same job.
 ANY = "*"
 
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """A job of a sweep.
+    """Job in the plan of a sweep.
 
     Attributes:
         identity: see ``ema_seg.sweeps.identity``.
-        folder: its name in the sweep's folder.
-        overrides: what tells it from the sweep's other jobs, as on the command line; ``ANY`` for a key whose value
-            makes no difference to this job.
-        epochs: that it is to train; None if that is not known.
+        folder: name of its folder in the sweep's folder.
+        overrides: the overrides that distinguish it from the sweep's other jobs, as on the command line; ``ANY`` for a
+            key of which several values give this job.
+        epochs: number of epochs to train; None if that is not known.
         impossible: why it cannot be trained; None if it can.
     """
 
@@ -75,7 +75,7 @@ class PlannedJob:
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``sweep.json`` holds."""
+    """Content of ``sweep.json``."""
 
     name: str
     command: list[str]
@@ -86,15 +86,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class JobState:
-    """What has become of a job.
+    """State of a job.
 
     Attributes:
         name: "finished", "failed", "pruned", "impossible", "running", "interrupted" or "missing".
         reason: why it failed, was pruned or is impossible.
-        attempts: how often it failed.
-        epoch: epochs that it has trained.
-        seconds: that they took.
-        miou: the best validation mIoU so far.
+        attempts: number of times it failed or was pruned.
+        epoch: number of epochs trained.
+        seconds: time that these epochs took.
+        miou: best validation mIoU so far.
     """
 
     name: str
@@ -106,9 +106,9 @@ class JobState:
 
 
 def write_plan(folder: Path, plan: Plan) -> Plan:
-    """Write ``sweep.json``; jobs of an earlier plan in this folder stay in it, but for those that could not be tried.
+    """Write ``sweep.json``; keep the jobs of an earlier plan, except impossible ones without a folder.
 
-    A job that the earlier plan has, too, keeps its folder: another command may be running it there.
+    A job of the earlier plan keeps its folder: another command may be running it there.
 
     Returns:
         The plan as written.
@@ -132,7 +132,7 @@ def read_plan(folder: Path) -> Plan:
     """Read ``sweep.json``.
 
     Raises:
-        DataError: it is missing, or no plan of this version.
+        DataError: the file is missing, or is not a plan of this version.
     """
     path = folder / "sweep.json"
     try:
@@ -151,16 +151,16 @@ def read_plan(folder: Path) -> Plan:
 
 
 def run_lock(folder: Path) -> FileLock:
-    """The lock that a run, or a job of a sweep, holds while it is trained."""
+    """Return the lock that a run, or a job of a sweep, holds while it is trained."""
     return FileLock(folder / "run.lock")
 
 
 def job_state(folder: Path, impossible: str | None = None, *, locked_by_us: bool = False) -> JobState:
-    """What has become of the job in this folder.
+    """Read the state of the job in this folder from its files.
 
     Args:
         folder: the job's folder, which need not exist.
-        impossible: what the plan says about the job.
+        impossible: ``PlannedJob.impossible`` of the job.
         locked_by_us: the caller holds the job's lock, which therefore does not mean that the job is running.
     """
     if impossible is not None:
@@ -180,12 +180,12 @@ def job_state(folder: Path, impossible: str | None = None, *, locked_by_us: bool
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a process holds the lock of the run in this folder."""
+    """Check whether a process holds the lock of the run in this folder."""
     if fcntl is None:
         return _is_held(folder)
     try:
         with (folder / "run.lock").open("rb") as file:
-            # Shared: who only looks must not be taken for a job by another who looks, nor keep a job from starting.
+            # A shared lock, so that two checks at the same time do not take each other for a job.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -197,7 +197,7 @@ def is_running(folder: Path) -> bool:
 
 
 def _is_held(folder: Path) -> bool:
-    """Whether a process holds the lock, where locks are not shared: for a moment this process takes it."""
+    """Check whether a process holds the lock by taking it for a moment, on systems without shared locks."""
     if not (folder / "run.lock").exists():
         return False
     try:
@@ -220,7 +220,7 @@ def _progress(folder: Path) -> dict[str, Any]:
 
 
 def read_failure(folder: Path) -> dict[str, Any] | None:
-    """What ``record_failure`` has written; None if nothing."""
+    """Read the ``failure.json`` of ``record_failure``; return None if there is none."""
     try:
         failure = read_json(folder / "failure.json")
         return {"state": failure["state"], "reason": failure["reason"], "attempts": int(failure["attempts"])}
@@ -231,11 +231,11 @@ def read_failure(folder: Path) -> dict[str, Any] | None:
 
 
 def record_failure(folder: Path, error: BaseException | str, state: str = "failed") -> str:
-    """Write down why the job in this folder did not finish, and that it has failed once more.
+    """Write to ``failure.json`` why the job in this folder did not finish, and count the attempt.
 
     Args:
         folder: the job's folder.
-        error: what ended it; a traceback is kept of errors that are not a user's mistake.
+        error: the error, or the reason as text; an error that is not a user's mistake is kept with its traceback.
         state: "failed" or "pruned".
 
     Returns:

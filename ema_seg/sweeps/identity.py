@@ -1,4 +1,4 @@
-"""What makes two jobs the same: their configuration, but for where and how they are run."""
+"""Identity of a job: a hash of its configuration, without the keys that say where and how it runs."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from ema_seg.sweeps.folder import ANY
 
 __all__ = ["identity", "job_name", "machine_keys"]
 
-# Keys that say on which machine, from which path and with what on the screen, and change no result but the timings.
+# Keys of the machine, the paths and the display, which change no result but the timings.
 _MACHINE_KEYS = (
     "resume",
     "rerun",
@@ -36,23 +36,23 @@ _LONGEST_NAME = 80
 
 
 def identity(config: Mapping[str, Any]) -> str:
-    """Twelve hexadecimal digits that two resolved configurations of ``train.py`` share if they describe the same job.
+    """Hash a configuration to twelve hexadecimal digits, which are equal for configurations of the same job.
 
     Args:
-        config: the resolved configuration as plain data.
+        config: the resolved configuration of ``train.py`` as plain data.
     """
     left_out = machine_keys(config)
     if config.get("attention", {}).get("name") == "none":
-        left_out.append("placement")  # of nothing
+        left_out.append("placement")  # no block to place
     kept = _without(config, "", left_out)
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def machine_keys(config: Mapping[str, Any]) -> list[str]:
-    """The keys of a configuration that concern the machine alone.
+    """Return the keys of a configuration that concern the machine alone.
 
-    The folder of the data set is one, except for ``data=folder``, where it is what names the data.
+    ``data.root`` is one of them, except for ``data=folder``, where it identifies the data.
     """
     names_data = config.get("data", {}).get("name") == "folder"
     return [key for key in _MACHINE_KEYS if not (key == "data.root" and names_data)]
@@ -66,14 +66,14 @@ def _without(value: Any, path: str, left_out: list[str]) -> Any:
 
 
 def job_name(overrides: Mapping[str, str], identity: str) -> str:
-    """The folder of a job, for people to read and to type: ``attention-ema_seed-0_1a2b3c4d5e6f``.
+    """Return the name of a job's folder, easy to read and to type: ``attention-ema_seed-0_1a2b3c4d5e6f``.
 
     Args:
-        overrides: what tells the job from the others of its sweep.
-        identity: see ``identity``; it keeps names apart that have to be cut or cleaned.
+        overrides: the overrides that distinguish the job from the others of its sweep.
+        identity: see ``identity``; it keeps names unique that have to be cut or cleaned.
     """
     told = {key: value for key, value in overrides.items() if value != ANY}
     text = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in told.items())
-    # Nothing that a shell or a command line of Hydra takes for more than a letter.
+    # No characters that are special to a shell or to Hydra's override grammar.
     clean = re.sub(r"[^\w.+]+", "-", text)[:_LONGEST_NAME].strip("_-.")
     return f"{clean}_{identity}" if clean else identity

@@ -1,4 +1,4 @@
-"""Running one job of a sweep: once, whole, and without harm to the others."""
+"""Execution of one job of a sweep: by one process at a time, and without ending the sweep if it fails."""
 
 import json
 import os
@@ -18,20 +18,20 @@ from ema_seg.texts import read_json
 
 __all__ = ["MOST_ATTEMPTS", "Pruned", "hold_run", "is_settled", "read_job", "run_job"]
 
-# A job that has failed is tried once more when the sweep's command is given again.
+# A job that has failed is tried once more when the sweep's command is repeated.
 MOST_ATTEMPTS = 2
 
 
 class Pruned(Exception):
-    """Raised by a search that gives up a job early; the message says why."""
+    """Exception by which a search ends a job early; its message says why."""
 
 
 def is_settled(state: JobState, *, retry: bool = False) -> bool:
-    """Whether a job in this state is not to be run: it is done, or would fail again.
+    """Check whether a job needs no further run: it is finished, pruned or impossible, or has failed too often.
 
     Args:
-        state: of the job.
-        retry: a failed job is to be run again, however often it has failed.
+        state: the state of the job.
+        retry: whether to run a failed job again, however often it has failed.
     """
     return state.name in ("finished", "pruned", "impossible") or (
         state.name == "failed" and state.attempts >= MOST_ATTEMPTS and not retry
@@ -39,7 +39,11 @@ def is_settled(state: JobState, *, retry: bool = False) -> bool:
 
 
 def read_job(run: Path) -> dict[str, Any] | None:
-    """``identity`` and ``overrides`` of a run that is a job of a sweep; None of any other run."""
+    """Read ``identity`` and ``overrides`` of a run that is a job of a sweep; return None for any other run.
+
+    Raises:
+        DataError: ``job.json`` is not what a sweep wrote.
+    """
     try:
         job = read_json(run / "job.json", advice="remove it")
         return {"identity": job["identity"], "overrides": job["overrides"]}
@@ -51,12 +55,12 @@ def read_job(run: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def hold_run(folder: Path) -> Iterator[None]:
-    """Keep the run in this folder, which may be a job of a sweep, from being trained by another process meanwhile.
+    """Hold the lock of the run in this folder, so that no other process trains it meanwhile.
 
-    A disk that knows no locks is trusted.
+    The run may be a job of a sweep. On a file system without locks nothing is locked.
 
     Raises:
-        ConfigError: another process is training it.
+        ConfigError: another process is training the run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = run_lock(folder)
@@ -76,20 +80,19 @@ def hold_run(folder: Path) -> Iterator[None]:
 
 
 def run_job(folder: Path, job: Mapping[str, Any], work: Callable[[bool], None], *, retry: bool = False) -> JobState:
-    """Do the work of a job unless it is done already, and keep whatever goes wrong to the job.
+    """Run a job unless it is settled, and record its failure instead of raising it.
 
-    A job that another process runs is waited for: that process may be what is left of a killed launcher.
+    If another process runs the job, wait for it: it may be left over from a killed launcher.
 
     Args:
         folder: the job's folder.
-        job: ``identity`` and ``overrides``, which ``job.json`` keeps with the run.
-        work: does it, and leaves a report; its argument says whether there is a checkpoint to go on from. What it
-            raises is written to ``failure.json``, but for what ends the whole process, such as KeyboardInterrupt or
-            Preempted.
+        job: ``identity`` and ``overrides``, which are written to ``job.json``.
+        work: trains the job and writes its report; its argument says whether there is a checkpoint to resume from. An
+            ``Exception`` that it raises is written to ``failure.json``; KeyboardInterrupt and Preempted propagate.
         retry: see ``is_settled``.
 
     Returns:
-        The state in which the job is left.
+        The state of the job afterwards.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock(folder):
@@ -105,6 +108,6 @@ def run_job(folder: Path, job: Mapping[str, Any], work: Callable[[bool], None], 
                 (folder / "failure.json").unlink(missing_ok=True)
             except Pruned as error:
                 record_failure(folder, str(error), state="pruned")
-            except Exception as error:  # whatever a combination may bring about
+            except Exception as error:  # a bad combination must not end the sweep
                 record_failure(folder, error)
     return job_state(folder)

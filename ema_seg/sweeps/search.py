@@ -1,4 +1,4 @@
-"""A search for good settings with Optuna: the study lies in the sweep's folder, and gives hopeless trials up early."""
+"""Hyperparameter search with Optuna: the study is kept in the sweep's folder and prunes poor trials."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -22,15 +22,15 @@ __all__ = ["GiveUp", "Search"]
 
 
 class Search:
-    """The study of a sweep, made if there is none yet, that maximises the best validation mIoU.
+    """Optuna study of a sweep, created if there is none yet, that maximises the best validation mIoU.
 
-    The sampler (TPE) starts from its seed anew at every trial, so that a search that was interrupted goes on as it
-    would have.
+    The sampler (TPE) is seeded with ``seed`` plus the trial's number at every trial, so that an interrupted search
+    resumes as if it had not stopped.
 
     Args:
-        folder: of the sweep.
-        seed: of the sampler.
-        grace: number of trials, and of epochs in each, before a trial is given up for being worse than the median of
+        folder: the sweep's folder.
+        seed: seed of the sampler.
+        grace: number of trials, and of epochs in each, before a trial is pruned for being worse than the median of
             the earlier trials at the same epoch.
     """
 
@@ -48,11 +48,14 @@ class Search:
         self.folder = folder
 
     def check_space(self, space: Mapping[str, BaseDistribution], overrides: Sequence[str]) -> None:
-        """A ConfigError if the trials that are there already are of another search.
+        """Check that existing trials are of this search; at first use, store the overrides that name it.
 
         Args:
-            space: what is searched.
-            overrides: all that names the search, on the command line.
+            space: distribution of each searched key.
+            overrides: the overrides on the command line that name the search.
+
+        Raises:
+            ConfigError: the trials in the folder are of another search.
         """
         known = self.study.user_attrs.get("overrides")
         if known is None:
@@ -70,11 +73,11 @@ class Search:
                 )
 
     def ask(self, number: int, space: Mapping[str, BaseDistribution]) -> dict[str, Any]:
-        """The settings of a trial: those that it has already, or new ones."""
+        """Return the settings of a trial: those that it has already, or new ones."""
         if number < len(self.study.trials):
             return self.study.trials[number].params
-        # The sampler is asked beside the study, to which the trial then comes with all its settings at once: a kill
-        # between two of them would leave a trial that nobody can finish.
+        # Sample in a copy of the study, then add the trial with all its settings at once: a kill between two settings
+        # would leave a trial that cannot be finished.
         sampler = optuna.samplers.TPESampler(seed=self.seed + number, n_startup_trials=max(self.grace, 1))
         beside = optuna.create_study(sampler=sampler, direction="maximize")
         beside.add_trials(self.study.trials)
@@ -85,7 +88,7 @@ class Search:
         return chosen
 
     def tell(self, number: int, state: JobState) -> None:
-        """Let the study know what has become of a trial, once that is final and unless it knows."""
+        """Report the result of a trial to the study, if the job is settled and the study does not have it yet."""
         if self.study.trials[number].state.is_finished() or not is_settled(state):
             return
         if state.name == "finished" and state.miou is not None:
@@ -95,13 +98,13 @@ class Search:
 
 
 class GiveUp(Callback):
-    """Tells the study the score of every epoch, and ends the trial that it calls hopeless.
+    """Callback that reports every validation score to the study and ends the trial if the study prunes it.
 
-    Of several processes that train the trial, the first asks and all end.
+    With several ranks, rank 0 asks the study and broadcasts the answer.
 
     Args:
-        folder: of the sweep.
-        number: the trial's.
+        folder: the sweep's folder.
+        number: the trial's number.
         seed: see ``Search``.
         grace: see ``Search``.
     """
@@ -111,26 +114,26 @@ class GiveUp(Callback):
 
     @cached_property
     def study(self) -> optuna.Study:
-        """Opened where it is asked, once, because an open one cannot be handed to another process."""
+        """Study of the search, opened at first use because an open one cannot be sent to another process."""
         return Search(self.folder, seed=self.seed, grace=self.grace).study
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report, and ask.
+        """Report the score, and end the trial if the study prunes it.
 
         Raises:
-            Pruned: the trial is to be given up.
+            Pruned: the study prunes the trial.
         """
         epoch, score = trainer.current_epoch, float(trainer.callback_metrics["val/miou"])
         if reason := agree(self._ask(epoch, score) if trainer.is_global_zero else None):
             raise Pruned(reason)
 
     def _ask(self, epoch: int, score: float) -> str | None:
-        """Why the trial is to be given up; None if it is not."""
+        """Report the score; return why the trial is pruned, or None if it is not."""
         known = self.study.trials[self.number]
-        if known.state.is_finished():  # it has failed for good before, and is tried again all the same
+        if known.state.is_finished():  # it failed for good before and is retried
             return None
         trial = optuna.trial.Trial(self.study, known._trial_id)
-        if epoch not in known.intermediate_values:  # by an earlier part of a resumed trial
+        if epoch not in known.intermediate_values:  # else a resumed trial reported it before
             trial.report(score, epoch)
         if not trial.should_prune():
             return None

@@ -1,4 +1,4 @@
-"""What a sweep is doing: jobs done, running, failed and left, the time that they will take, and the best so far."""
+"""View of a sweep: jobs finished, running, failed and left, the remaining time, and the best so far."""
 
 import threading
 from collections import Counter
@@ -21,19 +21,19 @@ __all__ = ["Overview", "SweepView", "describe", "render", "survey"]
 
 _STYLES = {"finished": "green", "failed": "red", "impossible": "red", "running": "cyan", "pruned": "yellow"}
 _LEFT = ("missing", "interrupted")
-# Of more jobs than fit a terminal those are shown that one looks for.
+# Priority of the states if not all jobs fit the terminal.
 _IMPORTANCE = ("running", "failed", "interrupted", "impossible", "pruned", "missing", "finished")
 
 
 class Overview(NamedTuple):
-    """The state of every job, in the plan's order."""
+    """States of all jobs, in the plan's order."""
 
     jobs: Sequence[PlannedJob]
     states: Sequence[JobState]
 
     @property
     def counts(self) -> Counter[str]:
-        """How many jobs are in each state."""
+        """Number of jobs in each state."""
         return Counter(state.name for state in self.states)
 
     @property
@@ -43,7 +43,7 @@ class Overview(NamedTuple):
 
     @property
     def best(self) -> tuple[PlannedJob, float] | None:
-        """The job with the best validation mIoU so far."""
+        """Job with the best validation mIoU so far, and that mIoU; None if there is none."""
         scored = [
             (job, state.miou) for job, state in zip(self.jobs, self.states, strict=True) if state.miou is not None
         ]
@@ -51,7 +51,7 @@ class Overview(NamedTuple):
 
     @property
     def remaining(self) -> timedelta | None:
-        """The time to go: the epochs left, at the mean time of those trained, for as many jobs at once as now run."""
+        """Remaining time: epochs left times mean time per epoch, divided by the number of running jobs."""
         trained = sum(state.epoch for state in self.states)
         if not trained:
             return None
@@ -65,12 +65,12 @@ class Overview(NamedTuple):
 
 
 def survey(folder: Path, jobs: Sequence[PlannedJob]) -> Overview:
-    """Look at the folder of every job."""
+    """Read the state of every job from its folder."""
     return Overview(jobs, [job_state(folder / job.folder, job.impossible) for job in jobs])
 
 
 def describe(overview: Overview) -> str:
-    """The overview in one line."""
+    """Format the overview in one line."""
     counts = overview.counts
     parts = [f"{counts['finished']} of {len(overview.jobs)} jobs finished", f"{counts['running']} running"]
     parts += [f"{counts[name]} {name}" for name in ("failed", "impossible", "pruned") if counts[name]]
@@ -84,11 +84,11 @@ def describe(overview: Overview) -> str:
 
 
 def render(overview: Overview, most: int | None = None) -> Group:
-    """The overview as a table of jobs, the reasons of those that will give no result, and a line.
+    """Render the overview as a table of jobs, the reasons of those without a result, and a summary line.
 
     Args:
-        overview: what is shown.
-        most: number of jobs in the table; of reasons each then has one line. None shows all of both.
+        overview: the overview to show.
+        most: maximum number of jobs in the table; each reason is then cut to one line. None shows all of both.
     """
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column, justify in (("job", "left"), ("state", "left"), ("epoch", "right"), ("val mIoU", "right")):
@@ -111,7 +111,7 @@ def render(overview: Overview, most: int | None = None) -> Group:
 
 
 def _most_important(overview: Overview, most: int | None) -> list[tuple[PlannedJob, JobState]]:
-    """Jobs with their states, in the plan's order."""
+    """Select at most ``most`` jobs by ``_IMPORTANCE``; return them with their states, in the plan's order."""
     pairs = list(enumerate(zip(overview.jobs, overview.states, strict=True)))
     chosen = sorted(pairs, key=lambda pair: _IMPORTANCE.index(pair[1][1].name))[:most]
     return [pair for _, pair in sorted(chosen, key=lambda pair: pair[0])]
@@ -131,10 +131,10 @@ def _name(job: PlannedJob) -> str:
 
 
 class SweepView:
-    """Shows a sweep while it runs: a live table on a terminal, otherwise a line whenever a job changes its state.
+    """View of a running sweep: a live table on a terminal, otherwise a line whenever a job changes its state.
 
     Args:
-        look: surveys the sweep.
+        look: returns the overview of the sweep.
         console: where to show it; standard error by default, because standard output carries results.
     """
 
@@ -166,7 +166,7 @@ class SweepView:
             self._print_changes()
 
     def _fitting(self, overview: Overview) -> Group:
-        """As many jobs as there are lines for, and at least one."""
+        """Render as many jobs as fit the terminal, and at least one."""
         most = min(len(overview.jobs), self.console.height)
         while most > 1 and len(self.console.render_lines(render(overview, most))) >= self.console.height:
             most = 3 * most // 4
@@ -176,7 +176,7 @@ class SweepView:
         shown: list[str] | None = None
         ended = False
         while not ended:
-            # The last look is after the end: what happened in the last second counts too.
+            # Survey once more after the stop, to include changes of the last second.
             ended = self._stop.wait(0 if shown is None else 1)
             overview = self.look()
             states = [state.name for state in overview.states]

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, whose decay grows."""
+"""Exponential moving average of the weights, with a growing decay."""
 
 from typing import Any, cast
 
@@ -16,8 +16,7 @@ UNAVERAGED = "val/miou_unaveraged"
 def growing_average(decay: float, averaged: Tensor, current: Tensor, updates: Tensor) -> Tensor:
     """Return the average after one more update, with the decay min(``decay``, (1 + n) / (10 + n)).
 
-    A constant decay of 0.999 would keep a share of 0.999ⁿ of the first weights, which are random, for thousands of
-    steps.
+    A constant decay of 0.999 would keep a share of 0.999ⁿ of the random initial weights, for thousands of steps.
 
     Args:
         decay: the largest decay, in (0, 1).
@@ -29,13 +28,14 @@ def growing_average(decay: float, averaged: Tensor, current: Tensor, updates: Te
 
 
 class GrowingAverage(WeightAveraging):
-    """Validates, saves and tests the average, and scores the plain weights beside it.
+    """Callback that validates, saves and tests the averaged weights, and also scores the plain ones.
 
-    Logs the mIoU of the plain weights as ``val/miou_unaveraged``; ``val/miou``, by which the best checkpoint is chosen,
-    is the average's. Checkpoints hold the number of updates, so that a resumed run repeats the average to the bit.
+    It logs the mIoU of the plain weights as ``val/miou_unaveraged``. ``val/miou``, which selects the best checkpoint,
+    is that of the averaged weights. Checkpoints hold the number of updates, so that a resumed run continues the average
+    bit for bit.
 
     Args:
-        decay: the largest decay, see ``growing_average``.
+        decay: the largest decay; see ``growing_average``.
     """
 
     def __init__(self, decay: float) -> None:
@@ -43,17 +43,17 @@ class GrowingAverage(WeightAveraging):
 
     @property
     def state_key(self) -> str:
-        """Lightning's name of the callback that earlier checkpoints were written with."""
+        """Name of the callback's state in a checkpoint, the same as in those of earlier versions."""
         return "EMAWeightAveraging"
 
     @property
     def _other(self) -> SegmentationModule:
-        """The weights that Lightning does not validate: during a validation, the plain ones."""
+        """Module with the weights that are swapped out: during a validation, the plain ones."""
         assert self._average_model is not None
         return cast(SegmentationModule, self._average_model.module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the average in the place of the plain weights."""
+        """Swap in the averaged weights, and reset the scores of the plain ones."""
         super().on_validation_epoch_start(trainer, pl_module)
         self._other.eval().on_validation_epoch_start()
 
@@ -71,6 +71,6 @@ class GrowingAverage(WeightAveraging):
             self._other.score(batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the score of the plain weights, and put them back."""
+        """Log the mIoU of the plain weights, and swap them in again."""
         pl_module.log(UNAVERAGED, self._other.compute_scores()["miou"])
         super().on_validation_epoch_end(trainer, pl_module)

@@ -1,4 +1,4 @@
-"""The largest batch that a GPU has room for: ``data.batch_size=auto``."""
+"""Search for the largest batch that fits into GPU memory: ``data.batch_size=auto``."""
 
 import gc
 from collections.abc import Callable, Mapping
@@ -18,12 +18,12 @@ from ema_seg.training.optimisation import build_optimizer
 
 __all__ = ["check_automatic", "find_batch_size", "largest_that_fits"]
 
-# Of the memory that is free before: kernels, the pictures of a validation and fragments want some, too.
+# Usable share of the free memory; kernels, a validation's pictures and fragmentation need the rest.
 _SHARE = 0.9
 
 
 def check_automatic(config: Mapping[str, Any], device: torch.device) -> None:
-    """A ConfigError if no batch size can be found for this configuration on this device."""
+    """Raise a ConfigError if no batch size can be found for this configuration on this device."""
     if device.type != "cuda":
         raise ConfigError(
             f"data.batch_size=auto finds what the memory of a GPU has room for, and this runs on the {device.type}; "
@@ -34,28 +34,28 @@ def check_automatic(config: Mapping[str, Any], device: torch.device) -> None:
             "data.batch_size=auto tries a whole model on one device, which trainer.strategy=fsdp is there to avoid; "
             "give a number."
         )
-    autocast(device, config["trainer"]["precision"])  # for its complaint
+    autocast(device, config["trainer"]["precision"])  # raises if the precision is not supported
 
 
 def find_batch_size(config: Mapping[str, Any], device: torch.device) -> int:
-    """Find the largest global batch of which every device has room for its share, by training on made-up crops.
+    """Find the largest global batch size whose share fits on every device, by training on synthetic crops.
 
-    Two steps of each size are tried: after the first the optimiser has its state. Nothing is left of it, neither in the
-    memory nor in torch's generators.
+    Each trial runs two steps, because the optimiser allocates its state in the first. Afterwards memory and torch's
+    random generators are as before.
 
     Args:
-        config: see ``fit``; its ``data.batch_size`` is not looked at.
-        device: where this process trains.
+        config: see ``fit``; its ``data.batch_size`` is ignored.
+        device: the device that this process trains on.
 
     Raises:
-        ConfigError: not even a single crop fits, or one and the decoder needs two, or no size can be found here (see
+        ConfigError: no crop fits, or only one and the decoder needs two, or no size can be found here (see
             ``check_automatic``).
     """
     check_automatic(config, device)
     data = SegmentationDataModule(**{**config["data"], "batch_size": place().size, "workers": 0})
     data.setup("fit")
     devices = [device] if device.type == "cuda" else []
-    # Copies that come on top: of gradients on their way between processes, and of averaged weights.
+    # Additional copies of the weights' size: DDP's gradient buckets, and averaged weights.
     copies = (place().size > 1) + bool(config["training"]["weight_averaging"])
     most = len(data.train_dataset) // place().size
     with torch.random.fork_rng(devices), alone():
@@ -63,7 +63,7 @@ def find_batch_size(config: Mapping[str, Any], device: torch.device) -> int:
         attempt = _Attempt(config, data.num_classes, crop.shape, device, copies)
         own = largest_that_fits(attempt.fits, most)
     smallest = min(gather(own))
-    # Normalised over all processes, one crop in each is enough.
+    # With synchronised batch norm, one crop per process is enough.
     least = 1 if place().size > 1 and config["trainer"]["sync_batchnorm"] else attempt.least
     if smallest < least:
         height, width = crop.shape[1:]
@@ -78,15 +78,15 @@ def find_batch_size(config: Mapping[str, Any], device: torch.device) -> int:
 
 
 def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number from 1 to ``most`` that fits; 0 if none does.
+    """Return the largest number from 1 to ``most`` that fits; 0 if none does.
 
     Args:
-        fits: whether a number does, and with it all smaller ones.
+        fits: whether a number fits; if it does, so do all smaller ones.
         most: 1 or more.
     """
     fitting, failing = 0, most + 1
     while failing - fitting > 1:
-        # Twice as many until one is too many: the trials are about as large as the answer.
+        # Double until a number fails, then bisect: no trial is much larger than the answer.
         number = min(max(1, 2 * fitting), failing - 1) if failing > most else (fitting + failing) // 2
         if fits(number):
             fitting = number
@@ -96,10 +96,10 @@ def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
 
 
 class _Attempt:
-    """Trains on made-up crops of a size as ``fit`` would, and forgets it.
+    """Trial trainings on synthetic crops, as ``fit`` would train, that leave nothing in memory.
 
     Attributes:
-        least: the smallest batch that a process can train on by itself, as far as has been tried.
+        least: the smallest batch that one process can train on, as far as tried.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class _Attempt:
         self.most = None if free is None else _SHARE * free
 
     def fits(self, batch_size: int) -> bool:
-        """Whether so many crops go through two steps."""
+        """Return whether two training steps fit into memory; a batch too small for batch norm counts as fitting."""
         try:
             self._train(batch_size)
         except RuntimeError as error:
@@ -143,7 +143,7 @@ class _Attempt:
         loss = build_loss(config["loss"], self.classes).to(device)
         optimizer = build_optimizer(model, **config["optimizer"])
         images = torch.zeros(batch_size, 3, height, width, device=device).to(memory_format=memory_format)
-        # Of all classes, because some losses take memory for each that there is.
+        # Contains all classes, because some losses allocate memory for each class present.
         target = torch.randint(self.classes, (batch_size, height, width), device=device)
         for _ in range(2):
             with autocast(device, config["trainer"]["precision"]):

@@ -1,4 +1,4 @@
-"""What a run does besides stepping: speed, a line and a row per epoch, pictures of what the model sees."""
+"""Callbacks of a run: progress bar, speed, a line and a row per epoch, pictures of validation images."""
 
 import csv
 import sys
@@ -42,49 +42,49 @@ _COLUMNS = (
     "seconds",
     "val/loss",
 )
-# Columns of those runs alone that have values for them.
+# Columns that are written only if a run has values for them.
 _OPTIONAL = (UNAVERAGED,)
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, counting epochs from 1 as the lines of ``EpochLog`` do, and gone when it is done."""
+    """Lightning's progress bar, which counts epochs from 1, as ``EpochLog`` does, and disappears at the end."""
 
     def init_train_tqdm(self) -> Tqdm:
-        """Make the bar, which leaves no line behind: each epoch has one in the log."""
+        """Create a bar that disappears at the end: each epoch has its line in the log."""
         bar = super().init_train_tqdm()
         bar.leave = False
         return bar
 
     def on_train_epoch_start(self, trainer: Trainer, *arguments: Any) -> None:
-        """Show the number of the epoch."""
+        """Reset the bar and show the number of the epoch."""
         self.train_progress_bar.reset(convert_inf(self.total_train_batches))
         self.train_progress_bar.initial = 0
         self.train_progress_bar.set_description(epoch_of(trainer))
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Leave out the logger's version, which is the name of its folder."""
+        """Return Lightning's metrics without the logger's version, which is only the name of its folder."""
         metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Clear the bars, so that the message of the error begins a line."""
+        """Close the bars, so that the error message starts on a new line."""
         for bar in (self._val_progress_bar, self._train_progress_bar):
             if bar is not None:
                 bar.close()
 
 
 def epoch_of(trainer: Trainer) -> str:
-    """Name the epoch: ``"epoch 3/20"``, or ``"epoch 3"`` where their number is not given."""
+    """Return the epoch's name: ``"epoch 3/20"``, or ``"epoch 3"`` if the number of epochs is open."""
     epochs = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
     return f"epoch {trainer.current_epoch + 1}{epochs}"
 
 
 class EpochLog(Callback):
-    """Shows training speed in the progress bar; writes each epoch as one row of ``metrics.csv`` and one line.
+    """Log of a training: speed in the progress bar, and for each epoch one row of ``metrics.csv`` and one line.
 
-    A resumed run keeps the rows of the epochs that it does not repeat. (Lightning's own CSV logger starts its
-    file afresh, and leaves most cells empty.)
+    A resumed run keeps the rows of the epochs that it does not repeat. (Lightning's own CSV logger starts a new file,
+    and leaves most cells empty.)
 
     Args:
         path: the file to write.
@@ -101,23 +101,23 @@ class EpochLog(Callback):
         self._earlier: dict[str, Any] = {"seconds": 0.0, "images": 0}
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the time and the images of the epoch so far, for a run that goes on within it."""
+        """Return seconds and images of the epoch so far, for a run that resumes within it."""
         return {"seconds": time.perf_counter() - self._start, "images": self._images}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting where the checkpoint was written."""
+        """Restore seconds and images of an unfinished epoch."""
         self._earlier = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read what an earlier part of this run has written: only now is the epoch known to go on from."""
+        """Read the rows of earlier epochs; a resumed run's first epoch is not known earlier."""
         self._rows = _read_rows(self.path, trainer.current_epoch)
-        # For a run that goes on within an epoch: no epoch starts then.
+        # Lightning does not call this hook if a run resumes within an epoch.
         self.on_train_epoch_start(trainer, pl_module)
         self._start -= self._earlier["seconds"]
         self._images = self._earlier["images"]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Reset the clock and the number of images."""
         self._start = time.perf_counter()
         self._images = 0
         self._validated = False
@@ -131,11 +131,11 @@ class EpochLog(Callback):
         pl_module.log("images/s", self._images / self._train_seconds, prog_bar=True, logger=False, batch_size=1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the scores are of this epoch; Lightning keeps those of earlier ones."""
+        """Mark the scores as those of this epoch; Lightning also keeps earlier ones."""
         self._validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the row, after the epoch's validation if there was one."""
+        """Write the epoch's row and line, after its validation if there was one."""
         means = cast(SegmentationModule, pl_module).epoch_means()
         speed = self._images / self._train_seconds if self._images else 0.0
         rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
@@ -157,7 +157,7 @@ class EpochLog(Callback):
         _write_rows(self.path, self._rows)
         # Standard error, because standard output carries the report and the path of the run.
         if not self.quiet:
-            line = f"{_line(row, trainer)}\n"  # with its end: Ctrl-C may come between two writes
+            line = f"{_line(row, trainer)}\n"  # with the newline: Ctrl-C may come between two writes
             if trainer.progress_bar_callback is None:
                 sys.stderr.write(line)
                 sys.stderr.flush()
@@ -190,7 +190,7 @@ def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _read_rows(path: Path, epochs: int) -> list[dict[str, Any]]:
-    """Those of so many epochs."""
+    """Read the rows of the first ``epochs`` epochs."""
     if not path.is_file():
         return []
     try:
@@ -200,9 +200,9 @@ def _read_rows(path: Path, epochs: int) -> list[dict[str, Any]]:
 
 
 class Pictures(Callback):
-    """Every few epochs, draws input, truth, prediction and attention map of some validation images.
+    """Pictures every few epochs: input, truth, prediction and attention map of some validation images.
 
-    Written to ``<directory>/epoch_<number>.png`` and to TensorBoard, if that is the logger.
+    They are written to ``<directory>/epoch_<number>.png``, and to TensorBoard if it is one of the loggers.
 
     Args:
         directory: folder of the pictures.
@@ -216,7 +216,7 @@ class Pictures(Callback):
         self.count = count
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw, if it is time: here the averaged weights, if there are any, are still in place."""
+        """Draw if a picture is due; averaged weights, if any, are still swapped in at this point."""
         epoch = trainer.current_epoch + 1
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
@@ -246,7 +246,7 @@ def _row(module: LightningModule, data: SegmentationDataModule, sample: TensorSa
 
 
 def attention_map(model: nn.Module, image: Tensor, stride: int) -> Tensor | None:
-    """The weight map of the last attention block that has one, averaged over its channel groups.
+    """Compute the weight map of the last attention block that has one, averaged over its channel groups.
 
     Args:
         model: a segmenter.

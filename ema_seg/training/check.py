@@ -1,4 +1,4 @@
-"""What can be said against a configuration before anything of it is trained."""
+"""Checks of a configuration before anything is trained."""
 
 import inspect
 import json
@@ -25,24 +25,24 @@ from ema_seg.training.strategy import named_processes
 
 __all__ = ["check_config", "check_model"]
 
-# Of a model's parts only the head depends on the number of classes, which is not known without the data.
+# Placeholder: the number of classes is not known without the data, and only the model's head depends on it.
 _CLASSES = 2
-# Lightning's options that have it make loaders of its own.
+# Lightning's options that change the order of the samples.
 _SPOILING = ("overfit_batches", "reload_dataloaders_every_n_epochs")
-# Lightning's options that at 0 leave nothing trained or validated.
+# Lightning's options that at 0 skip all training or all validation.
 _NEEDED = ("limit_train_batches", "limit_val_batches", "max_steps")
-# More than any warm-up: how many steps a training has is not known without the data.
+# Placeholder above any warm-up: the number of steps is not known without the data.
 _STEPS = 2**40
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Check all that neither the data's files nor the model nor the machine are needed for.
+    """Check all settings that can be checked without the data's files, the model and the machine.
 
     Args:
-        config: the resolved configuration of ``train.py``; the mean and deviation of the data may be None.
+        config: the resolved configuration of ``train.py``; ``data.mean`` and ``data.std`` may be None.
 
     Raises:
-        ConfigError: what the user has to correct.
+        ConfigError: a setting is missing, unknown or invalid, or two settings contradict each other.
     """
     check_early(config)
     _check_data(config["data"])
@@ -62,12 +62,12 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def check_model(config: Mapping[str, Any]) -> None:
-    """Build the model as ``fit`` would, with its encoder's weights unless they are those of the model hub.
+    """Check that the model can be built, with its encoder's weights unless they come from the model hub.
 
-    What has been built before in this process is not built again, so that a sweep's seeds cost nothing.
+    Results are cached in this process, so that the other seeds of a sweep cost nothing.
 
     Raises:
-        EmaSegError: what the user has to correct.
+        EmaSegError: see ``segmenter_from_config``.
     """
     _build_model(json.dumps({key: config[key] for key in ("model", "attention", "placement")}))
 
@@ -86,7 +86,7 @@ def _check_data(settings: Mapping[str, Any]) -> None:
 
 
 def _check_loss(terms: Mapping[str, Any]) -> None:
-    """Build the loss, and compute it once: torch looks at some of its settings only then."""
+    """Build the loss and compute it once: torch checks some of its settings only then."""
     classes = _weighted_classes(terms) or _CLASSES
     try:
         with alone():
@@ -98,25 +98,25 @@ def _check_loss(terms: Mapping[str, Any]) -> None:
 
 
 def _check_optimizer(settings: Mapping[str, Any]) -> Optimizer:
-    """Build the optimiser, and take a step: torch looks at some of its settings only then."""
+    """Build the optimiser and take a step: torch checks some of its settings only then."""
     layer = nn.Linear(1, 1)
     optimizer = build_optimizer(layer, **settings)
     layer(torch.zeros(1, 1)).sum().backward()
     try:
         optimizer.step()
-    except Exception as error:  # torch asserts, unpacks, computes
+    except Exception as error:  # torch asserts, unpacks and computes: any type
         raise ConfigError(f"optimizer={dict(settings)}: torch cannot train with this: {one_line(error)}") from error
     return optimizer
 
 
 def _weighted_classes(terms: Mapping[str, Any]) -> int | None:
-    """The number of classes that a loss has weights for, which only the data can confirm; None without weights."""
+    """Return the number of class weights in the loss, which only the data can confirm; None without weights."""
     weights = [options.get("class_weights") for options in terms.values() if isinstance(options, Mapping)]
     return next((len(values) for values in weights if isinstance(values, list) and values), None)
 
 
 def _check_trainer(settings: Mapping[str, Any], *, resumed: bool) -> None:
-    """The names of all of Lightning's options, and the values of those that every run has."""
+    """Check the names of all Trainer options, and reject values that no run can train, validate or resume with."""
     known = list(inspect.signature(Trainer).parameters)
     for key in settings:
         if key not in known:
@@ -134,7 +134,7 @@ def _check_trainer(settings: Mapping[str, Any], *, resumed: bool) -> None:
             "an epoch such as 0.5, or set trainer.check_val_every_n_epoch=null to count on from epoch to epoch."
         )
     epochs, every = settings.get("max_epochs"), settings.get("check_val_every_n_epoch")
-    # None and -1 are Lightning's ways to say that something else, such as max_steps, is the end.
+    # None and -1 leave the end to another option, such as max_steps.
     if epochs not in (None, -1) and not _is_whole(epochs, 1):
         raise ConfigError(f"epochs={epochs!r} (trainer.max_epochs) is no whole number of 1 or more.")
     for key in _NEEDED:
@@ -149,7 +149,7 @@ def _check_trainer(settings: Mapping[str, Any], *, resumed: bool) -> None:
             "would be nothing to evaluate; try a run with epochs=1 +trainer.limit_train_batches=2 "
             "+trainer.limit_val_batches=2."
         )
-    # A run that goes on may have its best checkpoint: see ``require_validation``.
+    # A resumed run may have a best checkpoint already; see ``require_validation``.
     if not resumed and every is not None and epochs not in (None, -1) and every > epochs:
         raise ConfigError(
             f"trainer.check_val_every_n_epoch={every}: no epoch up to the last one, {epochs}, would be validated, so "

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when they are written, how, and which one a run goes on from."""
+"""Checkpoints of a run: when and how they are written, and which one a run resumes from."""
 
 import os
 import shutil
@@ -33,23 +33,23 @@ __all__ = [
     "require_same_model",
 ]
 
-_DEEPEST = 20  # of a checkpoint's state
+_DEEPEST = 20  # levels in a checkpoint's state
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
-# The settings of a checkpoint's weights and optimiser state, and those among them that neither depends on.
+# Sections that determine a checkpoint's weights and optimiser state, and settings in them that affect neither.
 _FIXED = ("model", "attention", "placement", "optimizer")
 _FREE = ("model.encoder_weights", "attention.implementation")
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, to the disk, and then renames it: a kill leaves the old one or the new one.
+    """Atomic writer of checkpoints: it syncs a temporary file and renames it, so a kill leaves the old or the new file.
 
-    Lightning's own way passes through the system's folder for temporary files, which may be another disk. The last
-    checkpoint of a run stays as ``previous.ckpt`` when the next one takes its place.
+    Lightning's own writer uses the system's temporary folder, which may be on another disk. ``last.ckpt`` is kept as
+    ``previous.ckpt`` when the next one replaces it.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """See the class.
+        """Write a checkpoint atomically; see the class.
 
         Raises:
             CheckpointError: the file cannot be written.
@@ -59,7 +59,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
         try:
             self._save(checkpoint, path, partial)
         except OSError as error:
-            partial.unlink(missing_ok=True)  # which may be what has filled the disk
+            partial.unlink(missing_ok=True)  # it may have filled the disk
             raise CheckpointError(
                 f"{path}: the checkpoint cannot be written ({error.strerror}); the one before it is as it was. Make "
                 f"room or give permission, and go on with resume={path.parent.parent}."
@@ -71,8 +71,8 @@ class AtomicCheckpoints(TorchCheckpointIO):
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:
-                # torch closes its archive even where writing it has failed, and then reports the unfinished archive
-                # instead of the reason, such as Ctrl-C.
+                # If writing fails, torch still closes its archive and reports the unfinished archive instead of the
+                # reason, such as Ctrl-C.
                 raise error.__context__ or error from None
             file.flush()
             os.fsync(file.fileno())
@@ -82,10 +82,10 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 class _ArchiveFile(BufferedWriter):
-    """Binary file that ignores what is written after it has been closed.
+    """Binary file that ignores writes after it has been closed.
 
-    torch's archive writes its end when it is freed. After Ctrl-C that can be later than the file is closed, and an
-    exception at that point aborts the process.
+    torch's archive writes its end when it is freed. After Ctrl-C the file may be closed by then, and an exception at
+    that point aborts the process.
     """
 
     def write(self, data: Any, /) -> int:
@@ -94,7 +94,7 @@ class _ArchiveFile(BufferedWriter):
 
 
 def _link(path: Path, name: Path) -> None:
-    """Give a file a second name, in place of another file; on disks without links, copy it."""
+    """Hard-link a file to a second name, replacing the file there; copy it on disks without links."""
     temporary = name.with_name(f"{name.name}.partial")
     temporary.unlink(missing_ok=True)
     try:
@@ -105,27 +105,27 @@ def _link(path: Path, name: Path) -> None:
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps the best checkpoint of a run under a fixed name, also when the run's folder has been moved."""
+    """Callback that keeps a run's best checkpoint under a fixed name, even after the run's folder has been moved."""
 
     def __init__(self, run: Path, **arguments: Any) -> None:
         super().__init__(run / "checkpoints", filename="best", enable_version_counter=False, **arguments)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the earlier part's record of the best, which Lightning would drop with the old folder's name."""
+        """Restore the record of the best checkpoint, which Lightning would drop after a move of the folder."""
         super().load_state_dict(_relocate(state_dict, str(state_dict["dirpath"]), str(self.dirpath)))
         self.current_score = state_dict["current_score"]
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes what a run goes on from: after each epoch, after every so many steps, and when it has to leave.
+    """Callback that writes the checkpoint to resume from: after each epoch, every ``every`` steps, and on preemption.
 
-    Never after the last step of an epoch or another one that a validation follows, which a run that goes on would leave
-    out; nor between steps whose gradients are accumulated.
+    It skips the last step of an epoch and other steps that a validation follows, because a resumed run would skip the
+    validation. It also skips batches whose gradients are still accumulating.
 
     Args:
         run: the run's folder.
-        every: optimiser steps; None for no checkpoint within an epoch.
-        preemption: what asks to leave.
+        every: optimiser steps between checkpoints; None for none within an epoch, except on preemption.
+        preemption: the receiver of preemption signals.
     """
 
     def __init__(self, run: Path, every: int | None, preemption: Preemption) -> None:
@@ -135,15 +135,15 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, if it is time.
+        """Save a checkpoint if one is due.
 
         Raises:
-            Preempted: after a checkpoint, if this is the end.
+            Preempted: after saving, if the run is preempted.
         """
         if (batch_idx + 1) % trainer.accumulate_grad_batches or batch_idx + 1 == trainer.num_training_batches:
             return
         leaving, loop = self.preemption.is_due(), trainer.fit_loop
-        if loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]  # there is one by now
+        if loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]  # not None by now
             return
         if leaving or (self.every and trainer.global_step % self.every == 0):
             trainer.save_checkpoint(self.path)
@@ -151,7 +151,7 @@ class LastCheckpoint(Checkpoint):
             self._leave(trainer, f"in epoch {trainer.current_epoch + 1}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
+        """Save a checkpoint, and stop if the run is preempted."""
         trainer.save_checkpoint(self.path)
         if self.preemption.is_due(now=True):
             self._leave(trainer, f"after epoch {trainer.current_epoch + 1}")
@@ -161,23 +161,23 @@ class LastCheckpoint(Checkpoint):
 
 
 class RunEarlyStopping(EarlyStopping):
-    """Looks at each validation, and at it once.
+    """Early stopping that checks each validation exactly once.
 
-    Goes on with the patience that a resumed run is given, where Lightning's would take that of the earlier part.
+    A resumed run uses its own patience; Lightning's class would restore the one in the checkpoint.
     """
 
     def __init__(self, monitor: str, patience: int) -> None:
-        # At the end of an epoch without a validation, Lightning would look at an earlier one again, of which a run that
-        # goes on does not know.
+        # At the end of an epoch without validation, Lightning would otherwise check an earlier validation again, whose
+        # scores a resumed run does not have.
         super().__init__(monitor, patience=patience, mode="max", check_on_train_epoch_end=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take all but the patience."""
+        """Restore everything but the patience."""
         super().load_state_dict({**state_dict, "patience": self.patience})
 
 
 def _relocate(value: Any, old: str, new: str) -> Any:
-    """The same record with every path in the folder ``old`` in the folder ``new`` instead."""
+    """Replace the folder ``old`` by ``new`` in every path of a nested record."""
     if isinstance(value, str):
         return new + value[len(old) :] if value.startswith(old) else value
     if isinstance(value, dict):
@@ -186,16 +186,16 @@ def _relocate(value: Any, old: str, new: str) -> Any:
 
 
 def load_last(run: Path) -> tuple[Path, dict[str, Any]]:
-    """Read the checkpoint that a run goes on from: the last one, or the one before it where that is damaged.
+    """Read the checkpoint to resume from: ``last.ckpt``, or ``previous.ckpt`` if that one cannot be read.
 
     Args:
         run: the run's folder.
 
     Returns:
-        Its path, and what ``load_checkpoint`` reads.
+        Its path, and its content as ``load_checkpoint`` returns it.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: neither file can be read.
     """
     last, previous = (run / "checkpoints" / name for name in (LAST, PREVIOUS))
     try:
@@ -211,20 +211,20 @@ def load_last(run: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def replace_last(path: Path) -> None:
-    """Put ``previous.ckpt``, where ``load_last`` chose it, in the place of the unreadable ``last.ckpt``.
+    """Replace the unreadable ``last.ckpt`` by ``previous.ckpt``, if ``load_last`` chose that one.
 
-    The next checkpoint would otherwise keep the unreadable one as the one before it.
+    Otherwise the next checkpoint would keep the unreadable file as ``previous.ckpt``.
     """
     if path.name == PREVIOUS and place().rank == 0:
         _link(path, path.with_name(LAST))
 
 
 def require_same_model(saved: Mapping[str, Any], config: Mapping[str, Any], run: Path) -> None:
-    """Compare the settings of model and optimiser with those in the checkpoint that a run goes on from.
+    """Check that the settings of model and optimiser equal those in the checkpoint to resume from.
 
     Args:
         saved: the checkpoint.
-        config: the configuration to go on with.
+        config: the configuration of the resumed run.
         run: the run's folder, for the message.
 
     Raises:
@@ -233,7 +233,7 @@ def require_same_model(saved: Mapping[str, Any], config: Mapping[str, Any], run:
     differing = []
     for section in _FIXED:
         if section == "placement" and config["attention"]["name"] == "none":
-            continue  # of nothing
+            continue  # there is no block to place
         differing += list(_differences(section, saved["config"].get(section, {}), config[section]))
     averaged = [settings.get("training", {}).get("weight_averaging") for settings in (saved["config"], config)]
     if bool(averaged[0]) != bool(averaged[1]):  # a checkpoint with averaging holds both kinds of weights
@@ -247,7 +247,7 @@ def require_same_model(saved: Mapping[str, Any], config: Mapping[str, Any], run:
 
 
 def _differences(key: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Dotted key and both values of each setting that differs; a missing one is None."""
+    """Yield the dotted key and both values of each setting that differs; None for a missing one."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys([*before, *now]):
             yield from _differences(f"{key}.{name}", before.get(name), now.get(name))
@@ -278,7 +278,7 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
 
 
 def _check_state(saved: Mapping[str, Any]) -> None:
-    """Raise a ValueError about a state that Lightning would restore, and with which a run would end or diverge."""
+    """Raise a ValueError about a state that Lightning would restore, but with which the run would fail or diverge."""
     for key in ("loops", "epoch", "global_step"):
         for name, value in _leaves(saved[key], key):
             if value is not None and not (isinstance(value, int) and value >= 0):
@@ -303,16 +303,16 @@ def _check_state(saved: Mapping[str, Any]) -> None:
             raise ValueError(f"callbacks: wait_count must be a whole number, got {state['wait_count']!r:.80}")
     for key in ("current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
         for name, value in _leaves(saved.get(key), key):
-            # Not an infinity, which may be the square of a large gradient.
+            # Infinity is valid: it may be the square of a large gradient.
             if isinstance(value, Tensor | float) and torch.isnan(torch.as_tensor(value)).any():
                 raise ValueError(f"{name} holds nan")
 
 
 def require_fitting_state(optimizer: Optimizer, path: Path) -> None:
-    """Compare the restored state of an optimiser with its parameters, which torch does only within a step.
+    """Check that the restored state of an optimiser fits its parameters; torch checks that only within a step.
 
     Raises:
-        CheckpointError: a tensor of the state has another shape than its parameter.
+        CheckpointError: a value is neither a tensor nor a number, or a tensor has another shape than its parameter.
     """
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
@@ -324,7 +324,7 @@ def require_fitting_state(optimizer: Optimizer, path: Path) -> None:
 
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Path and value of everything in nested dicts, lists and tuples."""
+    """Yield the dotted path and the value of each leaf in nested dicts, lists and tuples."""
     if not isinstance(value, dict | list | tuple):
         yield name, value
         return
@@ -335,7 +335,7 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def has_stopped(saved: Mapping[str, Any], trainer: Trainer) -> bool:
-    """Whether the training ended early before this checkpoint was made; Lightning would train one epoch more."""
+    """Return whether early stopping had ended the training of a checkpoint; Lightning would train one more epoch."""
     trained = saved["epoch"] + 1 >= (trainer.min_epochs or 0) and saved["global_step"] >= (trainer.min_steps or 0)
     return trained and any(
         saved["callbacks"].get(stopper.state_key, {}).get("wait_count", 0) >= stopper.patience

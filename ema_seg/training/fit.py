@@ -1,4 +1,4 @@
-"""From a configuration to a trained model: build and check the parts, fit, name the best checkpoint."""
+"""Training of a configuration: build and check the parts, fit, return the best checkpoint."""
 
 import json
 import sys
@@ -43,16 +43,16 @@ __all__ = ["fit"]
 
 _MONITORED = "val/miou"
 
-# Warnings of the libraries about themselves, or about what is meant to be so here.
+# Warnings of the libraries about themselves, or about behaviour that is intended here.
 _NOISE = (
     r".*isinstance\(treespec, LeafSpec\)",
     r"Checkpoint directory .* exists and is not empty",
     r"The number of training batches .* is smaller than the logging interval",
     r"The '.*_dataloader' does not have many workers",
-    r"You're resuming from a checkpoint that ended before the epoch ended",  # the data module knows
-    r"`broadcast_buffers` is deprecated",  # the new name is not in every torch that we support
-    r"Grad strides do not match bucket view strides",  # of weights with a single channel, where strides say nothing
-    r"It is recommended to use `self.log\(.*sync_dist=True\)`",  # what is logged without is the same everywhere
+    r"You're resuming from a checkpoint that ended before the epoch ended",  # the data module resumes within the epoch
+    r"`broadcast_buffers` is deprecated",  # some supported versions of torch lack the new name
+    r"Grad strides do not match bucket view strides",  # single-channel weights: strides are ambiguous
+    r"It is recommended to use `self.log\(.*sync_dist=True\)`",  # the values are equal on all ranks
 )
 
 
@@ -66,26 +66,26 @@ def fit(
     preemption: Preemption | None = None,
     on_start: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Train what ``config`` describes.
+    """Train the model of a configuration.
 
     Nothing in the run's folder changes before data, model, checkpoint, optimiser and schedule have been built and
-    checked, so that a refused command leaves a run as it was.
+    checked, so that a rejected command leaves a run as it was.
 
     Args:
         config: the resolved configuration of ``train.py`` as plain data.
         run: the run's folder; receives ``environment.json``, ``metrics.csv``, ``checkpoints/`` and pictures.
         resume: continue from ``checkpoints/last.ckpt`` in that folder.
         quiet: print no line per epoch and show no progress bar.
-        callbacks: Lightning's, besides the run's own.
-        preemption: has the training leave with a checkpoint when it is asked to; None for never.
-        on_start: called in every process when all is checked and the first step is next; not where nothing is left
-            to train.
+        callbacks: further Lightning callbacks.
+        preemption: receives the signals on which the training saves a checkpoint and stops; None for no preemption.
+        on_start: called on every rank after all checks, just before the first step; not called if nothing is left to
+            train.
 
     Returns:
         The checkpoint with the best validation mIoU.
 
     Raises:
-        EmaSegError: whatever a user can correct, from the parts that find it.
+        EmaSegError: any error that the user can correct.
     """
     preemption = preemption or Preemption()
     for message in _NOISE:
@@ -109,8 +109,8 @@ def fit(
         schedule=config["schedule"],
         config=config,
     )
-    # Nothing goes on from the best: without the optimiser's state it is a third of the size. Lightning leaves the
-    # averaged weights, too, out of a checkpoint of weights alone.
+    # No run resumes from the best checkpoint, and without the optimiser's state it is a third of the size. But
+    # Lightning writes no averaged weights into a checkpoint of weights alone.
     weights_only = not settings["weight_averaging"]
     best = BestCheckpoint(run, monitor=_MONITORED, mode="max", save_weights_only=weights_only)
     progress = not quiet and _shows_progress(settings["progress_bar"])
@@ -129,7 +129,7 @@ def fit(
     except MisconfigurationException as error:
         raise _refused(error) from error
     except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # of which Lightning makes an exit without a word
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into a silent exit
             raise KeyboardInterrupt from None
         raise
     except Exception as error:
@@ -150,7 +150,7 @@ def fit(
 
 
 def _weights_to_match(config: Mapping[str, Any], saved: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Select the weights whose shapes the model must have: those of the run resumed or repeated, if any."""
+    """Return the weights of the resumed or repeated run, if any; the model must match their shapes."""
     if saved is None and config.get("rerun"):
         original = Path(config["rerun"]) / "checkpoints" / "best.ckpt"
         saved = load_checkpoint(original) if original.is_file() else None
@@ -158,9 +158,9 @@ def _weights_to_match(config: Mapping[str, Any], saved: Mapping[str, Any] | None
 
 
 class _Start(Callback):
-    """Begins to write when all is checked: starts the loggers, writes ``environment.json``, calls ``on_start``.
+    """Start of a training: runs the last checks, starts the loggers, writes ``environment.json``, calls ``on_start``.
 
-    Placed behind ``EpochLog``, which checks ``metrics.csv``.
+    It comes after ``EpochLog``, which checks ``metrics.csv``.
     """
 
     def __init__(
@@ -173,16 +173,16 @@ class _Start(Callback):
     ) -> None:
         self.config, self.run, self.best = config, run, best
         self.checkpoint, self.on_start = checkpoint, on_start
-        # Lightning starts the loggers that it is given before it restores a checkpoint: it gets them later.
+        # Passed to Lightning later, because it would start them before it restores a checkpoint.
         self.loggers = build_loggers(run, config.get("logger", {}))
         self.reached = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin: the optimiser's state and the loaders are there by now.
+        """Run the last checks and start writing; the optimiser's state and the loaders exist by now.
 
         Raises:
             CheckpointError: the optimiser's restored state does not fit the model.
-            ConfigError: no validation would choose a checkpoint, or a logger cannot be started.
+            ConfigError: the training would end before its first validation, or a logger cannot be started.
         """
         self.reached = True
         if self.checkpoint is not None:
@@ -198,7 +198,7 @@ class _Start(Callback):
 
 
 def _is_of_checkpoint(error: Exception) -> bool:
-    """Whether this is an error of restoring a state, and none about the machine or of ours."""
+    """Return whether an error comes from restoring a state, and neither from the machine nor from our own checks."""
     if isinstance(error, RuntimeError):
         return "state_dict" in str(error)
     known = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -243,14 +243,14 @@ def _refused(error: Exception) -> ConfigError:
 
 
 def _correct(trainer: Trainer) -> None:
-    """Change what Lightning has no setting for.
+    """Override three private hooks that Lightning has no setting for.
 
-    The signals are left to :class:`Preemption`: Lightning's own handler ends a training without a checkpoint, and of
-    several processes has the one that gets a signal send it to the others, whatever these are just exchanging. Before
-    every step it asks the first process whether there was one, for which a GPU has to finish all that it was given.
-
-    A training that max_steps ends goes on from the end of an epoch as any other: Lightning would end that epoch once
-    more.
+    - ``register_signal_handlers``: :class:`Preemption` handles the signals. Lightning's handler ends a training without
+      a checkpoint, and broadcasts the signal to the other ranks, even in the middle of another collective.
+    - ``_broadcast_sigterm_tensor``: before every step it broadcasts whether rank 0 got a signal, and so synchronises
+      the GPU with the CPU.
+    - ``_iteration_based_training``: a training with max_steps resumes at the end of an epoch like any other. Lightning
+      would end that epoch again.
     """
     for owner, name, answer in (
         (trainer._signal_connector, "register_signal_handlers", None),
@@ -265,7 +265,7 @@ def _log_configuration(trainer: Trainer, config: Mapping[str, Any]) -> None:
     for logger in trainer.loggers:
         try:
             logger.log_hyperparams(dict(config))
-        except Exception as error:  # no account, no server, no disk: each logger has its own for it
+        except Exception as error:  # no account, no server, no disk: each logger has its own type
             raise ConfigError(
                 f"logger: {type(logger).__name__} cannot be started ({one_line(error)[:300]}); correct that, or choose "
                 "another logger."

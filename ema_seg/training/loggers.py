@@ -11,7 +11,7 @@ from ema_seg.errors import ConfigError, did_you_mean
 
 __all__ = ["build_loggers", "check_loggers"]
 
-# Name: the class, and its fixed arguments. Loaded only when named.
+# Class and fixed arguments by name; a class is imported only when it is used.
 _LOGGERS: dict[str, tuple[str, dict[str, Any]]] = {
     "tensorboard": ("TensorBoardLogger", {"name": "", "version": "tensorboard", "default_hp_metric": False}),
     "wandb": ("WandbLogger", {}),
@@ -39,7 +39,7 @@ def build_loggers(run: Path, settings: Mapping[str, Mapping[str, Any]]) -> list[
 
     Args:
         run: the run's folder.
-        settings: of ``logger``: arguments of Lightning's logger, such as ``project`` for wandb, by its name:
+        settings: keyword arguments of each of Lightning's loggers, such as ``project`` for wandb, by name:
             ``"tensorboard"``, ``"wandb"`` or ``"mlflow"``.
 
     Raises:
@@ -52,7 +52,7 @@ def build_loggers(run: Path, settings: Mapping[str, Mapping[str, Any]]) -> list[
 def _build_logger(run: Path, name: str, options: dict[str, Any]) -> Logger:
     class_name, fixed = _LOGGERS[name]
     if name == "mlflow" and options.get("tracking_uri") is None:
-        # Lightning's default, a folder of files, is one that MLflow itself refuses by now.
+        # MLflow no longer accepts Lightning's default, a folder of files.
         options["tracking_uri"] = f"sqlite:///{run / 'mlflow.db'}"
     logger_class = getattr(importlib.import_module("lightning.pytorch.loggers"), class_name)
     try:

@@ -1,10 +1,10 @@
 """Segmentation losses and weighted sums of them.
 
-Every loss takes logits (B, K, H, W) and int64 train ids (B, H, W), and leaves pixels with the ignore index out.
+Every loss takes logits (B, K, H, W) and int64 train ids (B, H, W), and leaves out pixels with the ignore index.
 
-Where several processes each have a part of the batch, cross-entropy, focal and Dice loss are those of the whole batch:
-the mean of what the processes compute has the value and the gradient that a single process would get. OHEM and the
-Lovász loss, which sort the pixels, are means of the processes' own.
+With several processes, cross-entropy, focal and Dice loss are computed over the global batch: the mean over the ranks
+has the value and the gradient of a single process. OHEM and the Lovász loss sort the pixels; they are means of the
+ranks' own losses.
 """
 
 import inspect
@@ -26,19 +26,18 @@ __all__ = ["WeightedSum", "build_loss", "loss_names"]
 
 
 def _global_mean(total: Tensor, count: Tensor) -> Tensor:
-    """Each process's part of a mean over the whole batch: the mean of the parts is that mean.
+    """Return this rank's part of a mean over the global batch: the mean of all parts is that mean.
 
     Args:
-        total: the sum over the process's own pixels, a scalar.
-        count: their number, or the sum of their weights; not a part of the graph. Where all processes together
-            have none, the mean is 0.
+        total: the sum over this rank's pixels, a scalar.
+        count: their number, or the sum of their weights; not part of the graph. If it is 0 on all ranks, the mean is 0.
     """
     count = sum_in_place(count.clone())
     return place().size * total * (count > 0) / count.where(count > 0, 1)
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, *, reduction: str, **options: Any) -> Tensor:
-    """Torch's, of images: their sum, or one value for each pixel, B x H x W ("none")."""
+    """Compute torch's cross-entropy of images: a sum, or one value per pixel, B x H x W ("none")."""
     options["ignore_index"] = IGNORE_INDEX
     if logits.is_cuda and torch.are_deterministic_algorithms_enabled():
         losses = cross_entropy_by_rows(logits, target, **options)
@@ -47,9 +46,9 @@ def _cross_entropy(logits: Tensor, target: Tensor, *, reduction: str, **options:
 
 
 def cross_entropy_by_rows(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-    """Torch's cross-entropy for each pixel, B x H x W, by the kernel for a list of samples.
+    """Compute torch's cross-entropy of each pixel, B x H x W, with the kernel for a list of samples.
 
-    That for images adds up as its threads come by, and CUDA refuses it where results have to repeat.
+    The kernel for images sums in the order in which its threads finish; torch rejects it on CUDA in deterministic mode.
     """
     rows = logits.movedim(1, -1).flatten(0, -2)
     return F.cross_entropy(rows, target.flatten(), reduction="none", **options).view(target.shape)
@@ -78,7 +77,7 @@ class CrossEntropy(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Scalar loss."""
+        """Compute the scalar loss."""
         total = _cross_entropy(
             logits, target, reduction="sum", weight=self.class_weights, label_smoothing=self.label_smoothing
         )
@@ -107,10 +106,11 @@ def _check_weight(key: str, weight: object) -> None:
 class OHEM(nn.Module):
     """Cross-entropy over the hard pixels only (online hard example mining).
 
-    As in semantic segmentation since Wu et al., "High-performance Semantic Segmentation Using Very Deep Fully
-    Convolutional Networks", https://arxiv.org/abs/1604.04339: a pixel is hard if the probability given to its
-    class is below ``threshold``; if there are fewer than ``min_kept`` of these, the hardest ``min_kept`` pixels
-    are taken.
+    Paper: Wu et al., "High-performance Semantic Segmentation Using Very Deep Fully Convolutional Networks",
+    https://arxiv.org/abs/1604.04339
+
+    A pixel is hard if the predicted probability of its class is at most ``threshold``. If there are fewer than
+    ``min_kept`` times the number of images, the loss takes that many of the batch's hardest pixels instead.
 
     Args:
         classes: number K of classes (unused, for the common signature).
@@ -126,7 +126,7 @@ class OHEM(nn.Module):
         self.min_kept = min_kept
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Scalar loss."""
+        """Compute the scalar loss."""
         losses = _cross_entropy(logits, target, reduction="none")
         losses = losses[target != IGNORE_INDEX]
         kept = max(1, min(self.min_kept * len(target), losses.numel()))
@@ -136,7 +136,7 @@ class OHEM(nn.Module):
 
 
 class Dice(nn.Module):
-    """One less the Dice coefficient of each class over the whole batch; the mean counts a class without a pixel as 0.
+    """Mean over the classes of 1 - Dice coefficient, each over the global batch; a class without a pixel counts as 0.
 
     Args:
         classes: number K of classes.
@@ -150,7 +150,7 @@ class Dice(nn.Module):
         self.smooth = smooth
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Scalar loss."""
+        """Compute the scalar loss."""
         labelled = target != IGNORE_INDEX
         truth = F.one_hot(target.where(labelled, 0), self.classes).permute(0, 3, 1, 2) * labelled[:, None]
         probabilities = logits.softmax(dim=1) * labelled[:, None]
@@ -161,14 +161,14 @@ class Dice(nn.Module):
 
 
 class Focal(nn.Module):
-    """Mean focal loss over the labelled pixels and the classes, each of which has a sigmoid of its own.
+    """Mean focal loss over the labelled pixels and the classes, with one sigmoid per class.
 
     Paper: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, https://arxiv.org/abs/1708.02002
 
     Args:
         classes: number K of classes (unused, for the common signature).
-        gamma: how much easy pixels are weighed down; 0 or more.
-        alpha: weight of a class's own pixels, from 0 to 1, against those of the others; None weighs all alike.
+        gamma: focusing exponent, 0 or more; a larger one lowers the weight of easy pixels.
+        alpha: weight of a class's own pixels, from 0 to 1; all others weigh 1 - alpha. None for equal weights.
     """
 
     def __init__(self, classes: int, gamma: float = 2.0, alpha: float | None = None) -> None:
@@ -181,7 +181,7 @@ class Focal(nn.Module):
         self.sum = FocalLoss("multiclass", alpha=alpha, gamma=gamma, ignore_index=IGNORE_INDEX, reduction="sum")
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Scalar loss."""
+        """Compute the scalar loss."""
         return _global_mean(self.sum(logits, target), (target != IGNORE_INDEX).sum())
 
 
@@ -196,17 +196,17 @@ _LOSSES: dict[str, Callable[..., nn.Module]] = {
     "focal": Focal,
     "lovasz": _lovasz,
 }
-# What these compute of a part of the batch takes all of it.
+# Losses that all-reduce: every rank must call them.
 _GLOBAL = ("cross_entropy", "dice", "focal")
 
 
 def loss_names() -> tuple[str, ...]:
-    """The losses that ``build_loss`` knows."""
+    """Return the names of the losses for ``build_loss``."""
     return tuple(_LOSSES)
 
 
 class WeightedSum(nn.Module):
-    """Sum of losses, each times its weight, computed in float32 or, of such logits, in float64."""
+    """Weighted sum of losses, computed in float32, or in float64 for float64 logits."""
 
     def __init__(self, terms: Mapping[str, tuple[float, nn.Module]]) -> None:
         super().__init__()
@@ -214,12 +214,12 @@ class WeightedSum(nn.Module):
         self.losses = nn.ModuleDict({name: loss for name, (_, loss) in terms.items()})
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Scalar loss of logits (B, K, H, W) against int64 train ids (B, H, W)."""
+        """Compute the scalar loss of logits (B, K, H, W) against int64 train ids (B, H, W)."""
         labels = (target != IGNORE_INDEX).sum()
         own, all_labels = bool(labels), bool(sum_in_place(labels))
         nothing = logits.float().sum() * 0.0
         if not all_labels:
-            # Means over no pixel are not numbers; nothing is to be learned from such a batch.
+            # No labelled pixel on any rank: return 0 instead of NaN.
             return nothing
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -232,15 +232,15 @@ class WeightedSum(nn.Module):
 
 
 def build_loss(terms: Mapping[str, Mapping[str, Any] | None], classes: int) -> WeightedSum:
-    """Make the weighted sum that ``terms`` describes.
+    """Build the weighted sum of losses that ``terms`` describes.
 
     Args:
-        terms: for each loss by name its ``weight`` (default 1) and its own options; a term of None is left
+        terms: for each loss by name its ``weight`` (default 1) and its own options; None leaves the loss
             out. Example: ``{"cross_entropy": {"weight": 1.0}, "dice": {"weight": 0.5}}``.
         classes: number K of classes.
 
     Raises:
-        ConfigError: a name or an option is unknown, a weight is negative, or nothing is left to sum.
+        ConfigError: a name, an option or a weight is invalid, or no loss has a weight above 0.
     """
     built: dict[str, tuple[float, nn.Module]] = {}
     for name, options in terms.items():

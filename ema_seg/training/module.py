@@ -1,4 +1,4 @@
-"""The Lightning module: one training step, one validation pass, one optimiser with its schedule."""
+"""Lightning module: training step, validation, optimiser and schedule."""
 
 import math
 import re
@@ -29,12 +29,12 @@ __all__ = ["SegmentationModule"]
 
 
 class SegmentationModule(LightningModule):
-    """Trains a segmenter and scores it on the validation images at their own size.
+    """Lightning module that trains a segmenter and scores it on the validation images at their own size.
 
-    Logs ``train/loss`` per epoch, and the mean and the largest norm of a step's gradient before any clipping, as
-    ``train/gradient_norm`` and ``train/gradient_norm_max``, which a checkpoint within an epoch keeps; per validation
-    ``val/miou``, ``val/mean_accuracy``, ``val/pixel_accuracy`` and ``val_iou/<class>`` of each class that occurs, all
-    from one confusion matrix, and ``val/loss``, the mean over the images of each whole image's loss.
+    It logs per epoch ``train/loss``, and the mean and the maximum of the gradient norm before clipping as
+    ``train/gradient_norm`` and ``train/gradient_norm_max``; a checkpoint within an epoch keeps their sums. It logs per
+    validation ``val/miou``, ``val/mean_accuracy``, ``val/pixel_accuracy`` and ``val_iou/<class>`` of each class that
+    occurs, all from one confusion matrix, and ``val/loss``, the mean over the images of each whole image's loss.
 
     Args:
         model: maps float images (B, 3, H, W) to logits (B, K, H, W).
@@ -46,7 +46,7 @@ class SegmentationModule(LightningModule):
             checkpoint, so that a checkpoint alone is enough to rebuild the model.
 
     Raises:
-        TrainingError: in a training step whose loss is not finite.
+        TrainingError: the loss of a training step is not finite.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class SegmentationModule(LightningModule):
         self.confusion = ConfusionMatrix(len(classes))
         self.validation_loss, self.validation_images = 0.0, 0
         self.iou_names = _tags("val_iou", self.classes)
-        self.crops = "images"  # what the last batch was of, for messages
-        # Of loss times images, images, gradient norms and steps, and the largest norm. Lightning's own means would
-        # begin anew in a run that goes on within an epoch.
+        self.crops = "images"  # size of the last batch's crops, for messages
+        # Sums of loss times images, images, gradient norms and steps, and the largest norm. Lightning's own means
+        # would restart in a run that resumes within an epoch.
         self.sums: Tensor
         self.register_buffer("sums", torch.zeros(5), persistent=False)
 
@@ -80,14 +80,14 @@ class SegmentationModule(LightningModule):
     def load_from_checkpoint(  # type: ignore[override]  # every argument of the constructor is in the checkpoint
         cls, checkpoint_path: str | PathLike[str], map_location: Any = "cpu"
     ) -> "SegmentationModule":
-        """Rebuild the module that a checkpoint of ``train.py`` holds, in training mode as Lightning's own does.
+        """Rebuild the module of a checkpoint of ``train.py``, in training mode as Lightning's own method does.
 
         Args:
             checkpoint_path: such as ``checkpoints/best.ckpt`` of a run.
             map_location: the device of the module.
 
         Raises:
-            CheckpointError: see ``load_segmenter``; or the checkpoint's configuration does not name how it was trained.
+            CheckpointError: see ``load_segmenter``; or the config lacks the section loss, optimizer or schedule.
         """
         path = Path(checkpoint_path)
         model, checkpoint = load_segmenter(path)
@@ -103,20 +103,20 @@ class SegmentationModule(LightningModule):
         return cls(model, loss, classes=classes, **settings).train().to(torch.device(map_location or "cpu"))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, K, H, W) of images (B, 3, H, W)."""
+        """Compute the logits (B, K, H, W) of images (B, 3, H, W)."""
         return self.model(images)
 
     def on_train_epoch_start(self) -> None:
-        """Start the sums of the epoch from zero."""
+        """Reset the sums of the epoch."""
         self.sums.zero_()
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        """Make the random numbers of the step, such as dropout's, depend on nothing before it."""
+        """Seed torch from (seed, epoch, batch, rank), so that dropout does not depend on earlier steps."""
         entropy = np.random.SeedSequence((self.config["seed"], self.current_epoch, batch_index, self.global_rank))
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        """Loss of one batch of crops."""
+        """Compute the loss of one batch of crops."""
         self._check_crops(batch["image"])
         try:
             with explained_sizes(batch["image"]):
@@ -141,14 +141,14 @@ class SegmentationModule(LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Note the norm of the gradient, which tells whether a block lets it vanish or explode."""
+        """Record the gradient norm, which shows whether a block makes gradients vanish or explode."""
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(gradients))
         self.sums[2:4] += torch.stack([norm.float(), torch.ones_like(norm, dtype=torch.float32)])
         self.sums[4] = torch.maximum(self.sums[4], norm.float())
 
     def epoch_means(self) -> dict[str, float]:
-        """Loss and norm of the gradient in this epoch so far; to be called by all processes."""
+        """Return mean loss and gradient norms of this epoch so far; a collective."""
         loss, images, norm, steps, largest = self._global_sums().tolist()
         return {
             "train/loss": loss / images,
@@ -157,11 +157,11 @@ class SegmentationModule(LightningModule):
         }
 
     def _global_sums(self) -> Tensor:
-        """The sums over all processes; of the gradient, which is the same in all of them, one's."""
+        """All-reduce the sums of loss and images; the gradient norms are equal on all ranks already."""
         return torch.cat([sum_in_place(self.sums[:2].clone()), self.sums[2:]])
 
     def on_train_epoch_end(self) -> None:
-        """Log the means."""
+        """Log the means of the epoch."""
         self.log_dict(self.epoch_means())
 
     def _check_crops(self, images: Tensor) -> None:
@@ -174,25 +174,25 @@ class SegmentationModule(LightningModule):
             )
 
     def on_validation_epoch_start(self) -> None:
-        """Start the scores of this validation from zero, of one model in all processes."""
+        """Reset the scores of the validation, and broadcast the model's buffers."""
         self.confusion = ConfusionMatrix(len(self.classes))
         self.validation_loss, self.validation_images = 0.0, 0
         if place().size > 1:
-            # The first process's, which are those in the checkpoints. The weights are the same everywhere.
+            # Rank 0's buffers are those in the checkpoints. The weights are equal on all ranks.
             for buffer in self.model.buffers():
                 distributed.broadcast(buffer, 0)
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        """Count the pixels of whole images, at their own size, and add up the loss of each."""
+        """Score whole images at their own size, and add up their losses."""
         for logits, target in zip(self.score(batch), batch["mask"], strict=True):
             if (target != IGNORE_INDEX).any():
-                # By itself: the processes need not have the same number of images.
+                # Without collectives: the ranks may have different numbers of images.
                 with alone(), explained_memory(logits[None], LESS_MEMORY):
                     self.validation_loss += float(self.loss(logits[None], target[None]))
                 self.validation_images += 1
 
     def score(self, batch: dict[str, Any]) -> list[Tensor]:
-        """Count the pixels of whole images in the confusion matrix.
+        """Predict whole images and add their pixels to the confusion matrix.
 
         Returns:
             The logits K x H x W of each image.
@@ -203,12 +203,12 @@ class SegmentationModule(LightningModule):
         return predicted
 
     def compute_scores(self) -> Scores:
-        """Compute the scores over the images of all processes; a collective."""
+        """Compute the scores over the images of all ranks; a collective."""
         sum_in_place(self.confusion.matrix)
         return self.confusion.compute()
 
     def on_validation_epoch_end(self) -> None:
-        """Log the loss and the scores over the images of all processes."""
+        """Log the loss and the scores over the images of all ranks."""
         scores = self.compute_scores()
         loss, images = sum_in_place(torch.tensor([self.validation_loss, self.validation_images], dtype=torch.float64))
         self.log("val/loss", float(loss / images))
@@ -220,7 +220,7 @@ class SegmentationModule(LightningModule):
             self.log(f"val/{name}", scores[name])
 
     def configure_optimizers(self) -> Any:
-        """The optimiser, and its schedule stepped after every step."""
+        """Build the optimiser and its schedule, which advances after every optimiser step."""
         optimizer = build_optimizer(self.model, **self.optimizer_settings)
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
@@ -232,13 +232,13 @@ class SegmentationModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what rebuilding the model needs."""
+        """Add config, class names and the sums of the epoch to the checkpoint."""
         checkpoint["config"] = self.config
         checkpoint["classes"] = self.classes
         checkpoint["sums"] = self._global_sums().cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the sums of the epoch, of which the first process keeps what all have."""
+        """Restore the sums of the epoch: rank 0 takes the totals of loss and images, the others start those at zero."""
         if "sums" in checkpoint:
             self.sums.copy_(checkpoint["sums"])
             if place().rank:
@@ -246,7 +246,7 @@ class SegmentationModule(LightningModule):
 
 
 def _tags(group: str, classes: Sequence[str]) -> list[str]:
-    """Return names of curves that every logger takes, one per class; MLflow refuses most punctuation."""
+    """Return one curve name per class that every logger accepts; MLflow rejects most punctuation."""
     names = [re.sub(r"[^\w-]", "_", name) for name in classes]
     if len(set(names)) < len(names):
         names = [f"{name}_{index}" for index, name in enumerate(names)]

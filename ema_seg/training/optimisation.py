@@ -19,7 +19,7 @@ _OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": AdamW, "sgd": SGD}
 def build_optimizer(
     model: nn.Module, /, *, name: str, lr: float, encoder_lr_factor: float, weight_decay: float, **options: Any
 ) -> Optimizer:
-    """An optimiser in which the encoder learns at its own rate, and norms and biases do not decay.
+    """Build an optimiser with a separate learning rate for the encoder, and no weight decay for norms and biases.
 
     Args:
         model: a segmenter, whose encoder's parameters are named ``encoder.…``.
@@ -28,7 +28,7 @@ def build_optimizer(
             new layers and learn at this rate too.
         encoder_lr_factor: the encoder's rate is this times ``lr``.
         weight_decay: decay of the weights with two or more dimensions.
-        **options: the torch optimiser's own, such as ``momentum`` or ``betas``.
+        **options: further options of the torch optimiser, such as ``momentum`` or ``betas``.
 
     Raises:
         ConfigError: a name, an option or a value is not valid.
@@ -79,15 +79,15 @@ _SCHEDULES: dict[str, Callable[..., float]] = {"poly": _poly, "cosine": _cosine,
 def build_schedule(
     optimizer: Optimizer, total_steps: int, /, *, name: str, warmup_steps: int | float = 0, **options: Any
 ) -> LambdaLR:
-    """A learning-rate schedule that is stepped after every optimiser step.
+    """Build a learning-rate schedule, to be stepped after every optimiser step.
 
     Args:
-        optimizer: its groups' rates are the peaks.
+        optimizer: the optimiser; the learning rates of its groups are the peaks.
         total_steps: number of optimiser steps of the whole training.
         name: ``"poly"`` (option ``power``), ``"cosine"`` (option ``final_factor``) or ``"constant"``.
         warmup_steps: number of steps over which the rate rises linearly to its peak; a value below 1 is a
             share of ``total_steps``.
-        **options: of the named schedule.
+        **options: options of the named schedule.
 
     Raises:
         ConfigError: a name, an option or a value is not valid.
@@ -123,6 +123,6 @@ def _check_decay(name: str, decay: Callable[..., float], options: Mapping[str, A
 def _factor(step: int, total_steps: int, warmup: int, decay: Callable[..., float], options: Mapping[str, Any]) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    # Clamped because the scheduler asks once more after the last step.
+    # Clamped because the scheduler computes one more rate after the last step.
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     return decay(progress, **options)

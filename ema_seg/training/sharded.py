@@ -1,4 +1,4 @@
-"""Training whose weights, gradients and optimiser state are spread over the processes (FSDP)."""
+"""FSDP training: weights, gradients and optimiser state are sharded over the ranks."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -16,23 +16,23 @@ from ema_seg.distributed.start import place
 
 __all__ = ["ShardedStrategy", "whole"]
 
-# A block with fewer weights goes with the one around it: gathering it by itself would take longer than it saves.
+# A block with fewer weights is sharded with its parent: an all-gather of its own would cost more than it saves.
 _LEAST_WEIGHTS = 100_000
 
 
 class ShardedStrategy(DDPStrategy):
-    """PyTorch's ``fully_shard``, with checkpoints that are the same as those of one process.
+    """Strategy that applies PyTorch's ``fully_shard``, with the same checkpoints as a single process writes.
 
-    Each block of the model's sequences and lists is gathered for its own forward and backward pass. A validation
-    gathers all weights once, because the processes need not have the same number of images; so the weights, but not
-    gradients and optimiser state, have to fit on a device.
+    Each large block in the model's ``Sequential`` and ``ModuleList`` containers is all-gathered for its own forward and
+    backward pass. A validation gathers all weights once, because the ranks may have different numbers of images; so the
+    weights, but not gradients and optimiser state, must fit on one device.
 
-    Lightning's own strategies for this leave the checkpoint in pieces or do without a CPU.
+    Lightning's own strategies shard the checkpoint or do not support the CPU.
     """
 
     def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]  # no wrapper: the module itself
         segmenter = cast(nn.Module, model.model)
-        segmenter.to(memory_format=torch.contiguous_format)  # what can be divided
+        segmenter.to(memory_format=torch.contiguous_format)  # FSDP shards no other layout
         self._mesh: DeviceMesh = init_device_mesh(self.root_device.type, (place().size,))
         for block in _blocks(segmenter):
             fully_shard(block, mesh=self._mesh)
@@ -44,51 +44,51 @@ class ShardedStrategy(DDPStrategy):
         return (module for module in self.lightning_module.modules() if isinstance(module, FSDPModule))
 
     def on_validation_start(self) -> None:
-        """Gather the weights."""
+        """All-gather the weights."""
         for module in self._sharded():
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
 
     def on_validation_end(self) -> None:
-        """Keep only the own part again."""
+        """Reshard the weights."""
         assert self.lightning_module is not None
         for module in self._sharded():
-            # As it is by default: what comes last in a forward pass comes first in the backward pass.
+            # PyTorch's default: the root stays gathered after the forward pass, as the backward pass needs it first.
             module.set_reshard_after_forward(module is not self.lightning_module.model, recurse=False)
             module.reshard()
 
     def _register_ddp_hooks(self) -> None:
-        """Nothing, for there is no wrapper; Lightning demands one on GPUs."""
+        """Register nothing: on GPUs Lightning would demand a DDP wrapper, and there is none."""
 
     def teardown(self) -> None:
-        """Leave module and optimisers where they are: what is spread over GPUs cannot be moved, and ends with them."""
+        """Tear down without moving module and optimisers to the CPU: sharded tensors cannot be moved."""
         module, self._lightning_module = self._lightning_module, None
         self.optimizers = []
         super().teardown()
         self._lightning_module = module
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole weights on the CPU, of the first process; nothing of the others."""
+        """Return the full weights on the CPU on rank 0, and an empty dict on the others."""
         return _whole_state(super().lightning_module_state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The whole state on the CPU, of the first process; nothing of the others."""
+        """Return the full state on the CPU on rank 0, and an empty dict on the others."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
         return _whole_state(optimizer.state_dict())
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take the own part of the whole state."""
+        """Load this rank's shard of the full state."""
         states = map(_own_state, self.optimizers, checkpoint["optimizer_states"])
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": list(states)})
 
 
 def _own_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The same state, spread as the parameters are: tensor by tensor, because all of them may not fit on a device."""
+    """Shard an optimiser's state like its parameters, tensor by tensor: the full state may not fit on a device."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     state = dict(saved["state"])
-    for number, parameter in zip(numbers, parameters, strict=False):  # other numbers are for the optimiser to refuse
+    for number, parameter in zip(numbers, parameters, strict=False):  # the optimiser rejects other numbers
         if number in state and isinstance(parameter, DTensor):
             state[number] = {name: _spread_like(parameter, value) for name, value in state[number].items()}
     return {**saved, "state": state}
@@ -101,9 +101,10 @@ def _spread_like(parameter: DTensor, value: Any) -> Any:
 
 
 def _blocks(segmenter: nn.Module) -> list[nn.Module]:
-    """The large elements of the sequences and lists in a model, the inner ones first.
+    """List the large elements of a model's ``Sequential`` and ``ModuleList`` containers, the inner ones first.
 
-    They are known to be called as modules. Of others it may be that only their weights or another method are used.
+    FSDP gathers a module's weights when it is called. These elements are called; other modules may only lend their
+    weights or another method.
     """
     containers = [module for module in segmenter.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
     elements = [element for container in containers for element in container.children()]
@@ -112,12 +113,12 @@ def _blocks(segmenter: nn.Module) -> list[nn.Module]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor as it is, gathered from the processes if it is spread over them; to be called by all of them."""
+    """Return the full tensor, all-gathered if it is sharded; a collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _whole_state(value: Any) -> Any:
-    """The same state with whole tensors; empty in all processes but the first."""
+    """Gather the sharded tensors of a state; return an empty dict on ranks other than 0. A collective."""
     gathered = _gather(value)
     return gathered if place().rank == 0 else {}
 

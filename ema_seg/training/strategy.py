@@ -1,4 +1,4 @@
-"""In how many processes a training runs, and how they share the work."""
+"""Number of processes of a training, their devices, and the arguments of Lightning's Trainer."""
 
 import os
 from collections.abc import Mapping
@@ -19,15 +19,15 @@ from ema_seg.training.sync_batch_norm import SyncLayers
 
 __all__ = ["count_processes", "named_processes", "take_device", "trainer_arguments", "training_device"]
 
-# Without GPUs nothing else would keep a mistyped number from filling the machine with processes.
+# Limit without GPUs, where a mistyped number could fill the node with processes.
 _PROCESSES_OF_A_CORE = 4
 _STRATEGIES = ("auto", "ddp", "fsdp")
 
 
 class _Devices(NamedTuple):
-    """What ``trainer`` asks for: devices of each machine, None for all that there are, and machines, None for any.
+    """Devices per node (None for all) and number of nodes (None for any) that the section ``trainer`` requests.
 
-    ``last`` is the highest number of a GPU among those that are named.
+    ``last`` is the highest GPU index that it names.
     """
 
     devices: int | None
@@ -36,25 +36,26 @@ class _Devices(NamedTuple):
 
 
 def named_processes(settings: Mapping[str, Any]) -> int:
-    """The number of processes that ``trainer`` names; 1 where it leaves that to the machine.
+    """Return the world size that ``trainer`` requests; 1 for each of devices and nodes that it leaves open.
 
     Raises:
-        ConfigError: the settings are none.
+        ConfigError: a setting is invalid.
     """
     asked = _read(settings)
     return (asked.devices or 1) * (asked.machines or 1)
 
 
 def count_processes(settings: Mapping[str, Any], started_by: str | None = None) -> int:
-    """The number of processes to train in.
+    """Return the world size of the training.
 
     Args:
-        settings: of ``trainer``.
-        started_by: what has started this process as one of a group, which then is ``joined``; None if nothing has.
+        settings: the section ``trainer``.
+        started_by: the launcher that has started this process as one rank of a group, such as ``"torchrun"``; the
+            process must have ``joined`` the group. None if there is none.
 
     Raises:
-        ConfigError: the settings are none, or ask for other processes than have been started, or for devices that
-            this machine does not have.
+        ConfigError: a setting is invalid, contradicts the processes that were started, or requests devices that this
+            node does not have.
     """
     asked = _read(settings)
     if started_by is None:
@@ -87,7 +88,7 @@ def count_processes(settings: Mapping[str, Any], started_by: str | None = None) 
 
 
 def training_device(settings: Mapping[str, Any]) -> torch.device:
-    """The device that ``trainer`` has this process train on."""
+    """Return the device that this process trains on."""
     if not _count_devices(settings.get("accelerator")):
         return torch.device("cpu")
     devices = settings.get("devices")
@@ -96,7 +97,7 @@ def training_device(settings: Mapping[str, Any]) -> torch.device:
 
 
 def take_device(settings: Mapping[str, Any]) -> None:
-    """Have a GPU without a number mean the one that ``trainer`` has this process use."""
+    """Make the GPU that this process trains on the current CUDA device."""
     device = training_device(settings)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -150,26 +151,26 @@ def _is_count(value: Any) -> bool:
 
 
 def _count_devices(accelerator: str | None) -> int | None:
-    """The devices of this machine that the accelerator may mean; None on the CPU, which any number can share."""
+    """Count this node's GPUs if the accelerator may use them; None for the CPU, which any number of ranks can share."""
     if accelerator in ("gpu", "cuda", "auto", None):
         return torch.cuda.device_count() or None
     return None
 
 
 def trainer_arguments(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-    """Keyword arguments of Lightning's Trainer for this process, and plugins besides its others.
+    """Return keyword arguments and plugins of Lightning's Trainer for this process.
 
     Args:
-        settings: of ``trainer``.
+        settings: the section ``trainer``.
     """
     here = place()
     arguments = dict(settings)
     sync_batchnorm = arguments.pop("sync_batchnorm", False)
     environment: ClusterEnvironment
     if here.size == 1:
-        # Said to Lightning, which would otherwise wait for others that it takes Slurm to have started.
+        # Otherwise Lightning would detect Slurm, and wait for other processes.
         environment = LightningEnvironment()
-        # Lightning reads it from RANK, which something else may have left; with another rank nothing is logged.
+        # Lightning reads the rank from RANK, which may be left over; on a rank other than 0 nothing is logged.
         environment.set_global_rank(0)
         if not isinstance(arguments.get("devices"), list):
             arguments["devices"] = 1
@@ -184,40 +185,40 @@ def trainer_arguments(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list
         "use_distributed_sampler": False,
     }
     if sharded:
-        # Weights that are gathered for a validation would be of its mode, which a training cannot change.
+        # Weights gathered for a validation would be inference tensors, which a training cannot update.
         arguments["inference_mode"] = False
     cuda = _count_devices(settings.get("accelerator")) is not None
     return arguments, [environment, *([SyncLayers(cuda=cuda)] if sync_batchnorm else [])]
 
 
 class _ReplicatedStrategy(DDPStrategy):
-    """Lightning's strategy, for models of which a part of the weights may have no use."""
+    """Lightning's DDP strategy, for models that may have unused parameters."""
 
     def __init__(self) -> None:
-        # Buffers are not sent at every step, and above all not at every image of a validation, of which the processes
-        # need not have the same number: the module sends them where it validates.
+        # By default DDP broadcasts buffers in every forward pass, but the ranks may validate different numbers of
+        # images. The module broadcasts them once before each validation instead.
         super().__init__(broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        # A step waits for the gradients of all weights, unless it is to look first which of them will come.
+        # DDP waits for the gradients of all parameters, unless it searches for unused ones first.
         unused = _keeps_order(self.root_device) or _has_unused(cast(nn.Module, model.model), self.root_device)
         self._ddp_kwargs["find_unused_parameters"] = unused
         return super()._setup_model(model)
 
 
 def _keeps_order(device: torch.device) -> bool:
-    """Whether a run that goes on has to add up gradients in the order in which it would have without a break.
+    """Return whether a resumed run must all-reduce gradients in the same order as an uninterrupted run.
 
-    After a first step DDP puts the gradients in another order, unless it looks for those that do not come; and with
-    their places changes the order in which three or more processes add them up.
+    After the first step DDP reorders its gradient buckets, unless it searches for unused parameters. That changes the
+    order in which three or more ranks add up a gradient.
     """
     return place().size > 2 and (device.type == "cpu" or torch.are_deterministic_algorithms_enabled())
 
 
 def _has_unused(segmenter: nn.Module, device: torch.device) -> bool:
-    """Whether a forward pass leaves a trainable weight out, such as the classifier's of an encoder."""
+    """Return whether a forward pass leaves a trainable parameter unused, such as an encoder's classifier."""
     parameters = [parameter for parameter in segmenter.parameters() if parameter.requires_grad]
-    side = max(256, 8 * model_stride(segmenter))  # enough for every pyramid
+    side = max(256, 8 * model_stride(segmenter))  # large enough for every decoder's pyramid
     image = torch.zeros(1, 3, side, side, device=device, dtype=parameters[0].dtype)
     with evaluation_mode(segmenter), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         gradients = torch.autograd.grad(segmenter(image).sum(), parameters, allow_unused=True)

@@ -1,4 +1,4 @@
-"""Batch normalisation over the batches of all processes together."""
+"""Batch normalisation synchronised over all ranks."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,10 @@ __all__ = ["SyncLayers"]
 
 
 class SyncLayers(LayerSync):
-    """Has Lightning convert a model's BatchNorm layers before it trains in several processes.
+    """Lightning plugin that converts a model's BatchNorm layers to synchronised ones.
 
-    For GPUs by timm's conversion, because torch's drops the activations within timm's layers; for the CPU, where
-    torch's layers do not work, to layers that compute the same.
+    On GPUs it uses timm's conversion, because torch's drops the activations inside timm's layers. On the CPU, where
+    torch's synchronised layers do not work, it uses layers that compute the same.
 
     Args:
         cuda: whether the model trains on GPUs.
@@ -29,7 +29,7 @@ class SyncLayers(LayerSync):
         self.cuda = cuda
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Convert the layers in place; they keep their parameters and the names in a checkpoint."""
+        """Convert the layers in place; parameters and names in the state dict stay the same."""
         if self.cuda:
             return convert_sync_batchnorm(model)
         for module in model.modules():
@@ -39,7 +39,7 @@ class SyncLayers(LayerSync):
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
-        """Leave the layers as they are: in a process by itself they compute what they did."""
+        """Return the model as it is: in a single process the converted layers compute ordinary batch norm."""
         return model
 
 
@@ -50,9 +50,9 @@ else:
 
 
 class _SyncOnAnyDevice(_AnyBatchNorm):
-    """Placed before a class of BatchNorm layers: has them normalise with mean and variance over all processes.
+    """Mixin before a class of BatchNorm layers, which then normalise with mean and variance over all ranks.
 
-    As with torch's layers, the running variance is the unbiased one of all processes' values.
+    As in torch's layers, the running variance is the unbiased variance over all ranks.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class _SyncOnAnyDevice(_AnyBatchNorm):
 
 
 class _Normalise(torch.autograd.Function):
-    """Batch normalisation with one exchange in each direction; gives mean, biased variance and count, too."""
+    """Batch normalisation with one collective per pass, which also returns mean, biased variance and count."""
 
     @staticmethod
     def forward(
@@ -89,7 +89,7 @@ class _Normalise(torch.autograd.Function):
         means, variances, counts = parts.unbind(dim=1)
         count = counts.sum(dim=0)
         mean = (means * counts).sum(dim=0) / count
-        # Within the processes and between them: a sum of squares would lose its digits to a large mean.
+        # Variance within the ranks plus variance between them: a sum of squares would cancel under a large mean.
         variance = ((variances + (means - mean).square()) * counts).sum(dim=0) / count
         scale = (variance + eps).rsqrt()
         normalised = (x - _along(mean, x)) * _along(scale, x)
@@ -107,7 +107,7 @@ class _Normalise(torch.autograd.Function):
         along_mean, along_values = (_along(total / count, gradient) for total in sum_in_place(own.clone()))
         factor = scale if weight is None else scale * weight
         inward = (gradient - along_mean - normalised * along_values) * _along(factor, gradient)
-        # Those of the weights are summed up with all others.
+        # The gradients of weight and bias are reduced later, with those of all other parameters.
         return inward, None if weight is None else own[1], None if weight is None else own[0], None
 
 
@@ -118,10 +118,10 @@ def _gathered(tensor: Tensor) -> list[Tensor]:
 
 
 def _others(x: Tensor) -> list[int]:
-    """All axes but that of the channels."""
+    """Return all axes but the channels'."""
     return [axis for axis in range(x.dim()) if axis != 1]
 
 
 def _along(values: Tensor, x: Tensor) -> Tensor:
-    """Values by channel, in a shape that goes with x."""
+    """Reshape per-channel values so that they broadcast with ``x``."""
     return values.view(1, -1, *(1,) * (x.dim() - 2))

@@ -1,4 +1,4 @@
-"""The first validation of a training: known before its first step, because without one no checkpoint is chosen."""
+"""Check of a training before its first step: it must reach a validation, or no checkpoint is chosen."""
 
 from typing import NamedTuple
 
@@ -10,19 +10,19 @@ __all__ = ["Course", "find_obstacle", "require_validation"]
 
 
 class Course(NamedTuple):
-    """When a training validates, when it ends, and where it starts.
+    """Course of a training: its validations, its end and its start.
 
     Attributes:
-        batches: in an epoch.
-        interval: batches from one validation to the next.
-        every: epochs from one with validations to the next; None counts ``interval`` on from epoch to epoch.
-        epochs: after which the training ends; None for no end.
-        steps: optimiser steps after which the training ends; None for no end.
-        accumulate: batches in an optimiser step.
-        epoch: epochs that are done.
-        batch: batches of the next epoch that are done.
-        total: batches of all epochs that are done.
-        step: optimiser steps that are done.
+        batches: batches per epoch.
+        interval: batches between validations.
+        every: validations run in every n-th epoch; None counts ``interval`` across epochs.
+        epochs: epochs after which the training ends; None for no limit.
+        steps: optimiser steps after which the training ends; None for no limit.
+        accumulate: batches per optimiser step.
+        epoch: completed epochs.
+        batch: completed batches of the current epoch.
+        total: completed batches of all epochs.
+        step: completed optimiser steps.
     """
 
     batches: int
@@ -38,17 +38,17 @@ class Course(NamedTuple):
 
 
 def require_validation(trainer: Trainer) -> None:
-    """Check that the training reaches a validation, as far as that does not depend on the time it takes.
+    """Check that the training reaches a validation, as far as that does not depend on time.
 
     Args:
-        trainer: with its loops as they are before the first step.
+        trainer: the trainer, just before its first step.
 
     Raises:
-        ConfigError: it ends before.
+        ConfigError: the training ends before its first validation.
     """
     loop = trainer.fit_loop
     if not isinstance(trainer.val_check_batch, int):
-        return  # by the clock
+        return  # validations are timed
     progress = loop.epoch_loop.batch_progress
     course = Course(
         batches=int(loop.max_batches),
@@ -67,7 +67,7 @@ def require_validation(trainer: Trainer) -> None:
 
 
 def find_obstacle(course: Course) -> str | None:
-    """Say which setting keeps a training from its first validation; None if it comes."""
+    """Describe the setting that prevents the first validation of a training; None if the training reaches it."""
     needed = _batches_to_validation(course)
     if course.epochs is not None:
         remaining = (course.epochs - course.epoch) * course.batches - course.batch
@@ -103,7 +103,7 @@ def _batches_to_validation(course: Course) -> int:
 
 
 def _steps(course: Course, batches: int) -> int:
-    """Optimiser steps in the next ``batches`` batches; the last one of an epoch always ends a step."""
+    """Count the optimiser steps in the next ``batches`` batches; the last batch of an epoch always ends a step."""
     epochs, rest = divmod(course.batch + batches, course.batches)
     each = -(-course.batches // course.accumulate)
     return epochs * each + rest // course.accumulate - course.batch // course.accumulate

@@ -1,1 +1,1 @@
-"""Hydra's way to the sweeps of ``train.py``; Hydra looks for its plugins in this namespace only."""
+"""Hydra sweepers of ``train.py``; Hydra looks for plugins only in the namespace ``hydra_plugins``."""

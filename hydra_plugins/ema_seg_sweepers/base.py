@@ -1,4 +1,4 @@
-"""What the sweepers share: a folder that the same command finds again, jobs known by what they are, their launch."""
+"""Base class of the sweepers: a folder that the same command finds again, job identities, and launching."""
 
 import hashlib
 import json
@@ -43,14 +43,14 @@ from ema_seg.sweeps.view import SweepView, render, survey
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Keys that, like those of the machine, change where or how far a sweep goes, or how it is compared, but not which sweep
-# it is: the name of its folder leaves them out. Of the sweep's own the others are a part of the name.
+# Keys that, like machine keys, are left out of the name of a sweep's folder: they change where or how far the sweep
+# runs, or how it is compared, but not which sweep it is. The other keys of ``sweep`` are part of the name.
 _NOT_OF_THE_NAME = (
     *("seed", "launcher", "hydra"),
     *("sweep.trials", "sweep.parallel", "sweep.retry", "sweep.baseline", "sweep.groups", "sweep.deal_devices"),
 )
 
-# Settings of the sweepers that are values by name, and an example of each.
+# Settings of the sweepers that must be mappings, with an example of each.
 _BY_NAME = {
     "grid": "{attention: [se, ema]}",
     "variants": "{wide: attention.factor=8}",
@@ -59,7 +59,7 @@ _BY_NAME = {
 
 
 class FolderSweeper(Sweeper):
-    """A sweeper whose jobs live in a folder named by the sweep, each in a folder named by its configuration."""
+    """Sweeper with a folder named after the sweep, and in it a folder for each job, named after its configuration."""
 
     def __init__(self) -> None:
         self.config: DictConfig | None = None
@@ -68,14 +68,14 @@ class FolderSweeper(Sweeper):
         self.task_function: TaskFunction | None = None
         self.folder = Path()
         self.named: list[str] = []  # the overrides that name the sweep
-        self.earlier: list[PlannedJob] = []  # the jobs that the folder had a plan of
+        self.earlier: list[PlannedJob] = []  # jobs of an earlier plan in the folder
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what Hydra hands over; the launcher is made when the folder is known, which its settings may name."""
+        """Store Hydra's arguments; ``open_folder`` creates the launcher, whose settings may contain the folder."""
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def open_folder(self, arguments: Sequence[str]) -> None:
-        """Name the folder after the sweep and what it fixes, and make the launcher."""
+        """Check the sweep's settings, name and create its folder, and create the launcher."""
         assert self.config is not None and self.hydra_context is not None and self.task_function is not None
         overrides = self.parse(arguments)
         for override in overrides:
@@ -92,7 +92,7 @@ class FolderSweeper(Sweeper):
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / "sweep.json").is_file():
             self.earlier = read_plan(self.folder).jobs
-        # For launchers whose processes start from a bare interpreter, which does not know where train.py lies.
+        # For launchers that start new interpreters, which would not find the project's modules.
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
         OmegaConf.resolve(self.config.hydra.launcher)
@@ -103,14 +103,14 @@ class FolderSweeper(Sweeper):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The configuration of the sweep as plain data."""
+        """Section ``sweep`` of the configuration as plain data."""
         assert self.config is not None
         settings = OmegaConf.to_container(self.config.sweep)
         assert isinstance(settings, dict)
         return settings  # type: ignore[return-value]  # all of its keys are texts
 
     def _check_settings(self) -> None:
-        """A ConfigError if the sweep's settings are not what its end will need."""
+        """Raise a ConfigError for invalid settings of the sweep, which would otherwise fail at its end."""
         baseline, groups, retry = (self.settings[key] for key in ("baseline", "groups", "retry"))
         if baseline is not None and not (isinstance(baseline, dict) and baseline):
             raise ConfigError(
@@ -139,16 +139,16 @@ class FolderSweeper(Sweeper):
         return key != "sweep" and not any(key == name or key.startswith(f"{name}.") for name in left_out)
 
     def parse(self, texts: Sequence[str]) -> list[Override]:
-        """Overrides as Hydra reads them."""
+        """Parse overrides with Hydra's parser."""
         assert self.hydra_context is not None
         return OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(list(texts))
 
     def plan_job(self, overrides: Sequence[str], told_apart_by: Mapping[str, str]) -> PlannedJob:
-        """Compose a job's configuration, see what can be said against it, and give it its name.
+        """Compose and check a job's configuration; return the job with its identity, or why it is impossible.
 
         Args:
-            overrides: all of the job's.
-            told_apart_by: what tells it from the other jobs, text by key.
+            overrides: all overrides of the job.
+            told_apart_by: the overrides that distinguish it from the other jobs, text by key.
         """
         assert self.hydra_context is not None and self.config is not None
         key, epochs, impossible = hashlib.sha256(repr(sorted(overrides)).encode()).hexdigest()[:12], None, None
@@ -163,12 +163,12 @@ class FolderSweeper(Sweeper):
             impossible = str(error)
         except (HydraException, OmegaConfBaseException) as error:
             impossible = one_line(error)
-        except Exception as error:  # whatever else a combination brings about is no reason to lose the others
+        except Exception as error:  # a bad combination must not end the sweep
             impossible = f"{type(error).__name__}: {one_line(error)}"
         return PlannedJob(key, job_name(told_apart_by, key), dict(told_apart_by), epochs, impossible)
 
     def unite(self, jobs: Sequence[PlannedJob]) -> list[PlannedJob]:
-        """Every job once, in the first one's place, where several combinations of a sweep mean the same."""
+        """Merge jobs of the same identity into the first; overrides in which they differ become ``ANY``."""
         united: dict[str, PlannedJob] = {}
         for job in jobs:
             known = united.setdefault(job.identity, job)
@@ -180,11 +180,11 @@ class FolderSweeper(Sweeper):
         return list(united.values())
 
     def is_settled(self, job: PlannedJob) -> bool:
-        """Whether there is nothing left to be run of a job."""
+        """Check whether a job needs no further run."""
         return is_settled(job_state(self.folder / job.folder, job.impossible), retry=self.settings["retry"])
 
     def write_plan(self, jobs: Sequence[PlannedJob]) -> list[PlannedJob]:
-        """Write down what is going to be run; returns the jobs with the folders that they have."""
+        """Write the plan of the sweep and return the jobs with the folders that they keep."""
         settings = self.settings
         baseline = settings["baseline"] and {
             str(key): value if isinstance(value, str) else json.dumps(value)
@@ -194,14 +194,14 @@ class FolderSweeper(Sweeper):
         return write_plan(self.folder, plan).jobs[: len(jobs)]
 
     def launch(self, jobs: Mapping[str, Sequence[str]], shown: Sequence[PlannedJob]) -> None:
-        """Run jobs, and see that each ends in a report or a reason, also if its process is killed.
+        """Run jobs until each has a report or a recorded failure, even if its process is killed.
 
         Args:
-            jobs: the overrides of each, by the name of its folder.
+            jobs: the overrides of each job, by the name of its folder.
             shown: the jobs of the command, which the live view shows.
 
         Raises:
-            ConfigError: the launcher cannot start any.
+            ConfigError: the launcher cannot start any job.
         """
         waiting, deaths = dict(jobs), Counter[str]()
         try:
@@ -209,17 +209,17 @@ class FolderSweeper(Sweeper):
                 while waiting:
                     again = self._launch_once(waiting, deaths)
                     waiting = {name: overrides for name, overrides in waiting.items() if name in again}
-        except (KeyboardInterrupt, SystemExit) as end:  # Lightning turns the one into the other
+        except (KeyboardInterrupt, SystemExit) as end:  # Lightning turns Ctrl-C into SystemExit
             print("interrupted; the same command goes on where it was left.", file=sys.stderr)
             preempted = isinstance(end, SystemExit) and end.code == Preempted.exit_status
             sys.exit(Preempted.exit_status if preempted else 130)
 
     def _launch_once(self, jobs: Mapping[str, Sequence[str]], deaths: Counter[str]) -> set[str]:
-        """Hand jobs to the launcher, and wait for them; returns those that it has to be handed again.
+        """Launch jobs and wait for them; return the names of those to launch again.
 
         Args:
             jobs: see ``launch``.
-            deaths: how often each was running when its process died; updated.
+            deaths: number of times each job's process died; updated in place.
         """
         assert self.launcher is not None
         before = {name: self._start_of(name) for name in jobs}
@@ -228,12 +228,12 @@ class FolderSweeper(Sweeper):
         try:
             batch = [self._arguments(name, overrides) for name, overrides in jobs.items()]
             results = self.launcher.launch(batch, initial_job_idx=0)
-        except Exception as error:  # whatever a launcher says when one of its processes is killed
+        except Exception as error:  # launchers raise different errors if a process is killed
             death = f"its process was ended ({type(error).__name__}: {_reason(error)[:300]})"
         for name, result in zip(jobs, results, strict=False):
-            if result.status is JobStatus.FAILED:  # before the job could take care of itself
+            if result.status is JobStatus.FAILED:  # before the job could record its failure
                 record_failure(self.folder / name, result._return_value)
-        # A launcher may give up at the first death, while other jobs of its own still run.
+        # A launcher may give up at the first death while its other jobs still run.
         while any(job_state(self.folder / name).name == "running" for name in jobs):
             time.sleep(1)
         started = {name for name in jobs if self._start_of(name) != before[name]}
@@ -241,7 +241,7 @@ class FolderSweeper(Sweeper):
             raise ConfigError(f"the launcher could not start any job: {death}.")
         ended = {name for name in started if job_state(self.folder / name).name in ("interrupted", "missing")}
         deaths.update(ended)
-        # A launcher whose process is killed may end its others too: only the second time it was the job.
+        # One killed process may end the launcher's others too: only a second death counts as the job's failure.
         for name in ended:
             if deaths[name] > 1:
                 record_failure(self.folder / name, death)
@@ -262,9 +262,9 @@ class FolderSweeper(Sweeper):
         ]
 
     def close(self, jobs: Sequence[PlannedJob]) -> None:
-        """Say what has become of the command's jobs, and compare all that the folder has.
+        """Print the states of the command's jobs, and compare all jobs of the folder if any is finished.
 
-        Exits with status 1 unless each of the jobs is finished or was pruned.
+        Exit with status 1 unless each of the command's jobs is finished or pruned.
         """
         from ema_seg.reporting.comparison_files import report_comparison
         from ema_seg.reporting.runs import read_folder
@@ -286,14 +286,14 @@ class FolderSweeper(Sweeper):
 
 
 def _reason(error: Exception) -> str:
-    """What an error says; where it holds a traceback, as submitit's do, what that one ends in."""
+    """Return an error's message; if it contains a traceback, as submitit's do, the error that ends it."""
     _, traceback, rest = str(error).rpartition("Traceback (most recent call last):")
     ends = [line for line in rest.splitlines() if line and not line.startswith(" ")]
     return ends[0] if traceback and ends else one_line(error)
 
 
 def by_dotted_key(settings: Mapping[str, Any] | None, prefix: str = "") -> dict[str, Any]:
-    """Values by key, also where ``+sweep.grid.optimizer.lr=…`` has made a section of what is one key."""
+    """Flatten settings to dotted keys: ``+sweep.grid.optimizer.lr=…`` makes nested sections of one key."""
     flat: dict[str, Any] = {}
     for key, value in (settings or {}).items():
         flat |= by_dotted_key(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -301,8 +301,8 @@ def by_dotted_key(settings: Mapping[str, Any] | None, prefix: str = "") -> dict[
 
 
 def check(config: dict[str, Any]) -> None:
-    """Raise what can be said against a job's configuration; imported late, for ``--help`` to answer at once."""
-    from ema_seg.training import check_config, check_model
+    """Raise an error if a job's configuration or model is invalid."""
+    from ema_seg.training import check_config, check_model  # late, for ``--help`` to answer at once
 
     check_config(config)
     check_model(config)

@@ -1,4 +1,4 @@
-"""``python train.py -m``: a grid of jobs that resumes, outlives its failures, and ends in a comparison."""
+"""Sweeper of ``python train.py -m``: a grid of jobs that resumes, survives failed jobs and ends in a comparison."""
 
 import itertools
 import json
@@ -15,14 +15,14 @@ from .base import FolderSweeper, by_dotted_key
 
 
 class GridSweeper(FolderSweeper):
-    """Every combination of the values on the command line and of the configuration's ``sweep.grid`` and ``.variants``.
+    """Sweeper over every combination of the command line's values, ``sweep.grid`` and ``sweep.variants``.
 
-    The same command again runs what is not finished: interrupted jobs from their last checkpoint, failed ones once.
+    The same command again runs unfinished jobs: interrupted ones from their last checkpoint, failed ones once more.
     """
 
     @reports_errors
     def sweep(self, arguments: list[str]) -> None:
-        """Plan, tell what is impossible, run the rest, and compare."""
+        """Plan the jobs, report impossible ones, run the others, and compare."""
         self.open_folder(arguments)
         combinations = list(self._combinations(arguments))
         planned = [self.plan_job(overrides, told_apart_by) for overrides, told_apart_by in combinations]
@@ -38,7 +38,7 @@ class GridSweeper(FolderSweeper):
         self.close(jobs)
 
     def _combinations(self, arguments: Sequence[str]) -> Iterator[tuple[list[str], dict[str, str]]]:
-        """The overrides of each job, and those that tell it from the others."""
+        """Yield the overrides of each job, and those that distinguish it from the others."""
         given, settings = self.parse(arguments), self.settings
         own = {override.key_or_group for override in given}
         grid = [
@@ -47,9 +47,9 @@ class GridSweeper(FolderSweeper):
         axes = [_axis(override) for override in [*self.parse(grid), *given]]
         if settings["variants"]:
             axes.append(_variants(settings["variants"]))
-        # The seed turns slowest, so that every configuration has been run once before any is run twice.
+        # The seed is the outermost loop, so that every configuration runs once before any runs twice.
         axes.sort(key=lambda axis: axis[0] != "seed")
-        # What the folder's earlier jobs differ in tells these from them, too.
+        # Keys that distinguish the folder's earlier jobs also distinguish these from them.
         known = {name for job in self.earlier for name in job.overrides}
         swept = [name for name, values in axes if len(values) > 1 or name in known]
         for values in itertools.product(*(values for _, values in axes)):
@@ -59,7 +59,7 @@ class GridSweeper(FolderSweeper):
             yield [text for _, texts in values for text in texts], {**told_apart, **seed}
 
 
-# The name of an axis; for each of its values a label and the overrides that it stands for.
+# The name of an axis, and a label and the overrides of each of its values.
 Axis = tuple[str, list[tuple[str, list[str]]]]
 
 
@@ -84,7 +84,7 @@ def _variants(variants: Mapping[str, str | Sequence[str]]) -> Axis:
 
 
 def _joined(key: str, values: Any) -> str:
-    """The values of ``sweep.grid`` as on the command line; a text there may be a sweep such as ``range(1,4)``."""
+    """Format values of ``sweep.grid`` as on the command line; a text may be a sweep such as ``range(1,4)``."""
     if values == []:
         raise ConfigError(f"sweep.grid.{key} is empty; give it values, or leave it out.")
     if not isinstance(values, list):
@@ -93,7 +93,7 @@ def _joined(key: str, values: Any) -> str:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether Hydra would take a comma in this value for the end of it."""
+    """Check whether Hydra would end this value at a comma in it."""
     return isinstance(value, str) and value[:1] not in ("[", "{", "'", '"') and "(" not in value
 
 

@@ -1,4 +1,4 @@
-"""``python train.py -m sweep=search``: Optuna chooses the settings of each job from the results of those before."""
+"""Sweeper of ``python train.py -m sweep=search``: Optuna chooses each job's settings from earlier results."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,14 +13,14 @@ from .base import FolderSweeper, by_dotted_key
 
 
 class SearchSweeper(FolderSweeper):
-    """Trials over the sweeps on the command line, such as ``optimizer.lr='interval(1e-4,1e-2)'``, and ``sweep.space``.
+    """Sweeper over ``sweep.space`` and the command line's sweeps, such as ``optimizer.lr='interval(1e-4,1e-2)'``.
 
-    The same command again goes on where the search was left; with a higher ``sweep.trials`` it goes further.
+    The same command again resumes the search; a higher ``sweep.trials`` extends it.
     """
 
     @reports_errors
     def sweep(self, arguments: list[str]) -> None:
-        """Ask for settings, run them, tell the result, until there are enough trials."""
+        """Run trials with settings from the study and report their results to it, until there are enough."""
         self.open_folder(arguments)
         try:
             from ema_seg.sweeps.search import Search
@@ -34,7 +34,7 @@ class SearchSweeper(FolderSweeper):
         search = Search(self.folder, seed=settings["seed"], grace=settings["grace"])
         search.check_space(_distributions(space), self.named)
 
-        jobs: list[PlannedJob] = []  # of each trial; two may be the same
+        jobs: list[PlannedJob] = []  # one for each trial; two may be the same
         plan: list[PlannedJob] = []
         overrides_of: dict[str, list[str]] = {}
         while len(jobs) < settings["trials"]:
@@ -56,7 +56,7 @@ class SearchSweeper(FolderSweeper):
         self.close(plan)
 
     def _split(self, arguments: Sequence[str], space: Mapping[str, Any]) -> tuple[list[str], list[Override]]:
-        """What all trials share, and what is searched; the command line goes before the configuration."""
+        """Split overrides into those that all trials share and those to search; the command line takes precedence."""
         given = self.parse(arguments)
         own = {override.key_or_group for override in given}
         configured = self.parse([f"{key}={value}" for key, value in space.items() if key not in own])
@@ -80,7 +80,7 @@ class SearchSweeper(FolderSweeper):
 
 
 def _distributions(space: Sequence[Override]) -> dict[str, Any]:
-    """Optuna's, by key: the numbers of an interval, whole ones if it is cast to int, or the texts of a choice."""
+    """Return Optuna's distributions by key: of floats (ints if the interval is cast to int), or of a choice's texts."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     distributions: dict[str, Any] = {}

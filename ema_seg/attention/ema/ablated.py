@@ -1,4 +1,4 @@
-"""EMA with parts taken away: which of them does the work?"""
+"""EMA without some of its parts, for ablation studies."""
 
 from typing import Literal
 
@@ -16,26 +16,26 @@ _BRANCHES = ("both", "pointwise", "spatial")
 
 
 class AblatedEMA(nn.Module):
-    """EMA, in its published form, from which a branch or the normalisation can be taken away.
+    """EMA in its published form, optionally without a branch or without the normalisation.
 
-    With one branch left there is nothing to look at but itself: its own channel means, through the softmax, weigh
-    its channels. What is taken away has no parameters; what remains has EMA's names. With nothing taken away the
-    block computes what EMA's implementation ``"reference"`` does.
+    A single branch weighs its own channels, by the softmax of its own channel means. Removed parts have no
+    parameters; the others keep EMA's names. With nothing removed, the block computes the same as EMA's
+    implementation ``"reference"``.
 
     Args:
         channels: number C of input channels.
         branches: ``"both"``; ``"pointwise"`` for the 1×1 branch x1 alone, whose weight map is
             sigmoid(softmax(mean x1) · x1); or ``"spatial"`` for the 3×3 branch x2 alone, likewise.
-        normalisation: False leaves out the GroupNorm of the 1×1 branch. (With it, and the 1×1 branch alone, the
-            means that the softmax sees are those of normalised channels: the same for every image.)
+        normalisation: False removes the GroupNorm of the 1×1 branch. (If the 1×1 branch is alone and keeps it, the
+            softmax is of the means of normalised channels: the same for every image.)
         factor: number of channel groups, a divisor of ``channels``, or ``"auto"``, see ``EMA``.
 
     Shape:
         Input and output: (B, C, H, W).
 
     Raises:
-        ModelError: an argument is none of these; or ``normalisation=False`` has nothing to take away, because the
-            1×1 branch is not there.
+        ModelError: an argument has an invalid value; or ``normalisation=False`` without the 1×1 branch, which alone
+            has a normalisation.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class AblatedEMA(nn.Module):
         super().__init__()
         self.groups = number_of_groups(channels, factor)
         width = channels // self.groups
-        # In EMA's order, so that the same seed gives both the same weights.
+        # In EMA's order, so that the same seed gives both blocks the same weights.
         self.gn = nn.GroupNorm(width, width) if branches != "spatial" and normalisation else None
         self.conv1x1 = nn.Conv2d(width, width, kernel_size=1) if branches != "spatial" else None
         self.conv3x3 = nn.Conv2d(width, width, kernel_size=3, padding=1) if branches != "pointwise" else None
@@ -67,7 +67,7 @@ class AblatedEMA(nn.Module):
         return (grouped * self._weights(grouped).sigmoid()).reshape(x.shape)
 
     def _weights(self, grouped: Tensor) -> Tensor:
-        """What the sigmoid is taken of, (N, 1, H, W), from the groups (N, Cg, H, W)."""
+        """Compute the weight map's logits (N, 1, H, W) from the groups (N, Cg, H, W)."""
         if self.conv3x3 is None:
             x1 = self._pointwise_branch(grouped)
             return cross(x1, x1)
@@ -78,7 +78,7 @@ class AblatedEMA(nn.Module):
         return cross(x1, x2) + cross(x2, x1)
 
     def _pointwise_branch(self, grouped: Tensor) -> Tensor:
-        """``grouped`` (N, Cg, H, W) gated along rows and columns, and normalised."""
+        """Gate ``grouped`` (N, Cg, H, W) along rows and columns, and normalise it if there is a GroupNorm."""
         rows = grouped.mean(dim=3, keepdim=True)
         columns = grouped.mean(dim=2, keepdim=True).transpose(2, 3)
         gates = self.conv1x1(torch.cat([rows, columns], dim=2)).sigmoid()  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Which implementation of EMA computes an input."""
+"""Selection of the EMA implementation for an input."""
 
 import os
 from functools import cache
@@ -16,14 +16,14 @@ ENVIRONMENT_VARIABLE = "EMA_SEG_IMPLEMENTATION"
 
 
 def check_name(name: str, where: str) -> None:
-    """Make sure that an implementation has this name.
+    """Check that an implementation has this name.
 
     Args:
-        name: what the user wrote.
-        where: the option or variable in which it was written.
+        name: the user's value.
+        where: the option or environment variable that holds it.
 
     Raises:
-        ConfigError: no implementation is called so.
+        ConfigError: no implementation has this name.
     """
     if name not in IMPLEMENTATIONS:
         raise ConfigError(
@@ -33,10 +33,10 @@ def check_name(name: str, where: str) -> None:
 
 
 def choose(requested: str, x: Tensor) -> str:
-    """The implementation that computes ``x``.
+    """Return the implementation that computes ``x``.
 
     Args:
-        requested: one of ``IMPLEMENTATIONS``; the environment variable, where it is set, takes its place.
+        requested: one of ``IMPLEMENTATIONS``; the environment variable, if set, overrides it.
         x: the input; only its device and dtype matter.
 
     Returns:
@@ -44,7 +44,7 @@ def choose(requested: str, x: Tensor) -> str:
 
     Raises:
         ConfigError: the environment variable names no implementation.
-        ModelError: the kernels asked for cannot compute ``x``; the message says why.
+        ModelError: the requested implementation cannot compute ``x``; the message says why.
     """
     from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
     name = from_environment or requested
@@ -61,9 +61,9 @@ def choose(requested: str, x: Tensor) -> str:
     return chosen
 
 
-@torch.compiler.assume_constant_result  # to look for a C++ compiler is nothing that can be traced
+@torch.compiler.assume_constant_result  # the search for a C++ compiler cannot be traced
 def _choose(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
-    """The implementation, and why it cannot be used if it cannot."""
+    """Return the implementation, and why it cannot be used, or None if it can."""
     if name == "auto":
         return next(kernels for kernels in KERNELS if _unavailable(kernels, device, dtype) is None), None
     return name, _unavailable(name, device, dtype) if name in KERNELS else None

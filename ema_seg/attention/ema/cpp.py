@@ -1,8 +1,8 @@
 """Fused CPU kernels of EMA's short form, compiled at their first use.
 
-``kernels.cpp`` holds the kernels. The system's C++ compiler translates them for exactly this processor; the result is
-kept in a cache folder of the user, under a name that says what it was made from. Threads come from the OpenMP runtime
-that PyTorch has loaded, as many as PyTorch uses.
+The system's C++ compiler compiles ``kernels.cpp`` for exactly this processor. The library is cached in a folder of the
+user, under a hash of the source, the command and the compiler's macros. The kernels use the OpenMP runtime that PyTorch
+has loaded, with as many threads as PyTorch.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = (
     "-std=c++17",
     "-O3",
-    # What clang calls the processor at hand depends on the processor.
+    # Clang's flag for the native processor depends on the architecture.
     "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native",
     "-fopenmp",
     "-ffp-contract=fast",
@@ -41,11 +41,11 @@ _FLAGS = (
     "-fno-trapping-math",
 )
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # the numbers in kernels.cpp
-_CALL = struct.Struct("=9qd17Q")  # Call in kernels.cpp
+_CALL = struct.Struct("=9qd17Q")  # struct Call in kernels.cpp
 
 
 def unavailable(x: Tensor) -> str | None:
-    """Why these kernels cannot compute ``x``, as a clause; None if they can. Compiles them at the first question."""
+    """Return why these kernels cannot compute ``x``, as a clause, or None if they can; compile them if needed."""
     if x.device.type != "cpu":
         return f"the tensor is on {x.device}, and these kernels are for CPUs"
     if x.dtype not in _DTYPES:
@@ -54,7 +54,7 @@ def unavailable(x: Tensor) -> str | None:
 
 
 def forward(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Re-weight ``x``, as ``operator.Kernels`` says."""
+    """Re-weight ``x``; see ``operator.Kernels``."""
     batch, channels, height, width = x.shape
     count, y = batch * groups, torch.empty_like(x)
     means = parameters.w1.new_empty((count, channels // groups, height + width))
@@ -73,7 +73,7 @@ def backward(
     eps: float,
     dynamic: bool,
 ) -> tuple[Tensor, Parameters]:
-    """Gradients of ``x`` and of the parameters, as ``operator.Kernels`` says."""
+    """Compute the gradients of ``x`` and of the parameters; see ``operator.Kernels``."""
     dx, gradients = torch.empty_like(x), Parameters(*map(torch.empty_like, parameters))
     _run("ema_backward", (x, dy, dx, means, moments, *parameters, *gradients), groups, eps, dynamic)
     return dx, gradients
@@ -102,7 +102,7 @@ class _Library(NamedTuple):
 
 @cache
 def _library() -> _Library:
-    """Load the kernels, after compiling them if need be; a failure is remembered, too."""
+    """Load the kernels, compiling them unless cached; a failure is cached too."""
     try:
         named = shlex.split(os.environ.get("CXX", ""))
     except ValueError as error:
@@ -113,14 +113,14 @@ def _library() -> _Library:
     command += _FLAGS
     try:
         source = _SOURCE.read_bytes()
-        # The macros tell the compiler, its version, and all that it makes of the processor's name.
+        # The macros identify the compiler, its version and the features of the native processor.
         macros = _output_of([*command, "-dM", "-E", "-x", "c++", os.devnull])
         made_from = hashlib.sha256(b"\0".join([source, shlex.join(command).encode(), macros])).hexdigest()
         path = _cache_folder() / f"ema-{made_from[:32]}.so"
         if path.exists():
             try:
                 return _Library(_load(path))
-            except OSError:  # half a file, say, after a crash
+            except OSError:  # a file truncated by a crash, for example
                 pass
         _compile([*command, "-shared", "-fPIC", str(_SOURCE)], path)
         return _Library(_load(path))
@@ -140,7 +140,7 @@ def _cache_folder() -> Path:
 
 
 def _compile(command: list[str], path: Path) -> None:
-    """Write the library to ``path``; processes that do so at the same time do not disturb each other."""
+    """Compile the library to ``path`` atomically, so that concurrent processes do not conflict."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="compiling-") as folder:
         made = Path(folder) / path.name

@@ -1,15 +1,16 @@
-"""EMA in its short form, in PyTorch operations, with the backward written by hand.
+"""EMA's short form in PyTorch operations, with a hand-written backward.
 
 The published form evaluates a Cg-to-Cg convolution and keeps half a dozen maps of the input's size. Neither is
-needed: the convolution enters the result only through two weighted sums over its output channels, which are
-linear in the input, so a convolution to one single channel and nine sums replace it; and all that the backward
-needs follows from the input and its row and column means. docs/ema.md has the derivation; the names follow it.
+needed. The convolution enters the result only through two weighted sums over its output channels, which are linear in
+the input, so a convolution to a single channel and nine sums replace it. The backward recomputes everything from the
+input, its row and column means, and the moments of the gated channels. docs/ema.md has the derivation; the names
+follow it.
 
-Half-precision inputs are computed in float32, float64 ones in float64. Feature maps are (B, G, Cg, H, W) here, a
-view of (B, C, H, W) in any memory layout; statistics of channels are (B, G, Cg).
+The arithmetic is float64 for float64 inputs, else float32. Feature maps are (B, G, Cg, H, W) here, a view of
+(B, C, H, W) in any memory layout; statistics of channels are (B, G, Cg).
 
-As groups do not know of each other, a few of them are computed at a time: what is made of them on the way takes little
-memory, which on a CPU stays in its cache.
+The groups are independent, so only a few are computed at a time: their intermediate maps take little memory, and stay
+in the cache of a CPU.
 """
 
 from collections.abc import Iterator
@@ -25,23 +26,23 @@ from ema_seg.attention.ema.reference import Parameters
 
 __all__ = ["backward", "dtype_of_arithmetic", "forward", "plain", "unavailable", "weight_map", "without_autocast"]
 
-# Bytes of features, in the dtype of the arithmetic, that are computed at a time.
+# Bytes of features computed at a time, in the dtype of the arithmetic.
 _PART_ON_CPU = 2**22
 _PART = 2**28
 
 
 def unavailable(x: Tensor) -> None:
-    """PyTorch's operations compute any ``x``."""
+    """Return None: PyTorch's operations compute any ``x``."""
 
 
 def plain(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> Tensor:
-    """Re-weight ``x`` as ``reference.forward`` does, for a graph that is to hold PyTorch's own operators only."""
+    """Re-weight ``x`` as ``reference.forward`` does, with PyTorch's own operators only, for portable graphs."""
     features, weights = _features_and_weights(x, parameters, groups, eps, dynamic)
     return (features * weights.unsqueeze(2)).flatten(1, 2).to(x.dtype)
 
 
 def weight_map(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> Tensor:
-    """The weights in (0, 1) that multiply each group: (B, groups, H, W) in x's dtype; arguments as in ``plain``."""
+    """Compute the weights in (0, 1) of each group, (B, groups, H, W) in x's dtype; arguments as in ``plain``."""
     return _features_and_weights(x, parameters, groups, eps, dynamic)[1].to(x.dtype)
 
 
@@ -50,14 +51,14 @@ def _features_and_weights(
 ) -> tuple[Tensor, Tensor]:
     wide = dtype_of_arithmetic(x.dtype)
     features = x.unflatten(1, (groups, -1)).to(wide)
-    # torch.export would make an operator of the context, which is not a plain one.
+    # torch.export would record the context as an operator of its own, which is not a plain one.
     with nullcontext() if torch.compiler.is_exporting() else without_autocast(x.device):
         return features, _Forward.of(features, parameters.to(wide), eps, dynamic).weights
 
 
 @torch.no_grad()
 def forward(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Re-weight ``x``, as ``operator.Kernels`` says."""
+    """Re-weight ``x``; see ``operator.Kernels``."""
     features = x.unflatten(1, (groups, -1))
     batch, _, channels, height, width = features.shape
     y, new_empty = torch.empty_like(x), parameters.w1.new_empty
@@ -83,7 +84,7 @@ def backward(
     eps: float,
     dynamic: bool,
 ) -> tuple[Tensor, Parameters]:
-    """Gradients of ``x`` and of the parameters, as ``operator.Kernels`` says."""
+    """Compute the gradients of ``x`` and of the parameters; see ``operator.Kernels``."""
     features, dy = x.unflatten(1, (groups, -1)), dy.unflatten(1, (groups, -1))
     sizes = (len(x), groups)
     means, (mean, rstd) = means.unflatten(0, sizes), moments.unflatten(1, sizes)
@@ -101,13 +102,13 @@ def backward(
 
 
 def _parts(features: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Parts of (B, G, Cg, H, W) to be computed one after the other: some images, or some groups of one."""
+    """Yield slices of (B, G, Cg, H, W) to compute one after the other: some images, or some groups of one."""
     batch, groups, channels, height, width = features.shape
     size = _PART_ON_CPU if features.device.type == "cpu" else _PART
     group = channels * height * width * dtype_of_arithmetic(features.dtype).itemsize
     images = max(1, size // (groups * group))
     some = max(1, size // group)
-    if features.stride(2) == 1:  # channels-last: memory is read in lines of 64 bytes
+    if features.stride(2) == 1:  # channels-last: read whole cache lines of 64 bytes
         some = max(some, 64 // (channels * features.element_size()))
     for image in range(0, batch, images):
         for start in range(0, groups, some):
@@ -115,12 +116,12 @@ def _parts(features: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _contiguous(part: Tensor) -> Tensor:
-    """The part in the dtype of the arithmetic, copied if it is laid out otherwise: PyTorch is slow on other layouts."""
+    """Convert a part to the dtype of the arithmetic, contiguous because PyTorch is slow on other layouts."""
     return part.to(dtype_of_arithmetic(part.dtype)).contiguous()
 
 
 class _Forward(NamedTuple):
-    """The weight map, and what the backward needs beside x."""
+    """Weight map, and the statistics that the backward needs besides x."""
 
     weights: Tensor  # (B, G, H, W)
     means: Tensor  # over each row and over each column, (B, G, Cg, H + W)
@@ -142,7 +143,7 @@ class _Forward(NamedTuple):
 
 
 class _Mixing(NamedTuple):
-    """How the weight map is mixed from the channels, by what is small."""
+    """Coefficients that mix the weight map from the channels."""
 
     a1: Tensor  # softmax that weighs the 3×3 branch: (B, G, Cg) if dynamic, else (1, 1, Cg)
     a2: Tensor  # softmax that weighs the 1×1 branch: (B, G, Cg)
@@ -170,7 +171,7 @@ class _Mixing(NamedTuple):
         )
 
     def weights(self, features: Tensor, centred: Tensor) -> Tensor:
-        """The weight map (B, G, H, W)."""
+        """Compute the weight map (B, G, H, W)."""
         mixed = _convolve(features, self.kernel) + torch.einsum("bgchw,bgc->bghw", centred, self.kappa)
         return (mixed + self.constant[..., None, None]).sigmoid()
 
@@ -184,7 +185,7 @@ def _backward(
     parameters: Parameters,
     dynamic: bool,
 ) -> tuple[Tensor, Parameters]:
-    """Gradients of the features and of the parameters."""
+    """Compute the gradients of the features and of the parameters."""
     w1, _, w3, b3, gamma, beta = parameters
     height, width = features.shape[-2:]
     area = height * width
@@ -193,7 +194,7 @@ def _backward(
     mixing = _Mixing.of(features, parameters, means, mean, rstd, dynamic)
     a1, a2, shifted, kernel, kappa, _ = mixing
 
-    # The weight map and its logit; (B, G, H, W).
+    # The weight map and the gradient of its logit: (B, G, H, W).
     weights = mixing.weights(features, centred)
     dlogit = (features * dy).sum(dim=2) * weights * (1 - weights)
     dconstant = dlogit.sum(dim=(-2, -1))  # (B, G)
@@ -220,7 +221,7 @@ def _backward(
     dgates = torch.cat([drow_gate, dcolumn_gate], dim=-1) * gates * (1 - gates)
     drows, dcolumns = (w1.T @ dgates).split([height, width], dim=-1)
 
-    # The sums in the softmax of the 3×3 branch: of everything, less a border row and a border column, plus a corner.
+    # The shifted sums in the softmax of the 3×3 branch: the total, minus a border row and column, plus a corner.
     dshifted = torch.einsum("bgo,ocij->bgcij", dm2, w3) / area
     drows = drows / width + dshifted.sum(dim=(-2, -1))[..., None] - _at_borders(dshifted.sum(dim=-1), height)
     dcolumns = dcolumns / height - _at_borders(dshifted.sum(dim=-2), width)
@@ -242,27 +243,27 @@ def _backward(
 
 
 def dtype_of_arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that features of a dtype are computed in."""
+    """Return the dtype of the arithmetic for features of ``dtype``."""
     return dtype if dtype == torch.float64 else torch.float32
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """No autocast, which would round the operands of products that are to be computed in float32."""
+    """Disable autocast in a context: it would round the operands of products that need float32."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def _gates(means: Tensor, parameters: Parameters, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Row gate (B, G, Cg, H, 1) and column gate (B, G, Cg, 1, W)."""
+    """Compute the row gate (B, G, Cg, H, 1) and the column gate (B, G, Cg, 1, W)."""
     gates = (parameters.w1.flatten(1) @ means + parameters.b1[:, None]).sigmoid()
     row_gate, column_gate = gates.split(features.shape[-2:], dim=-1)
     return row_gate.unsqueeze(-1), column_gate.unsqueeze(-2)
 
 
 def _shifted_sums(features: Tensor, means: Tensor) -> Tensor:
-    """Sum x over what each tap of a zero-padded 3×3 kernel sees of it: (B, G, Cg, 3, 3).
+    """Sum x over the window of each tap of a zero-padded 3×3 kernel: (B, G, Cg, 3, 3).
 
-    The tap in row 0 never sees the last row, the one in row 2 never the first; columns likewise.
+    A tap in row 0 never sees the last row, one in row 2 never the first; columns likewise.
     """
     height, width = features.shape[-2:]
     rows, columns = means.split([height, width], dim=-1)
@@ -279,12 +280,12 @@ def _shifted_sums(features: Tensor, means: Tensor) -> Tensor:
 
 
 def _never_seen(sums: Tensor) -> Tensor:
-    """Which of the sums of rows, or of columns, each of three taps leaves out: (…, length) to (…, 3)."""
+    """Select the row sum (or column sum) that each of three taps never sees: (…, length) to (…, 3)."""
     return pad(sums[..., -1:], (0, 2)) + pad(sums[..., :1], (2, 0))
 
 
 def _at_borders(taps: Tensor, length: int) -> Tensor:
-    """Gradients of the left-out border sums, taps (B, G, Cg, 3), at their places: (B, G, Cg, length)."""
+    """Place the gradients of the border sums of ``_never_seen``, (B, G, Cg, 3), in zeros (B, G, Cg, length)."""
     places = torch.zeros(*taps.shape[:-1], length, dtype=taps.dtype, device=taps.device)
     places[..., 0] += taps[..., 2]
     places[..., -1] += taps[..., 0]
@@ -300,7 +301,7 @@ def _convolve(features: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _convolve_backward(dmap: Tensor, features: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the features and of the kernel from that of the map."""
+    """Compute the gradients of the features and of the kernel from that of the map."""
     windows = _windows(dmap.unsqueeze(2))[::-1]
     if _as_matrix_products(features):
         maps = torch.cat(windows, dim=2).flatten(-2)
@@ -313,7 +314,7 @@ def _convolve_backward(dmap: Tensor, features: Tensor, kernel: Tensor) -> tuple[
 
 
 def _weighted_sum(windows: list[Tensor], kernel: Tensor) -> Tensor:
-    """Add up what each tap sees, (B, G, Cg or 1, H, W), by its weight: (B, G, Cg, H, W)."""
+    """Sum the windows of the taps, (B, G, Cg or 1, H, W), weighted by the kernel: (B, G, Cg, H, W)."""
     first, *others = kernel.flatten(-2).unsqueeze(-2).unbind(dim=-1)  # (B, G, Cg, 1)
     total = windows[0] * first.unsqueeze(-1)
     for window, weight in zip(windows[1:], others, strict=True):
@@ -322,17 +323,17 @@ def _weighted_sum(windows: list[Tensor], kernel: Tensor) -> Tensor:
 
 
 def _windows(maps: Tensor) -> list[Tensor]:
-    """What each tap of a zero-padded 3×3 kernel sees of the maps (…, H, W), row by row."""
+    """Return the window of the maps (…, H, W) for each tap of a zero-padded 3×3 kernel, row by row."""
     height, width = maps.shape[-2:]
     padded = pad(maps, (1, 1, 1, 1))
     return [padded[..., i : i + height, j : j + width] for i in range(3) for j in range(3)]
 
 
 def _as_matrix_products(features: Tensor) -> bool:
-    """Whether to apply the nine taps as one matrix product that reads the features once and gives nine maps.
+    """Return whether to apply the nine taps as one matrix product, which reads the features once.
 
-    Groups of few channels, whose nine maps would be much larger than the features, add up the products of the taps
-    instead. PyTorch's own convolution to a single channel is many times slower.
+    For groups of few channels its nine maps would be much larger than the features; there the taps' products are
+    summed instead. PyTorch's own convolution to a single channel is many times slower.
     """
     return features.shape[2] >= 4
 
@@ -341,8 +342,8 @@ def _softmax_backward(probabilities: Tensor, gradient: Tensor) -> Tensor:
     return probabilities * (gradient - (probabilities * gradient).sum(dim=-1, keepdim=True))
 
 
-# Maps of the features' size are updated in place, as the names say, where nothing but the result is wanted of what is
-# done, neither derivatives nor a graph: allocating one costs more than computing it.
+# Without autograd or tracing, maps of the features' size are updated in place: allocating one costs more than
+# computing it.
 
 
 def _in_place() -> bool:

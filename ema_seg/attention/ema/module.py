@@ -26,7 +26,7 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class EMA(nn.Module):
-    """One weight map per channel group, learned from a 1×1 and a 3×3 branch that look at each other.
+    """One weight map per channel group, from a 1×1 and a 3×3 branch that weigh each other's channels.
 
     The channels are split into ``factor`` groups that are folded into the batch, so all groups share the
     same small weights. In a group ``x`` of Cg = channels / factor channels:
@@ -48,9 +48,9 @@ class EMA(nn.Module):
             that is at most 32 and leaves at least 8 channels per group (one group for fewer than 16 channels).
             A factor that leaves one channel per group gives a warning, once per process.
         implementation: ``"reference"`` is the published form, ``"factorised"`` the exact short form in PyTorch
-            operations, ``"cpp"`` and ``"triton"`` its fused kernels for CPU and CUDA; ``"auto"`` takes the kernels
-            that can compute an input, and PyTorch operations where none can. The environment variable
-            ``EMA_SEG_IMPLEMENTATION``, where it is set, takes the place of this argument in every block.
+            operations, ``"cpp"`` and ``"triton"`` its fused kernels for CPU and CUDA; ``"auto"`` selects the kernels
+            that can compute an input, or PyTorch operations if none can. The environment variable
+            ``EMA_SEG_IMPLEMENTATION``, if set, overrides this argument in every block.
 
     Shape:
         Input and output: (B, C, H, W), floating point, any H and W ≥ 1, any memory layout. The output of a
@@ -81,7 +81,7 @@ class EMA(nn.Module):
         self.conv3x3 = nn.Conv2d(width, width, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Re-weight ``x`` (B, C, H, W) by its weight maps; same shape, dtype and layout."""
+        """Re-weight ``x`` (B, C, H, W) by its weight maps; same shape and dtype."""
         implementation = self._choose(x)
         parameters = self._parameters_of_block()
         arguments = x, parameters, self.groups, self.gn.eps, self.dynamic
@@ -94,20 +94,20 @@ class EMA(nn.Module):
         return operator.apply(*arguments, implementation)
 
     def implementation_for(self, x: Tensor) -> str:
-        """Which implementation computes ``x``, as ``forward`` would take it.
+        """Return the name of the implementation that ``forward`` uses for ``x``.
 
-        Exported graphs and traces hold the plain operators of ``factorised``, whatever was asked for; the transforms of
-        ``torch.func`` and forward-mode derivatives go through ``reference``, which has a rule for each of them.
+        Exported graphs and traces use the plain operators of ``factorised``, whatever was requested. Transforms of
+        ``torch.func`` and forward-mode derivatives use ``reference``, whose operators support all of them.
 
         Raises:
             ConfigError: the environment variable names no implementation.
-            ModelError: ``x`` does not fit the block or the implementation that was asked for.
+            ModelError: ``x`` does not fit the block or the requested implementation.
         """
         chosen = self._choose(x)
         return "reference" if _is_transformed(x, *self._parameters_of_block()) else chosen
 
     def weight_map(self, x: Tensor) -> Tensor:
-        """The weights in (0, 1) by which ``forward`` multiplies ``x``: (B, factor, H, W)."""
+        """Compute the weights in (0, 1) by which ``forward`` multiplies ``x``: (B, factor, H, W)."""
         self._check(x)
         return factorised.weight_map(x, self._parameters_of_block(), self.groups, self.gn.eps, self.dynamic)
 
@@ -150,21 +150,21 @@ class EMA(nn.Module):
 class DynamicEMA(EMA):
     """EMA whose 1×1 branch is pooled before its normalisation, so that both channel weightings depend on the input.
 
-    In the published block a channel that was just normalised over the map is averaged over that map, which always
-    gives the bias of the normalisation: the softmax of one branch is the same for every image. Here the average is
-    taken of the gated channels before they are normalised. The parameters and their number stay the same.
+    The published block averages each channel over the map right after normalising it over that map. The average is
+    always the bias of the normalisation, so the softmax of that branch is the same for every image. Here the gated
+    channels are averaged before they are normalised. The parameters are the same.
     """
 
     dynamic = True
 
 
 def _in_a_portable_graph() -> bool:
-    """Whether a graph is being made that other software may have to understand."""
+    """Return whether torch.export or a trace is recording a graph, which other software may read."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _is_transformed(*tensors: Tensor) -> bool:
-    """Whether ``torch.func`` transforms what is done with these, or derivatives are taken in forward mode."""
+    """Return whether the tensors are under a ``torch.func`` transform or forward-mode differentiation."""
     if torch.compiler.is_compiling():
         return False
     return any(
@@ -176,10 +176,10 @@ def _is_transformed(*tensors: Tensor) -> bool:
 def number_of_groups(channels: int, factor: int | Literal["auto"]) -> int:
     """Return the number of groups that ``factor`` stands for with this many channels.
 
-    Warns, once per process, about an explicit factor that leaves one channel per group.
+    Warn once per process about an explicit factor that leaves one channel per group.
 
     Raises:
-        ModelError: ``channels`` cannot be split into so many groups.
+        ModelError: ``channels`` is not a positive whole number, or ``factor`` does not divide it.
     """
     if not isinstance(channels, int) or channels < 1:
         raise ModelError(f"EMA needs a positive whole number of channels, got {channels!r}.")
@@ -216,9 +216,9 @@ def groups_in_weights(weights: Mapping[str, object], path: str, channels: int) -
         channels: number C of the block's channels.
 
     Returns:
-        None if no weights of that name fit a block of so many channels.
+        None if no weights of that name fit a block of ``channels`` channels.
     """
-    for name in ("conv3x3", "conv1x1"):  # blocks with parts taken away have only one of them
+    for name in ("conv3x3", "conv1x1"):  # a block without a branch has only one of them
         weight = weights.get(f"{path}.{name}.weight")
         if isinstance(weight, Tensor) and weight.ndim == 4:
             width = weight.shape[0]

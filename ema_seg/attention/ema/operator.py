@@ -1,4 +1,4 @@
-"""EMA as one operator for PyTorch: what autograd, compile and the FLOP counter see of its short form."""
+"""Custom PyTorch operator of EMA's short form, with its rules for autograd, compilation and the FLOP counter."""
 
 from importlib import import_module
 from typing import Any, Protocol
@@ -13,21 +13,21 @@ from ema_seg.attention.ema.reference import Parameters
 
 __all__ = ["KERNELS", "apply", "apply_differentiably", "kernels_module"]
 
-# The modules with the kernels, the fastest for a device first; imported when they are needed.
+# Kernel modules, the fastest for a device first; imported at their first use.
 KERNELS = {"cpp": "cpp", "triton": "triton_kernels", "factorised": "factorised"}
 
 
 class Kernels(Protocol):
-    """What a module with kernels offers.
+    """Interface of a kernel module.
 
-    ``x`` is (B, C, H, W), contiguous or channels-last, and ``dy`` laid out like it. The parameters are contiguous, in
+    ``x`` is (B, C, H, W), contiguous or channels-last, and ``dy`` has its layout. The parameters are contiguous, in
     the dtype of the arithmetic (float64 for a float64 ``x``, else float32), ``w1`` as (Cg, Cg). ``groups``, ``eps``
-    and ``dynamic`` are those of ``reference.forward``. Either function raises ModelError where the kernels cannot
-    compute ``x``.
+    and ``dynamic`` are those of ``reference.forward``. Call ``unavailable`` first; ``forward`` and ``backward`` may
+    raise ModelError if the kernels cannot compute ``x``.
     """
 
     def unavailable(self, x: Tensor) -> str | None:
-        """Why these kernels cannot compute an input of x's device and dtype, as a clause; None if they can."""
+        """Return why these kernels cannot compute x's device and dtype, as a clause, or None if they can."""
 
     def forward(
         self, x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool
@@ -36,7 +36,7 @@ class Kernels(Protocol):
 
         Returns:
             y like ``x``; the row and column means (N, Cg, H + W) of the N = B · groups groups; and mean and
-            1 / standard deviation of their gated channels (2, N, Cg), both in the dtype of the arithmetic.
+            1 / standard deviation of their gated channels (2, N, Cg). Both statistics have the dtype of the arithmetic.
         """
 
     def backward(
@@ -50,21 +50,21 @@ class Kernels(Protocol):
         eps: float,
         dynamic: bool,
     ) -> tuple[Tensor, Parameters]:
-        """Gradients of ``x`` and of the parameters, like these, from what ``forward`` was given and has returned."""
+        """Compute the gradients, like ``x`` and the parameters, from the inputs and outputs of ``forward``."""
 
 
 def kernels_module(name: str) -> Kernels:
-    """The module of one of ``KERNELS``."""
+    """Import the module of one of ``KERNELS``."""
     return import_module(f"ema_seg.attention.ema.{KERNELS[name]}")
 
 
 def apply(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool, kernels: str) -> Tensor:
-    """Re-weight ``x`` with these ``KERNELS``; otherwise as ``reference.forward``."""
+    """Re-weight ``x`` with one of ``KERNELS``; other arguments as in ``reference.forward``."""
     return ema(x, *parameters, groups, eps, dynamic, kernels)[0]
 
 
 def apply_differentiably(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> Tensor:
-    """What ``apply`` computes, by way of the published form, which has a rule for every derivative and transform."""
+    """Compute the same as ``apply`` by the published form, which supports every derivative and transform."""
     wide = dtype_of_arithmetic(x.dtype)
     with without_autocast(x.device):
         return reference.forward(x.to(wide), parameters.to(wide), groups, eps, dynamic).to(x.dtype)
@@ -84,7 +84,7 @@ def ema(
     dynamic: bool,
     kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``Kernels.forward`` returns, for an ``x`` in any memory layout and parameters in any dtype."""
+    """Call ``Kernels.forward`` for an ``x`` in any memory layout and parameters in any dtype."""
     parameters = _small(Parameters(w1, b1, w3, b3, gamma, beta), x)
     y, means, moments = kernels_module(kernels).forward(_dense(x), parameters, groups, eps, dynamic)
     return _strided_like(y, x), means, moments
@@ -117,7 +117,7 @@ def ema_backward(
     dynamic: bool,
     kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x and of the six parameters, each like what it is the gradient of."""
+    """Compute the gradients of x and of the six parameters, each with the shape and dtype of its tensor."""
     parameters = Parameters(w1, b1, w3, b3, gamma, beta)
     dense = _dense(x)
     dx, gradients = kernels_module(kernels).backward(
@@ -159,8 +159,8 @@ def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...
 def _differentiable_backward(
     dy: Tensor, x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool
 ) -> tuple[Tensor, ...]:
-    """The gradients of x and of the parameters, for second derivatives."""
-    # Aliases that need gradients where the caller's tensors do not, so that each has a gradient to return.
+    """Compute the gradients of x and of the parameters with a graph, for second derivatives."""
+    # Tensors that require no gradient are replaced by aliases that do, so that every tensor has a gradient.
     inputs = [tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in (x, *parameters)]
     y = apply_differentiably(inputs[0], Parameters(*inputs[1:]), groups, eps, dynamic)
     return torch.autograd.grad(y, inputs, dy, create_graph=True)
@@ -171,26 +171,26 @@ torch.library.register_autograd("ema_seg::ema", _backward, setup_context=_setup_
 
 @register_flop_formula(torch.ops.ema_seg.ema)
 def _flops(x_shape: tuple[int, ...], w1_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """Two operations for each multiply–add of the gates' 1×1 convolution and of the two weighted channel sums."""
+    """Count two operations per multiply–add of the gates' 1×1 convolution and the two weighted channel sums."""
     batch, channels, height, width = x_shape
     return 2 * batch * channels * (w1_shape[0] * (height + width) + (9 + 1) * height * width)
 
 
 @register_flop_formula(torch.ops.ema_seg.ema_backward)
 def _flops_of_backward(dy_shape: tuple[int, ...], *shapes: Any, **_: Any) -> int:
-    """Each product of the forward is computed again, and differentiated by both its factors."""
+    """Count each product of the forward three times: recomputed, and differentiated by both factors."""
     return 3 * _flops(dy_shape, shapes[3])
 
 
 def _small(parameters: Parameters, x: Tensor) -> Parameters:
-    """The parameters as the kernels take them: contiguous, in the dtype of the arithmetic, ``w1`` square."""
+    """Convert the parameters for the kernels: contiguous, in the dtype of the arithmetic, ``w1`` square."""
     dtype = dtype_of_arithmetic(x.dtype)
     contiguous = Parameters(*(parameter.detach().to(dtype).contiguous() for parameter in parameters))
     return contiguous._replace(w1=contiguous.w1.flatten(1))
 
 
 def _dense(x: Tensor) -> Tensor:
-    """``x`` itself if it is contiguous or channels-last; any other layout is copied."""
+    """Return ``x`` itself if it is contiguous or channels-last, else a contiguous copy."""
     if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
         return x
     return x.contiguous()
@@ -203,6 +203,9 @@ def _laid_out_like(tensor: Tensor, dense: Tensor) -> Tensor:
 
 
 def _strided_like(result: Tensor, x: Tensor) -> Tensor:
-    """The strides that ``torch.empty_like`` promises, which matter for an input that is not dense."""
+    """Give the result the strides of ``torch.empty_like(x)``, which the fake implementations promise.
+
+    A copy is needed for an ``x`` that is neither contiguous nor channels-last.
+    """
     promised = torch.empty_like(x, device="meta").stride()
     return result if result.stride() == promised else torch.empty_like(x).copy_(result)

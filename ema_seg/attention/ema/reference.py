@@ -22,7 +22,7 @@ class Parameters(NamedTuple):
     beta: Tensor  # bias of the normalisation (Cg,)
 
     def to(self, dtype: torch.dtype) -> "Parameters":
-        """All of them in one dtype."""
+        """Convert all of them to one dtype."""
         return Parameters(*(parameter.to(dtype) for parameter in self))
 
 
@@ -31,13 +31,13 @@ def forward(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic:
 
     Args:
         x: floating point (B, C, H, W).
-        parameters: those of the block, in x's dtype.
+        parameters: the block's, in x's dtype.
         groups: number of channel groups.
-        eps: what the normalisation adds to the variance.
+        eps: number that the normalisation adds to the variance.
         dynamic: pool the descriptor of the 1×1 branch before the normalisation instead of after it.
 
     Raises:
-        ModelError: x and the parameters differ in dtype, and autocast does not see to that.
+        ModelError: x and the parameters differ in dtype, and autocast is disabled.
     """
     device = x.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -64,8 +64,8 @@ def forward(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic:
 
 
 def normalise(features: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """GroupNorm with a channel per group."""
-    # Not the module, nor nn.functional's, which refuse a single group of one pixel; it is normalised to zero.
+    """Apply GroupNorm with one channel per group."""
+    # The module and nn.functional's reject a single group of one pixel; torch.group_norm normalises it to zero.
     return torch.group_norm(features, features.shape[1], gamma, beta, eps)
 
 

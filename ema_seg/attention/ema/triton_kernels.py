@@ -1,24 +1,26 @@
 # mypy: disallow-untyped-defs=False
-"""EMA in its short form as Triton kernels for CUDA devices; what ``operator`` registers as ``triton``.
+"""Triton kernels of EMA's short form for CUDA devices, listed as ``triton`` in ``operator.KERNELS``.
 
-The arithmetic is that of ``factorised``, whose names are used here too. It falls into phases, each of which needs sums
-over whole groups of channels that the one before it has taken:
+The arithmetic and the names are those of ``factorised``. The work is divided into phases. Each phase needs sums over
+whole groups of channels from the phase before it:
 
 - forward: means of rows and columns; gates; moments of the gated channels; mixing coefficients; weights and output;
 - backward: gates and mixing coefficients again; gradient of the weights' logit; sums of its products with the channels;
-  gradients of all that is small; gradient of the input. A second kernel sums the parameters' gradients over the groups.
+  gradients of the mixing coefficients, means and parameters; gradient of the input. A second kernel sums the
+  parameters' gradients over the groups.
 
-Each phase is a function for some channels and a strip of rows of a block of groups. Where there are groups enough to
-occupy the device, one program takes a block of groups through all phases, with barriers between them: a single launch,
-in which a group that stays in a cache is read from memory once. Otherwise every phase is a launch of its own over
-smaller pieces, whose partial sums go through scratch tensors. All sums have a fixed order, so results repeat exactly.
+Each phase is a function for some channels and a strip of rows of a block of groups. If the blocks are small, or occupy
+the device and stay in its cache, the phases are fused: one program takes a block through all of them in a single
+launch, with barriers in between, and reads it from memory once. Otherwise each phase is a launch of its own over
+smaller pieces, with partial sums in scratch tensors. For a given tile size all sums have a fixed order, so results
+repeat exactly.
 
-Half-precision inputs are computed in float32, float64 ones in float64. The products of small matrices are sums of
-products, never ``tl.dot``, which may round float32 to tf32.
+The arithmetic is float64 for float64 inputs, else float32. The products of small matrices are sums of products, never
+``tl.dot``, which may round float32 to tf32.
 
 In the kernels n counts the B · G groups of a batch and ``channel`` its B · C channels; c and o are channels of one
-group. A tile holds K = groups · channels channels (of the plan) of ROWS by COLUMNS pixels: [K, ROWS, COLUMNS]. For a
-channels-last input these K are consecutive in memory; for a contiguous one the columns are.
+group. A tile [K, ROWS, COLUMNS] holds K = tile_groups · tile_channels channels of ROWS by COLUMNS pixels. A
+channels-last input has the K channels consecutive in memory, a contiguous one the columns.
 """
 
 from __future__ import annotations
@@ -44,14 +46,14 @@ _INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
 
 def _kernel(function: Any) -> Any:
-    """``triton.jit`` for a kernel; not compiled anew for sizes that happen to be 1 or multiples of 16."""
+    """Apply ``triton.jit`` to a kernel, without recompiling it for sizes of 1 or multiples of 16."""
     if triton is None:
         return function
     return triton.jit(function, do_not_specialize=["height", "width", "width_in_units", "family", "number"])
 
 
 def _jit(function: Any) -> Any:
-    """``triton.jit`` for what kernels call; the interpreter needs it for kernels only, and is faster without."""
+    """Apply ``triton.jit`` to a device function, except in the interpreter, which is faster without it."""
     return function if triton is None or _INTERPRETED else triton.jit(function)
 
 
@@ -61,16 +63,16 @@ def _constant(value: int) -> Any:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is known of a call when its kernels are compiled: sizes, options, and how the work is divided."""
+    """Compile-time constants of a call: sizes, options, and the division of the work."""
 
-    groups: int  # of an image
-    width: int  # channels in each of them
+    groups: int  # per image
+    width: int  # channels per group
     last: bool  # channels-last
     dynamic: bool
     eps: float
 
     tile_groups: int
-    tile_channels: int  # of each group
+    tile_channels: int  # per group
     tile_columns: int
     tile_rows: int  # at most
     tiled: bool  # an image has more columns than a tile
@@ -81,7 +83,7 @@ class _Plan:
     strips: int  # strips of rows, in the phases that make maps
     parts: int  # strips of rows, in the phases that sum along columns
 
-    outputs: int  # width, as the power of two that blocks of channels o need
+    outputs: int  # block of channels o: width, rounded up to a power of two
     inputs: int  # block of channels c, in products with outputs and positions
     square: int  # block of channels c, in products with outputs and taps
     positions: int  # block of rows and columns
@@ -103,9 +105,9 @@ _OFFSET = _constant(42)
 _PLANES_OF_BACKWARD = 43
 
 
-# ------------------------------------------------------------------------------------------------- where things are
-# ``block`` is an image and its first group for this program, ``strip`` the first row and the row after the last,
-# ``shape`` height and width of the image and the number of channels of the batch.
+# ------------------------------------------------------------------------------------------- indexing and memory access
+# ``block`` is (image, first group) of this program, ``strip`` (first row, row after the last) and ``shape`` (height,
+# width, channels of the batch).
 
 
 @_jit
@@ -124,7 +126,7 @@ def _strip(height):
 
 @_jit
 def _chunk(plan: tl.constexpr):
-    """First channel c of this program and the one after its last: all, or one tile's if the grid has a third axis."""
+    """Return the range of channels c of this program: all, or one tile's if the grid has a third axis."""
     tiles = (plan.width + plan.tile_channels - 1) // plan.tile_channels
     channels = (tiles + tl.num_programs(2) - 1) // tl.num_programs(2) * plan.tile_channels
     first = tl.program_id(2) * channels
@@ -133,7 +135,7 @@ def _chunk(plan: tl.constexpr):
 
 @_jit
 def _channels(block, c0, shape, plan: tl.constexpr):
-    """The K channels of a tile that starts at channel c0: numbers, first pixels in x, and which of them exist."""
+    """Return indices, offsets in x and validity of the K channels of a tile that starts at channel c0."""
     image, group = block
     height, width = shape[0], shape[1]
     k = tl.arange(0, plan.tile_groups * plan.tile_channels)
@@ -152,7 +154,7 @@ def _channels(block, c0, shape, plan: tl.constexpr):
 
 @_jit
 def _pixels(rows, columns, shape, plan: tl.constexpr):
-    """Offsets of pixels [ROWS, COLUMNS] from their channel's first."""
+    """Return the offsets of pixels [ROWS, COLUMNS] from their channel's first pixel."""
     width = shape[1]
     pixels = rows.to(tl.int64)[:, None] * width + columns[None, :]
     if plan.last:
@@ -162,7 +164,7 @@ def _pixels(rows, columns, shape, plan: tl.constexpr):
 
 @_jit
 def _load_tile(x, base, valid, rows, columns, last_row, shape, plan: tl.constexpr, acc: tl.constexpr):
-    """The tile of x, [K, ROWS, COLUMNS]; 0 outside the image and from ``last_row`` on."""
+    """Load a tile of x, [K, ROWS, COLUMNS]; 0 outside the image and from ``last_row`` on."""
     width = shape[1]
     inside = ((rows >= 0) & (rows < last_row))[:, None] & (columns < width)[None, :]
     pointers = x + (base[:, None, None] + _pixels(rows, columns, shape, plan)[None, :, :])
@@ -171,7 +173,7 @@ def _load_tile(x, base, valid, rows, columns, last_row, shape, plan: tl.constexp
 
 @_jit
 def _load_column(x, base, valid, rows, column, shape, plan: tl.constexpr, acc: tl.constexpr):
-    """One column of x at [K, ROWS, 1]; 0 outside the image."""
+    """Load one column of x, [K, ROWS, 1]; 0 outside the image."""
     height, width = shape[0], shape[1]
     inside = (rows >= 0) & (rows < height) & (column >= 0) & (column < width)
     pixels = rows.to(tl.int64) * width + column
@@ -183,7 +185,7 @@ def _load_column(x, base, valid, rows, column, shape, plan: tl.constexpr, acc: t
 
 @_jit
 def _load_axes(axes, channel, valid, rows, columns, shape):
-    """Numbers of rows [K, ROWS, 1] and columns [K, 1, COLUMNS] of a tensor (B · C, H + W)."""
+    """Load values of rows [K, ROWS, 1] and columns [K, 1, COLUMNS] from a tensor (B · C, H + W)."""
     height, width = shape[0], shape[1]
     start = axes + channel[:, None] * (height + width)
     of_rows = tl.load(start + rows[None, :], mask=valid[:, None] & (rows < height)[None, :], other=0.0)
@@ -194,14 +196,14 @@ def _load_axes(axes, channel, valid, rows, columns, shape):
 
 @_jit
 def _load_plane(planes, plane, channel, valid, shape):
-    """A coefficient of each channel [K], as [K, 1, 1]."""
+    """Load one coefficient per channel, as [K, 1, 1]."""
     count = shape[2]
     return tl.load(planes + plane * count + channel, mask=valid, other=0.0)[:, None, None]
 
 
 @_jit
 def _map_pointers(maps, block, rows, columns, shape, plan: tl.constexpr):
-    """Pointers to [groups, ROWS, COLUMNS] of a tensor (N, H, W), and which of its groups exist."""
+    """Return pointers to [groups, ROWS, COLUMNS] of a tensor (N, H, W), and the validity of the groups."""
     image, group = block
     height, width = shape[0], shape[1]
     g = group + tl.arange(0, plan.tile_groups)
@@ -212,7 +214,7 @@ def _map_pointers(maps, block, rows, columns, shape, plan: tl.constexpr):
 
 @_jit
 def _load_map(maps, block, rows, columns, first_row, last_row, shape, plan: tl.constexpr):
-    """A map of each group at [groups, ROWS, COLUMNS]; 0 outside the image and the rows given."""
+    """Load one map per group, [groups, ROWS, COLUMNS]; 0 outside the image and the given rows."""
     width = shape[1]
     pointers, valid = _map_pointers(maps, block, rows, columns, shape, plan)
     inside = ((rows >= first_row) & (rows < last_row))[:, None] & ((columns >= 0) & (columns < width))[None, :]
@@ -237,7 +239,7 @@ def _sum_channels(tile, rows: tl.constexpr, columns: tl.constexpr, plan: tl.cons
 
 @_jit
 def _spread(maps, rows: tl.constexpr, columns: tl.constexpr, plan: tl.constexpr):
-    """Each group's map for each of its channels: [groups, ROWS, COLUMNS] to [K, ROWS, COLUMNS]."""
+    """Broadcast each group's map to its channels: [groups, ROWS, COLUMNS] to [K, ROWS, COLUMNS]."""
     GROUPS: tl.constexpr = plan.tile_groups
     CHANNELS: tl.constexpr = plan.tile_channels
     spread = tl.broadcast_to(maps[:, None, :, :], (GROUPS, CHANNELS, rows, columns))
@@ -256,7 +258,7 @@ def _fold(tile, rows: tl.constexpr, columns: tl.constexpr, plan: tl.constexpr):
 
 @_jit
 def _sum_pixels(tile):
-    """[K, ROWS, COLUMNS] to [K]."""
+    """Sum the pixels: [K, ROWS, COLUMNS] to [K]."""
     return tl.sum(tl.sum(tile, axis=2), axis=1)
 
 
@@ -279,7 +281,7 @@ def _softmax_backward(softmax, gradient):
 
 @_jit
 def _load_taps(w3, c, plan: tl.constexpr):
-    """Weight of the 3×3 convolution at [outputs, block of channels c, 16]; 0 at taps beyond the ninth."""
+    """Load the weight of the 3×3 convolution, [outputs, block of channels c, 16]; 0 at taps beyond the ninth."""
     o = tl.arange(0, plan.outputs)[:, None, None]
     tap = tl.arange(0, 16)[None, None, :]
     mask = (o < plan.width) & (c < plan.width)[None, :, None] & (tap < 9)
@@ -288,7 +290,7 @@ def _load_taps(w3, c, plan: tl.constexpr):
 
 @_jit
 def _load_square(w1, c, plan: tl.constexpr):
-    """Weight of the 1×1 convolution at [outputs, block of channels c, 1]."""
+    """Load the weight of the 1×1 convolution, [outputs, block of channels c, 1]."""
     o = tl.arange(0, plan.outputs)[:, None, None]
     mask = (o < plan.width) & (c < plan.width)[None, :, None]
     return tl.load(w1 + o * plan.width + c[None, :, None], mask=mask, other=0.0)
@@ -299,7 +301,7 @@ def _load_square(w1, c, plan: tl.constexpr):
 
 @_jit
 def _means(x, means, column_parts, block, strip, shape, plan: tl.constexpr, ROWS: tl.constexpr):
-    """Means of the rows of a strip, and what the strip adds to the means of the columns."""
+    """Compute the row means of a strip, and its part of the column means."""
     COLUMNS: tl.constexpr = plan.tile_columns
     K: tl.constexpr = plan.tile_groups * plan.tile_channels
     height, width, count = shape
@@ -329,12 +331,12 @@ def _means(x, means, column_parts, block, strip, shape, plan: tl.constexpr, ROWS
             column_mask = valid[:, None] & (columns < width)[None, :]
             tl.store(of_columns + columns[None, :], tl.sum(total, axis=1) * column_weight, mask=column_mask)
             if plan.tiled:
-                tl.debug_barrier()  # for the next tile's threads to see the means of this one's rows
+                tl.debug_barrier()  # the next tile reads the row means that this one has stored
 
 
 @_jit
 def _gates(means, column_parts, w1, b1, gates, n, p0, parts: tl.constexpr, shape, plan: tl.constexpr):
-    """Gates at a block of positions (rows, then columns) of a group; from parts, the columns' means are made first."""
+    """Compute the gates at a block of positions (rows, then columns) of a group; sum partial column means first."""
     OUTPUTS: tl.constexpr = plan.outputs
     POSITIONS: tl.constexpr = plan.positions
     height, width, count = shape
@@ -365,9 +367,9 @@ def _gates(means, column_parts, w1, b1, gates, n, p0, parts: tl.constexpr, shape
 
 @_jit
 def _moments(x, gates, moment_parts, block, strip, shape, plan: tl.constexpr, ROWS: tl.constexpr):
-    """Means of the gated channels over a strip, and their summed squared distances from them.
+    """Compute the means of the gated channels over a strip, and their sums of squared deviations.
 
-    Each tile is centred on its own mean, and tiles are combined by the formula of Chan et al., so nothing cancels.
+    Each tile is centred on its own mean, and tiles are combined by the formula of Chan et al., to avoid cancellation.
     """
     COLUMNS: tl.constexpr = plan.tile_columns
     width, count = shape[1], shape[2]
@@ -405,7 +407,7 @@ def _moments(x, gates, moment_parts, block, strip, shape, plan: tl.constexpr, RO
 
 @_jit
 def _combine_moments(moments, moment_parts, n, shape, plan: tl.constexpr):
-    """Store mean and 1 / standard deviation of the gated channels of a group, and return them: [outputs] each."""
+    """Store and return mean and 1 / standard deviation, [outputs] each, of a group's gated channels."""
     height, width, count = shape
     acc: tl.constexpr = moments.dtype.element_ty
     o = tl.arange(0, plan.outputs)
@@ -429,7 +431,7 @@ def _combine_moments(moments, moment_parts, n, shape, plan: tl.constexpr):
 
 @_jit
 def _mixing(x, means, mean, rstd, w3, b3, gamma, beta, mixing, n, backward: tl.constexpr, shape, plan: tl.constexpr):
-    """How the weights of a group are mixed from its channels: the planes of ``mixing``."""
+    """Compute the mixing coefficients of a group, and store them in the planes of ``mixing``."""
     OUTPUTS: tl.constexpr = plan.outputs
     SQUARE: tl.constexpr = plan.square
     POSITIONS: tl.constexpr = plan.positions
@@ -453,7 +455,7 @@ def _mixing(x, means, mean, rstd, w3, b3, gamma, beta, mixing, n, backward: tl.c
         for h0 in range(0, height, plan.positions):
             row = h0 + tl.arange(0, plan.positions)[None, :]
             of_rows += tl.load(start + row, mask=inside & (row < height), other=0.0)
-        # The taps in row 0 of the kernel never see the last row, those in row 2 never the first; columns likewise.
+        # Taps in row 0 of the kernel never see the last row, taps in row 2 never the first; columns likewise.
         row_left_out = tl.where(tap < 3, height - 1, 0)
         column_left_out = tl.where(tap % 3 == 0, width - 1, 0)
         in_row = inside & (tap // 3 != 1) & (tap < 9)
@@ -490,10 +492,10 @@ def _mixing(x, means, mean, rstd, w3, b3, gamma, beta, mixing, n, backward: tl.c
 
 @_jit
 def _weights(x, gates, moments, mixing, block, rows, w0, shape, plan: tl.constexpr, ROWS: tl.constexpr):
-    """The weight map at [groups, ROWS, COLUMNS].
+    """Compute the weight map, [groups, ROWS, COLUMNS].
 
-    The taps in each column of the kernel are summed over the channels before they are shifted to the pixel that sees
-    them: so x is read at its own columns only, and one more at each end of the tile.
+    The products of each kernel column are summed over the channels before they are shifted by a pixel. So x is read at
+    the tile's own columns only, and at one more on each side if a row has several tiles.
     """
     GROUPS: tl.constexpr = plan.tile_groups
     image, group = block
@@ -550,7 +552,7 @@ def _weights(x, gates, moments, mixing, block, rows, w0, shape, plan: tl.constex
 
 @_jit
 def _output(x, y, gates, moments, mixing, block, strip, shape, plan: tl.constexpr, ROWS: tl.constexpr):
-    """The output in a strip: x times the weight map."""
+    """Compute the output in a strip: x times the weight map."""
     width = shape[1]
     first_row, last_row = strip
     acc: tl.constexpr = gates.dtype.element_ty
@@ -592,12 +594,12 @@ def _forward_kernel(
     PHASE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One phase of the forward; or all of them for a block of groups, if that is what PHASE says."""
+    """Run one phase of the forward, or all phases for a block of groups if PHASE is "all"."""
     FITTING: tl.constexpr = TILE // (plan.tile_groups * plan.tile_channels * plan.tile_columns)
     ROWS: tl.constexpr = plan.tile_rows if plan.tile_rows < FITTING else FITTING
-    # Phases that do little but load are given larger tiles, to have more loads in flight.
+    # Memory-bound phases take larger tiles, to have more loads in flight.
     MORE_ROWS: tl.constexpr = plan.tile_rows if plan.tile_rows < 4 * FITTING else 4 * FITTING
-    shape = (height, width_in_units * plan.unit, tl.cast(count, tl.int64))  # the unit decides how wide loads can be
+    shape = (height, width_in_units * plan.unit, tl.cast(count, tl.int64))  # the constant factor allows wide loads
     block = _block(plan)
     strip = _strip(height)
     image, group = block
@@ -647,7 +649,7 @@ def _logit_gradient(
     plan: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The weights of a strip again, the gradient of their logit, and the strip's part of the sum of that gradient."""
+    """Recompute the weights of a strip, and compute the gradient of their logit and its sum over the strip."""
     GROUPS: tl.constexpr = plan.tile_groups
     COLUMNS: tl.constexpr = plan.tile_columns
     image, group = block
@@ -691,10 +693,10 @@ def _products(
     plan: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Sums of products over a strip, from which the gradients of all that is small follow.
+    """Sum products over a strip, for the gradients of the mixing coefficients, means and parameters.
 
-    With u the gated channel: of u · dlogit, u · (u - mean) and u the sums along rows and along columns; of the shifted
-    x · dlogit, a shift for each tap, and of (u - mean) · dlogit the sum over all pixels.
+    With u the gated channel: sums along rows and along columns of u · dlogit, u · (u - mean) and u; sums over all
+    pixels of (u - mean) · dlogit and, for each tap, of the shifted x · dlogit.
     """
     height, width, count = shape
     first_row, last_row = strip
@@ -775,7 +777,7 @@ def _products(
         tl.store(of_pixels + 8 * count, _sum_pixels(tap22), mask=valid)
         tl.store(of_pixels + 9 * count, _sum_pixels(correlation), mask=valid)
 
-        # Where a row has several tiles its sums are taken in a second pass along it, not tile by tile.
+        # A row of several tiles is summed in a second pass along the row, not tile by tile.
         if plan.tiled:
             for h0 in range(first_row, last_row, ROWS):
                 rows = h0 + tl.arange(0, ROWS)
@@ -813,7 +815,7 @@ def _small_gradients(
     shape,
     plan: tl.constexpr,
 ):
-    """Gradients of a group's mixing coefficients, and its shares of those of ``b3``, ``gamma`` and ``beta``."""
+    """Compute the gradients of a group's mixing coefficients, and its shares of db3, dgamma and dbeta."""
     SQUARE: tl.constexpr = plan.square
     height, width, count = shape
     acc: tl.constexpr = moments.dtype.element_ty
@@ -875,7 +877,7 @@ def _means_gradient(
     shape,
     plan: tl.constexpr,
 ):
-    """Gradient of a group's row and column means, by way of gates and shifted sums; its shares of ``w1`` and ``b1``."""
+    """Compute the gradient of a group's means through gates and shifted sums, and its shares of dw1 and db1."""
     OUTPUTS: tl.constexpr = plan.outputs
     INPUTS: tl.constexpr = plan.inputs
     POSITIONS: tl.constexpr = plan.positions
@@ -895,7 +897,7 @@ def _means_gradient(
         weight = _load_square(w1, c, plan)
         tap_mask = (c < plan.width)[:, None] & (tap < 9)
         dshifted = tl.load(mixing + (_DSHIFTED + tap) * count + channel_c, mask=tap_mask, other=0.0)
-        # A tap's sum has all pixels but those of the row and the column that it never sees.
+        # A tap's sum covers all pixels except the row and the column that it never sees.
         of_all = tl.sum(dshifted, axis=1)[:, None]
         of_last_row = tl.sum(tl.where(tap // 3 == 0, dshifted, 0.0), axis=1)[:, None]
         of_first_row = tl.sum(tl.where(tap // 3 == 2, dshifted, 0.0), axis=1)[:, None]
@@ -919,7 +921,7 @@ def _means_gradient(
                 alone += tl.load(of_columns + 2 * count * width, mask=mask, other=0.0)
             mask = valid[:, None] & (position < height + width)
             gate = tl.load(gates + channel_o * (height + width) + position, mask=mask, other=0.0)
-            # Of the slope gate · (1 - gate) the first factor is in the sums, whose u has it as a factor.
+            # The sums contain u, and so the first factor of the sigmoid's derivative, gate · (1 - gate).
             dz = (kappa * with_dlogit[:, None, :] + alpha * with_centred[:, None, :] + offset * alone[:, None, :]) * (
                 1.0 - gate[:, None, :]
             )
@@ -957,7 +959,7 @@ def _input_gradient(
     plan: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The gradient of x in a strip."""
+    """Compute the gradient of x in a strip."""
     height, width = shape[0], shape[1]
     first_row, last_row = strip
     acc: tl.constexpr = gates.dtype.element_ty
@@ -969,7 +971,7 @@ def _input_gradient(
             columns = w0 + tl.arange(0, COLUMNS)
             inside = ((rows < last_row)[:, None] & (columns < width)[None, :])[None, :, :]
             weight = _spread(_load_map(weights, block, rows, columns, 0, height, shape, plan), ROWS, COLUMNS, plan)
-            # A pixel was seen through tap (i, j) of the kernel by the one at (h + 1 - i, w + 1 - j).
+            # Tap (i, j) of the kernel at pixel (h + 1 - i, w + 1 - j) reads pixel (h, w).
             tap00 = _load_map(dlogits, block, rows + 1, columns + 1, 0, height, shape, plan)
             tap01 = _load_map(dlogits, block, rows + 1, columns, 0, height, shape, plan)
             tap02 = _load_map(dlogits, block, rows + 1, columns - 1, 0, height, shape, plan)
@@ -1012,7 +1014,7 @@ def _input_gradient(
                 dlogit = _spread(tap22, ROWS, COLUMNS, plan)
                 total += _load_plane(mixing, _KERNEL + 8, channel, valid, shape) * dlogit
                 if at_border:
-                    # The corners, which the first and last row and column took from the shifted sums twice.
+                    # Add the corners, which a border row and a border column have both subtracted.
                     first = (columns == 0)[None, None, :]
                     last = (columns == width - 1)[None, None, :]
                     corners = tl.where(first, _load_plane(mixing, _DSHIFTED + 8, channel, valid, shape), 0.0)
@@ -1055,10 +1057,10 @@ def _backward_kernel(
     PHASE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One phase of the backward; or all of them for a block of groups, if that is what PHASE says."""
+    """Run one phase of the backward, or all phases for a block of groups if PHASE is "all"."""
     FITTING: tl.constexpr = TILE // (plan.tile_groups * plan.tile_channels * plan.tile_columns)
     ROWS: tl.constexpr = plan.tile_rows if plan.tile_rows < FITTING else FITTING
-    shape = (height, width_in_units * plan.unit, tl.cast(count, tl.int64))  # the unit decides how wide loads can be
+    shape = (height, width_in_units * plan.unit, tl.cast(count, tl.int64))  # the constant factor allows wide loads
     block = _block(plan)
     strip = _strip(height)
     image, group = block
@@ -1069,7 +1071,7 @@ def _backward_kernel(
         for k in range(number):
             for p0 in range(0, height + width_in_units * plan.unit, plan.positions):
                 _gates(means, means, w1, b1, gates, n + k, p0, 1, shape, plan)
-    if PHASE == "mixing" and tl.program_id(1) > 0:  # the first of a group's programs does the mixing, the others gates
+    if PHASE == "mixing" and tl.program_id(1) > 0:  # a group's first program computes the mixing
         _gates(means, means, w1, b1, gates, n, (tl.program_id(1) - 1) * plan.positions, 1, shape, plan)
     if PHASE == "all" or (PHASE == "mixing" and tl.program_id(1) == 0):
         for k in range(number):
@@ -1107,7 +1109,7 @@ def _backward_kernel(
 
 @_jit
 def _sum_w3(mixing, dw3, c0, tap, number, height, width, plan: tl.constexpr):
-    """Gradient of a tap of ``w3`` for a block of its input channels."""
+    """Sum the gradient of one tap of ``w3`` over the groups, for a block of input channels."""
     OUTPUTS: tl.constexpr = plan.outputs
     INPUTS: tl.constexpr = plan.inputs
     acc: tl.constexpr = dw3.dtype.element_ty
@@ -1133,7 +1135,7 @@ def _sum_w3(mixing, dw3, c0, tap, number, height, width, plan: tl.constexpr):
 
 @_jit
 def _sum_shares(shares, dw1, db1, db3, dgamma, first, number, plan: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of the gradients of ``w1``, ``b1``, ``b3`` and ``gamma``, whose shares follow each other."""
+    """Sum a block of the gradients of ``w1``, ``b1``, ``b3`` and ``gamma``, whose shares are consecutive."""
     entry = first + tl.arange(0, BLOCK)
     total = tl.zeros((16, BLOCK), dw1.dtype.element_ty)
     for n0 in range(0, number, 16):
@@ -1151,7 +1153,7 @@ def _sum_shares(shares, dw1, db1, db3, dgamma, first, number, plan: tl.constexpr
 
 @_jit
 def _sum_beta(shares, beta, dbeta, number, plan: tl.constexpr):
-    """The gradient of ``beta``, which is the logit of a1 too in the static variant."""
+    """Sum the gradient of ``beta``, which is also the logit of a1 in the static variant."""
     OUTPUTS: tl.constexpr = plan.outputs
     acc: tl.constexpr = dbeta.dtype.element_ty
     o = tl.arange(0, plan.outputs)
@@ -1204,15 +1206,15 @@ def _parameters_kernel(
 
 # ------------------------------------------------------------------------------------------------------------- host
 
-# Elements of a tile of an image, at least, and of a product of small matrices before it is summed. The interpreter
-# takes as long for an operation on few elements as on many.
+# Target elements of the smallest image tile, and of a product of small matrices before it is summed. Both are larger in
+# the interpreter, which takes as long for few elements as for many.
 _SMALLEST_TILE = 65536 if _INTERPRETED else 1024
 _PRODUCT = 262144 if _INTERPRETED else 4096
 _DEFAULTS = {"TILE": _SMALLEST_TILE, "num_warps": 8, "maxnreg": 128}
 
 
 def _tuned(kernel: Any) -> Any:
-    """The kernel with tile, warps and registers chosen by trial, once for each phase and family of inputs."""
+    """Autotune tile, warps and registers of a kernel, once for each phase and family of inputs."""
     if triton is None or _INTERPRETED:
         return kernel
     configs = [
@@ -1227,7 +1229,7 @@ _tuned_backward_kernel = _tuned(_backward_kernel)
 
 
 def _power_of_two(value: int) -> int:
-    """The next power of two that is not less than a positive number."""
+    """Round a positive number up to a power of two."""
     return 1 << (value - 1).bit_length()
 
 
@@ -1237,7 +1239,7 @@ def _cdiv(dividend: int, divisor: int) -> int:
 
 @cache
 def _device(device: torch.device) -> tuple[int, int]:
-    """Number of multiprocessors, and bytes of the cache that they share."""
+    """Return the number of multiprocessors, and the bytes of their L2 cache."""
     if _INTERPRETED:
         return 0, 0
     properties = torch.cuda.get_device_properties(device)
@@ -1245,7 +1247,7 @@ def _device(device: torch.device) -> tuple[int, int]:
 
 
 def _plan(x: Tensor, groups: int, dynamic: bool, eps: float, tensors: int) -> _Plan:
-    """Divide the work on ``x``, if as many tensors of its size are read over and over."""
+    """Divide the work on ``x``; ``tensors`` counts the tensors of its size that are read repeatedly."""
     layout = tuple(x.shape), x.element_size(), not x.is_contiguous()
     return _plan_for(*layout, groups, dynamic, eps, tensors, *_device(x.device))
 
@@ -1265,8 +1267,8 @@ def _plan_for(
     batch, channels, height, width = shape
     per_group = channels // groups
 
-    # A tile reads along what is contiguous: whole rows of up to 256 columns, or channels of 64 bytes (32 where programs
-    # are few), the sizes that memory is read in. Small images leave room in a tile for more channels and groups.
+    # A tile reads along the contiguous axis: whole rows of up to 256 columns, or channels of 64 bytes (32 if there are
+    # few programs), the sizes of memory transactions. Tiles of small images hold more channels and groups.
     if last:
         tile_channels = min(_power_of_two(per_group), 64)
         tile_groups = max(1, 64 // itemsize // tile_channels)
@@ -1284,8 +1286,8 @@ def _plan_for(
     tile_groups = min(tile_groups, _power_of_two(groups))
     tile = tile_groups * tile_channels * tile_columns
 
-    # All phases in one launch pay where launches would take longer than the work, and where the blocks that are worked
-    # on at a time stay in the cache. Maps that are too large for that are better spread over more programs.
+    # Fusing pays if launches would take longer than the work, or if the blocks in flight stay in the cache. Larger maps
+    # are better spread over more programs.
     blocks = batch * _cdiv(groups, tile_groups)
     pixels_of_block = tile_groups * per_group * height * width
     at_a_time = min(blocks, 2 * processors) * pixels_of_block * itemsize * tensors
@@ -1324,7 +1326,7 @@ def _plan_for(
 
 @cache
 def _family(shape: tuple[int, int, int, int], plan: _Plan) -> int:
-    """A number that inputs share if one choice of tile and warps is good for all of them."""
+    """Return a number shared by inputs for which one choice of tile and warps is good."""
     family = 2 * plan.last + plan.dynamic
     for size in (*shape[2:], plan.width, plan.tile_groups, plan.tile_channels, plan.strips, plan.parts):
         family = 32 * family + size.bit_length()
@@ -1339,15 +1341,15 @@ def _for_single_groups(plan: _Plan) -> _Plan:
 def _launch(
     kernel: Any, tuned: Any, grids: dict[str, tuple[int, ...]], x: Tensor, tensors: tuple[Tensor, ...], plan: _Plan
 ) -> None:
-    """Run phases of a kernel, each on its grid.
+    """Launch phases of a kernel, each on its grid.
 
-    Trials are made neither where results have to be deterministic nor while a graph is captured, which they would end.
+    Autotuning is disabled in deterministic mode and during CUDA graph capture, which its trial launches would abort.
     """
     batch, channels, height, width = shape = tuple(x.shape)
     arguments = (*tensors, height, width // plan.unit, batch * channels, _family(shape, plan))
     fixed = _INTERPRETED or torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing()
     for phase, grid in grids.items():
-        if phase in ("gates", "mixing", "small"):  # these have a program for each group, and no tile
+        if phase in ("gates", "mixing", "small"):  # these have one program per group, and no tile
             kernel[grid](*arguments, plan=_for_single_groups(plan), PHASE=phase, **_DEFAULTS)
         elif fixed:
             kernel[grid](*arguments, plan=plan, PHASE=phase, **_DEFAULTS)
@@ -1356,7 +1358,7 @@ def _launch(
 
 
 def forward(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Re-weight ``x``, as ``operator.Kernels`` says."""
+    """Re-weight ``x``; see ``operator.Kernels``."""
     batch, channels, height, width = x.shape
     plan = _plan(x, groups, dynamic, eps, tensors=1)
     number, count = batch * groups, batch * channels
@@ -1396,7 +1398,7 @@ def backward(
     eps: float,
     dynamic: bool,
 ) -> tuple[Tensor, Parameters]:
-    """Gradients of ``x`` and of the parameters, as ``operator.Kernels`` says."""
+    """Compute the gradients of ``x`` and of the parameters; see ``operator.Kernels``."""
     batch, channels, height, width = x.shape
     plan = _plan(x, groups, dynamic, eps, tensors=3)  # x, dy, and maps of the groups
     number, count = batch * groups, batch * channels
@@ -1435,12 +1437,12 @@ def backward(
 
 
 def _empty_like(x: Tensor) -> Tensor:
-    """Room for a result; where the interpreter stores bfloat16 it truncates, so it gets float32 to be rounded."""
+    """Allocate a result, in float32 for bfloat16 in the interpreter, which would truncate instead of rounding."""
     return torch.empty_like(x, dtype=torch.float32 if _INTERPRETED and x.dtype == torch.bfloat16 else x.dtype)
 
 
 def unavailable(x: Tensor) -> str | None:
-    """Why these kernels cannot take ``x``, as a clause of a sentence; None if they can."""
+    """Return why these kernels cannot compute ``x``, as a clause, or None if they can."""
     dtype = str(x.dtype).removeprefix("torch.")
     if triton is None:
         return "triton is not installed"

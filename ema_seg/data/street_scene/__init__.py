@@ -1,8 +1,8 @@
-"""Draws one street scene and its label map: the pictures behind :class:`ema_seg.data.StreetDataset`.
+"""Renderer of a street scene and its label map, for :class:`ema_seg.data.StreetDataset`.
 
-A scene is a small 3-D world, projected by a pinhole camera and painted from far to near, so that near things
-hide far ones. Every shape goes with the same pixels into the image and into the label map; both are drawn at
-twice the wanted size and reduced at the end.
+A scene is a small 3-D world, projected by a pinhole camera and painted from far to near, so that near objects
+hide far ones. A labelled shape covers the same pixels in the image and in the label map; both are drawn at
+twice the final size and reduced at the end.
 
 The labels follow the annotation policy of Cityscapes (https://www.cityscapes-dataset.com): a fence and a
 bicycle wheel include their holes, a trunk is vegetation, a kerb is sidewalk, a litter bin is the void id
@@ -37,7 +37,7 @@ __all__ = ["LabelId", "render_scene"]
 
 
 def _draw_bonnet(scene: Scene) -> None:
-    """The camera car's own bonnet along the bottom edge."""
+    """Draw the bonnet of the camera's car along the bottom edge."""
     height, width = scene.canvas.height, scene.canvas.width
     columns = np.linspace(-0.05, 1.05, 24)
     rise = scene.rng.uniform(0.03, 0.08) * (1 - np.abs(2 * columns - 1) ** 3)
@@ -49,7 +49,7 @@ def _draw_bonnet(scene: Scene) -> None:
 
 
 def _develop(scene: Scene) -> NDArray[np.uint8]:
-    """The photograph, uint8 RGB at final size: exposure, white balance, contrast, blur and noise."""
+    """Return the photograph, uint8 RGB at final size, with exposure, white balance, contrast, blur and noise."""
     rng, canvas = scene.rng, scene.canvas
     size = (canvas.width // SUPERSAMPLING, canvas.height // SUPERSAMPLING)
     image = cv2.resize(canvas.image, size, interpolation=cv2.INTER_AREA)
@@ -63,12 +63,12 @@ def _develop(scene: Scene) -> NDArray[np.uint8]:
 
 
 def render_scene(rng: np.random.Generator, height: int, width: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Draws a scene.
+    """Draw a scene.
 
     Args:
-        rng: the only source of chance; the same generator state gives the same scene.
-        height: rows of the image in pixels.
-        width: columns of the image in pixels.
+        rng: The only source of randomness; the same generator state gives the same scene.
+        height: Rows of the image in pixels.
+        width: Columns of the image in pixels.
 
     Returns:
         The RGB image (uint8, height x width x 3) and its Cityscapes label ids (uint8, height x width).

@@ -1,4 +1,4 @@
-"""What stands on the street and is drawn flat: street furniture, people, bicycles."""
+"""Flat figures on the street: street furniture, people, bicycles."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -32,7 +32,7 @@ Outline = Sequence[Sequence[float]] | Points  # N x 2
 
 
 class Figure:
-    """A flat figure that faces the camera: coordinates in metres around its foot, x right and y up."""
+    """Flat figure that faces the camera: coordinates in metres around its foot, x right and y up."""
 
     def __init__(
         self, scene: Scene, x: float, z: float, label: LabelId, mirrored: bool = False, size: float = 1.0
@@ -46,22 +46,22 @@ class Figure:
         return self._foot + np.asarray(points, dtype=np.float64) * self._scale
 
     def polygon(self, points: Outline, color: Color) -> None:
-        """Fills a polygon."""
+        """Fill a polygon."""
         self._canvas.polygon(self._pixels(points), self._shade(color), self.label)
 
     def line(self, points: Outline, width: float, color: Color, label: LabelId | None = None) -> None:
-        """Draws a polyline of a width in metres."""
+        """Draw a polyline, its width in metres."""
         self._canvas.line(self._pixels(points), width * self._metre, self._shade(color), label or self.label)
 
     def disc(self, centre: Sequence[float], radius: float, color: Color | None, shines: bool = False) -> None:
-        """Fills a circle, radius in metres, lit or shining by itself; without a colour only the label."""
+        """Fill a circle, radius in metres, shaded or self-luminous; without a colour, fill only its label."""
         lit = None if color is None else color if shines else self._shade(color)
         colors = None if lit is None else lit[None]
         self._canvas.discs(self._pixels([centre]), np.array([radius * self._metre]), colors, self.label)
 
 
 def draw_lamp(scene: Scene, x: float, z: float) -> None:
-    """A street lamp whose arm reaches over the road."""
+    """Draw a street lamp with an arm over the road."""
     height, metal = scene.rng.uniform(5, 8), scene.pick(METAL)
     figure = Figure(scene, x, z, LabelId.POLE, mirrored=x > 0)
     figure.line([[0, 0], [0, height]], scene.rng.uniform(0.12, 0.18), metal)
@@ -73,14 +73,14 @@ def draw_lamp(scene: Scene, x: float, z: float) -> None:
 
 
 def draw_bollard(scene: Scene, x: float, z: float) -> None:
-    """A short post that keeps cars off the sidewalk."""
+    """Draw a short post that keeps cars off the sidewalk."""
     figure, metal = Figure(scene, x, z, LabelId.POLE), scene.pick(METAL)
     figure.line([[0, 0], [0, 1.0]], 0.16, metal)
     figure.line([[0, 0.8], [0, 0.9]], 0.16, rgb(0.85, 0.85, 0.85))
 
 
 def draw_traffic_light(scene: Scene, x: float, z: float) -> None:
-    """A pole with a case of three lamps, one of them lit."""
+    """Draw a pole with a case of three lamps, one of them lit."""
     height, metal = scene.rng.uniform(2.4, 3.4), scene.pick(METAL)
     figure = Figure(scene, x, z, LabelId.TRAFFIC_LIGHT)
     figure.line([[0, 0], [0, height + 0.2]], 0.14, metal, LabelId.POLE)
@@ -111,7 +111,7 @@ def _sign_outline(shape: SignShape, size: float) -> Points:
 
 
 def draw_sign(scene: Scene, x: float, z: float) -> None:
-    """A traffic sign of any shape on its pole."""
+    """Draw a traffic sign of any shape on its pole."""
     rng = scene.rng
     shape = SIGN_SHAPES[rng.integers(len(SIGN_SHAPES))]
     size, height = rng.uniform(0.42, 0.6), rng.uniform(2.0, 2.8)
@@ -134,7 +134,7 @@ def draw_sign(scene: Scene, x: float, z: float) -> None:
 
 
 def draw_bin(scene: Scene, x: float, z: float) -> None:
-    """A litter bin."""
+    """Draw a litter bin."""
     color, figure = (
         scene.pick([*METAL, rgb(0.2, 0.4, 0.25), rgb(0.75, 0.45, 0.1)]),
         Figure(scene, x, z, LabelId.STATIC),
@@ -149,7 +149,7 @@ def _draw_head(figure: Figure, centre: tuple[float, float], hair: Color, skin: C
 
 
 def draw_person(scene: Scene, x: float, z: float) -> None:
-    """A walker or a stander, seen from any side."""
+    """Draw a person who walks or stands."""
     rng, size = scene.rng, scene.rng.uniform(0.72, 1.06)
     figure = Figure(scene, x, z, LabelId.PERSON, scene.chance(0.5), size)
     coat, trousers, skin, hair = (
@@ -178,7 +178,7 @@ def draw_person(scene: Scene, x: float, z: float) -> None:
 def draw_bicycle(
     scene: Scene, x: float, z: float, seen_from_behind: bool | None = None, mirrored: bool = False
 ) -> None:
-    """A bicycle from the side or from behind; its wheels are labelled with their holes."""
+    """Draw a bicycle from the side or from behind; its label includes the holes of its wheels."""
     figure = Figure(scene, x, z, LabelId.BICYCLE, mirrored)
     frame = scene.pick(PAINT)
     if seen_from_behind if seen_from_behind is not None else scene.chance(0.25):
@@ -204,7 +204,7 @@ def draw_bicycle(
 
 
 def draw_cyclist(scene: Scene, x: float, z: float) -> None:
-    """A bicycle with its rider, from the side or from behind."""
+    """Draw a bicycle with its rider, from the side or from behind."""
     from_behind, mirrored = scene.chance(0.5), scene.chance(0.5)
     draw_bicycle(scene, x, z, from_behind, mirrored)
     figure = Figure(scene, x, z, LabelId.RIDER, mirrored)

@@ -1,4 +1,4 @@
-"""Which objects a scene has, where they stand, and the shadows they cast."""
+"""Objects of a scene: selection, placement and shadows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,12 +31,12 @@ ALONG, TOWARDS, ACROSS = 0.0, np.pi, np.pi / 2
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of object: how often it occurs, where, and the size of its shadow and footprint in metres."""
+    """Kind of object: frequency, zone, and the size of its shadow and footprint in metres."""
 
     draw: Callable[..., None]
     zone: Zone
-    chance: float  # that a scene has any
-    most: int  # a scene that has any has 1 to `most`
+    chance: float  # probability that a scene has any
+    most: int  # maximum number in a scene
     depth: tuple[float, float]
     radius: float
     height: float
@@ -66,7 +66,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Placed:
-    """An object and its place on the ground."""
+    """Object and its position on the ground."""
 
     kind: Kind
     x: float
@@ -97,7 +97,7 @@ def _sample_place(scene: Scene, kind: Kind) -> tuple[float, float]:
 
 
 def place_objects(scene: Scene) -> list[Placed]:
-    """Finds a free place for every object; far ones first. An object without room is left out."""
+    """Find a free place for every object, and return them from far to near; drop objects without room."""
     placed: list[Placed] = []
     for kind in KINDS:
         if not scene.chance(kind.chance) or (kind.zone == "junction" and not scene.layout.junction):
@@ -112,13 +112,13 @@ def place_objects(scene: Scene) -> list[Placed]:
 
 
 def _is_clear(kind: Kind, x: float, z: float, other: Placed) -> bool:
-    """Whether two footprints keep apart: a vehicle is long but narrow."""
+    """Check that two footprints do not overlap; a vehicle is long but narrow."""
     across = min(kind.radius, 1.2) + min(other.kind.radius, 1.2)
     return abs(z - other.z) > kind.radius + other.kind.radius or abs(x - other.x) > across
 
 
 def cast_shadows(scene: Scene, plots: list[Plot], things: list[Placed]) -> None:
-    """Fills `scene.shadow`: long shadows on a clear day, and a soft dark spot under every object."""
+    """Fill `scene.shadow`: long shadows if the sun shines, and a soft dark spot under every object."""
     shadow, camera, light = scene.shadow, scene.camera, scene.light
     if light.direct > 0.2:
         shift = -light.towards_sun / light.towards_sun[1]  # per metre of height
@@ -146,7 +146,7 @@ def _darken(shadow: NDArray[np.float32], corners: Points, amount: float) -> None
 
 
 def draw_thing(scene: Scene, thing: Placed) -> None:
-    """Draws an object where it was placed."""
+    """Draw an object at its position."""
     heading = thing.kind.heading
     if heading is None:
         thing.kind.draw(scene, thing.x, thing.z)

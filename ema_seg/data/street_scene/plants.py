@@ -10,7 +10,7 @@ FOLIAGE = [rgb(0.22, 0.36, 0.12), rgb(0.3, 0.42, 0.16), rgb(0.17, 0.28, 0.14), r
 
 
 def draw_foliage(scene: Scene, x: float, z: float, base: float, radius: tuple[float, float]) -> None:
-    """A crown or a bush: a cloud of leaf clusters, darker below and inside; radius across and upwards."""
+    """Draw a crown or a bush: leaf clusters, darker below and away from the sun; radius across and upwards."""
     rng, across = scene.rng, scene.camera.pixels(radius[0], z)
     count = int(np.clip(across * 1.6, 12, 110))
     angle, distance = (
@@ -29,7 +29,7 @@ def draw_foliage(scene: Scene, x: float, z: float, base: float, radius: tuple[fl
 
 
 def draw_tree(scene: Scene, x: float, z: float) -> None:
-    """A trunk with a crown."""
+    """Draw a trunk with a crown."""
     rng = scene.rng
     trunk, wide, tall = rng.uniform(1.8, 3.0), rng.uniform(1.4, 2.8), rng.uniform(1.5, 3.0)
     bark = scene.shade(scene.pick([rgb(0.32, 0.25, 0.2), rgb(0.42, 0.38, 0.34)], 0.03), x, z)
@@ -39,7 +39,7 @@ def draw_tree(scene: Scene, x: float, z: float) -> None:
 
 
 def draw_fence(scene: Scene, near: tuple[float, float], far: tuple[float, float], height: float) -> None:
-    """A see-through fence between two places (x, z): posts, rails and pickets over whatever stands behind."""
+    """Draw a see-through fence between two points (x, z): posts, rails and pickets over the background."""
     camera, canvas, is_railed = scene.camera, scene.canvas, scene.chance(0.3)
     start, end = np.array([near[0], 0, max(near[1], NEAR)]), np.array([far[0], 0, far[1]])
     up = np.array([0, height, 0])
@@ -50,7 +50,7 @@ def draw_fence(scene: Scene, near: tuple[float, float], far: tuple[float, float]
     count = max(2, int(np.linalg.norm(end - start) / gap))
     share = np.linspace(0, 1, count)[:, None]
     feet = start + (end - start) * share
-    # Where pickets come closer than a pixel or two they would merge into a solid surface: draw every third.
+    # Pickets less than 2.5 pixels apart would merge into a solid surface: draw every third.
     drawn = (gap * camera.focal / feet[:, 2] > 2.5) | (np.arange(count) % 3 == 0)
     width = np.where(np.arange(count) % is_post == 0, 0.16, 0.09) * camera.focal / feet[:, 2]
     tops, colors = camera.project(feet + up), lit[0] + (lit[1] - lit[0]) * share

@@ -1,6 +1,6 @@
-"""What the drawing functions share: the camera, the light, the canvas, and the plan of the street.
+"""Shared objects of the drawing functions: the camera, the light, the canvas, and the plan of the street.
 
-The world is in metres: x right, y up, z forward; the camera stands at x = z = 0.
+The world is in metres: x right, y up, z forward; the camera is at x = z = 0.
 """
 
 import math
@@ -22,11 +22,11 @@ Rng = np.random.Generator
 SUPERSAMPLING = 2
 NEAR = 1.2  # metres: nothing is drawn nearer than this
 FAR = 110.0  # metres: where the rows of houses end
-SUBPIXEL_BITS = 4  # fixed-point bits of the coordinates handed to OpenCV
+SUBPIXEL_BITS = 4  # fixed-point bits of the coordinates passed to OpenCV
 
 
 class LabelId(IntEnum):
-    """The Cityscapes label ids (not train ids) that occur in a scene."""
+    """Cityscapes label ids (not train ids) that occur in a scene."""
 
     EGO_VEHICLE = 1
     OUT_OF_ROI = 3
@@ -51,7 +51,7 @@ class LabelId(IntEnum):
 
 @dataclass(frozen=True)
 class Camera:
-    """A pinhole camera that looks along z, level with the ground."""
+    """Pinhole camera that looks along z, level with the ground."""
 
     focal: float  # pixels
     centre: float  # column of the vanishing point
@@ -59,19 +59,19 @@ class Camera:
     height: float  # metres above the ground
 
     def project(self, points: ArrayLike) -> Points:
-        """Maps world points (N x 3, metres) to pixel coordinates (N x 2: column, row)."""
+        """Map world points (N x 3, metres) to pixel coordinates (N x 2: column, row)."""
         world = np.asarray(points, dtype=np.float64)
         scale = self.focal / np.maximum(world[:, 2:], NEAR)
         return (self.centre, self.horizon) + (world[:, :2] - (0, self.height)) * (1, -1) * scale
 
     def pixels(self, metres: float, z: float) -> float:
-        """How many pixels a length across the line of sight covers at depth z."""
+        """Return the number of pixels that a length across the line of sight covers at depth z."""
         return metres * self.focal / max(z, NEAR)
 
 
 @dataclass(frozen=True)
 class Light:
-    """The time of day: where light comes from, its colour, and what the air adds over distance."""
+    """Light of a time of day: direction, colours, and haze over distance."""
 
     name: str
     towards_sun: NDArray[np.float64]  # unit vector
@@ -88,18 +88,18 @@ class Light:
         return self.name in ("dusk", "night")
 
     def brightness(self, normal: Normal, shadow: float = 0.0) -> float:
-        """Reflected light of a matt surface with this normal, `shadow` of it (0 to 1) hidden from the sun."""
+        """Return the reflected light of a matt surface; `shadow` is the hidden share of the sun, 0 to 1."""
         x, y, z = self.towards_sun
         facing = max(0.0, normal[0] * x + normal[1] * y + normal[2] * z)
         return self.ambient + self.direct * facing * (1.0 - shadow)
 
     def illuminate(self, picture: Picture, brightness: float | Picture, depth: Picture) -> None:
-        """Turns the colours of a picture (H x W x 3) into what the camera sees of it, in place.
+        """Apply light and haze to the colours of a picture (H x W x 3), in place.
 
         Args:
-            picture: colours of the surface.
-            brightness: reflected light, broadcast against H x W.
-            depth: distance in metres, broadcast against H x W.
+            picture: Colours of the surface.
+            brightness: Reflected light, broadcast against H x W.
+            depth: Distance in metres, broadcast against H x W.
         """
         clear = np.exp(-np.float32(self.haze) * depth)[..., None]
         picture *= np.asarray(brightness, dtype=np.float32)[..., None] * clear * self.color.astype(np.float32)
@@ -107,10 +107,10 @@ class Light:
 
 
 class Canvas:
-    """An image and its labels, painted together.
+    """Image and its labels, painted together.
 
-    `paint` holds, per pixel, order * 64 + label id of the last stroke there, so that reducing the labels can
-    let the nearer thing win a tie.
+    `paint` holds, per pixel, order * 64 + label id of its last stroke, so that the nearer object wins a tie when
+    the labels are reduced.
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -138,7 +138,7 @@ class Canvas:
         return self._strokes * 64 + int(label)
 
     def polygon(self, corners: Points, color: Color | None, label: LabelId | None = None) -> None:
-        """Fills a polygon (N x 2 pixels); without a colour or a label, the other one alone."""
+        """Fill a polygon (N x 2 pixels) in the image, the labels or both; None leaves one unchanged."""
         fixed = fixed_point(corners)
         if color is not None:
             cv2.fillPoly(self.image, [fixed], color.tolist(), cv2.LINE_8, SUBPIXEL_BITS)
@@ -146,7 +146,7 @@ class Canvas:
             cv2.fillPoly(self.paint, [fixed], self._stamp(label), cv2.LINE_8, SUBPIXEL_BITS)
 
     def line(self, points: Points, width: float, color: Color, label: LabelId | None = None) -> None:
-        """Draws a polyline (N x 2 pixels) of a width in pixels, at least one."""
+        """Draw a polyline (N x 2 pixels); its width is at least one pixel."""
         fixed, thickness = fixed_point(points), max(1, round(width))
         cv2.polylines(self.image, [fixed], False, color.tolist(), thickness, cv2.LINE_8, SUBPIXEL_BITS)
         if label is not None:
@@ -154,14 +154,14 @@ class Canvas:
             cv2.polylines(self.paint, [fixed], False, stamp, thickness, cv2.LINE_8, SUBPIXEL_BITS)
 
     def lines(self, starts: Points, ends: Points, widths: Points, colors: NDArray[np.float64]) -> None:
-        """Draws N separate lines (N x 2 pixels each end), which leave the labels alone."""
+        """Draw N separate lines (N x 2 pixels each end) in the image only."""
         fixed = fixed_point(np.stack([starts, ends], 1))
         thickness = np.maximum(1, np.rint(widths)).astype(int).tolist()
         for ends_of_line, width, color in zip(fixed, thickness, colors.tolist(), strict=True):
             cv2.polylines(self.image, [ends_of_line], False, color, width, cv2.LINE_8, SUBPIXEL_BITS)
 
     def discs(self, centres: Points, radii: Points, colors: NDArray[np.float64] | None, label: LabelId) -> None:
-        """Fills N circles (N x 2 centres and N radii, pixels) in this order."""
+        """Fill N circles (N x 2 centres and N radii, pixels) in this order."""
         stamp, fixed = self._stamp(label), fixed_point(centres).tolist()
         fixed_radii = np.maximum(1, np.rint(radii * 2**SUBPIXEL_BITS)).astype(int).tolist()
         for at, radius in zip(fixed, fixed_radii, strict=True):
@@ -170,7 +170,7 @@ class Canvas:
             cv2.circle(self.image, at, radius, color, -1, cv2.LINE_8, SUBPIXEL_BITS)
 
     def texture(self, picture: NDArray[np.float32], corners: Points, label: LabelId) -> None:
-        """Pastes a picture in perspective, its corners clockwise from the top left."""
+        """Paste a picture in perspective; its corners are clockwise from the top left."""
         left, top = np.maximum(np.floor(corners.min(0)).astype(int), 0)
         right, bottom = np.minimum(np.ceil(corners.max(0)).astype(int) + 1, (self.width, self.height))
         if left >= right or top >= bottom:
@@ -188,9 +188,9 @@ class Canvas:
         self.paint[area][mask > 0] = self._stamp(label)
 
     def reduced_labels(self) -> NDArray[np.uint8]:
-        """Label ids at final size: the most frequent of each block, a tie going to what was painted last.
+        """Return label ids at final size: the most frequent of each block, in a tie the last painted.
 
-        A line one supersampled pixel wide covers half of its blocks, so thin structures stay connected.
+        A line one supersampled pixel wide covers half of each block it crosses, so thin structures stay connected.
         """
         step = SUPERSAMPLING
         blocks = np.stack([self.paint[i::step, j::step] for i in range(step) for j in range(step)])
@@ -201,12 +201,12 @@ class Canvas:
 
 
 def fixed_point(points: NDArray[np.floating]) -> NDArray[np.int32]:
-    """Pixel coordinates as OpenCV's drawing functions take them, with `SUBPIXEL_BITS` of fraction."""
+    """Convert pixel coordinates to OpenCV's fixed point, with `SUBPIXEL_BITS` of fraction."""
     return np.rint(points * 2**SUBPIXEL_BITS).astype(np.int32)
 
 
 def rgb(red: float, green: float, blue: float) -> Color:
-    """A colour, 1.0 = full."""
+    """Return a colour, 1.0 = full."""
     return np.array([red, green, blue])
 
 
@@ -218,7 +218,7 @@ BLACK = rgb(0.06, 0.06, 0.07)
 
 
 def value_noise(rng: Rng, shape: tuple[int, int], cells: tuple[float, ...]) -> NDArray[np.float32]:
-    """Value noise from -1 to 1: an octave per cell size in pixels, each half as strong as the last."""
+    """Return value noise from -1 to 1: an octave per cell size in pixels, each half as strong as the last."""
     total = np.zeros(shape, np.float32)
     for octave, cell in enumerate(cells):
         grid = rng.uniform(-1, 1, (int(shape[0] / cell) + 2, int(shape[1] / cell) + 2)).astype(np.float32)
@@ -232,60 +232,60 @@ SIDES: tuple[Side, Side] = (-1, 1)
 
 @dataclass(frozen=True)
 class Layout:
-    """The cross-section of the street, per side in metres from the camera's line, and its junction."""
+    """Cross-section of the street, per side in metres from the camera's line, and its junction."""
 
     kerb: dict[Side, float]
     verge: dict[Side, float]  # width of the grass strip behind the kerb, 0 for none
-    front: dict[Side, float]  # where houses, walls and fences stand
-    junction: tuple[float, float] | None  # depth of a crossing street
+    front: dict[Side, float]  # position of houses, walls and fences
+    junction: tuple[float, float] | None  # near and far depth of a crossing street
     crossing: float | None  # depth of a zebra crossing
 
 
 @dataclass
 class Scene:
-    """Everything the drawing functions share."""
+    """Shared state of the drawing functions."""
 
     rng: Rng
     camera: Camera
     light: Light
     canvas: Canvas
     layout: Layout
-    shadow: Picture = field(init=False)  # how much of the sun is hidden, per ground pixel
-    plaster: Picture = field(init=False)  # roughness of walls, a tile to cut pieces from
+    shadow: Picture = field(init=False)  # hidden share of the sun, per ground pixel
+    plaster: Picture = field(init=False)  # roughness of walls, a tile that `grain` crops
 
     def __post_init__(self) -> None:
         self.shadow = np.zeros(self.canvas.paint.shape, np.float32)
         self.plaster = 1 + np.float32(0.13) * value_noise(self.rng, (512, 512), (40, 12, 2))
 
     def grain(self, shape: tuple[int, int]) -> Picture:
-        """A random piece of the wall texture, at most 512 x 512."""
+        """Return a random crop of the wall texture, at most 512 x 512."""
         row, column = (int(self.rng.integers(0, 512 - length + 1)) for length in shape)
         return self.plaster[row : row + shape[0], column : column + shape[1]]
 
     def chance(self, probability: float) -> bool:
-        """True with this probability."""
+        """Return True with this probability."""
         return bool(self.rng.random() < probability)
 
     def pick(self, colors: list[Color], spread: float = 0.06) -> Color:
-        """One of the colours, varied a little."""
+        """Return one of the colours, varied a little."""
         return np.clip(colors[self.rng.integers(len(colors))] + self.rng.normal(0, spread, 3), 0.02, 1)
 
     def shadow_at(self, x: float, z: float) -> float:
-        """How much of the sun is hidden at a place on the ground."""
+        """Return the hidden share of the sun at a point on the ground."""
         scale = self.camera.focal / max(z, NEAR)
         row = int(min(self.camera.horizon + self.camera.height * scale, self.canvas.height - 1))
         column = int(min(max(self.camera.centre + x * scale, 0), self.canvas.width - 1))
         return float(self.shadow[row, column])
 
     def shade(self, color: Color, x: float, z: float, normal: Normal = (0.0, 0.3, -0.6)) -> Color:
-        """The colour of a surface standing at (x, z) as the camera sees it."""
+        """Return the colour of a surface at (x, z) as the camera sees it."""
         clear = math.exp(-self.light.haze * z)
         brightness = self.light.brightness(normal, self.shadow_at(x, z)) * clear
         return color * (self.light.color * brightness) + self.light.horizon * (1 - clear)
 
 
 def sample_camera(rng: Rng, height: int, width: int) -> Camera:
-    """A random camera for a canvas of this many rows and columns."""
+    """Sample a camera for a canvas of this many rows and columns."""
     return Camera(
         focal=rng.uniform(0.95, 1.1) * width,
         centre=rng.uniform(0.36, 0.64) * width,
@@ -295,7 +295,7 @@ def sample_camera(rng: Rng, height: int, width: int) -> Camera:
 
 
 def sample_light(rng: Rng) -> Light:
-    """Random light: mostly day, sometimes dusk or night."""
+    """Sample the light: mostly day, sometimes dusk or night."""
     name = str(rng.choice(["sunny", "overcast", "dusk", "night"], p=[0.52, 0.32, 0.1, 0.06]))
     elevation = np.deg2rad(rng.uniform(8, 18) if name == "dusk" else rng.uniform(25, 60))
     azimuth = rng.uniform(0, 2 * np.pi)
@@ -311,7 +311,7 @@ def sample_light(rng: Rng) -> Light:
 
 
 def sample_layout(rng: Rng) -> Layout:
-    """A random cross-section; the wider half of the road is the left one, for oncoming traffic."""
+    """Sample a cross-section; the left half of the road, for oncoming traffic, is usually the wider one."""
     kerb: dict[Side, float] = {-1: rng.uniform(5, 8.5), 1: rng.uniform(3.2, 5.5)}
     verge: dict[Side, float] = {
         -1: float(rng.choice([0, rng.uniform(1, 3)])),

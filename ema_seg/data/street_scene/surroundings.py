@@ -1,4 +1,4 @@
-"""The street itself: sky, ground, and the houses, walls and gardens on both sides."""
+"""Surroundings of the street: sky, ground, and the houses, walls and gardens on both sides."""
 
 import math
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ __all__ = ["Plot", "draw_ground", "draw_plot", "draw_sky", "draw_skyline", "ligh
 
 
 def draw_sky(scene: Scene) -> None:
-    """A gradient with clouds, over the whole canvas."""
+    """Draw a gradient with clouds over the whole canvas."""
     canvas, light, rng = scene.canvas, scene.light, scene.rng
     size = (canvas.height // SUPERSAMPLING, canvas.width // SUPERSAMPLING)
     up = np.clip(1 - np.arange(size[0], dtype=np.float32) * SUPERSAMPLING / scene.camera.horizon, 0, 1)
@@ -42,17 +42,17 @@ def draw_sky(scene: Scene) -> None:
 
 
 def _ground(scene: Scene, x: tuple[float, float], z: tuple[float, float]) -> Points:
-    """The picture of a rectangle on the ground, N x 2 pixels."""
+    """Project a rectangle on the ground to N x 2 pixels."""
     return scene.camera.project([[x[0], 0, z[0]], [x[1], 0, z[0]], [x[1], 0, z[1]], [x[0], 0, z[1]]])
 
 
-# How strongly the ground noise shows, by label.
+# Strength of the ground noise, by label.
 GROUND_TEXTURE = {LabelId.ROAD: 0.16, LabelId.SIDEWALK: 0.14, LabelId.TERRAIN: 0.5}
 HORIZON_DEPTH = 2000.0
 
 
 def draw_ground(scene: Scene) -> None:
-    """The flat ground, still without light: road, sidewalks, grass and everything painted on them."""
+    """Draw the flat ground without light: road, sidewalks, grass and road markings."""
     rng, layout, canvas = scene.rng, scene.layout, scene.canvas
     grey = rng.uniform(0.24, 0.48)
     asphalt = grey + rng.normal(0, 0.015, 3)
@@ -89,7 +89,7 @@ def _draw_paving_joints(scene: Scene, paving: Color) -> None:
 
 
 def _draw_road_wear(scene: Scene, asphalt: Color) -> None:
-    """Repairs, manhole covers and tar seams."""
+    """Draw repairs, manhole covers and a tar seam."""
     rng, kerb = scene.rng, scene.layout.kerb
     for _ in range(rng.integers(2, 7)):
         x, z = rng.uniform(-kerb[-1] + 1.5, kerb[1] - 1.5), rng.uniform(4, 30)
@@ -127,7 +127,7 @@ def _draw_markings(scene: Scene) -> None:
 
 
 def light_ground(scene: Scene) -> None:
-    """Gives the flat ground its texture, shadows and haze, in one pass over its rows."""
+    """Add texture, light, shadows and haze to the flat ground."""
     camera, canvas, light = scene.camera, scene.canvas, scene.light
     top = int(camera.horizon) + 2
     rows = np.arange(top, canvas.height, dtype=np.float32)
@@ -166,18 +166,18 @@ PlotKind = Literal["house", "wall", "garden"]
 
 @dataclass(frozen=True)
 class Plot:
-    """A stretch of one side of the street."""
+    """Stretch of one side of the street."""
 
     kind: PlotKind
     side: Side
     near: float  # depth where it begins
     far: float
     height: float  # of the house or wall, metres
-    sheltered: bool  # whether a taller house in front hides the end of this one
+    sheltered: bool  # whether a house in front, at least as tall, hides its gable
 
 
 def plan_plots(scene: Scene) -> list[Plot]:
-    """Fills both sides with plots, leaving the junction free; far ones first."""
+    """Fill both sides except the junction with plots, and return them from far to near."""
     rng, junction = scene.rng, scene.layout.junction or (FAR, FAR)
     plots: list[Plot] = []
     for side in SIDES:
@@ -202,7 +202,7 @@ def _ends_at_taller_house(plots: list[Plot], near: float, height: float) -> bool
 
 
 def draw_skyline(scene: Scene) -> None:
-    """Far houses and trees, pale, that close the end of the street."""
+    """Draw pale, far houses and trees at the end of the street."""
     rng, ground = scene.rng, scene.camera.horizon + 2
     x = -80.0
     while x < 80:
@@ -218,7 +218,7 @@ def draw_skyline(scene: Scene) -> None:
 
 
 def draw_plot(scene: Scene, plot: Plot) -> None:
-    """Draws one plot and what stands on it."""
+    """Draw a plot with its house, wall or garden."""
     {"house": _draw_house, "wall": _draw_wall, "garden": _draw_garden}[plot.kind](scene, plot)
 
 
@@ -237,7 +237,7 @@ def _draw_house(scene: Scene, plot: Plot) -> None:
 
 
 def _draw_roof(scene: Scene, plot: Plot, inner: float, outer: float, wall: Color) -> None:
-    """The slope towards the street and the gable towards the camera."""
+    """Draw the slope towards the street and the gable towards the camera."""
     eaves, middle = plot.height, (inner + outer) / 2
     ridge = eaves + scene.rng.uniform(1.5, 4)
     slope = [
@@ -286,7 +286,7 @@ def _paste_upright(
     height: float,
     label: LabelId,
 ) -> None:
-    """Stands a picture on the ground between two places (x, z), lit and seen through the air."""
+    """Paste an upright picture between two points (x, z) on the ground, with light and haze."""
     (x0, z0), (x1, z1) = near, far
     normal = (-math.copysign(1, x0), 0, 0) if x0 == x1 else (0, 0, -1)
     depth = np.linspace(z0, z1, picture.shape[1], dtype=np.float32)[None]
@@ -299,7 +299,7 @@ def _paste_upright(
 def _facade(
     scene: Scene, length: float, height: float, near: float, color: Color, is_brick: bool, windows: bool
 ) -> Picture:
-    """A flat picture of a house front, sharp enough for its distance."""
+    """Return a flat picture of a house front or wall, in the resolution for its distance."""
     detail = float(np.clip(scene.camera.pixels(1, near + length / 3), 4, 16))  # pixels per metre
     shape = (max(2, int(height * detail)), max(2, int(length * detail)))
     picture = np.empty((*shape, 3), np.float32)
@@ -314,14 +314,14 @@ def _facade(
 
 
 def _glass(scene: Scene) -> Color:
-    """A window pane: dark, or the reflected sky, or lit from inside after sunset."""
+    """Sample the colour of a window pane: dark, reflecting the sky, or lit from inside after sunset."""
     if scene.light.is_dark and scene.chance(0.4):
         return rgb(1.0, 0.85, 0.5) / scene.light.ambient * scene.rng.uniform(0.4, 0.8)
     return (rgb(0.14, 0.17, 0.2) + 0.4 * scene.rng.random() ** 2 * scene.light.zenith) * scene.rng.uniform(0.7, 1.4)
 
 
 def _rectangle(picture: Picture, box: ArrayLike, detail: float, color: Color) -> None:
-    """Fills the box (left, top, right, bottom in metres) of a flat picture."""
+    """Fill the box (left, top, right, bottom in metres) of a flat picture."""
     left, top, right, bottom = np.round(np.asarray(box) * detail).astype(int).tolist()
     cv2.rectangle(picture, (left, top), (right, bottom), color.tolist(), -1)
 
@@ -343,7 +343,7 @@ def _draw_windows(scene: Scene, picture: Picture, detail: float) -> None:
 
 
 def _draw_ground_floor(scene: Scene, picture: Picture, detail: float) -> None:
-    """Shop windows under an awning, or doors between windows."""
+    """Draw shop windows under an awning, or doors between windows."""
     rng, (height, length) = scene.rng, (np.array(picture.shape[:2]) / detail)
     is_shop = scene.chance(0.45)
     accent = scene.pick([rgb(0.7, 0.15, 0.12), rgb(0.15, 0.3, 0.6), rgb(0.8, 0.7, 0.2), rgb(0.15, 0.4, 0.25)])

@@ -13,14 +13,14 @@ __all__ = ["draw_bus", "draw_car"]
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a vehicle stands and where it heads: 0 = away from the camera, pi = towards it."""
+    """Position and heading of a vehicle: 0 = away from the camera, pi = towards it."""
 
     x: float
     z: float
     heading: float
 
     def world(self, local: ArrayLike) -> Points:
-        """Maps N x 3 points (along, across to the right, up) to the world."""
+        """Map N x 3 points (along, across to the right, up) to the world."""
         along, across, up = np.asarray(local, dtype=np.float64).T
         sine, cosine = np.sin(self.heading), np.cos(self.heading)
         return np.stack([self.x + along * sine + across * cosine, up, self.z + along * cosine - across * sine], 1)
@@ -40,7 +40,7 @@ NORMALS = {"rear": (-1, 0, 0), "right": (0, 1, 0), "front": (1, 0, 0), "left": (
 
 @dataclass(frozen=True)
 class Block:
-    """A six-sided part of a vehicle, from `low` to `high` along and up, narrowing towards its top."""
+    """Six-sided part of a vehicle, from `low` to `high` along and up, narrowing towards its top."""
 
     low: tuple[float, float]  # along, up
     high: tuple[float, float]
@@ -50,7 +50,7 @@ class Block:
     shrink_side: float = 0.0
 
     def corners(self) -> Points:
-        """The 8 x 3 local corners, in the order that `FACES` counts them."""
+        """Return the 8 x 3 local corners, in the order of the indices in `FACES`."""
         (a, bottom), (b, top), half = self.low, self.high, self.width / 2
         c, d, narrow = a + self.shrink_rear, b - self.shrink_front, half - self.shrink_side
         low = [[a, -half, bottom], [a, half, bottom], [b, half, bottom], [b, -half, bottom]]
@@ -60,14 +60,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Face:
-    """A visible side of a block in the world; u runs along its bottom edge and v upwards, from 0 to 1."""
+    """Visible side of a block in the world; u runs along its bottom edge and v upwards, from 0 to 1."""
 
     name: str
     corners: Points
     normal: NDArray[np.float64]
 
     def at(self, uv: ArrayLike) -> Points:
-        """World points, N x 3, for coordinates on the face, N x 2."""
+        """Return world points, N x 3, for coordinates on the face, N x 2."""
         u, v = np.asarray(uv, dtype=np.float64).T[..., None]
         low = self.corners[0] + (self.corners[1] - self.corners[0]) * u
         high = self.corners[3] + (self.corners[2] - self.corners[3]) * u
@@ -79,13 +79,13 @@ def _box(u0: float, v0: float, u1: float, v1: float) -> Points:
 
 
 class Vehicle:
-    """Draws the blocks of one vehicle and the details on their faces."""
+    """Painter of the blocks of one vehicle and the details on their faces."""
 
     def __init__(self, scene: Scene, pose: Pose, label: LabelId) -> None:
         self.scene, self.pose, self.label = scene, pose, label
 
     def faces(self, block: Block) -> Iterator[Face]:
-        """The faces of a block that look at the camera."""
+        """Yield the faces of a block that are turned to the camera."""
         corners = self.pose.world(block.corners())
         origin = self.pose.world([[0, 0, 0]])[0]
         eye = np.array([0, self.scene.camera.height, 0])
@@ -96,17 +96,17 @@ class Vehicle:
                 yield Face(name, face, normal)
 
     def fill(self, face: Face, color: Color, uv: Points | None = None) -> None:
-        """Paints a face, or the part of it inside the polygon uv."""
+        """Paint a face, or the part of it inside the polygon uv."""
         shape = face.corners if uv is None else face.at(uv)
         lit = self.scene.shade(color, self.pose.x, self.pose.z, face.normal.tolist())
         self.scene.canvas.polygon(self.scene.camera.project(shape), lit, self.label)
 
     def shine(self, face: Face, color: Color, uv: Points) -> None:
-        """Paints a part of a face that shines by itself."""
+        """Paint a self-luminous part of a face."""
         self.scene.canvas.polygon(self.scene.camera.project(face.at(uv)), color, self.label)
 
     def wheels(self, face: Face, block: Block, radius: float, places: tuple[float, ...]) -> None:
-        """Wheels on the long side of a block, at fractions of its length; they reach to the ground."""
+        """Draw wheels on the long side of a block, at fractions of its length, down to the ground."""
         length, height = block.high[0] - block.low[0], block.high[1] - block.low[1]
         turn = np.linspace(0, 2 * np.pi, 18)
         for u in places:
@@ -116,12 +116,12 @@ class Vehicle:
                 self.fill(face, color, np.stack([rim_u, rim_v], 1))
 
     def tyres(self, face: Face) -> None:
-        """The tyres under the front or the rear."""
+        """Draw the tyres under the front or the rear."""
         for u in (0.05, 0.8):
             self.fill(face, BLACK, _box(u, -0.42, u + 0.15, 0.05))
 
     def lamps(self, face: Face, height: float = 0.6) -> None:
-        """Head or tail lamps, lit after sunset."""
+        """Draw head or tail lamps, lit after sunset."""
         is_rear = face.name == "rear"
         color = rgb(0.8, 0.1, 0.08) if is_rear else rgb(0.95, 0.95, 0.88)
         for u in (0.03, 0.79):
@@ -133,7 +133,7 @@ class Vehicle:
 
 
 def draw_car(scene: Scene, x: float, z: float, heading: float) -> None:
-    """A saloon or an estate car."""
+    """Draw a saloon or an estate car."""
     rng, vehicle = scene.rng, Vehicle(scene, Pose(x, z, heading), LabelId.CAR)
     length, width, paint = rng.uniform(3.7, 4.7), rng.uniform(1.7, 1.9), scene.pick(PAINT)
     half, estate = length / 2, scene.chance(0.4)
@@ -162,7 +162,7 @@ def draw_car(scene: Scene, x: float, z: float, heading: float) -> None:
 
 
 def draw_bus(scene: Scene, x: float, z: float, heading: float) -> None:
-    """A city bus."""
+    """Draw a city bus."""
     vehicle, half = Vehicle(scene, Pose(x, z, heading), LabelId.BUS), scene.rng.uniform(4.5, 6)
     body = Block((-half, 0.35), (half, 3.05), 2.5, 0.05, 0.12, 0.05)
     paint = scene.pick([rgb(0.85, 0.65, 0.12), rgb(0.7, 0.12, 0.1), rgb(0.85, 0.86, 0.85), rgb(0.15, 0.4, 0.6)])
