@@ -16,10 +16,10 @@ from omegaconf import DictConfig
 
 from configs.command_line import argument, expand_home, plain_config, reports_errors, saved_config
 from configs.composition import compose, launch
-from ema_seg.distributed.start import joined, place, started_group
+from ema_seg.distributed.start import detect_launcher, process_group, rank_info
 from ema_seg.early_checks import check_root
 from ema_seg.errors import CheckpointError, ConfigError, EmaSegError
-from ema_seg.host_memory import keep_freed_memory, made_for_good
+from ema_seg.host_memory import gc_frozen_imports, keep_freed_memory
 from ema_seg.settings import EVALUATION, require_settings
 from ema_seg.sweeps import read_job
 
@@ -31,7 +31,7 @@ def main() -> None:
     """Compose the configuration on top of the run's own, and evaluate."""
     keep_freed_memory()
     sys.argv = expand_home(sys.argv)
-    with joined() if started_group() else nullcontext():
+    with process_group() if detect_launcher() else nullcontext():
         saved = _saved_config()
         store = ConfigStore.instance()
         for group in ("data", "evaluation"):
@@ -65,7 +65,7 @@ def _evaluate(composed: DictConfig) -> None:
     checkpoint = Path(config["ckpt"] or run / "checkpoints" / "best.ckpt")
 
     # Heavy imports only now, so that --help and --cfg answer at once.
-    with made_for_good():
+    with gc_frozen_imports():
         from ema_seg.reporting import print_report
         from ema_seg.run import evaluate_run
 
@@ -79,13 +79,13 @@ def _evaluate(composed: DictConfig) -> None:
             devices=config["devices"],
             run=str(run),
             job=read_job(run),
-            started_by=started_group(),
+            started_by=detect_launcher(),
         )
     except EmaSegError:
         with suppress(OSError):
             directory.rmdir()  # if it is empty
         raise
-    if place().rank == 0:
+    if rank_info().rank == 0:
         print_report(report)
         print(f"report: {directory}")
 
@@ -107,7 +107,7 @@ def _make_folder(path: Path) -> Path:
 
     Only rank 0 makes it; the other ranks receive its name later.
     """
-    if place().rank:
+    if rank_info().rank:
         return path
     for number in count(1):
         numbered = path if number == 1 else path.with_name(f"{path.name}_{number}")

@@ -7,9 +7,9 @@ import sys
 
 if __name__ == "__main__":
     # Before the slow imports: a signal must end the command with a message and status 75 from the start.
-    from ema_seg.distributed.leaving import leave_when_asked
+    from ema_seg.distributed.leaving import install_exit_handlers
 
-    leave_when_asked()
+    install_exit_handlers()
 
 import gc
 import json
@@ -34,17 +34,17 @@ from configs.command_line import (
     saved_config,
 )
 from configs.composition import compose, launch
-from ema_seg.distributed.leaving import stay_when_asked
-from ema_seg.distributed.start import Silent, first_told, joined, place, started_group
+from ema_seg.distributed.leaving import ignore_exit_signals
+from ema_seg.distributed.start import SecondaryFailure, detect_launcher, process_group, rank_info, report_first_failure
 from ema_seg.early_checks import check_early, check_root
 from ema_seg.errors import ConfigError, Preempted, TrainingError
-from ema_seg.host_memory import keep_freed_memory, made_for_good
+from ema_seg.host_memory import gc_frozen_imports, keep_freed_memory
 from ema_seg.sweeps import (
+    claim_devices,
     count_devices,
-    deal_devices,
-    hold_run,
-    identity,
+    hash_config,
     is_running,
+    lock_run,
     machine_keys,
     read_job,
     read_plan,
@@ -62,7 +62,7 @@ def main() -> None:
     with _group() as started_by:
         now = datetime.now()
         if started_by is not None:
-            now = _join_command(started_by, now)
+            now = _broadcast_start_time(started_by, now)
         OmegaConf.register_new_resolver("started", now.strftime, replace=True)
         OmegaConf.register_new_resolver("parallel_jobs", _parallel_jobs, replace=True)
         resumed, rerun = argument("resume"), argument("rerun")
@@ -84,27 +84,27 @@ def main() -> None:
         if resumed == "auto" and composed:
             _resume_unfinished(composed)
         launch(_train, CONFIGS, config_name)
-    stay_when_asked()
+    ignore_exit_signals()
 
 
 @contextmanager
 def _group() -> Iterator[str | None]:
     """Join the process group if torchrun, Slurm or submitit started us; yield the launcher's name, else None."""
-    started_by = started_group()
-    with joined() if started_by else nullcontext():
+    started_by = detect_launcher()
+    with process_group() if started_by else nullcontext():
         yield started_by
 
 
-def _join_command(started_by: str, now: datetime) -> datetime:
+def _broadcast_start_time(started_by: str, now: datetime) -> datetime:
     """Broadcast rank 0's start time, so that all ranks share one run folder."""
-    from ema_seg.distributed.collectives import agree
+    from ema_seg.distributed.collectives import broadcast
 
     if _is_sweep():
         raise ConfigError(
             f"{started_by} has started several processes of a sweep, whose jobs each start their own; start the sweep "
             "once: python train.py -m …"
         )
-    return agree(now)
+    return broadcast(now)
 
 
 def _is_sweep() -> bool:
@@ -113,10 +113,10 @@ def _is_sweep() -> bool:
 
 def _parallel_jobs(devices: Any) -> int:
     """Return the number of parallel jobs: GPUs // GPUs per job, at least 1; 2 without GPUs."""
-    return max(1, count_devices() // _each(devices)) if count_devices() else 2
+    return max(1, count_devices() // _gpus_per_job(devices)) if count_devices() else 2
 
 
-def _each(devices: Any) -> int:
+def _gpus_per_job(devices: Any) -> int:
     """Return the number of GPUs per job that ``trainer.devices`` sets; 1 if it leaves the number open."""
     if isinstance(devices, Sequence) and not isinstance(devices, str):
         return max(1, len(devices))
@@ -129,9 +129,9 @@ def _resume_unfinished(composed: DictConfig) -> None:
     Candidates are hydra.run.dir if it is given, else the siblings of a new run's folder, the last by name first.
     """
     unfinished = _unfinished_run(composed)
-    from ema_seg.distributed.collectives import agree  # imports torch, so only after the checks
+    from ema_seg.distributed.collectives import broadcast  # imports torch, so only after the checks
 
-    folder = agree(unfinished)
+    folder = broadcast(unfinished)
     text = "null" if folder is None else quoted(folder)
     sys.argv = [f"resume={text}" if argument.startswith("resume=") else argument for argument in sys.argv]
     if folder is not None:
@@ -143,10 +143,10 @@ def _unfinished_run(composed: DictConfig) -> Path | None:
     named = any(text.startswith("hydra.run.dir=") for text in sys.argv[1:])
     with open_dict(composed):
         del composed["hydra"]
-    config = _settings(composed)
+    config = _run_config(composed)
     check_early(config)
     check_root(config["data"])
-    with made_for_good():
+    with gc_frozen_imports():
         from ema_seg.run import complete_config
         from ema_seg.training import check_config
 
@@ -214,7 +214,7 @@ def _train_run(composed: DictConfig, run: Path) -> None:
     for text in HydraConfig.get().overrides.task:
         if text.lstrip("+~").startswith(("sweep=", "sweep.", "launcher=")):
             raise ConfigError(f"{text} is for sweeps: python train.py -m {text} …; leave it out to train one run.")
-    config = _settings(composed)
+    config = _run_config(composed)
     job = read_job(run)
     by_time = not config["resume"] and _is_named_by_time()
     if not (config["resume"] or by_time):
@@ -224,16 +224,16 @@ def _train_run(composed: DictConfig, run: Path) -> None:
     check_root(config["data"])
 
     # Heavy imports only now, so that --help, --cfg and early errors answer at once.
-    with made_for_good():
+    with gc_frozen_imports():
         from ema_seg.reporting import print_report
         from ema_seg.run import produce_run
 
     if job:
         _require_same_job(config, run)
     with _hold_folder(run, by_time=by_time) as run:
-        report = produce_run(config, run, resume=bool(config["resume"]), job=job, started_by=started_group())
-    stay_when_asked()
-    if place().rank == 0:
+        report = produce_run(config, run, resume=bool(config["resume"]), job=job, started_by=detect_launcher())
+    ignore_exit_signals()
+    if rank_info().rank == 0:
         print_report(report)
         print(f"run: {run}")
         if config.get("rerun"):
@@ -270,21 +270,21 @@ def _hold_folder(run: Path, *, by_time: bool) -> Iterator[Path]:
 
     Commands that start within the same second choose the same name; all but the first append a number to it.
     """
-    from ema_seg.distributed.collectives import agree
+    from ema_seg.distributed.collectives import broadcast
 
     with ExitStack() as stack:
-        if place().rank == 0:
+        if rank_info().rank == 0:
             run = _hold_unused(run, stack) if by_time else run
             if not by_time:
-                stack.enter_context(hold_run(run))
-        yield agree(run)
+                stack.enter_context(lock_run(run))
+        yield broadcast(run)
 
 
 def _hold_unused(run: Path, stack: ExitStack) -> Path:
     for number in count(1):
         folder = run if number == 1 else run.with_name(f"{run.name}_{number}")
         with ExitStack() as attempt, suppress(ConfigError):  # another command holds the lock
-            attempt.enter_context(hold_run(folder))
+            attempt.enter_context(lock_run(folder))
             if not (folder / "config.yaml").exists():
                 stack.push(attempt.pop_all())
                 return folder
@@ -317,14 +317,14 @@ def _is_same(config: dict[str, Any], saved: dict[str, Any]) -> bool:
     """Return whether both have the same identity; ``data.batch_size=auto`` takes the saved batch size."""
     if config["data"]["batch_size"] == "auto":
         config = {**config, "data": {**config["data"], "batch_size": saved.get("data", {}).get("batch_size")}}
-    return identity(config) == identity(saved)
+    return hash_config(config) == hash_config(saved)
 
 
 def _train_job(composed: DictConfig, run: Path) -> None:
     """Train one job of a sweep; record its errors in its folder instead of ending the sweep."""
     with _group() as started_by:
         try:
-            if place().rank:
+            if rank_info().rank:
                 _follow_job(composed, run, started_by)
             else:
                 _lead_job(composed, run, started_by)
@@ -335,7 +335,7 @@ def _train_job(composed: DictConfig, run: Path) -> None:
 
 
 def _lead_job(composed: DictConfig, run: Path, started_by: str | None) -> None:
-    from ema_seg.distributed.collectives import agree
+    from ema_seg.distributed.collectives import broadcast
 
     (planned,) = (job for job in read_plan(run.parent).jobs if job.folder == run.name)
     job: dict[str, Any] = {"identity": planned.identity, "overrides": planned.overrides}
@@ -345,39 +345,39 @@ def _lead_job(composed: DictConfig, run: Path, started_by: str | None) -> None:
     def work(resume: bool) -> None:
         nonlocal worked
         worked = True
-        agree((resume,))
+        broadcast((resume,))
         if composed.sweep.deal_devices and composed.trainer.accelerator != "cpu":
             devices = composed.trainer.devices
-            deal_devices(run.parent, devices if OmegaConf.is_list(devices) else _each(devices))
+            claim_devices(run.parent, devices if OmegaConf.is_list(devices) else _gpus_per_job(devices))
         _produce_job(composed, run, resume, {**job, "launcher": launcher}, started_by)
 
     run_job(run, job, work, retry=composed.sweep.retry)
     if not worked:
-        agree(())
+        broadcast(())
 
 
 def _follow_job(composed: DictConfig, run: Path, started_by: str | None) -> None:
     """Train a job in a rank other than 0, as rank 0 decides."""
-    from ema_seg.distributed.collectives import agree
+    from ema_seg.distributed.collectives import broadcast
 
     told: tuple[bool, ...] = ()
-    for resume in agree(told):
+    for resume in broadcast(told):
         _produce_job(composed, run, resume, None, started_by)
 
 
 def _produce_job(
     composed: DictConfig, run: Path, resume: bool, job: dict[str, Any] | None, started_by: str | None
 ) -> None:
-    with made_for_good():
+    with gc_frozen_imports():
         from ema_seg.run import produce_run
 
     callbacks = _search_callbacks(composed, run)
-    config = _settings(composed)
+    config = _run_config(composed)
     try:
-        with first_told():
+        with report_first_failure():
             produce_run(config, run, resume=resume, job=job, quiet=True, callbacks=callbacks, started_by=started_by)
-    except Silent as silent:
-        if place().rank or silent.first is None:
+    except SecondaryFailure as silent:
+        if rank_info().rank or silent.first is None:
             raise
         raise silent.first from None
 
@@ -386,12 +386,12 @@ def _search_callbacks(composed: DictConfig, run: Path) -> list[Any]:
     """Return the callback that prunes a trial of a search; no callbacks for other jobs."""
     if composed.sweep.get("trial") is None:
         return []
-    from ema_seg.sweeps.search import GiveUp
+    from ema_seg.sweeps.search import PruningCallback
 
-    return [GiveUp(run.parent, composed.sweep.trial, seed=composed.sweep.seed, grace=composed.sweep.grace)]
+    return [PruningCallback(run.parent, composed.sweep.trial, seed=composed.sweep.seed, grace=composed.sweep.grace)]
 
 
-def _settings(composed: DictConfig) -> dict[str, Any]:
+def _run_config(composed: DictConfig) -> dict[str, Any]:
     """Return the resolved configuration of a run, without the ``sweep`` section."""
     config = plain_config(composed)
     config.pop("sweep", None)

@@ -36,7 +36,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_seg.data import SegmentationDataModule
-from ema_seg.distributed.start import alone, place, run_together, wait_for_all
+from ema_seg.distributed.start import barrier, rank_info, run_together, single_process
 from ema_seg.errors import EmaSegError, Preempted
 from ema_seg.evaluation.inference import autocast
 from ema_seg.models import segmenter_from_config
@@ -53,7 +53,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def measure(config: dict[str, Any], cuda: bool, steps: int, rounds: int, path: str) -> None:
     """Time the three ways in each rank; rank 0 writes the seconds of each sample, by way."""
     warnings.simplefilter("ignore")  # torch warns about names and strides
-    here = place()
+    here = rank_info()
     device = torch.device("cuda", here.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -130,7 +130,7 @@ def stepper(
 
     def step(batch: Mapping[str, Any]) -> None:
         images, masks = (batch[key].to(device, non_blocking=True) for key in ("image", "mask"))
-        with nullcontext() if together else alone():
+        with nullcontext() if together else single_process():
             with autocast(device, precision):
                 logits = model(images)
             loss(logits, masks).backward()
@@ -142,13 +142,13 @@ def stepper(
 
 def _time(step: Callable[[], None], steps: int, device: torch.device) -> float:
     """Return the seconds per step of ``steps`` steps, between two barriers."""
-    wait_for_all()
+    barrier()
     start = time.perf_counter()
     for _ in range(steps):
         step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    wait_for_all()
+    barrier()
     return (time.perf_counter() - start) / steps
 
 

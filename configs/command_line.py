@@ -13,9 +13,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from ema_seg.distributed.leaving import as_asked
-from ema_seg.distributed.start import first_told
-from ema_seg.errors import ConfigError, DataError, EmaSegError, Preempted, one_line, own_cause, system_sentence
+from ema_seg.distributed.leaving import exit_if_preempted
+from ema_seg.distributed.start import report_first_failure
+from ema_seg.errors import ConfigError, DataError, EmaSegError, Preempted, describe_os_error, one_line, own_cause
 from ema_seg.escaping import for_terminal
 from ema_seg.settings import require_plain
 from ema_seg.texts import read_yaml
@@ -45,13 +45,14 @@ def reports_errors(function: Callable[P, R]) -> Callable[P, R]:
 
     This includes errors of Hydra and OmegaConf, and operating-system errors about files, disks and resource limits. In
     a process group only the rank that fails first prints. Ctrl-C prints "interrupted." and exits with 130; for other
-    signals see ``as_asked``. With HYDRA_FULL_ERROR=1 in the user's environment a traceback precedes the sentence.
+    signals see ``exit_if_preempted``. With HYDRA_FULL_ERROR=1 in the user's environment a traceback precedes the
+    sentence.
     """
 
     @wraps(function)
     def wrapped(*arguments: P.args, **keywords: P.kwargs) -> R:
         try:
-            with as_asked(), first_told():
+            with exit_if_preempted(), report_first_failure():
                 return function(*arguments, **keywords)
         except (EmaSegError, Preempted) as error:
             _report(error, str(error))
@@ -60,7 +61,7 @@ def reports_errors(function: Callable[P, R]) -> Callable[P, R]:
             _report(error, one_line(error))
             sys.exit(1)
         except OSError as error:
-            if (sentence := system_sentence(error)) is None:
+            if (sentence := describe_os_error(error)) is None:
                 raise
             _report(error, sentence)
             sys.exit(1)

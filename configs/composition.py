@@ -177,7 +177,7 @@ def compose(folder: Path, config_name: str) -> DictConfig:
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         if (own := own_cause(error)) is not None:
             raise own from error
-        raise ConfigError(_sentence(error, loader, name, options.overrides)) from error
+        raise ConfigError(_describe_hydra_error(error, loader, name, options.overrides)) from error
     except Exception as error:  # from the YAML reader or Hydra's internals
         text = " ".join(options.overrides) or name
         raise ConfigError(f"{text}: Hydra cannot compose this ({type(error).__name__}: {one_line(error)}).") from error
@@ -245,7 +245,7 @@ def _is_ours(error: Exception, task: TaskFunction) -> bool:
     return any(frame.f_code is getattr(inspect.unwrap(task), "__code__", None) for frame in frames)
 
 
-def _sentence(error: Exception, loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> str:
+def _describe_hydra_error(error: Exception, loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> str:
     """Describe a multi-line error of Hydra in one sentence."""
     text = str(error)
     if isinstance(error, OverrideParseException):
@@ -255,11 +255,11 @@ def _sentence(error: Exception, loader: ConfigLoaderImpl, name: str, overrides: 
         return _missing(error)
     if match := re.match(r"Could not (?:override|delete from config\.) '(.+?)'", text):
         key = match[1]
-        composed = _composed(loader, name, overrides)
+        composed = _compose_unchecked(loader, name, overrides)
         known = composed is not None and key in [path for path, _, _ in settings_of(composed)]
         if match[0].startswith("Could not delete") and known:
-            return f"{_of_key(key, overrides)}: {key} is null already; leave this out."
-        given = _of_key(key, overrides)
+            return f"{_override_of_key(key, overrides)}: {key} is null already; leave this out."
+        given = _override_of_key(key, overrides)
         return f"{given}: there is no setting {key}.{_advice(key, given, loader, name, overrides)}"
     if text.startswith("Ambiguous value for argument"):
         given = _quoted_in(text)
@@ -295,7 +295,7 @@ def _missing(error: MissingConfigException) -> str:
 
 def _advice(key: str, given: str, loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> str:
     """Suggest a correction of ``given``, an override of an unknown key."""
-    composed = _composed(loader, name, overrides)
+    composed = _compose_unchecked(loader, name, overrides)
     paths = [] if composed is None else [path for path, _, _ in settings_of(composed)]
     if own := suggest_own(key, paths.__contains__):
         return own
@@ -327,7 +327,7 @@ def _addable(section: str, composed: DictConfig) -> list[str]:
         return []
 
 
-def _composed(loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> DictConfig | None:
+def _compose_unchecked(loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> DictConfig | None:
     """Compose without the overrides of single keys, with the chosen groups if possible; None if that fails."""
     chosen = [str(o.input_line) for o in _choices(loader, overrides)]
     for groups in (chosen, []):
@@ -345,7 +345,7 @@ def _choices(loader: ConfigLoaderImpl, overrides: list[str]) -> list[Override]:
     return [override for override in parsed if loader.repository.group_exists(override.key_or_group)]
 
 
-def _of_key(key: str, overrides: list[str]) -> str:
+def _override_of_key(key: str, overrides: list[str]) -> str:
     """Return the override of this key; the key itself if there is none."""
     return next((text for text in overrides if text.lstrip("+~").partition("=")[0] == key), key)
 

@@ -50,7 +50,7 @@ _LOGGING = (
 # Keys whose values Hydra and Python's logging call.
 _CALLED = {"_target_", "()", "class"}
 # Not allowed: it runs the commands of its settings on machines that it rents.
-_RENTS = "hydra_plugins.hydra_ray_launcher.ray_aws_launcher.RayAWSLauncher"
+_FORBIDDEN_LAUNCHER = "hydra_plugins.hydra_ray_launcher.ray_aws_launcher.RayAWSLauncher"
 
 _LOGS = ("hydra.job_logging", "hydra.hydra_logging")
 # Values of Hydra's own log settings, unresolved: streams, and fixed file names.
@@ -65,7 +65,7 @@ _COMMANDS = (
 # Commands of the project's own configs/launcher.
 _OWN_COMMANDS = ("export SLURM_KILL_BAD_EXIT=1",)
 # Parents of checked keys; an interpolation here would bypass the check.
-_AROUND = ("hydra", "hydra.job", "hydra.launcher")
+_PARENT_SECTIONS = ("hydra", "hydra.job", "hydra.launcher")
 
 
 def forbid_settings_from_text() -> None:
@@ -120,7 +120,7 @@ def require_harmless(config: DictConfig, typed: Sequence[str] = ()) -> None:
                 "Python's logging called, and this is none of them; take it out, and do not run files that you do not "
                 "trust."
             )
-        if path in _AROUND and isinstance(value, str):
+        if path in _PARENT_SECTIONS and isinstance(value, str):
             raise ConfigError(f"{path}={value!r} is one value, where there are several settings; take it out.")
         if isinstance(value, dict | list) and key != ".":
             continue
@@ -191,7 +191,7 @@ def _single(overrides: Sequence[Override]) -> Iterator[Override]:
 def _known(key: str) -> set[str]:
     if key != "_target_":
         return set(_LOGGING)
-    return {*Plugins.instance().class_name_to_class, *_CALLBACKS} - {_RENTS}
+    return {*Plugins.instance().class_name_to_class, *_CALLBACKS} - {_FORBIDDEN_LAUNCHER}
 
 
 def settings_of(config: DictConfig) -> Iterator[tuple[str, str, Any]]:

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 from ema_seg.data import DATASETS
 from ema_seg.errors import ConfigError, DataError, did_you_mean
 from ema_seg.settings import TRAINING, require_settings, suggest_own
-from ema_seg.sources import keys_of, parameters_of, smp_decoders, smp_encoders, text_of, timm_models
+from ema_seg.sources import read_keys, read_parameters, read_source, smp_decoders, smp_encoders, timm_models
 
 __all__ = ["check_early", "check_root", "options_of"]
 
 # Timeout in seconds for checking that a path exists; reading the data waits longer for a slow disk.
-_PATIENCE = 1.0
+_DISK_TIMEOUT = 1.0
 # Arguments of Lightning's Trainer that the program sets itself or rejects.
-_GIVEN = (
+_RESERVED_OPTIONS = (
     *("callbacks", "default_root_dir", "enable_model_summary", "enable_progress_bar", "logger", "plugins"),
     *("overfit_batches", "reload_dataloaders_every_n_epochs", "use_distributed_sampler"),
 )
@@ -26,7 +26,7 @@ _GIVEN = (
 _PACKAGES = ("mlflow", "wandb")
 
 
-class _Name(NamedTuple):
+class _ComponentName(NamedTuple):
     """Setting that names a component, with a function that lists the valid names."""
 
     section: str
@@ -35,11 +35,11 @@ class _Name(NamedTuple):
 
 
 _NAMES = (
-    _Name("data", "name", lambda: sorted(DATASETS)),
-    _Name("model", "decoder", smp_decoders),
-    _Name("attention", "name", lambda: keys_of("ema_seg/attention/__init__.py", "_BLOCKS")),
-    _Name("optimizer", "name", lambda: keys_of("ema_seg/training/optimisation.py", "_OPTIMIZERS")),
-    _Name("schedule", "name", lambda: keys_of("ema_seg/training/optimisation.py", "_SCHEDULES")),
+    _ComponentName("data", "name", lambda: sorted(DATASETS)),
+    _ComponentName("model", "decoder", smp_decoders),
+    _ComponentName("attention", "name", lambda: read_keys("ema_seg/attention/__init__.py", "_BLOCKS")),
+    _ComponentName("optimizer", "name", lambda: read_keys("ema_seg/training/optimisation.py", "_OPTIMIZERS")),
+    _ComponentName("schedule", "name", lambda: read_keys("ema_seg/training/optimisation.py", "_SCHEDULES")),
 )
 
 
@@ -59,7 +59,7 @@ def check_early(config: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{section}.{key}={name!r}: must be one of {', '.join(known)}; correct it.{did_you_mean(name, known)}"
             )
-    losses = keys_of("ema_seg/training/losses.py", "_LOSSES")
+    losses = read_keys("ema_seg/training/losses.py", "_LOSSES")
     for name in config["loss"] if losses else ():
         if name not in losses:
             raise ConfigError(
@@ -86,7 +86,7 @@ def check_root(data: Mapping[str, Any]) -> None:
         DataError: the path does not exist.
     """
     name, root = data["name"], data["root"]
-    makes_files = "makes_files: ClassVar[bool] = True" in text_of(f"ema_seg/data/{name}.py")
+    makes_files = "makes_files: ClassVar[bool] = True" in read_source(f"ema_seg/data/{name}.py")
     if root is not None and not makes_files and _is_missing(Path(root)):
         raise DataError(
             f"data.root={root}: no such file or folder; give the data set's folder or archive, as docs/data.md has it."
@@ -102,20 +102,20 @@ def options_of(section: str, config: Mapping[str, Any]) -> list[str]:
     """
     first, _, rest = section.partition(".")
     if section == "trainer":
-        return [option for option in _trainer_options() if option not in _GIVEN]
+        return [option for option in _trainer_options() if option not in _RESERVED_OPTIONS]
     if section == "model":
-        return parameters_of("segmentation_models_pytorch/decoders", str(config["model"]["decoder"]))
+        return read_parameters("segmentation_models_pytorch/decoders", str(config["model"]["decoder"]))
     if section == "optimizer":
-        return parameters_of("torch/optim", str(config["optimizer"]["name"]))
+        return read_parameters("torch/optim", str(config["optimizer"]["name"]))
     if first == "logger" and rest:
-        return parameters_of("lightning/pytorch/loggers", f"{rest}logger")
-    if first == "loss" and rest in keys_of("ema_seg/training/losses.py", "_LOSSES"):
+        return read_parameters("lightning/pytorch/loggers", f"{rest}logger")
+    if first == "loss" and rest in read_keys("ema_seg/training/losses.py", "_LOSSES"):
         return ["weight", "class_weights"]
     return ["transform"] if section.startswith("data.augmentation.") else []
 
 
 def _trainer_options() -> list[str]:
-    return parameters_of("lightning/pytorch/trainer/trainer.py", "Trainer")
+    return read_parameters("lightning/pytorch/trainer/trainer.py", "Trainer")
 
 
 def _check_encoder(name: str) -> None:
@@ -134,4 +134,4 @@ def _is_missing(path: Path) -> bool:
     """Return whether a path does not exist; False if the disk does not answer in time."""
     answer: Future[bool] = Future()
     Thread(target=lambda: answer.set_result(path.exists()), daemon=True).start()
-    return bool(wait([answer], _PATIENCE).done) and not answer.result()
+    return bool(wait([answer], _DISK_TIMEOUT).done) and not answer.result()

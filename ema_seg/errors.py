@@ -17,10 +17,10 @@ __all__ = [
     "ModelError",
     "Preempted",
     "TrainingError",
+    "describe_os_error",
     "did_you_mean",
     "one_line",
     "own_cause",
-    "system_sentence",
 ]
 
 # errno values that carry no file name: disk errors, exhausted resources.
@@ -39,7 +39,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def system_sentence(error: OSError) -> str | None:
+def describe_os_error(error: OSError) -> str | None:
     """Describe a file, disk or resource-limit error in one sentence; return None for other errors."""
     if not error.strerror:
         return None

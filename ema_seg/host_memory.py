@@ -5,7 +5,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["keep_freed_memory", "made_for_good"]
+__all__ = ["gc_frozen_imports", "keep_freed_memory"]
 
 # Constants of <malloc.h>.
 _M_TRIM_THRESHOLD = -1
@@ -35,7 +35,7 @@ def keep_freed_memory() -> bool:
 
 
 @contextmanager
-def made_for_good() -> Iterator[None]:
+def gc_frozen_imports() -> Iterator[None]:
     """Disable the garbage collector while the block imports libraries, then freeze all objects (``gc.freeze``).
 
     PyTorch, Lightning and their dependencies create almost a million permanent objects. Otherwise the collector

@@ -12,10 +12,10 @@ import torch
 from lightning import Callback, seed_everything
 from omegaconf import OmegaConf
 
-from ema_seg.data.datamodule import check_shares
-from ema_seg.distributed.collectives import agree, require_shared
+from ema_seg.data.datamodule import check_batch_divides
+from ema_seg.distributed.collectives import broadcast, require_shared
 from ema_seg.distributed.preemption import Preemption
-from ema_seg.distributed.start import place, run_together
+from ema_seg.distributed.start import rank_info, run_together
 from ema_seg.errors import ConfigError, DataError, Preempted, TrainingError
 from ema_seg.models import encoder_normalisation
 from ema_seg.models.mode import deterministic_algorithms
@@ -23,7 +23,7 @@ from ema_seg.reporting import assess_checkpoint, find_device, load_report
 from ema_seg.reporting.files import write_file
 from ema_seg.reporting.report import FILES, report_manifest
 from ema_seg.texts import read_json, read_yaml
-from ema_seg.training import check_config, count_processes, find_batch_size, fit, take_device, training_device
+from ema_seg.training import check_config, find_batch_size, fit, resolve_world_size, set_cuda_device, training_device
 
 __all__ = ["complete_config", "evaluate_run", "produce_run"]
 
@@ -47,7 +47,7 @@ def produce_run(
         job: see ``assess_checkpoint``.
         quiet: print no line per epoch and show no progress bar.
         callbacks: further Lightning callbacks; picklable.
-        started_by: the launcher of this process's group, if any; see ``count_processes``.
+        started_by: the launcher of this process's group, if any; see ``resolve_world_size``.
 
     Returns:
         The report, as in ``report.json``; an empty dict on ranks other than 0.
@@ -56,29 +56,31 @@ def produce_run(
         EmaSegError: any error that the user can correct.
     """
     check_config(config)
-    processes = count_processes(config["trainer"], started_by)
+    processes = resolve_world_size(config["trainer"], started_by)
     if config["data"]["batch_size"] != "auto":
-        check_shares(config["data"]["batch_size"], processes)
+        check_batch_divides(config["data"]["batch_size"], processes)
     if processes == 1:
         find_device(config["evaluation"]["device"])  # with more processes, this would occupy GPU memory for nothing
     directory = Path(config["report"]["dir"] or run / "report")
     threads = _threads_of(Path(config["rerun"])) if config.get("rerun") else None
-    if place().rank == 0:
+    if rank_info().rank == 0:
         report_manifest(directory).check(FILES)  # before the training, not only after it
     settings = {"resume": resume, "job": job, "quiet": quiet, "callbacks": list(callbacks), "threads": threads}
-    return _report_of(_work, processes, directory, config, run, directory, settings)
+    return _run_and_load_report(_train_and_evaluate, processes, directory, config, run, directory, settings)
 
 
-def _work(config: dict[str, Any], run: Path, directory: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _train_and_evaluate(
+    config: dict[str, Any], run: Path, directory: Path, settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """Train and evaluate in this process, alone or as one rank of several."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    here = place()
+    here = rank_info()
     if here.rank:
         warnings.simplefilter("ignore")  # rank 0 shows them
-    run, directory = agree((run.absolute(), directory.absolute()))
+    run, directory = broadcast((run.absolute(), directory.absolute()))
     for folder in (run, directory):
         require_shared(folder)
-    take_device(config["trainer"])
+    set_cuda_device(config["trainer"])
     evaluation = _evaluation(config)
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])  # the summation order depends on it
@@ -106,7 +108,7 @@ def _work(config: dict[str, Any], run: Path, directory: Path, settings: Mapping[
 
 
 def _write_config(config: Mapping[str, Any], run: Path) -> None:
-    if place().rank == 0:
+    if rank_info().rank == 0:
         write_file(run / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode())
 
 
@@ -117,7 +119,7 @@ def _evaluation(config: Mapping[str, Any]) -> Mapping[str, Any]:
         ConfigError: the device is not available, or all ranks would share it.
     """
     settings: Mapping[str, Any] = config["evaluation"]
-    if place().size == 1:
+    if rank_info().size == 1:
         return settings
     trained_on = training_device(config["trainer"]).type
     if settings["device"] == "auto":
@@ -125,8 +127,8 @@ def _evaluation(config: Mapping[str, Any]) -> Mapping[str, Any]:
     device = find_device(settings["device"])
     if device.type != "cpu" and trained_on == "cpu":
         raise ConfigError(
-            f"evaluation.device={settings['device']}: the {place().size} processes train on the CPU and would share "
-            "one device; set evaluation.device=auto."
+            f"evaluation.device={settings['device']}: the {rank_info().size} processes train on the CPU and would "
+            "share one device; set evaluation.device=auto."
         )
     return settings
 
@@ -153,9 +155,9 @@ def _batch_size(config: dict[str, Any], run: Path, settings: Mapping[str, Any]) 
     """Find the largest batch size that fits; for a resumed run, read the one in its saved configuration."""
     if settings["resume"]:
         # Rank 0 alone reads the file, because it rewrites it next.
-        return agree(int(read_yaml(run / "config.yaml")["data"]["batch_size"]) if place().rank == 0 else 0)
+        return broadcast(int(read_yaml(run / "config.yaml")["data"]["batch_size"]) if rank_info().rank == 0 else 0)
     found = find_batch_size(config, training_device(config["trainer"]))
-    if place().rank == 0:
+    if rank_info().rank == 0:
         print(f"data.batch_size=auto: {found} is the largest that fits.", file=sys.stderr, flush=True)
     return found
 
@@ -182,7 +184,7 @@ def evaluate_run(
             indices.
         run: see ``assess_checkpoint``.
         job: see ``assess_checkpoint``.
-        started_by: the launcher of this process's group, if any; see ``count_processes``.
+        started_by: the launcher of this process's group, if any; see ``resolve_world_size``.
 
     Returns:
         The report, as in ``report.json``; an empty dict on ranks other than 0.
@@ -192,32 +194,34 @@ def evaluate_run(
     """
     accelerator = "cpu" if settings["device"] == "cpu" else "auto"
     trainer = {"accelerator": accelerator, "devices": devices}
-    processes = count_processes(trainer, started_by)
+    processes = resolve_world_size(trainer, started_by)
     arguments = (checkpoint, dict(data), dict(settings), directory, run, job, trainer)
-    return _report_of(_assess, processes, directory, *arguments)
+    return _run_and_load_report(_assess, processes, directory, *arguments)
 
 
-def _report_of(work: Callable[..., dict[str, Any]], processes: int, directory: Path, *arguments: Any) -> dict[str, Any]:
+def _run_and_load_report(
+    work: Callable[..., dict[str, Any]], processes: int, directory: Path, *arguments: Any
+) -> dict[str, Any]:
     """Call ``work`` here if all ``processes`` are running already, else in new ones, and return the report.
 
     Raises:
         TrainingError: the new processes ended without writing the report.
     """
     path = directory / "report.json"
-    earlier = _version(path)
+    earlier = _file_stamp(path)
     try:
-        if processes == place().size:
+        if processes == rank_info().size:
             return work(*arguments)
         run_together(work, processes, *arguments)
     except Preempted:
-        if _version(path) == earlier:
+        if _file_stamp(path) == earlier:
             raise  # otherwise the report was complete when the signal came
-    if _version(path) == earlier:
+    if _file_stamp(path) == earlier:
         raise TrainingError(f"{path} was not written, though all {processes} processes have ended well; try again.")
     return load_report(path)
 
 
-def _version(path: Path) -> tuple[int, int] | None:
+def _file_stamp(path: Path) -> tuple[int, int] | None:
     """Return inode and modification time, which change when a file is replaced; None if it does not exist."""
     try:
         status = path.stat()
@@ -235,9 +239,9 @@ def _assess(
     job: Mapping[str, Any] | None,
     trainer: Mapping[str, Any],
 ) -> dict[str, Any]:
-    take_device(trainer)
+    set_cuda_device(trainer)
     # Each rank may have named the folder by its own clock.
-    directory = agree(directory.absolute())
+    directory = broadcast(directory.absolute())
     require_shared(directory)
     return assess_checkpoint(checkpoint, data, settings, directory, run=run, job=job)
 

@@ -11,7 +11,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["keys_of", "parameters_of", "smp_decoders", "smp_encoders", "text_of", "timm_models"]
+__all__ = ["read_keys", "read_parameters", "read_source", "smp_decoders", "smp_encoders", "timm_models"]
 
 _SMP, _TIMM = "segmentation_models_pytorch", "timm"
 _ENCODERS = re.compile(r'^    "([\w-]+)": \{\s+"(?:encoder|params|pretrained_settings)"', re.MULTILINE)
@@ -20,14 +20,14 @@ _DEPRECATED = re.compile(r"^register_model_deprecations\(__name__, \{(.*?)\}\)",
 
 
 @cache
-def keys_of(path: str, table: str) -> list[str]:
+def read_keys(path: str, table: str) -> list[str]:
     """Return the keys of a dict, or the names in a list, that a module assigns to ``table``.
 
     Args:
         path: Path of the file from its top-level package on, such as ``"ema_seg/attention/__init__.py"``.
         table: Name of the variable.
     """
-    for name, value in _assignments(ast.parse(text_of(path))):
+    for name, value in _assignments(ast.parse(read_source(path))):
         if name == table and isinstance(value, ast.Dict):
             return [key.value for key in value.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
         if name == table and isinstance(value, ast.List):
@@ -36,7 +36,7 @@ def keys_of(path: str, table: str) -> list[str]:
 
 
 @cache
-def parameters_of(folder: str, class_name: str) -> list[str]:
+def read_parameters(folder: str, class_name: str) -> list[str]:
     """Return the names of the arguments of a class's constructor.
 
     Args:
@@ -55,7 +55,7 @@ def parameters_of(folder: str, class_name: str) -> list[str]:
 @cache
 def smp_decoders() -> list[str]:
     """Return the names of smp's architectures, as ``build_segmenter`` takes them."""
-    return [name.lower() for name in keys_of(f"{_SMP}/__init__.py", "_MODEL_ARCHITECTURES")]
+    return [name.lower() for name in read_keys(f"{_SMP}/__init__.py", "_MODEL_ARCHITECTURES")]
 
 
 @cache
@@ -73,7 +73,7 @@ def timm_models() -> list[str]:
     return names + [name for table in tables for name in re.findall(r"""['"]([\w.]+)['"]\s*:""", table)]
 
 
-def text_of(path: str) -> str:
+def read_source(path: str) -> str:
     """Return the content of a file, whose path begins with its top-level package; empty if it does not exist."""
     return "".join(map(_text, _files(path)))
 

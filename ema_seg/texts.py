@@ -36,7 +36,7 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _DEPTHS = {ord(bracket): step for bracket, step in {"[": 1, "{": 1, "]": -1, "}": -1}.items()}
 
 
-class _Tags:
+class _CoreSchemaConstructors:
     """Constructors of YAML's core schema, as in OmegaConf: dates are strings, ``1e-3`` a number, no other tags."""
 
     def construct_text(self, node: yaml.Node) -> str:
@@ -53,11 +53,11 @@ class _Tags:
         return value
 
 
-class _PythonLoader(_Tags, yaml.SafeLoader):
+class _PythonLoader(_CoreSchemaConstructors, yaml.SafeLoader):
     pass
 
 
-class _Loader(_Tags, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+class _Loader(_CoreSchemaConstructors, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     pass
 
 
@@ -82,8 +82,14 @@ for _loader in (_PythonLoader, _Loader):
             f"{_TAG}{name}": yaml.SafeLoader.yaml_constructors[f"{_TAG}{name}"]
             for name in ("null", "bool", "seq", "map")
         },
-        **{f"{_TAG}str": _Tags.construct_text, f"{_TAG}int": _Tags.construct_number},
-        **{f"{_TAG}float": _Tags.construct_number, None: yaml.SafeLoader.yaml_constructors[None]},  # refuses other tags
+        **{
+            f"{_TAG}str": _CoreSchemaConstructors.construct_text,
+            f"{_TAG}int": _CoreSchemaConstructors.construct_number,
+        },
+        **{
+            f"{_TAG}float": _CoreSchemaConstructors.construct_number,
+            None: yaml.SafeLoader.yaml_constructors[None],
+        },  # refuses other tags
     }
 
 
@@ -191,11 +197,11 @@ def _read_text(path: Path, kind: str, advice: str, errors: str = "strict") -> st
 def _check_nodes(events: Iterator[yaml.Event]) -> None:
     """Raise ValueError for too deep nesting, too many values, an undefined alias or a repeated key."""
     sizes: dict[str, int] = {}  # number of values, by anchor
-    frames: list[_Frame] = [_Frame(None)]
+    frames: list[_OpenCollection] = [_OpenCollection(None)]
     for event in events:
         line, frame = event.start_mark.line + 1, frames[-1]  # type: ignore[union-attr]  # each event has a mark
         if isinstance(event, yaml.CollectionStartEvent):
-            frames.append(_Frame(event.anchor, set() if isinstance(event, yaml.MappingStartEvent) else None))
+            frames.append(_OpenCollection(event.anchor, set() if isinstance(event, yaml.MappingStartEvent) else None))
             if len(frames) > _DEEPEST:
                 raise ValueError(f"line {line} is nested more than {_DEEPEST} levels deep")
             continue
@@ -223,7 +229,7 @@ def _check_nodes(events: Iterator[yaml.Event]) -> None:
             frame.at_key = not frame.at_key
 
 
-class _Frame:
+class _OpenCollection:
     """List or mapping that has not ended yet."""
 
     def __init__(self, anchor: str | None, keys: set[str] | None = None) -> None:

@@ -335,4 +335,4 @@ def test_a_sweep_is_started_once(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", "attention=none,se"])
 
     with pytest.raises(ConfigError, match="torchrun has started several processes of a sweep"):
-        train._join_command("torchrun", None)
+        train._broadcast_start_time("torchrun", None)

@@ -69,27 +69,27 @@ def test_names_read_from_source_files_are_those_of_the_libraries():
     assert set(sources.timm_models()) == set(timm.models._registry._model_entrypoints)
     assert sorted(sources.smp_encoders()) == sorted(smp.encoders.encoders)
     assert sources.smp_decoders() == list(smp.MODEL_ARCHITECTURES_MAPPING)
-    assert tuple(sources.keys_of("ema_seg/attention/__init__.py", "_BLOCKS")) == attention_names()
-    assert tuple(sources.keys_of("ema_seg/training/losses.py", "_LOSSES")) == loss_names()
+    assert tuple(sources.read_keys("ema_seg/attention/__init__.py", "_BLOCKS")) == attention_names()
+    assert tuple(sources.read_keys("ema_seg/training/losses.py", "_LOSSES")) == loss_names()
     for folder, part in (
         ("lightning/pytorch/trainer/trainer.py", Trainer),
         ("segmentation_models_pytorch/decoders", smp.DeepLabV3Plus),
         ("torch/optim", SGD),
     ):
-        assert sources.parameters_of(folder, part.__name__.lower()) == [
+        assert sources.read_parameters(folder, part.__name__.lower()) == [
             name
             for name, parameter in inspect.signature(part).parameters.items()
             if parameter.kind.name != "VAR_KEYWORD"
         ]
-    assert set(sources.parameters_of("lightning/pytorch/loggers", "wandblogger")) < {
+    assert set(sources.read_parameters("lightning/pytorch/loggers", "wandblogger")) < {
         *inspect.signature(WandbLogger).parameters
     }
 
 
 def test_files_of_another_form_leave_it_to_the_libraries(monkeypatch):
-    assert sources.keys_of("ema_seg/attention/__init__.py", "_NOT_THERE") == []
-    assert sources.keys_of("no_such_package/__init__.py", "_BLOCKS") == []
-    assert sources.parameters_of("torch/optim", "no_such_optimiser") == []
+    assert sources.read_keys("ema_seg/attention/__init__.py", "_NOT_THERE") == []
+    assert sources.read_keys("no_such_package/__init__.py", "_BLOCKS") == []
+    assert sources.read_parameters("torch/optim", "no_such_optimiser") == []
     monkeypatch.setattr(early_checks, "timm_models", list)
 
     early_checks._check_encoder("resnet81")
@@ -100,7 +100,7 @@ def test_a_root_that_is_made_or_does_not_answer_is_no_missing_one(monkeypatch, t
     check_root({"name": "camvid", "root": str(tmp_path)})
     with pytest.raises(DataError, match=r"data\.root=.*missing: no such file or folder"):
         check_root({"name": "camvid", "root": str(tmp_path / "missing")})
-    monkeypatch.setattr(early_checks, "_PATIENCE", 0.0)
+    monkeypatch.setattr(early_checks, "_DISK_TIMEOUT", 0.0)
     monkeypatch.setattr(early_checks, "Thread", lambda **_: type("Stuck", (), {"start": lambda self: None})())
 
     check_root({"name": "camvid", "root": str(tmp_path / "missing")})

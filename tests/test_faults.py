@@ -15,7 +15,7 @@ import torch
 
 from ema_seg.errors import CheckpointError
 from ema_seg.reporting import load_report
-from ema_seg.sweeps import hold_run
+from ema_seg.sweeps import lock_run
 from ema_seg.training.checkpoints import load_last, replace_last
 from tests.conftest import FPN, QUICK, is_alive, made_once, silent, write_camvid
 
@@ -325,7 +325,7 @@ def test_a_command_goes_on_with_its_own_unfinished_run(undisturbed, entry, tmp_p
         train.OmegaConf.register_new_resolver("started", lambda pattern: "9", replace=True)
         train.OmegaConf.register_new_resolver("parallel_jobs", lambda devices: 1, replace=True)
         found = train._unfinished_run(train.compose(train.CONFIGS, "train"))
-        with hold_run(parent / "2_same"):  # as another process that trains it
+        with lock_run(parent / "2_same"):  # as another process that trains it
             other = train._unfinished_run(train.compose(train.CONFIGS, "train"))
             status, err = entry.run(*command, f"hydra.run.dir={parent / '2_same'}")
 

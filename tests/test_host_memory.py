@@ -41,14 +41,14 @@ def test_freed_memory_is_used_again_without_asking_the_system():
 
 COLLECTIONS = """
 import gc
-from ema_seg.host_memory import made_for_good
+from ema_seg.host_memory import gc_frozen_imports
 
 rounds = []
 gc.callbacks.append(lambda phase, info: rounds.append(phase))
-with made_for_good():
+with gc_frozen_imports():
     kept = [[] for _ in range(100_000)]
 during, frozen = len(rounds), gc.get_freeze_count()
-with made_for_good():  # the libraries are there; this is a job's garbage
+with gc_frozen_imports():  # the libraries are there; this is a job's garbage
     garbage = [[] for _ in range(100_000)]
 print(during, len(rounds) > 0, frozen >= 100_000, gc.get_freeze_count() == frozen, gc.isenabled())
 """

@@ -32,7 +32,7 @@ for name in ("SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2", "pthread_sigmask", "sigw
 def test_a_training_and_an_evaluation_do_without_what_only_some_systems_have(entry, camvid_root, tmp_path):
     for script, called in (("one", "train"), ("two", "eval")):
         program = f"{HIDDEN}\nfrom {called} import main\nfrom ema_seg.distributed import leaving\n"
-        program += "assert leaving.LEAVE_SIGNALS == (signal.SIGTERM,)\nleaving.leave_when_asked()\nmain()\n"
+        program += "assert leaving.PREEMPTION_SIGNALS == (signal.SIGTERM,)\nleaving.install_exit_handlers()\nmain()\n"
         (tmp_path / f"{script}.py").write_text(program)
     run = tmp_path / "run"
     data = ("data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={run}")

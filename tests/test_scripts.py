@@ -22,10 +22,10 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ema_seg.distributed.leaving import LEAVE_SIGNALS, leave_when_asked
+from ema_seg.distributed.leaving import PREEMPTION_SIGNALS, install_exit_handlers
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.models import load_segmenter
-from ema_seg.sweeps import hold_run, is_running
+from ema_seg.sweeps import is_running, lock_run
 from ema_seg.training.checkpoints import require_same_model
 from ema_seg.training.module import SegmentationModule
 from tests.conftest import QUICK, ROOT, write_camvid
@@ -331,7 +331,7 @@ def test_commands_of_the_same_second_have_folders_of_their_own(idle, run_script,
 
     command = ("train", *QUICK, "data=camvid", f"data.root={tmp_path}")
     first = tmp_path / "runs" / "2026-01-01_12-00-00_camvid_linknet_ema"
-    with hold_run(first):  # as the first command
+    with lock_run(first):  # as the first command
         assert run_script(*command)[0] == 0
     assert idle() == [f"{first.name}_2"]
     (first / "config.yaml").touch()
@@ -845,7 +845,7 @@ def test_the_nearest_setting_of_an_evaluation_is_suggested(run_script):
     assert "Did you mean 'report.dir'?" in err
 
 
-@pytest.mark.parametrize("number", LEAVE_SIGNALS)
+@pytest.mark.parametrize("number", PREEMPTION_SIGNALS)
 def test_a_command_that_is_asked_to_leave_while_it_starts_does_so_with_a_word(number):
     process = subprocess.Popen([sys.executable, ROOT / "train.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not _catches(process.pid, number):
@@ -868,13 +868,13 @@ def _catches(process, number):
 def test_a_command_that_is_asked_to_leave_after_its_report_ends_well(run_script, monkeypatch, camvid_root, tmp_path):
     monkeypatch.setattr("ema_seg.run.produce_run", lambda *arguments, **named: {})
     monkeypatch.setattr("ema_seg.reporting.print_report", lambda report: os.kill(os.getpid(), signal.SIGTERM))
-    leave_when_asked()
+    install_exit_handlers()
     try:
         status, out, err = run_script(
             "train", *QUICK, "data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={tmp_path / 'run'}"
         )
     finally:
-        for number in LEAVE_SIGNALS:
+        for number in PREEMPTION_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 
     assert (status, err) == (0, "")

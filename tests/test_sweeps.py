@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 
 from ema_seg.reporting import compare_runs, read_folder
 from ema_seg.sweeps import job_state, read_plan
-from ema_seg.sweeps.search import Search
+from ema_seg.sweeps.search import OptunaStudy
 from tests.conftest import QUICK, ROOT, is_alive, made_once
 
 TINY = (*QUICK, "data=camvid")
@@ -278,10 +278,10 @@ def test_a_search_gives_up_what_is_hopeless_and_goes_on_where_it_was_left(camvid
     # Two values for six trials: one job each, whatever the number of trials that chose it.
     assert set(names(folder)) <= {"0.001", "1e-09"}
     assert set(names(folder).values()) <= {"finished", "pruned"}
-    trials = Search(folder, seed=0, grace=1).study.trials
+    trials = OptunaStudy(folder, seed=0, grace=1).study.trials
     assert [trial.state.is_finished() for trial in trials] == [True] * 6
     assert run_script("train", *arguments, "sweep.trials=6")[0] == 0
-    assert Search(folder, seed=0, grace=1).study.trials == trials
+    assert OptunaStudy(folder, seed=0, grace=1).study.trials == trials
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_trials_that_mean_the_same_are_one_job(camvid_root, tmp_path, run_script
     assert status == 0, err
     (job,) = read_plan(folder).jobs
     assert [path.parents[1].name for path in folder.glob("*/report/report.json")] == [job.folder]
-    assert all(trial.state.is_finished() for trial in Search(folder, seed=0, grace=9).study.trials)
+    assert all(trial.state.is_finished() for trial in OptunaStudy(folder, seed=0, grace=9).study.trials)
 
 
 def test_a_search_takes_whole_numbers(camvid_root, tmp_path, run_script):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ema_seg.attention.checks import check_positive
-from ema_seg.distributed.start import is_alone
+from ema_seg.distributed.start import is_single_process
 from ema_seg.errors import ModelError
 
 __all__ = ["EMAU"]
@@ -60,7 +60,7 @@ class EMAU(nn.Module):
         super().__init__()
         self.iterations = iterations
         self.momentum = momentum
-        self.register_buffer("mu", _of_length_1(torch.randn(1, channels, bases)))
+        self.register_buffer("mu", _normalise(torch.randn(1, channels, bases)))
         self.conv1 = nn.Conv2d(channels, channels, kernel_size=1)
         self.conv2 = nn.Sequential(nn.Conv2d(channels, channels, kernel_size=1, bias=False), nn.BatchNorm2d(channels))
         for convolution in (self.conv1, cast(nn.Conv2d, self.conv2[0])):
@@ -80,13 +80,13 @@ class EMAU(nn.Module):
         mu = self.mu.expand(features.shape[0], -1, -1)
         for _ in range(self.iterations):
             z = (features.transpose(1, 2) @ mu).softmax(dim=2)  # (B, N, K)
-            mu = _of_length_1(features @ (z / (_EPSILON + z.sum(dim=1, keepdim=True))))
+            mu = _normalise(features @ (z / (_EPSILON + z.sum(dim=1, keepdim=True))))
         return mu @ z.transpose(1, 2), mu
 
     def _follow(self, mu: Tensor) -> None:
         """Move the buffer a step towards the mean of the bases (B, C, K) over the batch and all ranks."""
         mean = mu.mean(dim=0, keepdim=True).to(self.mu.dtype)
-        if dist.is_available() and dist.is_initialized() and not is_alone():
+        if dist.is_available() and dist.is_initialized() and not is_single_process():
             dist.all_reduce(mean)
             mean = mean / dist.get_world_size()
         self.mu.lerp_(mean, 1 - self.momentum)
@@ -96,6 +96,6 @@ class EMAU(nn.Module):
         return f"bases={self.mu.shape[2]}, iterations={self.iterations}, momentum={self.momentum}"
 
 
-def _of_length_1(bases: Tensor) -> Tensor:
+def _normalise(bases: Tensor) -> Tensor:
     """Divide each of the bases (B, C, K) by its length."""
     return bases / (_EPSILON + bases.norm(dim=1, keepdim=True))

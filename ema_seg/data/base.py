@@ -195,14 +195,14 @@ class SegmentationDataset(Dataset[Any]):
             pair = self.pairs[index]
             raise DataError(
                 f"{pair.mask}: the mask is {_size(mask)} pixels (width x height), expected"
-                f" {_size(image)} as in its image {pair.image}{self._turned(pair)}."
+                f" {_size(image)} as in its image {pair.image}{self._explain_size_mismatch(pair)}."
             )
 
     def notes(self, index: int) -> list[str]:
         """Return notes on how the sample's files are read, for the data check to count."""
         return []
 
-    def problem(self, pixels: NDArray[np.int64]) -> str | None:
+    def describe_problem(self, pixels: NDArray[np.int64]) -> str | None:
         """Return one sentence why the split cannot be trained on or scored; None if it can.
 
         Args:
@@ -215,7 +215,7 @@ class SegmentationDataset(Dataset[Any]):
             "another, or correct the class list or the masks."
         )
 
-    def _turned(self, pair: Pair) -> str:
+    def _explain_size_mismatch(self, pair: Pair) -> str:
         """Explain a size mismatch by the image's orientation tag; empty without a tag."""
         orientation = read_traits(pair.image).orientation
         if orientation == 1:

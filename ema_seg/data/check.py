@@ -23,7 +23,7 @@ from rich.text import Text
 
 from ema_seg.data import DATASETS, build_dataset, find_dataset_class
 from ema_seg.data.base import IGNORE_INDEX, MissingSplitError, SegmentationDataset
-from ema_seg.data.loading import LONGEST_TIMEOUT, InTurn, Loader, Samples, Skipped, within
+from ema_seg.data.loading import LONGEST_TIMEOUT, Loader, RoundRobinSampler, Samples, SkippedSamples, call_with_timeout
 from ema_seg.errors import DataError, EmaSegError
 from ema_seg.escaping import for_terminal
 
@@ -72,7 +72,7 @@ class SplitReport:
         return table
 
 
-class _Findings:
+class _CheckedPairs:
     """Data set whose items are the findings of each pair, so that loader workers share the check."""
 
     def __init__(self, dataset: SegmentationDataset) -> None:
@@ -120,13 +120,13 @@ def check_split(
     """
     report = SplitReport(dataset.split, dataset.classes, len(dataset), list(dataset.unpaired))
     findings: Any = Loader(
-        Samples(_Findings(dataset), workers, max_skipped=0, timeout=timeout),
-        _alone,
-        skipped=Skipped(0),
+        Samples(_CheckedPairs(dataset), workers, max_skipped=0, timeout=timeout),
+        _unpack_single,
+        skipped=SkippedSamples(0),
         split=dataset.split,
         workers=workers,
         batch_size=1,
-        sampler=InTurn(len(dataset)),
+        sampler=RoundRobinSampler(len(dataset)),
     )
     if progress is not None:
         findings = progress.track(findings, total=len(dataset), description=dataset.split)
@@ -139,7 +139,7 @@ def check_split(
     if (
         report.pixels.any()
         and dataset.split not in dataset.unlabelled_splits
-        and (problem := dataset.problem(report.pixels))
+        and (problem := dataset.describe_problem(report.pixels))
     ):
         report.defects.append(problem)
     return report
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     options = _parse(arguments)
     try:
-        datasets, defects = within(options.timeout, options.root, lambda: _open_splits(options))
+        datasets, defects = call_with_timeout(options.timeout, options.root, lambda: _open_splits(options))
         reports = [_check_with_progress(dataset, options) for dataset in datasets]
     except EmaSegError as error:
         print(for_terminal(str(error)), file=sys.stderr)
@@ -238,7 +238,7 @@ def _parse_seconds(text: str) -> float:
     return seconds
 
 
-def _alone(findings: list[_Finding]) -> _Finding:
+def _unpack_single(findings: list[_Finding]) -> _Finding:
     (finding,) = findings
     return finding
 

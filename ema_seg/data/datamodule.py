@@ -16,20 +16,20 @@ from ema_seg.data import build_dataset, check_dataset, find_dataset_class
 from ema_seg.data.base import Sample, SegmentationDataset
 from ema_seg.data.loading import (
     LONGEST_TIMEOUT,
-    Draws,
-    InTurn,
     Loader,
+    RoundRobinSampler,
     Samples,
-    Skipped,
+    SeededBatchSampler,
+    SkippedSamples,
+    call_with_timeout,
     collate_crops,
     collate_images,
-    within,
 )
 from ema_seg.data.transforms import TensorSample, build_eval_transform, build_train_transform
-from ema_seg.distributed.start import place
+from ema_seg.distributed.start import rank_info
 from ema_seg.errors import ConfigError, DataError
 
-__all__ = ["SegmentationDataModule", "check_shares"]
+__all__ = ["SegmentationDataModule", "check_batch_divides"]
 
 _MOST_WORKERS = 1024
 
@@ -114,12 +114,12 @@ class SegmentationDataModule(LightningDataModule):
         self.mean = mean
         self.std = std
         self.timeout = timeout
-        self.skipped = Skipped(max_skipped)
-        self._had: dict[str, int] = {}  # see state_dict
+        self.skipped = SkippedSamples(max_skipped)
+        self._resume_state: dict[str, int] = {}  # see state_dict
         self._seed: int | None = None
         self._training: Loader | None = None
         self._loaders: list[Loader] = []
-        self._labelled: list[SegmentationDataset] = []
+        self._datasets_with_labels: list[SegmentationDataset] = []
         self.train_transform = build_train_transform(augmentation, mean, std)
         self.eval_transform = build_eval_transform(mean, std)
 
@@ -145,7 +145,7 @@ class SegmentationDataModule(LightningDataModule):
         build = partial(build_dataset, self.dataset_name, self.root, split, transform, **self.options)
         if find_dataset_class(self.dataset_name).makes_files:
             return build()
-        return within(self.timeout, str(self.root), build)
+        return call_with_timeout(self.timeout, str(self.root), build)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -166,50 +166,52 @@ class SegmentationDataModule(LightningDataModule):
         """Find the files of the stage ("fit", "validate", "test"), and a label in them, to fail early."""
         if stage == "fit":
             self._check_batch(len(self.train_dataset))
-        if stage in {"fit", "validate"} and len(self.val_dataset) < place().size:
+        if stage in {"fit", "validate"} and len(self.val_dataset) < rank_info().size:
             raise ConfigError(
                 f"{self.val_dataset.root}: the {len(self.val_dataset)} validation images do not give each of "
-                f"{place().size} processes one; train in fewer."
+                f"{rank_info().size} processes one; train in fewer."
             )
         for name in _DATASETS_OF_STAGE[stage]:
             dataset = getattr(self, name)
-            if place().rank == 0 and dataset not in self._labelled:  # Lightning repeats setup
+            if rank_info().rank == 0 and dataset not in self._datasets_with_labels:  # Lightning repeats setup
                 self._require_labels(dataset)
-                self._labelled.append(dataset)
+                self._datasets_with_labels.append(dataset)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return shuffled batches of crops; in an epoch resumed midway, only the remaining ones."""
-        batch_size = self.batch_size // place().size
+        batch_size = self.batch_size // rank_info().size
         if self._seed is None:  # equal on all ranks only before training, which seeds each rank anew
             self._seed = torch.initial_seed()
-        draws = Draws(len(self.train_dataset), self._seed, self.batch_size)
-        draws.skipped, self._had = self._had_batches() * batch_size, {}
+        draws = SeededBatchSampler(len(self.train_dataset), self._seed, self.batch_size)
+        draws.skipped, self._resume_state = self._batches_to_skip() * batch_size, {}
         self._training = self._loader(self.train_dataset, collate_crops, "train", batch_size, draws)
         return self._training
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of batches consumed in an unfinished epoch, and the values that determine their order."""
         loader = self._training
-        if loader is None or loader.passed >= (self.trainer.num_training_batches if self.trainer else len(loader)):
+        if loader is None or loader.batches_consumed >= (
+            self.trainer.num_training_batches if self.trainer else len(loader)
+        ):
             return {"batches": 0}
-        return {"batches": loader.passed, **self._order()}
+        return {"batches": loader.batches_consumed, **self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Make the next ``train_dataloader`` skip the batches that ``state`` counts."""
-        self._had = state
+        self._resume_state = state
 
     def _order(self) -> dict[str, int]:
         assert self._seed is not None
         return {"seed": self._seed, "data.batch_size": self.batch_size, "images": len(self.train_dataset)}
 
-    def _had_batches(self) -> int:
-        batches = self._had.get("batches", 0)
+    def _batches_to_skip(self) -> int:
+        batches = self._resume_state.get("batches", 0)
         if batches:
             for key, value in self._order().items():
-                if self._had[key] != value:
+                if self._resume_state[key] != value:
                     raise ConfigError(
-                        f"{key}: the run goes on within an epoch, whose order follows from {self._had[key]} and not "
-                        f"from {value}; leave it as it was, or begin a new run."
+                        f"{key}: the run goes on within an epoch, whose order follows from {self._resume_state[key]} "
+                        f"and not from {value}; leave it as it was, or begin a new run."
                     )
         return batches
 
@@ -222,7 +224,7 @@ class SegmentationDataModule(LightningDataModule):
         return self._evaluation_loader(self.test_dataset, self.evaluation_split)
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
+    def worker_errors_converted(self) -> Iterator[None]:
         """Convert torch's error about a stalled or killed loader worker, which it may raise anywhere, to a DataError.
 
         Raises:
@@ -232,11 +234,13 @@ class SegmentationDataModule(LightningDataModule):
             yield
         except RuntimeError as error:
             for loader in self._loaders:
-                if explained := loader.explain(error):
+                if explained := loader.convert_worker_error(error):
                     raise explained from error
             raise
 
-    def read_near(self, dataset: SegmentationDataset, index: int, read: Callable[[int], Any] | None = None) -> Any:
+    def read_first_readable(
+        self, dataset: SegmentationDataset, index: int, read: Callable[[int], Any] | None = None
+    ) -> Any:
         """Return the sample, or the result of ``read``, at ``index`` or else the next readable index.
 
         Raises:
@@ -245,9 +249,9 @@ class SegmentationDataModule(LightningDataModule):
         for tried in range(len(dataset)):
             near = (index + tried) % len(dataset)
             try:
-                return within(self.timeout, dataset.files(near), partial(read or dataset.__getitem__, near))
+                return call_with_timeout(self.timeout, dataset.files(near), partial(read or dataset.__getitem__, near))
             except DataError:
-                if tried >= self.skipped.most:
+                if tried >= self.skipped.max_skipped:
                     raise
         raise DataError(f"{dataset.root}: the split {dataset.split!r} has no image that can be read.")
 
@@ -261,7 +265,7 @@ class SegmentationDataModule(LightningDataModule):
         unreadable: DataError | None = None
         for index in range(len(dataset)):
             try:
-                mask = within(self.timeout, dataset.files(index), partial(dataset.read_mask, index))
+                mask = call_with_timeout(self.timeout, dataset.files(index), partial(dataset.read_mask, index))
             except DataError as error:  # counted when its sample is read
                 unreadable = unreadable or error
                 continue
@@ -274,11 +278,11 @@ class SegmentationDataModule(LightningDataModule):
                 print(f"{dataset.root}: looking for {absent!r} in all {len(dataset)} masks.", file=sys.stderr)
         if unreadable and not pixels.any():
             raise unreadable
-        if problem := dataset.problem(pixels):
+        if problem := dataset.describe_problem(pixels):
             raise DataError(problem)
 
     def _evaluation_loader(self, dataset: SegmentationDataset, split: str) -> Loader:
-        return self._loader(dataset, collate_images, split, self.evaluation_batch_size, InTurn(len(dataset)))
+        return self._loader(dataset, collate_images, split, self.evaluation_batch_size, RoundRobinSampler(len(dataset)))
 
     def _loader(
         self,
@@ -289,7 +293,7 @@ class SegmentationDataModule(LightningDataModule):
         sampler: Sampler[Any],
     ) -> Loader:
         loader = Loader(
-            Samples(dataset, self.workers, self.skipped.most, self.timeout),
+            Samples(dataset, self.workers, self.skipped.max_skipped, self.timeout),
             collate,
             skipped=self.skipped,
             split=split,
@@ -306,10 +310,10 @@ class SegmentationDataModule(LightningDataModule):
                 f"data.batch_size={self.batch_size} is more than the {images} training images in"
                 f" {self.train_dataset.root}; choose a smaller batch size."
             )
-        check_shares(self.batch_size, place().size)
+        check_batch_divides(self.batch_size, rank_info().size)
 
 
-def check_shares(batch_size: int, processes: int) -> None:
+def check_batch_divides(batch_size: int, processes: int) -> None:
     """Raise ConfigError, which lists possible values, unless the world size divides the batch size."""
     if batch_size % processes:
         below = batch_size - batch_size % processes

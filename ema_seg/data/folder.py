@@ -229,7 +229,7 @@ class FolderDataset(SegmentationDataset):
                 notes.append(f"{kind} with an orientation tag, {done}")
         return notes
 
-    def problem(self, pixels: NDArray[np.int64]) -> str | None:
+    def describe_problem(self, pixels: NDArray[np.int64]) -> str | None:
         """Report also a class without pixels if pixels are ignored by default.
 
         See :meth:`SegmentationDataset.problem`.
@@ -237,7 +237,7 @@ class FolderDataset(SegmentationDataset):
         absent = np.flatnonzero(pixels[: self.num_classes] == 0)
         ignored = pixels[IGNORE_INDEX]
         if not (self.expects_all_classes and len(absent) and ignored):
-            return super().problem(pixels)
+            return super().describe_problem(pixels)
         names = ", ".join(repr(self.classes[train_id]) for train_id in absent[:3]) + (", …" if len(absent) > 3 else "")
         value = self.class_list.values[absent[0]]
         return (

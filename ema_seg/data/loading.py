@@ -19,23 +19,23 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from ema_seg.data.processes import start_method
 from ema_seg.data.transforms import TensorSample
 from ema_seg.distributed.collectives import gather
-from ema_seg.distributed.leaving import LEAVE_SIGNALS
-from ema_seg.distributed.start import place
+from ema_seg.distributed.leaving import PREEMPTION_SIGNALS
+from ema_seg.distributed.start import rank_info
 from ema_seg.errors import ConfigError, DataError, EmaSegError
 from ema_seg.escaping import for_terminal
 from ema_seg.texts import read_table
 
 __all__ = [
     "LONGEST_TIMEOUT",
-    "Draws",
-    "InTurn",
     "Loader",
+    "RoundRobinSampler",
     "Samples",
-    "Skipped",
+    "SeededBatchSampler",
+    "SkippedSamples",
+    "call_with_timeout",
     "collate_crops",
     "collate_images",
     "read_skipped",
-    "within",
 ]
 
 T = TypeVar("T")
@@ -44,19 +44,19 @@ T = TypeVar("T")
 LONGEST_TIMEOUT = 1_000_000
 
 
-class Skipped:
-    """Record of unreadable samples that were skipped, at most ``most``.
+class SkippedSamples:
+    """Record of unreadable samples that were skipped, at most ``max_skipped``.
 
     Args:
         most: Number of samples that may be skipped.
     """
 
     def __init__(self, most: int) -> None:
-        self.most = most
+        self.max_skipped = most
         self.samples: dict[tuple[str, str], str] = {}
         self._file: Path | None = None
 
-    def keep_in(self, file: Path) -> None:
+    def attach_file(self, file: Path) -> None:
         """Share the record through a CSV file (split, name, reason): read it, and append new samples to it.
 
         All ranks of a run, and a resumed run, use the same file.
@@ -68,35 +68,35 @@ class Skipped:
         """Record a skipped sample, and print a warning if it is new.
 
         Raises:
-            DataError: ``most`` samples have been skipped already.
+            DataError: ``max_skipped`` samples have been skipped already.
         """
         self._read()
         if (split, name) in self.samples:
             return
-        if len(self.samples) >= self.most:
+        if len(self.samples) >= self.max_skipped:
             raise DataError(
                 f"{reason.rstrip('.')}; {len(self.samples)} samples have been skipped already, and data.max_skipped="
-                f"{self.most} allows no more."
+                f"{self.max_skipped} allows no more."
             )
         self.samples[split, name] = reason
-        told = f"warning: {reason} Skipped, as {len(self.samples)} of at most {self.most}."
+        told = f"warning: {reason} Skipped, as {len(self.samples)} of at most {self.max_skipped}."
         print(for_terminal(told), file=sys.stderr, flush=True)
         if self._file is not None:
             with self._file.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 csv.writer(file).writerow([split, name, reason])
 
-    def share(self) -> None:
+    def all_gather(self) -> None:
         """All-gather the skipped samples; every rank must call it.
 
         Raises:
-            DataError: All ranks together have skipped more than ``most`` samples.
+            DataError: All ranks together have skipped more than ``max_skipped`` samples.
         """
         for samples in gather(self.samples):
             self.samples |= samples
-        if len(self.samples) > self.most:
+        if len(self.samples) > self.max_skipped:
             raise DataError(
-                f"{len(self.samples)} samples cannot be read, and data.max_skipped={self.most} allows no more; the last"
-                f" one: {list(self.samples.values())[-1]}"
+                f"{len(self.samples)} samples cannot be read, and data.max_skipped={self.max_skipped} allows no more; "
+                f"the last one: {list(self.samples.values())[-1]}"
             )
 
     def _read(self) -> None:
@@ -105,7 +105,7 @@ class Skipped:
 
 
 def read_skipped(file: Path) -> dict[tuple[str, str], str]:
-    """Read the file of ``Skipped``: reasons by split and name; empty if it does not exist."""
+    """Read the file of ``SkippedSamples``: reasons by split and name; empty if it does not exist."""
     if not file.is_file():
         return {}
     # A kill may have truncated the last line.
@@ -181,13 +181,13 @@ class Samples(Dataset[_Item]):
                 generator.manual_seed(seed)
             if info:
                 return self.dataset[index]
-            return within(self.timeout, self.dataset.files(index), lambda: self.dataset[index])
+            return call_with_timeout(self.timeout, self.dataset.files(index), lambda: self.dataset[index])
         finally:
             generator.set_state(state)
             slot[1] = -1
 
 
-def within(seconds: float, what: str, read: Callable[[], T]) -> T:
+def call_with_timeout(seconds: float, what: str, read: Callable[[], T]) -> T:
     """Call ``read`` with a timeout, for reads in the main process, and return its result.
 
     ``read`` runs in a daemon thread: a thread that waits for a network disk reacts to no signal, so only another thread
@@ -211,15 +211,15 @@ def within(seconds: float, what: str, read: Callable[[], T]) -> T:
 
     threading.Thread(target=work, daemon=True).start()
     if not wait([outcome], seconds).done:
-        raise _Stalled(_stall([what], seconds))
+        raise DiskTimeoutError(format_timeout_message([what], seconds))
     return outcome.result()
 
 
-class _Stalled(EmaSegError):
+class DiskTimeoutError(EmaSegError):
     """Error of a disk that does not respond; not a DataError, so that no next sample is tried."""
 
 
-def _stall(waited_for: list[str], seconds: float) -> str:
+def format_timeout_message(waited_for: list[str], seconds: float) -> str:
     return (
         f"{_listed(waited_for) or 'data'}: nothing has come from the disk for {seconds:g} seconds; see what it is "
         "waiting for, or allow it more (data.timeout of a training, --timeout of a check)."
@@ -230,7 +230,7 @@ def _listed(files: list[str]) -> str:
     return ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
 
-class Draws(Sampler[tuple[int, int]]):
+class SeededBatchSampler(Sampler[tuple[int, int]]):
     """Sampler of one rank's part of every full batch: pairs of an index and the seed of its augmentation.
 
     Order and seeds depend only on the seed and the epoch, which Lightning sets; without Lightning, each pass is the
@@ -249,19 +249,19 @@ class Draws(Sampler[tuple[int, int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.size // self.batch_size * (self.batch_size // place().size)
+        return self.size // self.batch_size * (self.batch_size // rank_info().size)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         random = np.random.default_rng((self.seed, self.epoch))
         self.epoch += 1
         order, seeds = random.permutation(self.size), random.integers(2**63, size=self.size)
-        here, batches = place(), self.size // self.batch_size
+        here, batches = rank_info(), self.size // self.batch_size
         own = np.arange(batches * self.batch_size).reshape(batches, here.size, -1)[:, here.rank].ravel()
         own, self.skipped = own[self.skipped :], 0
         return iter(zip(order[own].tolist(), seeds[own].tolist(), strict=True))
 
 
-class InTurn(Sampler[int]):
+class RoundRobinSampler(Sampler[int]):
     """Sampler of one rank's part of the indices below ``size``, in order: index i goes to rank i % world size."""
 
     def __init__(self, size: int) -> None:
@@ -274,7 +274,7 @@ class InTurn(Sampler[int]):
         return iter(self._indices())
 
     def _indices(self) -> range:
-        here = place()
+        here = rank_info()
         return range(here.rank, self.size, here.size)
 
 
@@ -291,14 +291,14 @@ class Loader(DataLoader[Any]):
         sampler: Order of the samples.
     """
 
-    passed = 0  # batches of this epoch that have been read or skipped
+    batches_consumed = 0  # batches of this epoch that have been read or skipped
 
     def __init__(
         self,
         samples: Samples,
         collate: Callable[[list[Any]], Any],
         *,
-        skipped: Skipped,
+        skipped: SkippedSamples,
         split: str,
         workers: int,
         batch_size: int,
@@ -326,12 +326,14 @@ class Loader(DataLoader[Any]):
         """Suppress torch's warning about more workers than cores: the number is the user's choice."""
 
     def __iter__(self) -> Any:
-        self.passed = self.sampler.skipped // (self.batch_size or 1) if isinstance(self.sampler, Draws) else 0
+        self.batches_consumed = (
+            self.sampler.skipped // (self.batch_size or 1) if isinstance(self.sampler, SeededBatchSampler) else 0
+        )
         try:
             for batch, skipped in super().__iter__():
                 for name, reason in skipped:
                     self.skipped.add(self.split, name, reason)
-                self.passed += 1
+                self.batches_consumed += 1
                 if batch is not None:
                     yield batch
         except EmaSegError as error:
@@ -341,11 +343,11 @@ class Loader(DataLoader[Any]):
             # A worker sends its traceback as text; the last line is "<class of the exception>: <sentence>".
             raise type(error)(text.rstrip().splitlines()[-1].partition(": ")[2]) from None
         except RuntimeError as error:
-            if explained := self.explain(error):
+            if explained := self.convert_worker_error(error):
                 raise explained from error
             raise
 
-    def explain(self, error: RuntimeError) -> DataError | None:
+    def convert_worker_error(self, error: RuntimeError) -> DataError | None:
         """Convert torch's error about a stalled or killed worker of this loader to a DataError; else return None.
 
         Torch may raise the error of a killed worker anywhere in the main thread, not only while it waits for a batch.
@@ -357,7 +359,7 @@ class Loader(DataLoader[Any]):
             for process in waiting:
                 os.kill(process, signal.SIGTERM)  # so that nothing waits for them at exit
             files = [self.samples.dataset.files(index) for index in waiting.values()]
-            return DataError(_stall(files, self.samples.timeout))
+            return DataError(format_timeout_message(files, self.samples.timeout))
         if not text.startswith("DataLoader worker (pid"):
             return None
         lost = [int(number) for number in re.findall(r"\d+", re.split(" is | exited ", text)[0])]
@@ -420,14 +422,14 @@ def _start_worker(number: int) -> None:
     cv2.setNumThreads(0)
     # A cluster that preempts a job signals all its processes, but the main one needs its workers until it has saved a
     # checkpoint: they ignore the signals, except SIGTERM from their parent.
-    for number in set(LEAVE_SIGNALS) - {signal.SIGTERM}:
+    for number in set(PREEMPTION_SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_await_end, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_exit_on_parent_sigterm, args=(os.getppid(),), daemon=True).start()
 
 
-def _await_end(parent: int) -> None:
+def _exit_on_parent_sigterm(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

@@ -25,7 +25,7 @@ from ema_seg.data.base import Sample
 from ema_seg.data.cityscapes import CityscapesDataset
 from ema_seg.data.processes import start_method
 from ema_seg.data.street_scene import render_scene
-from ema_seg.distributed.start import place
+from ema_seg.distributed.start import rank_info
 from ema_seg.errors import ConfigError, DataError
 
 __all__ = ["StreetDataset"]
@@ -129,7 +129,7 @@ def _generate_once(folder: Path, counts: Mapping[str, int], height: int, width: 
         _remove_abandoned(folder)
         unfinished.mkdir()
         try:
-            if place().rank == 0:
+            if rank_info().rank == 0:
                 print(
                     f"Generating {sum(counts.values())} street scenes in {folder.parent}", file=sys.stderr, flush=True
                 )

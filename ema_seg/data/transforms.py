@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ema_seg.data.base import IGNORE_INDEX, Sample
-from ema_seg.distributed.start import place
+from ema_seg.distributed.start import rank_info
 from ema_seg.errors import ConfigError, EmaSegError, did_you_mean, one_line
 
 # Disable albumentations' check for a newer version, which uses the network on import.
@@ -196,8 +196,8 @@ class _Augmentation:
             raise
         except Exception as error:  # albumentations raises exceptions of any type
             raise ConfigError(
-                f"data.augmentation{self._at_work(error)} cannot be applied to {sample['name']} ({one_line(error)}); "
-                "correct its settings, or leave it out."
+                f"data.augmentation{self._failing_step_key(error)} cannot be applied to {sample['name']} "
+                f"({one_line(error)}); correct its settings, or leave it out."
             ) from error
         image = augmented["image"]
         if getattr(image, "dtype", None) != np.uint8 or image.shape[2:] != (3,):
@@ -207,7 +207,7 @@ class _Augmentation:
             )
         return self.normalise({**sample, "image": image, "mask": augmented["mask"]})
 
-    def _at_work(self, error: Exception) -> str:
+    def _failing_step_key(self, error: Exception) -> str:
         """Return the end of the key of the step that raised an exception; empty if none did."""
         inside = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
         steps = zip(self.names, self.compose.transforms, strict=True)
@@ -280,7 +280,7 @@ def _explain(error: Exception) -> str:
 
 def _warn_of_albumentationsx() -> None:
     """Warn once if albumentationsx, a package of another licence, has replaced albumentations."""
-    if _WARNED in os.environ or place().rank:
+    if _WARNED in os.environ or rank_info().rank:
         return
     try:
         distribution("albumentationsx")

@@ -8,10 +8,10 @@ from uuid import uuid4
 import torch
 from torch import Tensor, distributed
 
-from ema_seg.distributed.start import place, wait_for_all
+from ema_seg.distributed.start import barrier, rank_info
 from ema_seg.errors import ConfigError
 
-__all__ = ["agree", "gather", "global_sum", "require_shared", "sum_in_place"]
+__all__ = ["broadcast", "gather", "global_sum", "require_shared", "sum_in_place"]
 
 T = TypeVar("T")
 
@@ -19,9 +19,9 @@ T = TypeVar("T")
 _LATENCY = 5.0
 
 
-def agree(value: T) -> T:
+def broadcast(value: T) -> T:
     """Broadcast rank 0's value to every rank, pickled."""
-    if place().size == 1:
+    if rank_info().size == 1:
         return value
     values = [value]
     distributed.broadcast_object_list(values, device=torch.device("cpu"))
@@ -30,7 +30,7 @@ def agree(value: T) -> T:
 
 def gather(value: T) -> list[T]:
     """Gather the values of all ranks, in rank order, on every rank (all-gather of pickled objects)."""
-    size = place().size
+    size = rank_info().size
     if size == 1:
         return [value]
     values: list[Any] = [None] * size
@@ -45,15 +45,15 @@ def require_shared(folder: Path) -> None:
     Raises:
         ConfigError: a rank does not see a file that rank 0 creates in the folder; raised on every rank.
     """
-    here = place()
+    here = rank_info()
     if here.size == here.local_size:
         return
     # A new name: a file system may cache that a file does not exist.
-    file = folder / f".shared-{agree(uuid4().hex)}"
+    file = folder / f".shared-{broadcast(uuid4().hex)}"
     if here.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         file.touch()
-    wait_for_all()
+    barrier()
     seen = gather(_appears(file))
     if here.rank == 0:
         file.unlink()
@@ -76,7 +76,7 @@ def _appears(file: Path) -> bool:
 
 def sum_in_place(tensor: Tensor) -> Tensor:
     """Sum the tensor over all ranks, in place (all-reduce)."""
-    if place().size > 1:
+    if rank_info().size > 1:
         distributed.all_reduce(tensor)
     return tensor
 
@@ -86,7 +86,7 @@ def global_sum(tensor: Tensor) -> Tensor:
 
     The backward all-reduces too: each rank's gradient is that of the sum of all ranks' losses.
     """
-    return tensor if place().size == 1 else _GlobalSum.apply(tensor)
+    return tensor if rank_info().size == 1 else _GlobalSum.apply(tensor)
 
 
 class _GlobalSum(torch.autograd.Function):

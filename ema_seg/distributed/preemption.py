@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from ema_seg.distributed.leaving import LEAVE_SIGNALS, Handler, earlier_handler, leave_if_stuck
-from ema_seg.distributed.start import place
+from ema_seg.distributed.leaving import PREEMPTION_SIGNALS, Handler, force_exit_after, foreign_handler
+from ema_seg.distributed.start import rank_info
 from ema_seg.errors import Preempted
 
 __all__ = ["Preemption"]
 
 _NOTHING_LOST = "; the run has not lost anything"
 # Seconds until a forced exit, where there is no state to save.
-_PATIENCE = 5.0
+_FORCED_EXIT_SECONDS = 5.0
 
 
 class Preemption:
@@ -36,8 +36,8 @@ class Preemption:
         """Handle the signals inside the block; only in the main thread, because Python delivers signals to no other."""
         handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._earlier = {number: earlier_handler(number) for number in LEAVE_SIGNALS}
-            handlers = {number: signal.signal(number, self._receive) for number in LEAVE_SIGNALS}
+            self._earlier = {number: foreign_handler(number) for number in PREEMPTION_SIGNALS}
+            handlers = {number: signal.signal(number, self._receive) for number in PREEMPTION_SIGNALS}
         try:
             yield self
         finally:
@@ -66,7 +66,9 @@ class Preemption:
         if self._deferred:
             return
         if self._earlier[number] is None:
-            self._last_resort = leave_if_stuck(_PATIENCE, f"error: {_sentence(number, _NOTHING_LOST)}")
+            self._last_resort = force_exit_after(
+                _FORCED_EXIT_SECONDS, f"error: {_describe_stop(number, _NOTHING_LOST)}"
+            )
         self.leave(_NOTHING_LOST)
 
     def is_due(self, *, now: bool = False) -> bool:
@@ -76,7 +78,7 @@ class Preemption:
             now: wait for the answer, which covers all signals so far; otherwise return the answer as of the previous
                 call, so that no step waits.
         """
-        if place().size == 1:
+        if rank_info().size == 1:
             return self._received is not None
         import torch
         from torch import distributed
@@ -105,8 +107,8 @@ class Preemption:
         if handler is not None:
             handler(number, None)
             return
-        raise Preempted(_sentence(number, what))
+        raise Preempted(_describe_stop(number, what))
 
 
-def _sentence(number: int, what: str) -> str:
+def _describe_stop(number: int, what: str) -> str:
     return f"stopped by {signal.Signals(number).name}{what}."

@@ -1,9 +1,9 @@
 """Process groups that train or evaluate one model, on one machine or many.
 
-``run_together`` starts the processes on this machine. ``started_group`` detects whether torchrun, Slurm or submitit
-started this process as one of several; ``joined`` then joins the process group. Inside, ``place`` returns rank and
-world size, ``ema_seg.distributed.collectives`` exchanges values, and ``first_told`` limits the report of several
-failures to the first.
+``run_together`` starts the processes on this machine. ``detect_launcher`` detects whether torchrun, Slurm or submitit
+started this process as one of several; ``process_group`` then joins the process group. Inside, ``rank_info`` returns
+rank and world size, ``ema_seg.distributed.collectives`` exchanges values, and ``report_first_failure`` limits the
+report of several failures to the first.
 """
 
 import ctypes
@@ -23,29 +23,29 @@ from importlib import import_module
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ema_seg.distributed.leaving import LEAVE_SIGNALS, earlier_handler
-from ema_seg.errors import ConfigError, EmaSegError, Preempted, TrainingError, one_line, system_sentence
-from ema_seg.host_memory import made_for_good
+from ema_seg.distributed.leaving import PREEMPTION_SIGNALS, foreign_handler
+from ema_seg.errors import ConfigError, EmaSegError, Preempted, TrainingError, describe_os_error, one_line
+from ema_seg.host_memory import gc_frozen_imports
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 __all__ = [
-    "Place",
     "ProcessFailed",
-    "Silent",
-    "alone",
-    "first_told",
-    "is_alone",
-    "joined",
-    "place",
+    "RankInfo",
+    "SecondaryFailure",
+    "barrier",
+    "detect_launcher",
+    "is_single_process",
+    "process_group",
+    "rank_info",
+    "report_first_failure",
     "run_together",
-    "started_group",
-    "wait_for_all",
+    "single_process",
 ]
 
 # Timeout of collectives: the other ranks wait while rank 0 measures costs or draws figures.
-_PATIENCE = timedelta(minutes=30)
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # Seconds that the other ranks get to exit by themselves, after one has failed.
 _GRACE = 3.0
 
@@ -59,7 +59,7 @@ _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 Failure = Exception | Preempted
 
 
-class Place(NamedTuple):
+class RankInfo(NamedTuple):
     """Rank and world size of this process.
 
     Attributes:
@@ -79,7 +79,7 @@ class ProcessFailed(RuntimeError):
     """Unexpected failure of a rank; the message ends in its traceback, if the rank has reported one."""
 
 
-class Silent(SystemExit):
+class SecondaryFailure(SystemExit):
     """Exit of a process whose failure another process reports or has caused, with the first failure's exit status.
 
     Attributes:
@@ -91,49 +91,49 @@ class Silent(SystemExit):
         self.first = first
 
 
-_alone = False
+_single = False
 
 
-def place() -> Place:
-    """Return rank and world size; rank 0 of 1 outside ``joined`` and inside ``alone``."""
+def rank_info() -> RankInfo:
+    """Return rank and world size; rank 0 of 1 outside ``process_group`` and inside ``single_process``."""
     distributed = sys.modules.get("torch.distributed")
-    if _alone or distributed is None or not (distributed.is_available() and distributed.is_initialized()):
-        return Place()
+    if _single or distributed is None or not (distributed.is_available() and distributed.is_initialized()):
+        return RankInfo()
     return _place_in_environment()
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Make collectives no-ops inside the block, as in a single process."""
-    global _alone
-    _alone = True
+    global _single
+    _single = True
     try:
         yield
     finally:
-        _alone = False
+        _single = False
 
 
-def is_alone() -> bool:
-    """Return whether this process is inside ``alone``."""
-    return _alone
+def is_single_process() -> bool:
+    """Return whether this process is inside ``single_process``."""
+    return _single
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Wait until all ranks have reached this call (barrier)."""
-    if place().size > 1:
+    if rank_info().size > 1:
         from torch import distributed
 
         distributed.barrier()
 
 
-def _place_in_environment() -> Place:
-    return Place(*(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+def _place_in_environment() -> RankInfo:
+    return RankInfo(*(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
 
 
-def started_group() -> str | None:
+def detect_launcher() -> str | None:
     """Return "torchrun", "Slurm" or "submitit" if one started this process as one of several, else None.
 
-    Translates Slurm's and submitit's environment variables to torchrun's, which ``joined`` reads.
+    Translates Slurm's and submitit's environment variables to torchrun's, which ``process_group`` reads.
     """
     variables: Mapping[str, Any] = {}
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -198,7 +198,7 @@ _store: "Store | None" = None  # of the process group; holds the first failure
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Join the process group that torchrun's environment variables describe, for the duration of the block.
 
     Raises:
@@ -219,17 +219,17 @@ def joined() -> Iterator[None]:
         store=_store,
         rank=here.rank,
         world_size=here.size,
-        timeout=_PATIENCE,
+        timeout=_COLLECTIVE_TIMEOUT,
     )
     over = threading.Event()
-    watch = threading.Thread(target=_end_with_others, args=(_store.clone(), here, over), daemon=True)
+    watch = threading.Thread(target=_watchdog, args=(_store.clone(), here, over), daemon=True)
     watch.start()
     try:
         yield
         if _has_failed(_store):  # the barrier would wait for ranks that are gone
             _abort()
         else:
-            with first_told():
+            with report_first_failure():
                 distributed.barrier()  # no rank closes a connection that another needs
             distributed.destroy_process_group()
     except BaseException:
@@ -249,7 +249,7 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _end_with_others(store: "Store", here: Place, over: threading.Event) -> None:
+def _watchdog(store: "Store", here: RankInfo, over: threading.Event) -> None:
     """Exit this process if another rank has failed while this one is blocked in a collective (watchdog).
 
     A rank that waits for an NCCL collective waits inside CUDA, where neither signals nor Python exceptions arrive.
@@ -275,7 +275,7 @@ def _abort() -> None:
         distributed.group.WORLD.abort()
 
 
-def _leave_together(store: "Store", here: Place) -> None:
+def _leave_together(store: "Store", here: RankInfo) -> None:
     """Wait up to ``_GRACE`` seconds until all ranks know of a preemption; return at once for other failures.
 
     Slurm ends the other tasks when the first one has exited, and the store may end with it.
@@ -289,7 +289,7 @@ def _leave_together(store: "Store", here: Place) -> None:
 def _are_leaving(store: "Store") -> bool:
     """Return whether the first failure is a preemption."""
     try:
-        return isinstance(_told(store.get(_FAILURE).decode()), Preempted)
+        return isinstance(deserialize_error(store.get(_FAILURE).decode()), Preempted)
     except Exception:  # the store's host has ended
         return False
 
@@ -302,8 +302,8 @@ def _has_failed(store: "Store") -> bool:
 
 
 @contextmanager
-def first_told() -> Iterator[None]:
-    """Re-raise the exception in the rank that failed first; raise ``Silent`` in the others.
+def report_first_failure() -> Iterator[None]:
+    """Re-raise the exception in the rank that failed first; raise ``SecondaryFailure`` in the others.
 
     The others mostly fail because they lost the first. Without a process group every exception passes.
     """
@@ -312,17 +312,17 @@ def first_told() -> Iterator[None]:
     except (Exception, Preempted) as error:
         if _store is None:
             raise
-        word = _word(error)
+        word = serialize_error(error)
         try:
             first = _store.compare_set(_FAILURE, "", word).decode()
         except Exception:  # the store's host has ended, so it failed first
-            raise Silent(None) from error
+            raise SecondaryFailure(None) from error
         if first != word:
-            raise Silent(_told(first)) from error
+            raise SecondaryFailure(deserialize_error(first)) from error
         raise
 
 
-def _connect(here: Place) -> "Store":
+def _connect(here: RankInfo) -> "Store":
     from torch.distributed import PrefixStore, TCPStore
 
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -342,14 +342,14 @@ def _connect(here: Place) -> "Store":
     return PrefixStore(f"ema-seg/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def _word(error: Failure) -> str:
-    """Serialise an exception to JSON, from which ``_told`` restores it if it is one of this package's."""
-    if isinstance(error, OSError) and (sentence := system_sentence(error)) is not None:
+def serialize_error(error: Failure) -> str:
+    """Serialise an exception to JSON, from which ``deserialize_error`` restores it if it is one of this package's."""
+    if isinstance(error, OSError) and (sentence := describe_os_error(error)) is not None:
         error = TrainingError(sentence)
     own = type(error).__module__.startswith("ema_seg.")
     return json.dumps(
         {
-            "rank": place().rank,
+            "rank": rank_info().rank,
             "class": [type(error).__module__, type(error).__qualname__] if own else None,
             "message": str(error) if own else f"{type(error).__name__}: {one_line(error)}",
             "traceback": None if own else "".join(traceback.format_exception(error)),
@@ -357,7 +357,7 @@ def _word(error: Failure) -> str:
     )
 
 
-def _told(text: str) -> Failure:
+def deserialize_error(text: str) -> Failure:
     word = json.loads(text)
     if word["class"] is None:
         return ProcessFailed(f"{word['message']}, in the process {word['rank']}:\n{word['traceback']}")
@@ -388,24 +388,24 @@ def run_together(work: Callable[..., object], count: int, *arguments: Any) -> No
     task = pickle.dumps((work, arguments, sys.argv))
     processes = [_start(rank, count, server.port) for rank in range(count)]
     try:
-        with _passed_on(processes) as passed:
+        with _forward_signals(processes) as passed:
             for process in processes:
                 _hand_over(process, task)
             codes = _wait(processes)
     finally:
-        _end(processes)
+        _terminate(processes)
     if not any(codes):
         return
     failure = _failure(PrefixStore("ema-seg/0", server), codes, passed)
     if passed and isinstance(failure, Preempted):
-        handler = earlier_handler(passed[0])
+        handler = foreign_handler(passed[0])
         if handler is not None:
             handler(passed[0], None)
     raise failure
 
 
 @contextmanager
-def _passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+def _forward_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
     """Forward preemption signals to the processes, which save their state; yield the list of signals received."""
     passed: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -417,7 +417,7 @@ def _passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[in
         for process in processes:
             process.send_signal(number)
 
-    earlier = {number: signal.signal(number, pass_on) for number in LEAVE_SIGNALS}
+    earlier = {number: signal.signal(number, pass_on) for number in PREEMPTION_SIGNALS}
     try:
         yield passed
     finally:
@@ -462,7 +462,7 @@ def _be_member(parent: int) -> None:
         if os.getppid() != parent:  # it ended before the prctl
             sys.exit(1)
     try:
-        with made_for_good():
+        with gc_frozen_imports():
             work, arguments, sys.argv = pickle.loads(sys.stdin.buffer.read())  # noqa: S301, from the parent alone
         _work_together(work, arguments)
     except KeyboardInterrupt:  # the parent receives it, too
@@ -471,10 +471,10 @@ def _be_member(parent: int) -> None:
 
 def _work_together(work: Callable[..., object], arguments: Sequence[Any]) -> None:
     try:
-        with joined(), first_told():
+        with process_group(), report_first_failure():
             work(*arguments)
     except (Exception, Preempted) as error:  # the parent reports it
-        raise Silent(error) from None
+        raise SecondaryFailure(error) from None
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
@@ -486,7 +486,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
         time.sleep(0.05)
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _terminate(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Wait ``_GRACE`` seconds for the processes to exit by themselves, then kill the rest."""
     deadline = time.monotonic() + _GRACE
     for process in processes:
@@ -516,7 +516,7 @@ def _failure(store: "Store", codes: Sequence[int], passed: Sequence[int]) -> Fai
     if not told:
         rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
         return ProcessFailed(f"the process {rank} of {len(codes)} ended with status {code} and without a word")
-    return _told(store.get(_FAILURE).decode())
+    return deserialize_error(store.get(_FAILURE).decode())
 
 
 def _signal_name(number: int) -> str:

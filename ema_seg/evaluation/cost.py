@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from ema_seg.distributed.collectives import agree, gather
-from ema_seg.distributed.start import place, wait_for_all
+from ema_seg.distributed.collectives import broadcast, gather
+from ema_seg.distributed.start import barrier, rank_info
 from ema_seg.errors import ConfigError, DataError
 from ema_seg.evaluation.environment import describe_device
 from ema_seg.evaluation.inference import autocast, memory_format_of, pad_to_stride, segment
-from ema_seg.models.limits import explained_memory, explained_sizes
+from ema_seg.models.limits import reraise_out_of_memory, reraise_size_errors
 from ema_seg.models.mode import evaluation_mode
 
 __all__ = ["Cost", "count_macs", "count_parameters", "measure_cost", "measure_peak_memory", "time_end_to_end"]
@@ -95,17 +95,19 @@ def measure_cost(
 
     def measure_forward(batch: int) -> dict[str, Any]:
         images = _random_images(model, batch, size, stride, device)
-        with explained_memory(images, "measure with a smaller evaluation.batch_size, evaluation.size or precision"):
+        with reraise_out_of_memory(
+            images, "measure with a smaller evaluation.batch_size, evaluation.size or precision"
+        ):
             warmed, seconds = _time_forward(model, images, device, warmup, min_repeats, share)
             memory = measure_peak_memory(model, images)
         return _forward_entry(batch, seconds, warmed, memory)
 
     with evaluation_mode(model), autocast(device, precision):
         single = _random_images(model, 1, size, stride, device)
-        with explained_sizes(single):
+        with reraise_size_errors(single):
             gmacs = count_macs(model, single) / 1e9
-        forward = agree([measure_forward(batch) for batch in batch_sizes] if place().rank == 0 else [])
-        end_to_end = None if loader is None else agree(time_end_to_end(model, loader, stride, share))
+        forward = broadcast([measure_forward(batch) for batch in batch_sizes] if rank_info().rank == 0 else [])
+        end_to_end = None if loader is None else broadcast(time_end_to_end(model, loader, stride, share))
     return Cost(
         parameters=count_parameters(model),
         gmacs=gmacs,
@@ -293,7 +295,7 @@ def time_end_to_end(model: nn.Module, loader: DataLoader, stride: int, budget: f
     # Batches that workers prefetch before the timing starts would inflate the rate, so they are warm-up too.
     ahead = loader.num_workers * (loader.prefetch_factor or 0)
     warmup = min(1 + ahead, len(loader) // 2)
-    wait_for_all()
+    barrier()
     images, start, elapsed = 0, time.perf_counter(), 0.0
     for index, batch in enumerate(loader):
         for mask in segment(model, batch["image"], stride):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import ema_seg
-from ema_seg.distributed.start import place
+from ema_seg.distributed.start import rank_info
 
 __all__ = ["describe_device", "describe_environment"]
 
@@ -42,7 +42,7 @@ def describe_environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "os": platform.platform(),
         "packages": {"ema-seg": ema_seg.__version__} | {name: _version(name) for name in _PACKAGES},
         "device": describe_device(device),
-        "processes": place().size,
+        "processes": rank_info().size,
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,

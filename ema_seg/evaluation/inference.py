@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ema_seg.errors import ConfigError, ModelError
-from ema_seg.models.limits import explained_memory, explained_sizes
+from ema_seg.models.limits import reraise_out_of_memory, reraise_size_errors
 
 __all__ = [
     "LESS_MEMORY",
@@ -114,7 +114,7 @@ def predict(model: nn.Module, images: Sequence[Tensor], stride: int) -> list[Ten
     for (_, height, width), indices in by_size.items():
         batch = torch.stack([images[index].to(device, non_blocking=True) for index in indices])
         padded = pad_to_stride(batch, stride).contiguous(memory_format=memory_format)
-        with explained_sizes(padded), explained_memory(padded, LESS_MEMORY):
+        with reraise_size_errors(padded), reraise_out_of_memory(padded, LESS_MEMORY):
             output = model(padded)
         if output.shape[-2:] != padded.shape[-2:]:
             raise ModelError(

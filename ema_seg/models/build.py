@@ -21,7 +21,7 @@ _DECODERS: dict[str, type[nn.Module]] = dict(smp.MODEL_ARCHITECTURES_MAPPING)
 
 # Options of smp and timm that are fixed here: images are RGB, logits have the images' size, and weights are loaded
 # without running code.
-_DECIDED = {
+_FIXED_OPTIONS = {
     *("activation", "aux_params", "in_channels", "upsampling"),
     *("cache_dir", "checkpoint_path", "features_only", "in_chans", "model_name", "out_indices", "pretrained"),
     *("pretrained_cfg", "pretrained_cfg_overlay"),
@@ -144,7 +144,9 @@ def segmenter_from_config(
     """
     arguments = dict(config["model"])
     for option in arguments:
-        if option not in ("decoder", "encoder", "encoder_weights") and (not isinstance(option, str) or option in _OWN):
+        if option not in ("decoder", "encoder", "encoder_weights") and (
+            not isinstance(option, str) or option in _RESERVED_ARGUMENTS
+        ):
             raise ConfigError(f"model.{option}: this is no option of a decoder; leave it out.")
     if not pretrained:
         arguments["encoder_weights"] = None
@@ -161,7 +163,7 @@ def segmenter_from_config(
     )
 
 
-_OWN = inspect.signature(build_segmenter).parameters
+_RESERVED_ARGUMENTS = inspect.signature(build_segmenter).parameters
 
 
 def model_stride(model: nn.Module) -> int:
@@ -175,9 +177,9 @@ def _check_options(decoder: str, encoder: str, options: Mapping[str, Any]) -> No
         name
         for name, parameter in inspect.signature(_DECODERS[decoder]).parameters.items()
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    } - {"encoder_name", "encoder_weights", "classes", *_DECIDED}
+    } - {"encoder_name", "encoder_weights", "classes", *_FIXED_OPTIONS}
     for option, value in options.items():
-        if option in _DECIDED or (option == "encoder_depth" and decoder in _FIXED_DEPTH):
+        if option in _FIXED_OPTIONS or (option == "encoder_depth" and decoder in _FIXED_DEPTH):
             raise ConfigError(
                 f"model.{option}={value!r} cannot be chosen: {decoder} takes RGB images here, gives logits of their "
                 "size, and has its weights from model.encoder_weights; leave it out."

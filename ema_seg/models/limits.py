@@ -16,14 +16,14 @@ except ImportError:  # Windows
 
 from ema_seg.errors import ModelError
 
-__all__ = ["describe_memory", "explained_memory", "explained_sizes", "is_out_of_memory"]
+__all__ = ["describe_memory", "is_out_of_memory", "reraise_out_of_memory", "reraise_size_errors"]
 
 # Messages of torch's CPU allocator, of OpenCV's, and of cuBLAS and cuDNN, which allocate beside torch.
 _SHORT_OF_MEMORY = ("can't allocate memory", "Insufficient memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_")
 
 
 @contextmanager
-def explained_sizes(images: Tensor) -> Iterator[None]:
+def reraise_size_errors(images: Tensor) -> Iterator[None]:
     """Replace torch's error about a layer's output size by one about the images' size, B x C x H x W.
 
     Raises:
@@ -42,7 +42,7 @@ def explained_sizes(images: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def explained_memory(images: Tensor, advice: str) -> Iterator[None]:
+def reraise_out_of_memory(images: Tensor, advice: str) -> Iterator[None]:
     """Replace an out-of-memory error by one sentence about a model's input.
 
     Args:

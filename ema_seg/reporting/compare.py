@@ -44,7 +44,7 @@ _COSTS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "gmacs": lambda report: report["gmacs"],
 }
 # Name at most this many rows in a note, such as the trials of a search; count the rest.
-_NAMED = 5
+_MAX_NAMED_ROWS = 5
 # Reserved group names: object sizes, and names whose CSV column would be one of the mIoU's, such as ``miou_sd``.
 _TAKEN_NAMES = {*SIZES, "sd", "difference", "low", "high", "n", "covers", "p", "p_holm"}
 # Settings that must agree for costs to be comparable, by their names in the notes.
@@ -294,16 +294,16 @@ def _contrasts(
     counts = np.stack([result.counts for result in needed.values()], axis=1).astype(float)
     full = add_groups(score_sums(add_whole(counts.sum(axis=0))), groups)
     places = {key: place for place, key in enumerate(needed)}
-    spreads = {match.label: _PairSpread(match, places, full) for match in pairs}
+    spreads = {match.label: _DifferenceVariance(match, places, full) for match in pairs}
     for weights in draw_weights(len(counts), replicates, seed):
         scores = add_groups(score_sums(add_whole(weigh_counts(weights, counts))), groups)
         for spread in spreads.values():
             spread.add(scores)
     union = counts[:, :, :, 1] > 0  # (images, runs, strata, K)
-    return {label: spread.contrasts(_images_with(union[:, spread.runs], groups)) for label, spread in spreads.items()}
+    return {label: spread.contrasts(_count_images(union[:, spread.runs], groups)) for label, spread in spreads.items()}
 
 
-def _images_with(union: NDArray[np.bool_], groups: Sequence[Sequence[int]]) -> NDArray[np.intp]:
+def _count_images(union: NDArray[np.bool_], groups: Sequence[Sequence[int]]) -> NDArray[np.intp]:
     """Count the images behind each score: those with a pixel of its classes in the truth or a prediction.
 
     Args:
@@ -321,7 +321,7 @@ def _images_with(union: NDArray[np.bool_], groups: Sequence[Sequence[int]]) -> N
     return np.stack(columns, axis=-1).sum(axis=0)
 
 
-class _PairSpread:
+class _DifferenceVariance:
     """Accumulator of the variance over replicates of the difference between a configuration and its baseline."""
 
     def __init__(self, match: Match, places: Mapping[int, int], full: Array) -> None:
@@ -554,7 +554,9 @@ def _notes_on_matches(matches: Sequence[Match], baseline: Mapping[str, str] | No
                     f"without {_seeds([str(seed) for seed in sorted(apart, key=_order)])}."
                 )
     if alone:
-        shown = "; ".join(alone[:_NAMED]) + (f" and {len(alone) - _NAMED} more" if len(alone) > _NAMED else "")
+        shown = "; ".join(alone[:_MAX_NAMED_ROWS]) + (
+            f" and {len(alone) - _MAX_NAMED_ROWS} more" if len(alone) > _MAX_NAMED_ROWS else ""
+        )
         usable = " whose runs agree" if mixed_bases else ""
         notes.append(f"{shown}: no difference, for no baseline{usable} has the same other settings.")
     if any(len(match.common_seeds) == 1 for match in matches):

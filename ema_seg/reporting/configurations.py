@@ -14,7 +14,7 @@ __all__ = ["Configuration", "find_baselines", "group_runs", "has_settings", "set
 
 # Keys that do not distinguish rows. The report, not the training's config, has the settings of the evaluation;
 # ``trainer.max_epochs`` repeats ``epochs``.
-_LEFT_OUT = ("seed", "evaluation", "trainer.log_every_n_steps", "trainer.max_epochs")
+_IGNORED_KEYS = ("seed", "evaluation", "trainer.log_every_n_steps", "trainer.max_epochs")
 
 
 def _placement_name(options: Mapping[str, Any]) -> str:
@@ -76,7 +76,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[str], list[Configuration]]:
     named = keys if planned else [_section_names(run) | settings for run, settings in zip(runs, keys, strict=True)]
     groups: dict[str, Configuration] = {}
     for run, settings, values in zip(runs, keys, named, strict=True):
-        group = groups.setdefault(_frozen(settings), Configuration({key: values.get(key) for key in shown}))
+        group = groups.setdefault(_canonical_json(settings), Configuration({key: values.get(key) for key in shown}))
         group.runs.append(run)
     configurations = list(groups.values())
     for configuration in configurations:
@@ -153,10 +153,10 @@ def _override_settings(run: Run) -> dict[str, Any]:
 
 
 def _config_settings(run: Run) -> dict[str, Any]:
-    """Return a run's configuration by dotted key, without nulls, machine keys and ``_LEFT_OUT``."""
+    """Return a run's configuration by dotted key, without nulls, machine keys and ``_IGNORED_KEYS``."""
     assert run.result is not None
     config = run.result.report["config"]
-    left_out = [*machine_keys(config), *_LEFT_OUT]
+    left_out = [*machine_keys(config), *_IGNORED_KEYS]
     return {
         key: value
         for key, value in _flatten(config).items()
@@ -172,19 +172,21 @@ def _section_names(run: Run) -> dict[str, Any]:
 
 def _differing_overrides(keys: Sequence[Mapping[str, Any]]) -> list[str]:
     known = dict.fromkeys(key for settings in keys for key in settings)
-    return [key for key in known if len({_frozen(settings.get(key)) for settings in keys}) > 1]
+    return [key for key in known if len({_canonical_json(settings.get(key)) for settings in keys}) > 1]
 
 
 def _differing_settings(runs: Sequence[Run], keys: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the sections whose names differ, and the keys that differ between runs with the same name there."""
     names = [_section_names(run) for run in runs]
-    sections = [section for section in _SECTION_NAMES if len({_frozen(name.get(section)) for name in names}) > 1]
+    sections = [
+        section for section in _SECTION_NAMES if len({_canonical_json(name.get(section)) for name in names}) > 1
+    ]
     shown = list(sections)
     for key in dict.fromkeys(key for settings in keys for key in settings):
         section = key.partition(".")[0]
         values: dict[str, set[str]] = {}
         for name, settings in zip(names, keys, strict=True):
-            values.setdefault(_frozen(name.get(section)), set()).add(_frozen(settings.get(key)))
+            values.setdefault(_canonical_json(name.get(section)), set()).add(_canonical_json(settings.get(key)))
         if any(len(found) > 1 for found in values.values()):
             shown.append(key)
     order = list(_SECTION_NAMES)
@@ -201,7 +203,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _frozen(value: Any) -> str:
+def _canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 

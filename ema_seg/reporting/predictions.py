@@ -13,20 +13,20 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from PIL import Image
 
-from ema_seg.distributed.start import place, wait_for_all
+from ema_seg.distributed.start import barrier, rank_info
 from ema_seg.errors import DataError
 from ema_seg.reporting.files import file_names, write_file
 from ema_seg.reporting.report import report_manifest
 
-__all__ = ["PredictionWriter", "encode_mask", "hold_report"]
+__all__ = ["PredictionWriter", "encode_mask", "lock_report"]
 
 _FOLDER = "predictions"
 # Seconds between broadcasts of rank 0 to the other ranks while it waits for the lock.
-_TURN = 30.0
+_LOCK_BROADCAST_SECONDS = 30.0
 
 
 @contextmanager
-def hold_report(directory: Path) -> Iterator[None]:
+def lock_report(directory: Path) -> Iterator[None]:
     """Hold the lock of a report's folder; wait for another evaluation that holds it.
 
     Rank 0 holds the lock for all ranks. On a file system without locks nothing is locked.
@@ -34,15 +34,15 @@ def hold_report(directory: Path) -> Iterator[None]:
     Raises:
         DataError: the folder cannot be created or written to.
     """
-    from ema_seg.distributed.collectives import agree  # imports torch, which reading masks does not need
+    from ema_seg.distributed.collectives import broadcast  # imports torch, which reading masks does not need
 
     lock = FileLock(directory / "report.lock")
-    first = place().rank == 0
+    first = rank_info().rank == 0
     timeout = 0.5
-    while not agree(_acquire(lock, directory, timeout) if first else True):
-        if first and timeout < _TURN:
+    while not broadcast(_acquire(lock, directory, timeout) if first else True):
+        if first and timeout < _LOCK_BROADCAST_SECONDS:
             print(f"waiting for another evaluation that writes to {directory}", file=sys.stderr, flush=True)
-        timeout = _TURN
+        timeout = _LOCK_BROADCAST_SECONDS
     try:
         yield
     finally:
@@ -83,7 +83,7 @@ class PredictionWriter:
         self._partial = directory / f".{_FOLDER}.partial"
         self._palette = palette
         files = file_names(names)
-        self._first = place().rank == 0
+        self._first = rank_info().rank == 0
         self._files = {name: f"{file}.png" for name, file in zip(names, files, strict=True)}
         self.paths = {name: f"{_FOLDER}/{file}" for name, file in self._files.items()}
 
@@ -95,7 +95,7 @@ class PredictionWriter:
                 self._partial.mkdir(parents=True)
             except OSError as error:
                 raise DataError(f"{self._partial}: the folder cannot be made ({error.strerror}).") from error
-        wait_for_all()
+        barrier()
         return self
 
     def __call__(self, name: str, prediction: NDArray[np.integer]) -> None:
@@ -113,7 +113,7 @@ class PredictionWriter:
         if kind is not None:
             shutil.rmtree(self._partial, ignore_errors=True)
             return
-        wait_for_all()
+        barrier()
         if self._first:
             self._move()
 

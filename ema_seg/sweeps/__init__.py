@@ -4,7 +4,7 @@ Launchers, not this package, start the jobs. The processes of a sweep share only
 the files in its own folder, so that a kill at any moment leaves nothing to repair.
 """
 
-from ema_seg.sweeps.devices import count_devices, deal_devices
+from ema_seg.sweeps.devices import claim_devices, count_devices
 from ema_seg.sweeps.folder import (
     ANY,
     JobState,
@@ -16,8 +16,8 @@ from ema_seg.sweeps.folder import (
     record_failure,
     write_plan,
 )
-from ema_seg.sweeps.identity import identity, job_name, machine_keys
-from ema_seg.sweeps.job import Pruned, hold_run, is_settled, read_job, run_job
+from ema_seg.sweeps.identity import hash_config, job_name, machine_keys
+from ema_seg.sweeps.job import Pruned, is_settled, lock_run, read_job, run_job
 
 __all__ = [
     "ANY",
@@ -25,14 +25,14 @@ __all__ = [
     "Plan",
     "PlannedJob",
     "Pruned",
+    "claim_devices",
     "count_devices",
-    "deal_devices",
-    "hold_run",
-    "identity",
+    "hash_config",
     "is_running",
     "is_settled",
     "job_name",
     "job_state",
+    "lock_run",
     "machine_keys",
     "read_job",
     "read_plan",

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from ema_seg.errors import ConfigError
 
-__all__ = ["count_devices", "deal_devices"]
+__all__ = ["claim_devices", "count_devices"]
 
 _held: list[FileLock] = []  # until this process ends
 
@@ -23,7 +23,7 @@ def count_devices() -> int:
     return torch.cuda.device_count()
 
 
-def deal_devices(folder: Path, number: int | Sequence[int] = 1) -> str | None:
+def claim_devices(folder: Path, number: int | Sequence[int] = 1) -> str | None:
     """Lock the CUDA devices that the fewest processes of the sweep use, and set ``CUDA_VISIBLE_DEVICES`` to them.
 
     The devices stay locked until this process ends. Call this before anything is computed on a device: a process cannot

@@ -182,7 +182,7 @@ def job_state(folder: Path, impossible: str | None = None, *, locked_by_us: bool
 def is_running(folder: Path) -> bool:
     """Check whether a process holds the lock of the run in this folder."""
     if fcntl is None:
-        return _is_held(folder)
+        return _is_locked(folder)
     try:
         with (folder / "run.lock").open("rb") as file:
             # A shared lock, so that two checks at the same time do not take each other for a job.
@@ -196,7 +196,7 @@ def is_running(folder: Path) -> bool:
     return False
 
 
-def _is_held(folder: Path) -> bool:
+def _is_locked(folder: Path) -> bool:
     """Check whether a process holds the lock by taking it for a moment, on systems without shared locks."""
     if not (folder / "run.lock").exists():
         return False

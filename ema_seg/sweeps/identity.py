@@ -8,7 +8,7 @@ from typing import Any
 
 from ema_seg.sweeps.folder import ANY
 
-__all__ = ["identity", "job_name", "machine_keys"]
+__all__ = ["hash_config", "job_name", "machine_keys"]
 
 # Keys of the machine, the paths and the display, which change no result but the timings.
 _MACHINE_KEYS = (
@@ -35,7 +35,7 @@ _MACHINE_KEYS = (
 _LONGEST_NAME = 80
 
 
-def identity(config: Mapping[str, Any]) -> str:
+def hash_config(config: Mapping[str, Any]) -> str:
     """Hash a configuration to twelve hexadecimal digits, which are equal for configurations of the same job.
 
     Args:
@@ -70,7 +70,7 @@ def job_name(overrides: Mapping[str, str], identity: str) -> str:
 
     Args:
         overrides: the overrides that distinguish the job from the others of its sweep.
-        identity: see ``identity``; it keeps names unique that have to be cut or cleaned.
+        identity: see ``hash_config``; it keeps names unique that have to be cut or cleaned.
     """
     told = {key: value for key, value in overrides.items() if value != ANY}
     text = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in told.items())

@@ -16,7 +16,7 @@ from ema_seg.reporting.files import write_file
 from ema_seg.sweeps.folder import JobState, job_state, record_failure, run_lock
 from ema_seg.texts import read_json
 
-__all__ = ["MOST_ATTEMPTS", "Pruned", "hold_run", "is_settled", "read_job", "run_job"]
+__all__ = ["MOST_ATTEMPTS", "Pruned", "is_settled", "lock_run", "read_job", "run_job"]
 
 # A job that has failed is tried once more when the sweep's command is repeated.
 MOST_ATTEMPTS = 2
@@ -54,7 +54,7 @@ def read_job(run: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def hold_run(folder: Path) -> Iterator[None]:
+def lock_run(folder: Path) -> Iterator[None]:
     """Hold the lock of the run in this folder, so that no other process trains it meanwhile.
 
     The run may be a job of a sweep. On a file system without locks nothing is locked.

@@ -13,15 +13,15 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from ema_seg.distributed.collectives import agree
+from ema_seg.distributed.collectives import broadcast
 from ema_seg.errors import ConfigError
 from ema_seg.sweeps.folder import JobState
 from ema_seg.sweeps.job import Pruned, is_settled
 
-__all__ = ["GiveUp", "Search"]
+__all__ = ["OptunaStudy", "PruningCallback"]
 
 
-class Search:
+class OptunaStudy:
     """Optuna study of a sweep, created if there is none yet, that maximises the best validation mIoU.
 
     The sampler (TPE) is seeded with ``seed`` plus the trial's number at every trial, so that an interrupted search
@@ -97,7 +97,7 @@ class Search:
             self.study.tell(number, state=TrialState.PRUNED if state.name == "pruned" else TrialState.FAIL)
 
 
-class GiveUp(Callback):
+class PruningCallback(Callback):
     """Callback that reports every validation score to the study and ends the trial if the study prunes it.
 
     With several ranks, rank 0 asks the study and broadcasts the answer.
@@ -105,8 +105,8 @@ class GiveUp(Callback):
     Args:
         folder: the sweep's folder.
         number: the trial's number.
-        seed: see ``Search``.
-        grace: see ``Search``.
+        seed: see ``OptunaStudy``.
+        grace: see ``OptunaStudy``.
     """
 
     def __init__(self, folder: Path, number: int, *, seed: int, grace: int) -> None:
@@ -115,7 +115,7 @@ class GiveUp(Callback):
     @cached_property
     def study(self) -> optuna.Study:
         """Study of the search, opened at first use because an open one cannot be sent to another process."""
-        return Search(self.folder, seed=self.seed, grace=self.grace).study
+        return OptunaStudy(self.folder, seed=self.seed, grace=self.grace).study
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report the score, and end the trial if the study prunes it.
@@ -124,7 +124,7 @@ class GiveUp(Callback):
             Pruned: the study prunes the trial.
         """
         epoch, score = trainer.current_epoch, float(trainer.callback_metrics["val/miou"])
-        if reason := agree(self._ask(epoch, score) if trainer.is_global_zero else None):
+        if reason := broadcast(self._ask(epoch, score) if trainer.is_global_zero else None):
             raise Pruned(reason)
 
     def _ask(self, epoch: int, score: float) -> str | None:

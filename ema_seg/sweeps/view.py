@@ -139,7 +139,7 @@ class SweepView:
     """
 
     def __init__(self, look: Callable[[], Overview], console: Console | None = None) -> None:
-        self.look = look
+        self.survey = look
         self.console = console or Console(stderr=True)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -160,12 +160,12 @@ class SweepView:
         if self.console.is_terminal:
             with Live(console=self.console, auto_refresh=False, vertical_overflow="crop") as live:
                 while not self._stop.wait(1):
-                    live.update(self._fitting(self.look()), refresh=True)
-                live.update(Text(for_terminal(describe(self.look())), style="bold"), refresh=True)
+                    live.update(self._render_to_fit(self.survey()), refresh=True)
+                live.update(Text(for_terminal(describe(self.survey())), style="bold"), refresh=True)
         else:
             self._print_changes()
 
-    def _fitting(self, overview: Overview) -> Group:
+    def _render_to_fit(self, overview: Overview) -> Group:
         """Render as many jobs as fit the terminal, and at least one."""
         most = min(len(overview.jobs), self.console.height)
         while most > 1 and len(self.console.render_lines(render(overview, most))) >= self.console.height:
@@ -178,7 +178,7 @@ class SweepView:
         while not ended:
             # Survey once more after the stop, to include changes of the last second.
             ended = self._stop.wait(0 if shown is None else 1)
-            overview = self.look()
+            overview = self.survey()
             states = [state.name for state in overview.states]
             if states != shown:
                 shown = states

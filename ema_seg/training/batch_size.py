@@ -8,7 +8,7 @@ import torch
 
 from ema_seg.data import SegmentationDataModule
 from ema_seg.distributed.collectives import gather
-from ema_seg.distributed.start import alone, place
+from ema_seg.distributed.start import rank_info, single_process
 from ema_seg.errors import ConfigError
 from ema_seg.evaluation import autocast
 from ema_seg.models import model_stride, segmenter_from_config
@@ -16,13 +16,13 @@ from ema_seg.models.limits import is_out_of_memory
 from ema_seg.training.losses import build_loss
 from ema_seg.training.optimisation import build_optimizer
 
-__all__ = ["check_automatic", "find_batch_size", "largest_that_fits"]
+__all__ = ["check_auto_batch_size", "find_batch_size", "largest_that_fits"]
 
 # Usable share of the free memory; kernels, a validation's pictures and fragmentation need the rest.
 _SHARE = 0.9
 
 
-def check_automatic(config: Mapping[str, Any], device: torch.device) -> None:
+def check_auto_batch_size(config: Mapping[str, Any], device: torch.device) -> None:
     """Raise a ConfigError if no batch size can be found for this configuration on this device."""
     if device.type != "cuda":
         raise ConfigError(
@@ -49,22 +49,22 @@ def find_batch_size(config: Mapping[str, Any], device: torch.device) -> int:
 
     Raises:
         ConfigError: no crop fits, or only one and the decoder needs two, or no size can be found here (see
-            ``check_automatic``).
+            ``check_auto_batch_size``).
     """
-    check_automatic(config, device)
-    data = SegmentationDataModule(**{**config["data"], "batch_size": place().size, "workers": 0})
+    check_auto_batch_size(config, device)
+    data = SegmentationDataModule(**{**config["data"], "batch_size": rank_info().size, "workers": 0})
     data.setup("fit")
     devices = [device] if device.type == "cuda" else []
     # Additional copies of the weights' size: DDP's gradient buckets, and averaged weights.
-    copies = (place().size > 1) + bool(config["training"]["weight_averaging"])
-    most = len(data.train_dataset) // place().size
-    with torch.random.fork_rng(devices), alone():
-        crop = data.read_near(data.train_dataset, 0)["image"]
+    copies = (rank_info().size > 1) + bool(config["training"]["weight_averaging"])
+    most = len(data.train_dataset) // rank_info().size
+    with torch.random.fork_rng(devices), single_process():
+        crop = data.read_first_readable(data.train_dataset, 0)["image"]
         attempt = _Attempt(config, data.num_classes, crop.shape, device, copies)
         own = largest_that_fits(attempt.fits, most)
     smallest = min(gather(own))
     # With synchronised batch norm, one crop per process is enough.
-    least = 1 if place().size > 1 and config["trainer"]["sync_batchnorm"] else attempt.least
+    least = 1 if rank_info().size > 1 and config["trainer"]["sync_batchnorm"] else attempt.least
     if smallest < least:
         height, width = crop.shape[1:]
         found = "only one" if smallest else "not even one"
@@ -74,7 +74,7 @@ def find_batch_size(config: Mapping[str, Any], device: torch.device) -> int:
             "data.augmentation.crop.height and width, set trainer.precision=bf16-mixed, or take a smaller "
             "model.encoder."
         )
-    return smallest * place().size
+    return smallest * rank_info().size
 
 
 def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
@@ -130,7 +130,7 @@ class _Attempt:
         else:
             return self.most is None or torch.cuda.max_memory_reserved(self.device) <= self.most
         finally:
-            self._forget()
+            self._free_memory()
 
     def _train(self, batch_size: int) -> None:
         config, device = self.config, self.device
@@ -153,7 +153,7 @@ class _Attempt:
             optimizer.zero_grad()
         del kept
 
-    def _forget(self) -> None:
+    def _free_memory(self) -> None:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

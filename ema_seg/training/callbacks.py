@@ -225,7 +225,7 @@ class Pictures(Callback):
         data: SegmentationDataModule = trainer.datamodule  # type: ignore[attr-defined]
         dataset = data.val_dataset
         indices = torch.linspace(0, len(dataset) - 1, min(self.count, len(dataset))).round().int().tolist()
-        rows = [_row(pl_module, data, data.read_near(dataset, index)) for index in indices]
+        rows = [_row(pl_module, data, data.read_first_readable(dataset, index)) for index in indices]
         figure = draw_samples(rows, data.classes, data.palette)
         content = BytesIO()
         figure.savefig(content, format="png")

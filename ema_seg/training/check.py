@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ema_seg.data import SegmentationDataModule, check_dataset
-from ema_seg.data.datamodule import check_shares
-from ema_seg.distributed.start import alone
+from ema_seg.data.datamodule import check_batch_divides
+from ema_seg.distributed.start import single_process
 from ema_seg.early_checks import check_early
 from ema_seg.errors import ConfigError, did_you_mean, one_line
 from ema_seg.models import segmenter_from_config
@@ -21,16 +21,16 @@ from ema_seg.reporting import check_settings
 from ema_seg.training.loggers import check_loggers
 from ema_seg.training.losses import build_loss
 from ema_seg.training.optimisation import build_optimizer, build_schedule
-from ema_seg.training.strategy import named_processes
+from ema_seg.training.strategy import requested_world_size
 
 __all__ = ["check_config", "check_model"]
 
 # Placeholder: the number of classes is not known without the data, and only the model's head depends on it.
 _CLASSES = 2
 # Lightning's options that change the order of the samples.
-_SPOILING = ("overfit_batches", "reload_dataloaders_every_n_epochs")
+_REORDERING_OPTIONS = ("overfit_batches", "reload_dataloaders_every_n_epochs")
 # Lightning's options that at 0 skip all training or all validation.
-_NEEDED = ("limit_train_batches", "limit_val_batches", "max_steps")
+_NONZERO_OPTIONS = ("limit_train_batches", "limit_val_batches", "max_steps")
 # Placeholder above any warm-up: the number of steps is not known without the data.
 _STEPS = 2**40
 
@@ -52,9 +52,9 @@ def check_config(config: Mapping[str, Any]) -> None:
             "training.weight_averaging: the average would be a second model, whole on every device, which "
             "trainer.strategy=fsdp is there to avoid; set it to null, or use trainer=ddp."
         )
-    processes = named_processes(config["trainer"])
+    processes = requested_world_size(config["trainer"])
     if config["data"]["batch_size"] != "auto":
-        check_shares(config["data"]["batch_size"], processes)
+        check_batch_divides(config["data"]["batch_size"], processes)
     _check_loss(config["loss"])
     build_schedule(_check_optimizer(config["optimizer"]), _STEPS, **config["schedule"])
     check_loggers(config.get("logger", {}))
@@ -89,7 +89,7 @@ def _check_loss(terms: Mapping[str, Any]) -> None:
     """Build the loss and compute it once: torch checks some of its settings only then."""
     classes = _weighted_classes(terms) or _CLASSES
     try:
-        with alone():
+        with single_process():
             build_loss(terms, classes)(torch.zeros(1, classes, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64))
     except ConfigError:
         raise
@@ -121,7 +121,7 @@ def _check_trainer(settings: Mapping[str, Any], *, resumed: bool) -> None:
     for key in settings:
         if key not in known:
             raise ConfigError(f"trainer.{key}: Lightning's Trainer has no such option.{did_you_mean(key, known)}")
-    for key in _SPOILING:
+    for key in _REORDERING_OPTIONS:
         if settings.get(key):
             raise ConfigError(
                 f"trainer.{key}={settings[key]!r} changes the order of the samples, which a run that goes on could not "
@@ -137,7 +137,7 @@ def _check_trainer(settings: Mapping[str, Any], *, resumed: bool) -> None:
     # None and -1 leave the end to another option, such as max_steps.
     if epochs not in (None, -1) and not _is_whole(epochs, 1):
         raise ConfigError(f"epochs={epochs!r} (trainer.max_epochs) is no whole number of 1 or more.")
-    for key in _NEEDED:
+    for key in _NONZERO_OPTIONS:
         if settings.get(key) == 0:
             raise ConfigError(
                 f"trainer.{key}={settings[key]!r}: without training and validation no checkpoint could be chosen; it "

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ema_seg.distributed.preemption import Preemption
-from ema_seg.distributed.start import place
+from ema_seg.distributed.start import rank_info
 from ema_seg.errors import CheckpointError, ConfigError, one_line
 from ema_seg.escaping import for_terminal
 from ema_seg.models import load_checkpoint
@@ -26,11 +26,11 @@ __all__ = [
     "BestCheckpoint",
     "LastCheckpoint",
     "RunEarlyStopping",
-    "has_stopped",
     "load_last",
     "replace_last",
     "require_fitting_state",
     "require_same_model",
+    "stopped_early",
 ]
 
 _DEEPEST = 20  # levels in a checkpoint's state
@@ -38,7 +38,7 @@ LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 # Sections that determine a checkpoint's weights and optimiser state, and settings in them that affect neither.
 _FIXED = ("model", "attention", "placement", "optimizer")
-_FREE = ("model.encoder_weights", "attention.implementation")
+_CHANGEABLE_SETTINGS = ("model.encoder_weights", "attention.implementation")
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -148,15 +148,15 @@ class LastCheckpoint(Checkpoint):
         if leaving or (self.every and trainer.global_step % self.every == 0):
             trainer.save_checkpoint(self.path)
         if leaving:
-            self._leave(trainer, f"in epoch {trainer.current_epoch + 1}")
+            self._stop_preempted(trainer, f"in epoch {trainer.current_epoch + 1}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save a checkpoint, and stop if the run is preempted."""
         trainer.save_checkpoint(self.path)
         if self.preemption.is_due(now=True):
-            self._leave(trainer, f"after epoch {trainer.current_epoch + 1}")
+            self._stop_preempted(trainer, f"after epoch {trainer.current_epoch + 1}")
 
-    def _leave(self, trainer: Trainer, where: str) -> None:
+    def _stop_preempted(self, trainer: Trainer, where: str) -> None:
         self.preemption.leave(f" at step {trainer.global_step}, {where}; go on with resume={self.run}")
 
 
@@ -204,7 +204,7 @@ def load_last(run: Path) -> tuple[Path, dict[str, Any]]:
         if not previous.is_file():
             raise
         saved = _load_whole(previous)
-        if place().rank == 0:
+        if rank_info().rank == 0:
             told = f"warning: {error} Going on from {previous.name}, of step {saved['global_step']}."
             print(for_terminal(told), file=sys.stderr)
         return previous, saved
@@ -215,7 +215,7 @@ def replace_last(path: Path) -> None:
 
     Otherwise the next checkpoint would keep the unreadable file as ``previous.ckpt``.
     """
-    if path.name == PREVIOUS and place().rank == 0:
+    if path.name == PREVIOUS and rank_info().rank == 0:
         _link(path, path.with_name(LAST))
 
 
@@ -239,7 +239,7 @@ def require_same_model(saved: Mapping[str, Any], config: Mapping[str, Any], run:
     if bool(averaged[0]) != bool(averaged[1]):  # a checkpoint with averaging holds both kinds of weights
         differing.append(("training.weight_averaging", *averaged))
     for key, before, now in differing:
-        if key not in _FREE:
+        if key not in _CHANGEABLE_SETTINGS:
             raise ConfigError(
                 f"{key}={now}: resume={run} cannot change it, because its checkpoint has {before}; leave the override "
                 "out, or start a new run."
@@ -334,7 +334,7 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield from _leaves(item, f"{name}.{key}")
 
 
-def has_stopped(saved: Mapping[str, Any], trainer: Trainer) -> bool:
+def stopped_early(saved: Mapping[str, Any], trainer: Trainer) -> bool:
     """Return whether early stopping had ended the training of a checkpoint; Lightning would train one more epoch."""
     trained = saved["epoch"] + 1 >= (trainer.min_epochs or 0) and saved["global_step"] >= (trainer.min_steps or 0)
     return trained and any(

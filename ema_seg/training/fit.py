@@ -27,11 +27,11 @@ from ema_seg.training.checkpoints import (
     BestCheckpoint,
     LastCheckpoint,
     RunEarlyStopping,
-    has_stopped,
     load_last,
     replace_last,
     require_fitting_state,
     require_same_model,
+    stopped_early,
 )
 from ema_seg.training.loggers import build_loggers
 from ema_seg.training.losses import build_loss
@@ -44,7 +44,7 @@ __all__ = ["fit"]
 _MONITORED = "val/miou"
 
 # Warnings of the libraries about themselves, or about behaviour that is intended here.
-_NOISE = (
+_IGNORED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\)",
     r"Checkpoint directory .* exists and is not empty",
     r"The number of training batches .* is smaller than the logging interval",
@@ -88,14 +88,14 @@ def fit(
         EmaSegError: any error that the user can correct.
     """
     preemption = preemption or Preemption()
-    for message in _NOISE:
+    for message in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message)
     path, saved = load_last(run) if resume else (None, None)
     data = SegmentationDataModule(**config["data"])
     if path is not None and saved is not None:
         require_same_model(saved, config, run)
         check_classes(saved["classes"], data, path, "go on with those, or start a new run")
-    data.skipped.keep_in(run / "skipped.csv")
+    data.skipped.attach_file(run / "skipped.csv")
     data.setup("fit")
     weights = _weights_to_match(config, saved)
     model = segmenter_from_config(config, data.num_classes, pretrained=not resume, weights=weights)
@@ -121,19 +121,19 @@ def fit(
         own.append(ProgressBar())  # Lightning's other bar cuts its metrics off on a narrow terminal
     trainer = _build_trainer(config, run, [*own, *callbacks], progress)
     try:
-        if saved is not None and has_stopped(saved, trainer):
+        if saved is not None and stopped_early(saved, trainer):
             best.load_state_dict(saved["callbacks"][best.state_key])
-            return _best(best, run)
-        with data.explained(), preemption.deferred():
+            return _best_checkpoint_path(best, run)
+        with data.worker_errors_converted(), preemption.deferred():
             trainer.fit(module, data, ckpt_path=path, weights_only=True)
     except MisconfigurationException as error:
-        raise _refused(error) from error
+        raise _trainer_error(error) from error
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into a silent exit
             raise KeyboardInterrupt from None
         raise
     except Exception as error:
-        if path is not None and not start.reached and _is_of_checkpoint(error):
+        if path is not None and not start.reached and _is_restore_error(error):
             raise CheckpointError(
                 f"ckpt={path}: its state does not fit a training with these settings ({one_line(error)[:200]}); "
                 "restore the file and the settings, or start a new run."
@@ -146,7 +146,7 @@ def fit(
             "for, and trainer.accumulate_grad_batches makes up for it), lower data.augmentation.crop.height and width, "
             "or set trainer.precision=bf16-mixed."
         ) from error
-    return _best(best, run)
+    return _best_checkpoint_path(best, run)
 
 
 def _weights_to_match(config: Mapping[str, Any], saved: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -197,7 +197,7 @@ class _Start(Callback):
         self.on_start()
 
 
-def _is_of_checkpoint(error: Exception) -> bool:
+def _is_restore_error(error: Exception) -> bool:
     """Return whether an error comes from restoring a state, and neither from the machine nor from our own checks."""
     if isinstance(error, RuntimeError):
         return "state_dict" in str(error)
@@ -233,16 +233,16 @@ def _build_trainer(config: Mapping[str, Any], run: Path, callbacks: list[Callbac
             enable_model_summary=False,
         )
     except (MisconfigurationException, TypeError, ValueError) as error:
-        raise _refused(error) from error
-    _correct(trainer)
+        raise _trainer_error(error) from error
+    _patch_lightning(trainer)
     return trainer
 
 
-def _refused(error: Exception) -> ConfigError:
+def _trainer_error(error: Exception) -> ConfigError:
     return ConfigError(f"trainer: Lightning refuses these settings: {one_line(error)}")
 
 
-def _correct(trainer: Trainer) -> None:
+def _patch_lightning(trainer: Trainer) -> None:
     """Override three private hooks that Lightning has no setting for.
 
     - ``register_signal_handlers``: :class:`Preemption` handles the signals. Lightning's handler ends a training without
@@ -278,7 +278,7 @@ def _write_environment(run: Path, trainer: Trainer) -> None:
         write_file(run / "environment.json", f"{json.dumps(environment, indent=2)}\n".encode())
 
 
-def _best(keeper: BestCheckpoint, run: Path) -> Path:
+def _best_checkpoint_path(keeper: BestCheckpoint, run: Path) -> Path:
     best = Path(keeper.best_model_path)
     if not keeper.best_model_path or not best.is_file():
         raise CheckpointError(

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ema_seg.data.base import IGNORE_INDEX
 from ema_seg.distributed.collectives import global_sum, sum_in_place
-from ema_seg.distributed.start import place
+from ema_seg.distributed.start import rank_info
 from ema_seg.errors import ConfigError, did_you_mean
 
 __all__ = ["WeightedSum", "build_loss", "loss_names"]
@@ -33,7 +33,7 @@ def _global_mean(total: Tensor, count: Tensor) -> Tensor:
         count: their number, or the sum of their weights; not part of the graph. If it is 0 on all ranks, the mean is 0.
     """
     count = sum_in_place(count.clone())
-    return place().size * total * (count > 0) / count.where(count > 0, 1)
+    return rank_info().size * total * (count > 0) / count.where(count > 0, 1)
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, *, reduction: str, **options: Any) -> Tensor:

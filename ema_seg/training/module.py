@@ -14,16 +14,16 @@ from torch import Tensor, distributed, nn
 
 from ema_seg.data.base import IGNORE_INDEX
 from ema_seg.distributed.collectives import sum_in_place
-from ema_seg.distributed.start import alone, place
+from ema_seg.distributed.start import rank_info, single_process
 from ema_seg.errors import CheckpointError, ConfigError, TrainingError
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.evaluation.confusion import Scores
 from ema_seg.evaluation.inference import LESS_MEMORY, predict
 from ema_seg.models import load_segmenter, model_stride
-from ema_seg.models.limits import explained_memory, explained_sizes
+from ema_seg.models.limits import reraise_out_of_memory, reraise_size_errors
 from ema_seg.training.losses import build_loss
 from ema_seg.training.optimisation import build_optimizer, build_schedule
-from ema_seg.training.sharded import whole
+from ema_seg.training.sharded import full_tensor
 
 __all__ = ["SegmentationModule"]
 
@@ -119,7 +119,7 @@ class SegmentationModule(LightningModule):
         """Compute the loss of one batch of crops."""
         self._check_crops(batch["image"])
         try:
-            with explained_sizes(batch["image"]):
+            with reraise_size_errors(batch["image"]):
                 logits = self(batch["image"])
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
@@ -143,7 +143,7 @@ class SegmentationModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Record the gradient norm, which shows whether a block makes gradients vanish or explode."""
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
         self.sums[2:4] += torch.stack([norm.float(), torch.ones_like(norm, dtype=torch.float32)])
         self.sums[4] = torch.maximum(self.sums[4], norm.float())
 
@@ -177,7 +177,7 @@ class SegmentationModule(LightningModule):
         """Reset the scores of the validation, and broadcast the model's buffers."""
         self.confusion = ConfusionMatrix(len(self.classes))
         self.validation_loss, self.validation_images = 0.0, 0
-        if place().size > 1:
+        if rank_info().size > 1:
             # Rank 0's buffers are those in the checkpoints. The weights are equal on all ranks.
             for buffer in self.model.buffers():
                 distributed.broadcast(buffer, 0)
@@ -187,7 +187,7 @@ class SegmentationModule(LightningModule):
         for logits, target in zip(self.score(batch), batch["mask"], strict=True):
             if (target != IGNORE_INDEX).any():
                 # Without collectives: the ranks may have different numbers of images.
-                with alone(), explained_memory(logits[None], LESS_MEMORY):
+                with single_process(), reraise_out_of_memory(logits[None], LESS_MEMORY):
                     self.validation_loss += float(self.loss(logits[None], target[None]))
                 self.validation_images += 1
 
@@ -241,7 +241,7 @@ class SegmentationModule(LightningModule):
         """Restore the sums of the epoch: rank 0 takes the totals of loss and images, the others start those at zero."""
         if "sums" in checkpoint:
             self.sums.copy_(checkpoint["sums"])
-            if place().rank:
+            if rank_info().rank:
                 self.sums[:2] = 0
 
 

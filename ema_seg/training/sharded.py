@@ -12,9 +12,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from ema_seg.distributed.start import place
+from ema_seg.distributed.start import rank_info
 
-__all__ = ["ShardedStrategy", "whole"]
+__all__ = ["ShardedStrategy", "full_tensor"]
 
 # A block with fewer weights is sharded with its parent: an all-gather of its own would cost more than it saves.
 _LEAST_WEIGHTS = 100_000
@@ -33,7 +33,7 @@ class ShardedStrategy(DDPStrategy):
     def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]  # no wrapper: the module itself
         segmenter = cast(nn.Module, model.model)
         segmenter.to(memory_format=torch.contiguous_format)  # FSDP shards no other layout
-        self._mesh: DeviceMesh = init_device_mesh(self.root_device.type, (place().size,))
+        self._mesh: DeviceMesh = init_device_mesh(self.root_device.type, (rank_info().size,))
         for block in _blocks(segmenter):
             fully_shard(block, mesh=self._mesh)
         fully_shard(segmenter, mesh=self._mesh)
@@ -69,13 +69,13 @@ class ShardedStrategy(DDPStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the full weights on the CPU on rank 0, and an empty dict on the others."""
-        return _whole_state(super().lightning_module_state_dict())
+        return gather_full_state(super().lightning_module_state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the full state on the CPU on rank 0, and an empty dict on the others."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
-        return _whole_state(optimizer.state_dict())
+        return gather_full_state(optimizer.state_dict())
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load this rank's shard of the full state."""
@@ -112,15 +112,15 @@ def _blocks(segmenter: nn.Module) -> list[nn.Module]:
     return [block for block in reversed(called) if sum(p.numel() for p in block.parameters()) >= _LEAST_WEIGHTS]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return the full tensor, all-gathered if it is sharded; a collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _whole_state(value: Any) -> Any:
+def gather_full_state(value: Any) -> Any:
     """Gather the sharded tensors of a state; return an empty dict on ranks other than 0. A collective."""
     gathered = _gather(value)
-    return gathered if place().rank == 0 else {}
+    return gathered if rank_info().rank == 0 else {}
 
 
 def _gather(value: Any) -> Any:
@@ -130,5 +130,5 @@ def _gather(value: Any) -> Any:
         return [_gather(item) for item in value]
     if isinstance(value, DTensor):
         gathered = value.full_tensor()
-        return gathered.cpu() if place().rank == 0 else torch.empty(0)
+        return gathered.cpu() if rank_info().rank == 0 else torch.empty(0)
     return value

@@ -10,14 +10,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ema_seg.distributed.start import Place, place
+from ema_seg.distributed.start import RankInfo, rank_info
 from ema_seg.errors import ConfigError
 from ema_seg.models import model_stride
 from ema_seg.models.mode import evaluation_mode
 from ema_seg.training.sharded import ShardedStrategy
 from ema_seg.training.sync_batch_norm import SyncLayers
 
-__all__ = ["count_processes", "named_processes", "take_device", "trainer_arguments", "training_device"]
+__all__ = ["requested_world_size", "resolve_world_size", "set_cuda_device", "trainer_arguments", "training_device"]
 
 # Limit without GPUs, where a mistyped number could fill the node with processes.
 _PROCESSES_OF_A_CORE = 4
@@ -35,7 +35,7 @@ class _Devices(NamedTuple):
     last: int | None = None
 
 
-def named_processes(settings: Mapping[str, Any]) -> int:
+def requested_world_size(settings: Mapping[str, Any]) -> int:
     """Return the world size that ``trainer`` requests; 1 for each of devices and nodes that it leaves open.
 
     Raises:
@@ -45,13 +45,13 @@ def named_processes(settings: Mapping[str, Any]) -> int:
     return (asked.devices or 1) * (asked.machines or 1)
 
 
-def count_processes(settings: Mapping[str, Any], started_by: str | None = None) -> int:
+def resolve_world_size(settings: Mapping[str, Any], started_by: str | None = None) -> int:
     """Return the world size of the training.
 
     Args:
         settings: the section ``trainer``.
         started_by: the launcher that has started this process as one rank of a group, such as ``"torchrun"``; the
-            process must have ``joined`` the group. None if there is none.
+            process must have joined the process group. None if there is none.
 
     Raises:
         ConfigError: a setting is invalid, contradicts the processes that were started, or requests devices that this
@@ -75,7 +75,7 @@ def count_processes(settings: Mapping[str, Any], started_by: str | None = None) 
                 f"{_PROCESSES_OF_A_CORE * cores} at most."
             )
         return asked.devices or there or 1
-    here, there = place(), _count_devices(settings.get("accelerator"))
+    here, there = rank_info(), _count_devices(settings.get("accelerator"))
     _require_started(asked, here, started_by)
     if there is not None and here.local_size > there:
         raise ConfigError(
@@ -92,18 +92,18 @@ def training_device(settings: Mapping[str, Any]) -> torch.device:
     if not _count_devices(settings.get("accelerator")):
         return torch.device("cpu")
     devices = settings.get("devices")
-    local = place().local_rank
+    local = rank_info().local_rank
     return torch.device("cuda", devices[local] if isinstance(devices, list) else local)
 
 
-def take_device(settings: Mapping[str, Any]) -> None:
+def set_cuda_device(settings: Mapping[str, Any]) -> None:
     """Make the GPU that this process trains on the current CUDA device."""
     device = training_device(settings)
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
-def _require_started(asked: _Devices, here: Place, started_by: str) -> None:
+def _require_started(asked: _Devices, here: RankInfo, started_by: str) -> None:
     if asked.devices not in (None, here.local_size):
         raise ConfigError(
             f"{asked.devices} is the number of devices, but {started_by} has started {here.local_size} processes on "
@@ -163,7 +163,7 @@ def trainer_arguments(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list
     Args:
         settings: the section ``trainer``.
     """
-    here = place()
+    here = rank_info()
     arguments = dict(settings)
     sync_batchnorm = arguments.pop("sync_batchnorm", False)
     environment: ClusterEnvironment
@@ -201,18 +201,20 @@ class _ReplicatedStrategy(DDPStrategy):
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         # DDP waits for the gradients of all parameters, unless it searches for unused ones first.
-        unused = _keeps_order(self.root_device) or _has_unused(cast(nn.Module, model.model), self.root_device)
+        unused = _needs_fixed_reduction_order(self.root_device) or _has_unused(
+            cast(nn.Module, model.model), self.root_device
+        )
         self._ddp_kwargs["find_unused_parameters"] = unused
         return super()._setup_model(model)
 
 
-def _keeps_order(device: torch.device) -> bool:
+def _needs_fixed_reduction_order(device: torch.device) -> bool:
     """Return whether a resumed run must all-reduce gradients in the same order as an uninterrupted run.
 
     After the first step DDP reorders its gradient buckets, unless it searches for unused parameters. That changes the
     order in which three or more ranks add up a gradient.
     """
-    return place().size > 2 and (device.type == "cpu" or torch.are_deterministic_algorithms_enabled())
+    return rank_info().size > 2 and (device.type == "cpu" or torch.are_deterministic_algorithms_enabled())
 
 
 def _has_unused(segmenter: nn.Module, device: torch.device) -> bool:

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ema_seg.distributed.collectives import sum_in_place
-from ema_seg.distributed.start import place
+from ema_seg.distributed.start import rank_info
 
 __all__ = ["SyncLayers"]
 
@@ -56,7 +56,7 @@ class _SyncOnAnyDevice(_AnyBatchNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or place().size == 1:
+        if not self.training or rank_info().size == 1:
             return super().forward(x)
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         y, mean, variance, count = _Normalise.apply(values, self.weight, self.bias, self.eps)
@@ -83,7 +83,7 @@ class _Normalise(torch.autograd.Function):
     def forward(
         context: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        axes, own = _others(x), x.numel() // x.shape[1]
+        axes, own = _reduced_axes(x), x.numel() // x.shape[1]
         variance, mean = torch.var_mean(x, axes, correction=0)
         parts = torch.stack(_gathered(torch.stack([mean, variance, torch.full_like(mean, own)])))  # (processes, 3, C)
         means, variances, counts = parts.unbind(dim=1)
@@ -92,36 +92,36 @@ class _Normalise(torch.autograd.Function):
         # Variance within the ranks plus variance between them: a sum of squares would cancel under a large mean.
         variance = ((variances + (means - mean).square()) * counts).sum(dim=0) / count
         scale = (variance + eps).rsqrt()
-        normalised = (x - _along(mean, x)) * _along(scale, x)
+        normalised = (x - _broadcastable(mean, x)) * _broadcastable(scale, x)
         context.save_for_backward(normalised, scale, weight, count)
         context.mark_non_differentiable(mean, variance, count)
-        y = normalised if weight is None else normalised * _along(weight, x)
-        return y if bias is None else y + _along(bias, x), mean, variance, count
+        y = normalised if weight is None else normalised * _broadcastable(weight, x)
+        return y if bias is None else y + _broadcastable(bias, x), mean, variance, count
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         normalised, scale, weight, count = context.saved_tensors
-        axes = _others(gradient)
+        axes = _reduced_axes(gradient)
         own = torch.stack([gradient.sum(axes), (gradient * normalised).sum(axes)])
-        along_mean, along_values = (_along(total / count, gradient) for total in sum_in_place(own.clone()))
+        along_mean, along_values = (_broadcastable(total / count, gradient) for total in sum_in_place(own.clone()))
         factor = scale if weight is None else scale * weight
-        inward = (gradient - along_mean - normalised * along_values) * _along(factor, gradient)
+        inward = (gradient - along_mean - normalised * along_values) * _broadcastable(factor, gradient)
         # The gradients of weight and bias are reduced later, with those of all other parameters.
         return inward, None if weight is None else own[1], None if weight is None else own[0], None
 
 
 def _gathered(tensor: Tensor) -> list[Tensor]:
-    parts = [torch.empty_like(tensor) for _ in range(place().size)]
+    parts = [torch.empty_like(tensor) for _ in range(rank_info().size)]
     distributed.all_gather(parts, tensor)
     return parts
 
 
-def _others(x: Tensor) -> list[int]:
+def _reduced_axes(x: Tensor) -> list[int]:
     """Return all axes but the channels'."""
     return [axis for axis in range(x.dim()) if axis != 1]
 
 
-def _along(values: Tensor, x: Tensor) -> Tensor:
+def _broadcastable(values: Tensor, x: Tensor) -> Tensor:
     """Reshape per-channel values so that they broadcast with ``x``."""
     return values.view(1, -1, *(1,) * (x.dim() - 2))

@@ -6,10 +6,10 @@ from lightning import Trainer
 
 from ema_seg.errors import ConfigError
 
-__all__ = ["Course", "find_obstacle", "require_validation"]
+__all__ = ["TrainingPlan", "explain_missing_validation", "require_validation"]
 
 
-class Course(NamedTuple):
+class TrainingPlan(NamedTuple):
     """Course of a training: its validations, its end and its start.
 
     Attributes:
@@ -50,7 +50,7 @@ def require_validation(trainer: Trainer) -> None:
     if not isinstance(trainer.val_check_batch, int):
         return  # validations are timed
     progress = loop.epoch_loop.batch_progress
-    course = Course(
+    course = TrainingPlan(
         batches=int(loop.max_batches),
         interval=trainer.val_check_batch,
         every=trainer.check_val_every_n_epoch,
@@ -62,11 +62,11 @@ def require_validation(trainer: Trainer) -> None:
         total=progress.total.ready,
         step=trainer.global_step,
     )
-    if obstacle := find_obstacle(course):
+    if obstacle := explain_missing_validation(course):
         raise ConfigError(obstacle)
 
 
-def find_obstacle(course: Course) -> str | None:
+def explain_missing_validation(course: TrainingPlan) -> str | None:
     """Describe the setting that prevents the first validation of a training; None if the training reaches it."""
     needed = _batches_to_validation(course)
     if course.epochs is not None:
@@ -91,7 +91,7 @@ def find_obstacle(course: Course) -> str | None:
     return None
 
 
-def _batches_to_validation(course: Course) -> int:
+def _batches_to_validation(course: TrainingPlan) -> int:
     if course.every is None:
         return course.interval - course.total % course.interval
     if (course.epoch + 1) % course.every == 0:
@@ -102,7 +102,7 @@ def _batches_to_validation(course: Course) -> int:
     return (following - course.epoch) * course.batches - course.batch + course.interval
 
 
-def _steps(course: Course, batches: int) -> int:
+def _steps(course: TrainingPlan, batches: int) -> int:
     """Count the optimiser steps in the next ``batches`` batches; the last batch of an epoch always ends a step."""
     epochs, rest = divmod(course.batch + batches, course.batches)
     each = -(-course.batches // course.accumulate)

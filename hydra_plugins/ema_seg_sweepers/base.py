@@ -30,7 +30,7 @@ from ema_seg.sweeps import (
     ANY,
     Plan,
     PlannedJob,
-    identity,
+    hash_config,
     is_settled,
     job_name,
     job_state,
@@ -45,13 +45,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Keys that, like machine keys, are left out of the name of a sweep's folder: they change where or how far the sweep
 # runs, or how it is compared, but not which sweep it is. The other keys of ``sweep`` are part of the name.
-_NOT_OF_THE_NAME = (
+_UNNAMED_KEYS = (
     *("seed", "launcher", "hydra"),
     *("sweep.trials", "sweep.parallel", "sweep.retry", "sweep.baseline", "sweep.groups", "sweep.deal_devices"),
 )
 
 # Settings of the sweepers that must be mappings, with an example of each.
-_BY_NAME = {
+_MAPPING_SETTINGS = {
     "grid": "{attention: [se, ema]}",
     "variants": "{wide: attention.factor=8}",
     "space": "{optimizer.lr: 'interval(1e-4,1e-2)'}",
@@ -82,7 +82,7 @@ class FolderSweeper(Sweeper):
             if override.key_or_group == "report.dir":
                 raise ConfigError(f"{override.input_line}: the jobs of a sweep each keep their own; leave it out.")
         self._check_settings()
-        self.named = sorted(str(override.input_line) for override in overrides if self._is_of_the_name(override))
+        self.named = sorted(str(override.input_line) for override in overrides if self._names_sweep(override))
         if self.config.sweep.id is None:
             with open_dict(self.config):
                 self.config.sweep.id = hashlib.sha256("\n".join(self.named).encode()).hexdigest()[:6]
@@ -121,7 +121,7 @@ class FolderSweeper(Sweeper):
                 f"sweep.groups={groups!r} are no lists of classes by a name; give them as "
                 "'sweep.groups={thin: [pole, fence]}'."
             )
-        for key, example in _BY_NAME.items():
+        for key, example in _MAPPING_SETTINGS.items():
             if not isinstance(self.settings.get(key) or {}, dict):
                 raise ConfigError(
                     f"sweep.{key}={self.settings[key]!r} has nothing by name; give it as 'sweep.{key}={example}'."
@@ -132,9 +132,9 @@ class FolderSweeper(Sweeper):
         if not isinstance(retry, bool):
             raise ConfigError(f"sweep.retry={retry!r} is neither true nor false.")
 
-    def _is_of_the_name(self, override: Override) -> bool:
+    def _names_sweep(self, override: Override) -> bool:
         assert self.config is not None
-        left_out = [*_NOT_OF_THE_NAME, *(key for key in machine_keys(self.config) if key != "sweep")]
+        left_out = [*_UNNAMED_KEYS, *(key for key in machine_keys(self.config) if key != "sweep")]
         key = override.key_or_group.replace("/", ".")
         return key != "sweep" and not any(key == name or key.startswith(f"{name}.") for name in left_out)
 
@@ -143,12 +143,12 @@ class FolderSweeper(Sweeper):
         assert self.hydra_context is not None
         return OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(list(texts))
 
-    def plan_job(self, overrides: Sequence[str], told_apart_by: Mapping[str, str]) -> PlannedJob:
+    def plan_job(self, overrides: Sequence[str], distinguishing: Mapping[str, str]) -> PlannedJob:
         """Compose and check a job's configuration; return the job with its identity, or why it is impossible.
 
         Args:
             overrides: all overrides of the job.
-            told_apart_by: the overrides that distinguish it from the other jobs, text by key.
+            distinguishing: the overrides that distinguish it from the other jobs, text by key.
         """
         assert self.hydra_context is not None and self.config is not None
         key, epochs, impossible = hashlib.sha256(repr(sorted(overrides)).encode()).hexdigest()[:12], None, None
@@ -157,7 +157,7 @@ class FolderSweeper(Sweeper):
             with open_dict(composed):
                 del composed["hydra"]
             config = plain_config(composed)
-            key, epochs = identity(config), config["epochs"]
+            key, epochs = hash_config(config), config["epochs"]
             check(config)
         except EmaSegError as error:
             impossible = str(error)
@@ -165,9 +165,9 @@ class FolderSweeper(Sweeper):
             impossible = one_line(error)
         except Exception as error:  # a bad combination must not end the sweep
             impossible = f"{type(error).__name__}: {one_line(error)}"
-        return PlannedJob(key, job_name(told_apart_by, key), dict(told_apart_by), epochs, impossible)
+        return PlannedJob(key, job_name(distinguishing, key), dict(distinguishing), epochs, impossible)
 
-    def unite(self, jobs: Sequence[PlannedJob]) -> list[PlannedJob]:
+    def merge_duplicates(self, jobs: Sequence[PlannedJob]) -> list[PlannedJob]:
         """Merge jobs of the same identity into the first; overrides in which they differ become ``ANY``."""
         united: dict[str, PlannedJob] = {}
         for job in jobs:
@@ -222,7 +222,7 @@ class FolderSweeper(Sweeper):
             deaths: number of times each job's process died; updated in place.
         """
         assert self.launcher is not None
-        before = {name: self._start_of(name) for name in jobs}
+        before = {name: self._job_start_time(name) for name in jobs}
         results: Sequence[JobReturn] = []
         death = "its process ended without a word"
         try:
@@ -236,7 +236,7 @@ class FolderSweeper(Sweeper):
         # A launcher may give up at the first death while its other jobs still run.
         while any(job_state(self.folder / name).name == "running" for name in jobs):
             time.sleep(1)
-        started = {name for name in jobs if self._start_of(name) != before[name]}
+        started = {name for name in jobs if self._job_start_time(name) != before[name]}
         if not started and not results:
             raise ConfigError(f"the launcher could not start any job: {death}.")
         ended = {name for name in started if job_state(self.folder / name).name in ("interrupted", "missing")}
@@ -247,7 +247,7 @@ class FolderSweeper(Sweeper):
                 record_failure(self.folder / name, death)
         return {name for name in ended if deaths[name] == 1} | (set() if results else jobs.keys() - started)
 
-    def _start_of(self, name: str) -> int | None:
+    def _job_start_time(self, name: str) -> int | None:
         try:
             return (self.folder / name / "job.json").stat().st_mtime_ns
         except OSError:

@@ -25,11 +25,11 @@ class GridSweeper(FolderSweeper):
         """Plan the jobs, report impossible ones, run the others, and compare."""
         self.open_folder(arguments)
         combinations = list(self._combinations(arguments))
-        planned = [self.plan_job(overrides, told_apart_by) for overrides, told_apart_by in combinations]
+        planned = [self.plan_job(overrides, distinguishing) for overrides, distinguishing in combinations]
         overrides_of: dict[str, list[str]] = {}
         for job, (overrides, _) in zip(planned, combinations, strict=True):
             overrides_of.setdefault(job.identity, overrides)
-        jobs = self.write_plan(self.unite(planned))
+        jobs = self.write_plan(self.merge_duplicates(planned))
         for job in jobs:
             if job.impossible:
                 chosen = " ".join(f"{key}={value}" for key, value in job.overrides.items())

@@ -23,7 +23,7 @@ class SearchSweeper(FolderSweeper):
         """Run trials with settings from the study and report their results to it, until there are enough."""
         self.open_folder(arguments)
         try:
-            from ema_seg.sweeps.search import Search
+            from ema_seg.sweeps.search import OptunaStudy
         except ImportError as error:
             raise ConfigError(f"sweep=search needs Optuna ({error}); pip install 'ema-seg[search]'.") from error
         settings = self.settings
@@ -31,7 +31,7 @@ class SearchSweeper(FolderSweeper):
             if type(settings[key]) is not int or settings[key] < least:
                 raise ConfigError(f"sweep.{key}={settings[key]!r} is no whole number of {least} or more.")
         fixed, space = self._split(arguments, by_dotted_key(settings["space"]))
-        search = Search(self.folder, seed=settings["seed"], grace=settings["grace"])
+        search = OptunaStudy(self.folder, seed=settings["seed"], grace=settings["grace"])
         search.check_space(_distributions(space), self.named)
 
         jobs: list[PlannedJob] = []  # one for each trial; two may be the same
@@ -46,7 +46,7 @@ class SearchSweeper(FolderSweeper):
                 job = self.plan_job(overrides, {key.lstrip("+"): value for key, value in values.items()})
                 jobs.append(job)
                 overrides_of.setdefault(job.identity, overrides)
-            plan = self.write_plan(self.unite(jobs))
+            plan = self.write_plan(self.merge_duplicates(jobs))
             new = {job.identity for job in jobs[first:]}
             to_do = [job for job in plan if job.identity in new and not self.is_settled(job)]
             self.launch({job.folder: overrides_of[job.identity] for job in to_do}, plan)

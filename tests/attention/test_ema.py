@@ -243,7 +243,7 @@ def test_every_implementation_computes_what_the_reference_does(implementation):
 @pytest.mark.parametrize("size", [1, 2**13, 2**15])
 def test_pytorch_operations_compute_the_same_in_parts_of_any_size(block, layout, size, monkeypatch):
     """A group of an image, some groups of an image, and several images at a time."""
-    monkeypatch.setattr(factorised, "_PART_ON_CPU", size)
+    monkeypatch.setattr(factorised, "_CHUNK_BYTES_CPU", size)
     block = randomised(block(12, factor=3).double(), scale=0.5)
     x, dy = laid_out(random((5, 12, 9, 11)), layout), random((5, 12, 9, 11), seed=2)
 
@@ -273,7 +273,7 @@ class LargeResults(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_on_a_cpu_only_the_results_of_pytorch_operations_have_the_size_of_the_input(layout, dtype, monkeypatch):
-    monkeypatch.setattr(factorised, "_PART_ON_CPU", 2**14)
+    monkeypatch.setattr(factorised, "_CHUNK_BYTES_CPU", 2**14)
     parameters = EMA(16, factor=2)._parameters_of_block()
     parameters = parameters._replace(w1=parameters.w1.flatten(1))
     x, dy = (laid_out(random((4, 16, 24, 20), dtype=dtype), layout) for _ in range(2))
@@ -679,7 +679,7 @@ def test_auto_takes_kernels_and_says_which():
 
 def test_auto_takes_the_first_kernels_that_compute_the_input(monkeypatch):
     """As on a CUDA device, for which there are no C++ kernels."""
-    monkeypatch.setattr(choice, "_unavailable", lambda kernels, *_: "not here" if kernels == "cpp" else None)
+    monkeypatch.setattr(choice, "_reason_unavailable", lambda kernels, *_: "not here" if kernels == "cpp" else None)
 
     assert EMA(8, factor=2).implementation_for(torch.zeros(1, 8, 2, 2)) == "triton"
 

@@ -26,7 +26,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-library = cpp._library.__wrapped__  # what a process finds that asks for the kernels for the first time
+library = cpp._load_library.__wrapped__  # what a process finds that asks for the kernels for the first time
 
 
 def compiler(folder, name, script):
@@ -131,8 +131,8 @@ def test_the_cache_is_the_users_unless_a_variable_says_otherwise(monkeypatch, tm
 
 def test_without_the_kernels_auto_computes_with_pytorch_and_a_request_for_them_says_why(cache, monkeypatch):
     monkeypatch.setenv("CXX", "false")
-    monkeypatch.setattr(cpp, "_library", library)
-    monkeypatch.setattr(choice, "_unavailable", choice._unavailable.__wrapped__)
+    monkeypatch.setattr(cpp, "_load_library", library)
+    monkeypatch.setattr(choice, "_reason_unavailable", choice._reason_unavailable.__wrapped__)
     monkeypatch.setattr(choice, "KERNELS", {"cpp": "cpp", "factorised": "factorised"})
     x = torch.zeros(1, 8, 3, 3)
 

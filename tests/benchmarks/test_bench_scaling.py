@@ -8,7 +8,7 @@ from torch import distributed
 
 from configs.command_line import plain_config
 from ema_seg.distributed import start
-from ema_seg.distributed.start import Place
+from ema_seg.distributed.start import RankInfo
 from tests.conftest import QUICK, ROOT
 
 
@@ -73,12 +73,12 @@ def test_a_process_that_steps_alone_exchanges_nothing(bench, monkeypatch):
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(distributed, "all_reduce", exchanged.append)
-    monkeypatch.setattr(start, "_place_in_environment", lambda: Place(0, 2, 0, 2))
+    monkeypatch.setattr(start, "_place_in_environment", lambda: RankInfo(0, 2, 0, 2))
     batch = {"image": torch.rand(2, 3, 64, 64), "mask": torch.zeros(2, 64, 64, dtype=torch.int64)}
 
     bench.stepper(config, 11, torch.device("cpu"), together=False)(batch)
 
-    assert start.place().size == 2
+    assert start.rank_info().size == 2
     assert exchanged == []
 
 

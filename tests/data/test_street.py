@@ -17,7 +17,7 @@ from ema_seg.data.base import IGNORE_INDEX
 from ema_seg.data.cityscapes import CityscapesDataset
 from ema_seg.data.street import StreetDataset
 from ema_seg.data.street_scene import LabelId, render_scene
-from ema_seg.distributed.start import Place
+from ema_seg.distributed.start import RankInfo
 from ema_seg.errors import ConfigError, DataError
 
 TINY = {"height": 48, "width": 96, "train_images": 3, "val_images": 2, "test_images": 1}
@@ -113,7 +113,7 @@ def test_the_first_process_says_once_and_in_one_line_what_it_writes_and_where(
         StreetDataset(tmp_path, **TINY)
     assert capsys.readouterr() == ("", f"Generating 6 street scenes in {tmp_path}\n")
 
-    monkeypatch.setattr("ema_seg.data.street.place", lambda: Place(1, 2, 1, 2))
+    monkeypatch.setattr("ema_seg.data.street.rank_info", lambda: RankInfo(1, 2, 1, 2))
     StreetDataset(tmp_path / "other", **TINY)
     assert capsys.readouterr() == ("", "")
 

@@ -16,7 +16,7 @@ class Freed:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
 
-preemption._PATIENCE = 0.1
+preemption._FORCED_EXIT_SECONDS = 0.1
 {earlier}
 with preemption.Preemption().watched():
     Freed()
@@ -30,7 +30,7 @@ def run(earlier, seconds):
 
 
 # Within a training the last word is its own, also where the process would have left before.
-@pytest.mark.parametrize("earlier", ["", "leaving.leave_when_asked()"])
+@pytest.mark.parametrize("earlier", ["", "leaving.install_exit_handlers()"])
 def test_a_process_leaves_also_where_what_its_handler_raises_is_dropped(earlier):
     done = run(earlier, 60)
 
@@ -43,9 +43,9 @@ SWALLOWED = """
 import os, signal, time
 from ema_seg.distributed import leaving
 
-leaving._PATIENCE = 0.1
-leaving.leave_when_asked()
-with leaving.as_asked():
+leaving._FORCED_EXIT_SECONDS = 0.1
+leaving.install_exit_handlers()
+with leaving.exit_if_preempted():
     try:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
@@ -63,7 +63,7 @@ def test_a_process_that_is_asked_to_leave_ends_so_whatever_is_made_of_it(then):
     assert done.stderr == "stopped by SIGTERM outside of the training; give the command again.\n"
 
 
-@pytest.mark.parametrize("later", ["", "; leaving.leave_when_asked()"])
+@pytest.mark.parametrize("later", ["", "; leaving.install_exit_handlers()"])
 def test_a_process_goes_on_where_an_earlier_handler_has_it_go_on(later):
     """As submitit's, which leaves the decision to another signal."""
     done = run(f"signal.signal(signal.SIGTERM, lambda number, frame: print('passed over', number)){later}", 0.5)

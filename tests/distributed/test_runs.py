@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ema_seg import run
-from ema_seg.distributed.start import Place
+from ema_seg.distributed.start import RankInfo
 from ema_seg.errors import ConfigError, Preempted, TrainingError
 from ema_seg.reporting import assessment
 from ema_seg.training import strategy
@@ -15,7 +15,7 @@ def group(monkeypatch):
     """Pretends that this process is the second of two, on a machine with two GPUs."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for module in (run, strategy, assessment):
-        monkeypatch.setattr(module, "place", lambda: Place(1, 2, 1, 2))
+        monkeypatch.setattr(module, "rank_info", lambda: RankInfo(1, 2, 1, 2))
 
 
 @pytest.mark.parametrize(("accelerator", "expected"), [("cpu", "cpu"), ("auto", "cuda"), ("gpu", "cuda")])
@@ -41,7 +41,7 @@ def test_processes_do_not_share_a_device_of_the_evaluation(group, monkeypatch, a
 
 def test_a_run_that_goes_on_has_the_batch_that_the_first_process_reads(group, monkeypatch, tmp_path):
     """Which writes the file, so that the others may find half of it."""
-    monkeypatch.setattr(run, "agree", lambda value: 6)
+    monkeypatch.setattr(run, "broadcast", lambda value: 6)
 
     assert run._batch_size({}, tmp_path, {"resume": True}) == 6
 
@@ -53,7 +53,7 @@ def test_a_report_that_was_there_before_is_not_taken_for_the_result(monkeypatch,
     monkeypatch.setattr(run, "run_together", lambda *arguments: None)
 
     with pytest.raises(TrainingError, match=r"report\.json was not written, though all 2 processes have ended well"):
-        run._report_of(print, 2, tmp_path)
+        run._run_and_load_report(print, 2, tmp_path)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -69,5 +69,5 @@ def test_a_signal_that_comes_after_the_report_comes_too_late(processes, monkeypa
     monkeypatch.setattr(run, "load_report", lambda path: path.read_text())
 
     with pytest.raises(Preempted):
-        run._report_of(work, processes, tmp_path, "")
-    assert run._report_of(work, processes, tmp_path, '{"miou": 1}') == '{"miou": 1}'
+        run._run_and_load_report(work, processes, tmp_path, "")
+    assert run._run_and_load_report(work, processes, tmp_path, '{"miou": 1}') == '{"miou": 1}'

@@ -12,7 +12,14 @@ import pytest
 from torch.distributed import HashStore
 
 from ema_seg.distributed import start
-from ema_seg.distributed.start import Place, ProcessFailed, Silent, place, run_together, started_group
+from ema_seg.distributed.start import (
+    ProcessFailed,
+    RankInfo,
+    SecondaryFailure,
+    detect_launcher,
+    rank_info,
+    run_together,
+)
 from ema_seg.errors import ConfigError, Preempted, TrainingError
 from tests.conftest import ROOT, free_port, is_alive
 from tests.distributed import workers
@@ -32,7 +39,7 @@ def test_processes_know_their_place_and_exchange_values(tmp_path):
         assert apart.startswith(f"{tmp_path / f'disk-{rank}'}: the run's folder must be on a disk that all machines")
         assert "the process 1 does not see what the process 0 writes" in apart
     assert first == second == {"agreed": "of 0", "gathered": [0, 1], "sum": 11, "global_sum": [3.0, 6.0]}
-    assert place() == Place(0, 1, 0, 1)
+    assert rank_info() == RankInfo(0, 1, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +72,7 @@ def test_a_process_that_fails_ends_the_others_with_its_word(how, kind, message, 
     ],
 )
 def test_what_the_operating_system_says_is_told_in_a_sentence(error, message):
-    told = start._told(start._word(error))
+    told = start.deserialize_error(start.serialize_error(error))
 
     assert type(told) is TrainingError
     assert str(told).startswith(message)
@@ -85,7 +92,7 @@ def test_what_the_operating_system_says_is_told_in_a_sentence(error, message):
 def test_the_reason_is_what_failed_first(word, codes, passed, message):
     store = HashStore()
     if word is not None:
-        store.set("failure", start._word(word))
+        store.set("failure", start.serialize_error(word))
 
     with pytest.raises((Exception, Preempted), match=f"^{message}"):
         raise start._failure(store, codes, passed)
@@ -93,22 +100,22 @@ def test_the_reason_is_what_failed_first(word, codes, passed, message):
 
 def test_processes_that_are_asked_to_leave_wait_for_each_other_and_end_with_the_same_status():
     store, first = HashStore(), Preempted("stopped by SIGUSR1.")
-    store.set("failure", start._word(first))
-    leaving = threading.Thread(target=start._leave_together, args=(store, Place(0, 2, 0, 1)))
+    store.set("failure", start.serialize_error(first))
+    leaving = threading.Thread(target=start._leave_together, args=(store, RankInfo(0, 2, 0, 1)))
 
     leaving.start()
     leaving.join(0.2)
     assert leaving.is_alive()
-    start._leave_together(store, Place(1, 2, 0, 1))
+    start._leave_together(store, RankInfo(1, 2, 0, 1))
     leaving.join(1)
 
     assert not leaving.is_alive()
-    assert [Silent(error).code for error in (first, ConfigError("seed=-1 is none."), None)] == [75, 1, 1]
+    assert [SecondaryFailure(error).code for error in (first, ConfigError("seed=-1 is none."), None)] == [75, 1, 1]
 
 
 def test_a_process_that_waits_for_one_that_was_asked_to_leave_ends_with_its_status(monkeypatch):
     store, ends = HashStore(), []
-    store.set("failure", start._word(Preempted("stopped by SIGUSR1.")))
+    store.set("failure", start.serialize_error(Preempted("stopped by SIGUSR1.")))
     monkeypatch.setattr(start, "_GRACE", 0.3)
     over = threading.Event()
 
@@ -117,7 +124,7 @@ def test_a_process_that_waits_for_one_that_was_asked_to_leave_ends_with_its_stat
         over.set()
 
     monkeypatch.setattr(os, "_exit", end)
-    start._end_with_others(store, Place(1, 2, 0, 1), over)
+    start._watchdog(store, RankInfo(1, 2, 0, 1), over)
 
     assert ends == [(75, True)]
 
@@ -186,8 +193,9 @@ def test_the_end_of_the_first_process_is_quiet_in_the_others():
 def start_two(how):
     """Exit statuses of two processes that are started as by torchrun or srun, and what they print as errors."""
     program = (
-        "from ema_seg.distributed.start import first_told, joined; from tests.distributed import workers\n"
-        f"with joined(), first_told(): workers.fail({how!r})"
+        "from ema_seg.distributed.start import process_group, report_first_failure\n"
+        "from tests.distributed import workers\n"
+        f"with process_group(), report_first_failure(): workers.fail({how!r})"
     )
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
@@ -244,7 +252,7 @@ def _children(parent):
 def test_whoever_has_started_the_processes_is_known(monkeypatch, variables, name, expected):
     monkeypatch.setattr(os, "environ", dict(variables))
 
-    assert started_group() == name
+    assert detect_launcher() == name
     assert {key: os.environ[key] for key in expected} == expected
 
 
@@ -253,7 +261,7 @@ def test_machines_have_as_many_tasks_of_slurm(monkeypatch):
     monkeypatch.setattr(os, "environ", {**layout, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"})
 
     with pytest.raises(ConfigError, match=r"unequal numbers of tasks on the machines \(2,1\); .*--ntasks-per-node"):
-        started_group()
+        detect_launcher()
 
 
 def test_a_process_that_ends_without_a_word_is_named():

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ema_seg.distributed.start import place, wait_for_all
+from ema_seg.distributed.start import barrier, rank_info
 from ema_seg.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def write(folder: Path, value: object) -> None:
     """Leave a process's result for the test."""
-    (folder / f"{place().rank}.json").write_text(json.dumps(value))
+    (folder / f"{rank_info().rank}.json").write_text(json.dumps(value))
 
 
 def sleep() -> None:
@@ -59,7 +59,7 @@ def train(config: dict[str, object], run: Path, folder: Path) -> None:
         return noted
 
     def ask(data: SegmentationDataModule) -> object:
-        if place().rank == 0:
+        if rank_info().rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         return load(data)
 
@@ -75,9 +75,9 @@ def train(config: dict[str, object], run: Path, folder: Path) -> None:
 def exchange(folder: Path) -> None:
     import torch
 
-    from ema_seg.distributed.collectives import agree, gather, global_sum, sum_in_place
+    from ema_seg.distributed.collectives import broadcast, gather, global_sum, sum_in_place
 
-    here = place()
+    here = rank_info()
     written = shared(folder)
     tensor = torch.tensor([1.0, 2.0], requires_grad=True)
     summed = global_sum(tensor * (here.rank + 1))
@@ -86,7 +86,7 @@ def exchange(folder: Path) -> None:
         folder,
         {
             "place": here,
-            "agreed": agree(f"of {here.rank}"),
+            "agreed": broadcast(f"of {here.rank}"),
             "gathered": gather(here.rank),
             "sum": sum_in_place(torch.tensor(10**here.rank)).item(),
             "global_sum": summed.tolist(),
@@ -100,7 +100,7 @@ def shared(folder: Path) -> list[object]:
     """What is said of a folder that two machines share, and of one that each has for itself; what one writes."""
     from ema_seg.distributed import collectives
 
-    rank, found = place().rank, []
+    rank, found = rank_info().rank, []
     collectives._LATENCY = 0.5
     for machines, own in ((2, folder / "disk"), (2, folder / f"disk-{rank}"), (1, folder / "none")):
         os.environ["LOCAL_WORLD_SIZE"] = str(2 // machines)
@@ -114,7 +114,7 @@ def shared(folder: Path) -> list[object]:
 
 def fail(how: str) -> None:
     """The second process fails; the first waits for it."""
-    if place().rank == 1:
+    if rank_info().rank == 1:
         if how == "mistake":
             raise ConfigError("seed=-1 is none.")
         if how == "error":
@@ -126,7 +126,7 @@ def fail(how: str) -> None:
         if how == "busy":
             raise ConfigError("seed=-1 is none.")
         if how == "first killed":
-            wait_for_all()
+            barrier()
         sys.exit(how)
     if how == "hang":
         raise ConfigError("seed=-1 is none.")
@@ -137,13 +137,13 @@ def fail(how: str) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         time.sleep(1000)
-    wait_for_all()
+    barrier()
 
 
 def share(root: Path, folder: Path, values: "Tensor") -> None:
     """All that is shared, because starting a process takes longer than any of it."""
     found = {"score": score(root, folder), "lose": lose(6), "normalise": normalise(values), "skip": skip()}
-    write(folder, {**found, "repeats": step_twice() if place().size == 3 else None})
+    write(folder, {**found, "repeats": step_twice() if rank_info().size == 3 else None})
 
 
 def step_twice() -> bool:
@@ -169,7 +169,7 @@ def step_twice() -> bool:
     strategy = _ReplicatedStrategy()
     strategy.parallel_devices = [torch.device("cpu")]
     model = strategy._setup_model(Module())
-    image = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(place().rank))
+    image = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(rank_info().rank))
     gradients = []
     for _ in range(2):
         model.zero_grad()
@@ -180,16 +180,16 @@ def step_twice() -> bool:
 
 def skip() -> list[object]:
     """What all processes know to be skipped, of which each could not read one; and what is said where that is a lot."""
-    from ema_seg.data.loading import Skipped
+    from ema_seg.data.loading import SkippedSamples
     from ema_seg.errors import DataError
 
-    rank, size = place()[:2]
+    rank, size = rank_info()[:2]
     found: list[object] = []
     for most in (size, 1):
-        skipped = Skipped(most)
+        skipped = SkippedSamples(most)
         skipped.add("val", f"{rank}", f"{rank}.png: cannot be read.")
         try:
-            skipped.share()
+            skipped.all_gather()
             found.append(sorted(name for _, name in skipped.samples))
         except DataError as error:
             found.append(str(error))
@@ -210,7 +210,7 @@ def score(root: Path, folder: Path) -> dict[str, object]:
     data = SegmentationDataModule(
         name="camvid",
         root=root,
-        batch_size=place().size,
+        batch_size=rank_info().size,
         evaluation_batch_size=2,
         workers=0,
         augmentation={},
@@ -244,7 +244,7 @@ def lose(size: int) -> dict[str, object]:
     """The value and the gradient of every loss, of this process's part of a batch."""
     from ema_seg.training.losses import build_loss, loss_names
 
-    here, found = place(), {}
+    here, found = rank_info(), {}
     for name in loss_names():
         parts = [part.chunk(here.size) for part in batch_of(size)]
         logits, target = (part[here.rank] for part in parts)
@@ -265,7 +265,7 @@ def normalise(values: "Tensor") -> dict[str, object]:
     from ema_seg.distributed.collectives import sum_in_place
     from ema_seg.training.sync_batch_norm import SyncLayers
 
-    here, found = place(), {}
+    here, found = rank_info(), {}
     for name, layer in {"plain": nn.BatchNorm2d(3), "timm": BatchNormAct2d(3)}.items():
         model = nn.Sequential(layer)
         with torch.no_grad():

@@ -10,7 +10,7 @@ from PIL import Image
 from ema_seg.errors import DataError
 from ema_seg.reporting import predictions
 from ema_seg.reporting.files import Manifest, file_names, write_file
-from ema_seg.reporting.predictions import PredictionWriter, _acquire, hold_report
+from ema_seg.reporting.predictions import PredictionWriter, _acquire, lock_report
 
 PALETTE = [[128, 64, 128], [0, 0, 142], [250, 170, 30]]
 
@@ -103,12 +103,12 @@ def test_a_second_evaluation_waits_for_the_first(tmp_path, monkeypatch, capsys):
         return acquired
 
     def evaluate():
-        with hold_report(tmp_path):
+        with lock_report(tmp_path):
             done.append("second")
 
     monkeypatch.setattr(predictions, "_acquire", acquire)
     other = threading.Thread(target=evaluate)
-    with hold_report(tmp_path):
+    with lock_report(tmp_path):
         other.start()
         assert refused.wait(20)
         done.append("first")

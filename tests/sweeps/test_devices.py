@@ -6,14 +6,14 @@ from contextlib import ExitStack
 import pytest
 
 from ema_seg.errors import ConfigError
-from ema_seg.sweeps import deal_devices, devices
+from ema_seg.sweeps import claim_devices, devices
 
 # Devices that are not there: what torch would count is told to it.
 PROGRAM = (
-    "import os, sys; from pathlib import Path; from ema_seg.sweeps import deal_devices, devices\n"
+    "import os, sys; from pathlib import Path; from ema_seg.sweeps import claim_devices, devices\n"
     "devices.count_devices = lambda: int(sys.argv[2])\n"
-    "first = deal_devices(Path(sys.argv[1]))\n"
-    "assert deal_devices(Path(sys.argv[1])) == first == os.environ.get('CUDA_VISIBLE_DEVICES', first)\n"
+    "first = claim_devices(Path(sys.argv[1]))\n"
+    "assert claim_devices(Path(sys.argv[1])) == first == os.environ.get('CUDA_VISIBLE_DEVICES', first)\n"
     "print(first, flush=True); sys.stdin.read()"
 )
 
@@ -71,8 +71,8 @@ def test_devices_that_cannot_be_dealt_are_refused(tmp_path, monkeypatch, numbers
 
     with pytest.raises(ConfigError, match=message):
         for number in numbers:
-            assert deal_devices(tmp_path, number) == "4,7"
-            assert deal_devices(tmp_path, number) == "4,7"  # of the next job
+            assert claim_devices(tmp_path, number) == "4,7"
+            assert claim_devices(tmp_path, number) == "4,7"  # of the next job
 
 
 def test_names_that_are_no_file_names_are_dealt(start):
@@ -83,5 +83,5 @@ def test_where_cuda_finds_no_device_none_is_dealt(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     monkeypatch.setattr("ema_seg.sweeps.devices.count_devices", lambda: 0)
 
-    assert deal_devices(tmp_path) is deal_devices(tmp_path, [0, 1]) is None
+    assert claim_devices(tmp_path) is claim_devices(tmp_path, [0, 1]) is None
     assert not list(tmp_path.iterdir())

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 
-from ema_seg.sweeps import identity, job_name
+from ema_seg.sweeps import hash_config, job_name
 
 CONFIG = {
     "seed": 0,
@@ -43,7 +43,7 @@ def with_change(key, value):
     ],
 )
 def test_where_and_how_a_job_runs_is_no_part_of_it(key, value):
-    assert identity(with_change(key, value)) == identity(CONFIG)
+    assert hash_config(with_change(key, value)) == hash_config(CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_where_and_how_a_job_runs_is_no_part_of_it(key, value):
     [("seed", 1), ("epochs", 5), ("attention.factor", 8), ("data.batch_size", 8), ("trainer.precision", "bf16-mixed")],
 )
 def test_what_changes_the_result_is_part_of_it(key, value):
-    assert identity(with_change(key, value)) != identity(CONFIG)
+    assert hash_config(with_change(key, value)) != hash_config(CONFIG)
 
 
 def test_the_folder_of_data_folder_names_the_data():
@@ -59,20 +59,20 @@ def test_the_folder_of_data_folder_names_the_data():
     other = copy.deepcopy(folder)
     other["data"]["root"] = "/b"
 
-    assert identity(folder) != identity(other)
+    assert hash_config(folder) != hash_config(other)
 
 
 def test_where_no_block_sits_is_no_part_of_a_job():
     def identity_of(attention, place):
         changed = with_change("attention.name", attention)
-        return identity({**changed, "placement": {"decoder": place == "decoder", "head": place == "head"}})
+        return hash_config({**changed, "placement": {"decoder": place == "decoder", "head": place == "head"}})
 
     assert identity_of("none", "head") == identity_of("none", "decoder")
     assert identity_of("ema", "head") != identity_of("ema", "decoder")
 
 
 def test_the_order_of_keys_does_not_matter():
-    assert identity(dict(reversed(CONFIG.items()))) == identity(CONFIG)
+    assert hash_config(dict(reversed(CONFIG.items()))) == hash_config(CONFIG)
 
 
 def test_a_jobs_folder_can_be_read_and_typed():

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from ema_seg.errors import ConfigError, DataError, Preempted, TrainingError
-from ema_seg.sweeps import Pruned, hold_run, job_state, read_job, run_job
+from ema_seg.sweeps import Pruned, job_state, lock_run, read_job, run_job
 
 JOB = {"identity": "1a", "overrides": {"attention": "ema"}}
 
@@ -56,9 +56,9 @@ def test_a_failed_job_is_tried_once_more(tmp_path):
 
 
 def test_a_job_that_is_held_is_not_run(tmp_path):
-    with hold_run(tmp_path):
+    with lock_run(tmp_path):
         assert job_state(tmp_path).name == "running"
-        with pytest.raises(ConfigError, match="another process is training this run"), hold_run(tmp_path):
+        with pytest.raises(ConfigError, match="another process is training this run"), lock_run(tmp_path):
             pass
     assert job_state(tmp_path).name == "missing"
 

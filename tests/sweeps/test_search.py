@@ -6,13 +6,13 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from ema_seg.errors import ConfigError
 from ema_seg.sweeps import JobState, Pruned
-from ema_seg.sweeps.search import GiveUp, Search
+from ema_seg.sweeps.search import OptunaStudy, PruningCallback
 
 SPACE = {"lr": FloatDistribution(1e-4, 1e-2, log=True), "attention": CategoricalDistribution(["none", "ema"])}
 
 
 def search(folder, grace=1):
-    return Search(folder, seed=0, grace=grace)
+    return OptunaStudy(folder, seed=0, grace=grace)
 
 
 def run_trials(folder, numbers):
@@ -28,7 +28,7 @@ def run_trials(folder, numbers):
 def validate(folder, number, epoch, score, grace=1):
     """Let the trial's callback see a validation."""
     trainer = SimpleNamespace(current_epoch=epoch, callback_metrics={"val/miou": score}, is_global_zero=True)
-    GiveUp(folder, number, seed=0, grace=grace).on_validation_end(trainer, None)
+    PruningCallback(folder, number, seed=0, grace=grace).on_validation_end(trainer, None)
 
 
 def test_a_search_that_was_cut_off_asks_for_what_it_would_have(tmp_path):

@@ -4,7 +4,7 @@ from hydra import compose, initialize_config_dir
 
 from configs.command_line import plain_config
 from ema_seg.attention import build_attention
-from ema_seg.distributed.start import alone
+from ema_seg.distributed.start import single_process
 from ema_seg.errors import ConfigError
 from ema_seg.models import segmenter_from_config
 from ema_seg.run import complete_config
@@ -49,7 +49,7 @@ def give_room_for(number, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(batch_size, "segmenter_from_config", build)
-    monkeypatch.setattr(batch_size, "check_automatic", lambda config, device: None)
+    monkeypatch.setattr(batch_size, "check_auto_batch_size", lambda config, device: None)
 
 
 def test_the_batch_is_the_largest_that_trains(config, monkeypatch):
@@ -95,7 +95,7 @@ def test_emau_exchanges_nothing_while_a_process_tries_by_itself(monkeypatch):
     monkeypatch.setattr("torch.distributed.all_reduce", exchanged.append)
     block = build_attention("emau", 8)
 
-    with alone():
+    with single_process():
         block(torch.rand(2, 8, 4, 4))
     assert exchanged == []
     block(torch.rand(2, 8, 4, 4))

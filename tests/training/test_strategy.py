@@ -5,9 +5,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from ema_seg.distributed.start import Place
+from ema_seg.distributed.start import RankInfo
 from ema_seg.errors import ConfigError
-from ema_seg.training import count_processes, strategy, take_device
+from ema_seg.training import resolve_world_size, set_cuda_device, strategy
 from ema_seg.training.sharded import ShardedStrategy
 
 
@@ -17,7 +17,7 @@ def machine(monkeypatch):
 
     def pretend(gpus, place=None):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        monkeypatch.setattr(strategy, "place", lambda: place or Place())
+        monkeypatch.setattr(strategy, "rank_info", lambda: place or RankInfo())
 
     return pretend
 
@@ -28,7 +28,7 @@ def machine(monkeypatch):
 def test_a_process_for_each_gpu(machine, devices, processes):
     machine(4)
 
-    assert count_processes({"accelerator": "gpu", "devices": devices}) == processes
+    assert resolve_world_size({"accelerator": "gpu", "devices": devices}) == processes
 
 
 @pytest.mark.parametrize(
@@ -39,30 +39,30 @@ def test_gpus_that_are_not_there_are_refused(machine, devices, message):
     machine(4)
 
     with pytest.raises(ConfigError, match=message):
-        count_processes({"accelerator": "auto", "devices": devices})
+        resolve_world_size({"accelerator": "auto", "devices": devices})
 
 
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        (Place(1, 2, 1, 2), "2 processes on this machine, each of which sees 1 GPU; .*--gpus-per-node"),
-        (Place(2, 3, 0, 2), "has started 2 of 3 processes on this machine; start as many on each"),
+        (RankInfo(1, 2, 1, 2), "2 processes on this machine, each of which sees 1 GPU; .*--gpus-per-node"),
+        (RankInfo(2, 3, 0, 2), "has started 2 of 3 processes on this machine; start as many on each"),
     ],
 )
 def test_groups_that_do_not_fit_the_machines_are_refused(machine, place, message):
     machine(1, place)
 
     with pytest.raises(ConfigError, match=message):
-        count_processes({"accelerator": "auto", "devices": "auto"}, "Slurm")
+        resolve_world_size({"accelerator": "auto", "devices": "auto"}, "Slurm")
 
 
 @pytest.mark.parametrize(
     ("place", "devices", "expected"),
     [
-        (Place(), 1, "cuda:0"),
-        (Place(), [3], "cuda:3"),
-        (Place(1, 2, 1, 2), 2, "cuda:1"),
-        (Place(3, 4, 1, 2), [0, 2], "cuda:2"),
+        (RankInfo(), 1, "cuda:0"),
+        (RankInfo(), [3], "cuda:3"),
+        (RankInfo(1, 2, 1, 2), 2, "cuda:1"),
+        (RankInfo(3, 4, 1, 2), [0, 2], "cuda:2"),
     ],
 )
 def test_a_gpu_without_a_number_is_the_one_of_the_training(machine, monkeypatch, place, devices, expected):
@@ -71,8 +71,8 @@ def test_a_gpu_without_a_number_is_the_one_of_the_training(machine, monkeypatch,
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     machine(4, place)
 
-    take_device({"accelerator": "auto", "devices": devices})
-    take_device({"accelerator": "cpu", "devices": 2})
+    set_cuda_device({"accelerator": "auto", "devices": devices})
+    set_cuda_device({"accelerator": "cpu", "devices": 2})
 
     assert taken == [torch.device(expected)]
 
@@ -84,10 +84,10 @@ def test_a_gpu_without_a_number_is_the_one_of_the_training(machine, monkeypatch,
 def test_gradients_keep_their_order_where_the_same_bits_are_promised(
     machine, monkeypatch, processes, device, deterministic, expected
 ):
-    machine(4, Place(0, processes, 0, processes))
+    machine(4, RankInfo(0, processes, 0, processes))
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
 
-    assert strategy._keeps_order(torch.device(device)) is expected
+    assert strategy._needs_fixed_reduction_order(torch.device(device)) is expected
 
 
 def test_a_process_by_itself_is_the_first_whatever_rank_the_environment_has(monkeypatch):

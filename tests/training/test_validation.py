@@ -4,34 +4,43 @@ import itertools
 
 import pytest
 
-from ema_seg.training.validation import Course, find_obstacle
+from ema_seg.training.validation import TrainingPlan, explain_missing_validation
 
 
 @pytest.mark.parametrize(
     ("course", "obstacle"),
     [
-        (Course(4, 4, epochs=1), None),
-        (Course(4, 2, epochs=1), None),
-        (Course(4, 4, every=3, epochs=3), None),
-        (Course(4, 4, every=4, epochs=3), "trainer.check_val_every_n_epoch=4: no epoch from 1 to the last one, 3,"),
-        (Course(4, 4, every=4, epochs=3, epoch=1, total=4, step=4), "no epoch from 2 to the last one, 3,"),
-        (Course(4, 4, every=2, epochs=3, epoch=2, total=8, step=8), "no epoch from 3 to the last one, 3,"),
-        (Course(4, 4, steps=4), None),
-        (Course(4, 4, steps=3), "trainer.max_steps=3: the training ends before its first validation, after step 4,"),
-        (Course(4, 4, steps=1, epochs=9), "trainer.max_steps=1"),
-        (Course(4, 2, steps=2), None),
-        (Course(4, 4, every=2, steps=7), "after step 8"),
-        (Course(5, 5, steps=2, accumulate=2), "after step 3"),
-        (Course(5, 5, steps=3, accumulate=2), None),
-        (Course(4, 4, epochs=1, batch=3, total=3, step=3), None),
-        (Course(4, 3, epochs=1, batch=3, total=3, step=3), "check_val_every_n_epoch=1"),
-        (Course(4, 10, every=None, epochs=3), None),
-        (Course(4, 13, every=None, epochs=3), "trainer.val_check_interval=13: the training ends after 12 batches,"),
-        (Course(4, 10, every=None, steps=9), "trainer.max_steps=9"),
+        (TrainingPlan(4, 4, epochs=1), None),
+        (TrainingPlan(4, 2, epochs=1), None),
+        (TrainingPlan(4, 4, every=3, epochs=3), None),
+        (
+            TrainingPlan(4, 4, every=4, epochs=3),
+            "trainer.check_val_every_n_epoch=4: no epoch from 1 to the last one, 3,",
+        ),
+        (TrainingPlan(4, 4, every=4, epochs=3, epoch=1, total=4, step=4), "no epoch from 2 to the last one, 3,"),
+        (TrainingPlan(4, 4, every=2, epochs=3, epoch=2, total=8, step=8), "no epoch from 3 to the last one, 3,"),
+        (TrainingPlan(4, 4, steps=4), None),
+        (
+            TrainingPlan(4, 4, steps=3),
+            "trainer.max_steps=3: the training ends before its first validation, after step 4,",
+        ),
+        (TrainingPlan(4, 4, steps=1, epochs=9), "trainer.max_steps=1"),
+        (TrainingPlan(4, 2, steps=2), None),
+        (TrainingPlan(4, 4, every=2, steps=7), "after step 8"),
+        (TrainingPlan(5, 5, steps=2, accumulate=2), "after step 3"),
+        (TrainingPlan(5, 5, steps=3, accumulate=2), None),
+        (TrainingPlan(4, 4, epochs=1, batch=3, total=3, step=3), None),
+        (TrainingPlan(4, 3, epochs=1, batch=3, total=3, step=3), "check_val_every_n_epoch=1"),
+        (TrainingPlan(4, 10, every=None, epochs=3), None),
+        (
+            TrainingPlan(4, 13, every=None, epochs=3),
+            "trainer.val_check_interval=13: the training ends after 12 batches,",
+        ),
+        (TrainingPlan(4, 10, every=None, steps=9), "trainer.max_steps=9"),
     ],
 )
 def test_a_training_without_a_validation_is_known(course, obstacle):
-    found = find_obstacle(course)
+    found = explain_missing_validation(course)
     assert found is None if obstacle is None else obstacle in found
 
 
@@ -42,8 +51,8 @@ def test_what_is_known_is_what_happens():
     ):
         if every is not None and interval > batches:
             continue  # Lightning has no such interval
-        course = Course(batches, interval, every, epochs, steps, accumulate)
-        assert (find_obstacle(course) is None) == validates(course), course
+        course = TrainingPlan(batches, interval, every, epochs, steps, accumulate)
+        assert (explain_missing_validation(course) is None) == validates(course), course
 
 
 def validates(course):

@@ -6,10 +6,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ema_seg.attention.ema.operator import KERNELS, kernels_module
+from ema_seg.attention.ema.operator import KERNELS, import_kernels
 from ema_seg.errors import ConfigError, ModelError, did_you_mean
 
-__all__ = ["ENVIRONMENT_VARIABLE", "IMPLEMENTATIONS", "check_name", "choose"]
+__all__ = ["ENVIRONMENT_VARIABLE", "IMPLEMENTATIONS", "check_name", "select_implementation"]
 
 IMPLEMENTATIONS = ("auto", "reference", *KERNELS)
 ENVIRONMENT_VARIABLE = "EMA_SEG_IMPLEMENTATION"
@@ -32,7 +32,7 @@ def check_name(name: str, where: str) -> None:
         )
 
 
-def choose(requested: str, x: Tensor) -> str:
+def select_implementation(requested: str, x: Tensor) -> str:
     """Return the implementation that computes ``x``.
 
     Args:
@@ -65,10 +65,10 @@ def choose(requested: str, x: Tensor) -> str:
 def _choose(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
     """Return the implementation, and why it cannot be used, or None if it can."""
     if name == "auto":
-        return next(kernels for kernels in KERNELS if _unavailable(kernels, device, dtype) is None), None
-    return name, _unavailable(name, device, dtype) if name in KERNELS else None
+        return next(kernels for kernels in KERNELS if _reason_unavailable(kernels, device, dtype) is None), None
+    return name, _reason_unavailable(name, device, dtype) if name in KERNELS else None
 
 
 @cache
-def _unavailable(kernels: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    return kernels_module(kernels).unavailable(torch.empty(0, dtype=dtype, device=device))
+def _reason_unavailable(kernels: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    return import_kernels(kernels).unavailable(torch.empty(0, dtype=dtype, device=device))

@@ -50,7 +50,7 @@ def unavailable(x: Tensor) -> str | None:
         return f"the tensor is on {x.device}, and these kernels are for CPUs"
     if x.dtype not in _DTYPES:
         return f"the kernels do not compute {x.dtype}"
-    return _library().problem
+    return _load_library().problem
 
 
 def forward(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +59,7 @@ def forward(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic:
     count, y = batch * groups, torch.empty_like(x)
     means = parameters.w1.new_empty((count, channels // groups, height + width))
     moments = parameters.w1.new_empty((2, count, channels // groups))
-    _run("ema_forward", (x, None, y, means, moments, *parameters), groups, eps, dynamic)
+    _call_kernel("ema_forward", (x, None, y, means, moments, *parameters), groups, eps, dynamic)
     return y, means, moments
 
 
@@ -75,14 +75,14 @@ def backward(
 ) -> tuple[Tensor, Parameters]:
     """Compute the gradients of ``x`` and of the parameters; see ``operator.Kernels``."""
     dx, gradients = torch.empty_like(x), Parameters(*map(torch.empty_like, parameters))
-    _run("ema_backward", (x, dy, dx, means, moments, *parameters, *gradients), groups, eps, dynamic)
+    _call_kernel("ema_backward", (x, dy, dx, means, moments, *parameters, *gradients), groups, eps, dynamic)
     return dx, gradients
 
 
-def _run(function: str, tensors: tuple[Tensor | None, ...], groups: int, eps: float, dynamic: bool) -> None:
+def _call_kernel(function: str, tensors: tuple[Tensor | None, ...], groups: int, eps: float, dynamic: bool) -> None:
     x = tensors[0]
     assert x is not None
-    library = _library()
+    library = _load_library()
     if library.loaded is None or x.dtype not in _DTYPES:
         raise ModelError(f"EMA's C++ kernels cannot be used: {unavailable(x)}.")
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
@@ -101,7 +101,7 @@ class _Library(NamedTuple):
 
 
 @cache
-def _library() -> _Library:
+def _load_library() -> _Library:
     """Load the kernels, compiling them unless cached; a failure is cached too."""
     try:
         named = shlex.split(os.environ.get("CXX", ""))
@@ -114,9 +114,9 @@ def _library() -> _Library:
     try:
         source = _SOURCE.read_bytes()
         # The macros identify the compiler, its version and the features of the native processor.
-        macros = _output_of([*command, "-dM", "-E", "-x", "c++", os.devnull])
-        made_from = hashlib.sha256(b"\0".join([source, shlex.join(command).encode(), macros])).hexdigest()
-        path = _cache_folder() / f"ema-{made_from[:32]}.so"
+        macros = _run_command([*command, "-dM", "-E", "-x", "c++", os.devnull])
+        build_hash = hashlib.sha256(b"\0".join([source, shlex.join(command).encode(), macros])).hexdigest()
+        path = _cache_folder() / f"ema-{build_hash[:32]}.so"
         if path.exists():
             try:
                 return _Library(_load(path))
@@ -144,11 +144,11 @@ def _compile(command: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="compiling-") as folder:
         made = Path(folder) / path.name
-        _output_of([*command, "-o", str(made)])
+        _run_command([*command, "-o", str(made)])
         made.replace(path)
 
 
-def _output_of(command: list[str]) -> bytes:
+def _run_command(command: list[str]) -> bytes:
     environment = {**os.environ, "LC_ALL": "C"}
     return subprocess.run(command, check=True, capture_output=True, timeout=600, env=environment).stdout
 

@@ -24,11 +24,11 @@ from torch.nn.functional import pad
 
 from ema_seg.attention.ema.reference import Parameters
 
-__all__ = ["backward", "dtype_of_arithmetic", "forward", "plain", "unavailable", "weight_map", "without_autocast"]
+__all__ = ["backward", "compute_dtype", "forward", "plain", "unavailable", "weight_map", "without_autocast"]
 
 # Bytes of features computed at a time, in the dtype of the arithmetic.
-_PART_ON_CPU = 2**22
-_PART = 2**28
+_CHUNK_BYTES_CPU = 2**22
+_CHUNK_BYTES = 2**28
 
 
 def unavailable(x: Tensor) -> None:
@@ -49,7 +49,7 @@ def weight_map(x: Tensor, parameters: Parameters, groups: int, eps: float, dynam
 def _features_and_weights(
     x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool
 ) -> tuple[Tensor, Tensor]:
-    wide = dtype_of_arithmetic(x.dtype)
+    wide = compute_dtype(x.dtype)
     features = x.unflatten(1, (groups, -1)).to(wide)
     # torch.export would record the context as an operator of its own, which is not a plain one.
     with nullcontext() if torch.compiler.is_exporting() else without_autocast(x.device):
@@ -104,8 +104,8 @@ def backward(
 def _parts(features: Tensor) -> Iterator[tuple[slice, slice]]:
     """Yield slices of (B, G, Cg, H, W) to compute one after the other: some images, or some groups of one."""
     batch, groups, channels, height, width = features.shape
-    size = _PART_ON_CPU if features.device.type == "cpu" else _PART
-    group = channels * height * width * dtype_of_arithmetic(features.dtype).itemsize
+    size = _CHUNK_BYTES_CPU if features.device.type == "cpu" else _CHUNK_BYTES
+    group = channels * height * width * compute_dtype(features.dtype).itemsize
     images = max(1, size // (groups * group))
     some = max(1, size // group)
     if features.stride(2) == 1:  # channels-last: read whole cache lines of 64 bytes
@@ -117,7 +117,7 @@ def _parts(features: Tensor) -> Iterator[tuple[slice, slice]]:
 
 def _contiguous(part: Tensor) -> Tensor:
     """Convert a part to the dtype of the arithmetic, contiguous because PyTorch is slow on other layouts."""
-    return part.to(dtype_of_arithmetic(part.dtype)).contiguous()
+    return part.to(compute_dtype(part.dtype)).contiguous()
 
 
 class _Forward(NamedTuple):
@@ -242,7 +242,7 @@ def _backward(
     return dx, Parameters(dw1, db1, dw3, db3, dgamma, dbeta)
 
 
-def dtype_of_arithmetic(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the arithmetic for features of ``dtype``."""
     return dtype if dtype == torch.float64 else torch.float32
 
@@ -276,16 +276,16 @@ def _shifted_sums(features: Tensor, means: Tensor) -> Tensor:
         + pad(first[..., :1], (2, 0, 2, 0))
     )
     total = rows.sum(dim=-1)[..., None, None]
-    return total - _never_seen(rows)[..., :, None] - _never_seen(columns)[..., None, :] + corner
+    return total - _border_sums(rows)[..., :, None] - _border_sums(columns)[..., None, :] + corner
 
 
-def _never_seen(sums: Tensor) -> Tensor:
+def _border_sums(sums: Tensor) -> Tensor:
     """Select the row sum (or column sum) that each of three taps never sees: (…, length) to (…, 3)."""
     return pad(sums[..., -1:], (0, 2)) + pad(sums[..., :1], (2, 0))
 
 
 def _at_borders(taps: Tensor, length: int) -> Tensor:
-    """Place the gradients of the border sums of ``_never_seen``, (B, G, Cg, 3), in zeros (B, G, Cg, length)."""
+    """Place the gradients of the border sums of ``_border_sums``, (B, G, Cg, 3), in zeros (B, G, Cg, length)."""
     places = torch.zeros(*taps.shape[:-1], length, dtype=taps.dtype, device=taps.device)
     places[..., 0] += taps[..., 2]
     places[..., -1] += taps[..., 0]
@@ -294,7 +294,7 @@ def _at_borders(taps: Tensor, length: int) -> Tensor:
 
 def _convolve(features: Tensor, kernel: Tensor) -> Tensor:
     """Convolve each group with its 3×3 kernel to one channel: (B, G, H, W)."""
-    if _as_matrix_products(features):
+    if _use_matrix_products(features):
         maps = (kernel.flatten(-2).transpose(-2, -1) @ features.flatten(-2)).unflatten(-1, features.shape[-2:])
         return reduce(torch.add, (window[:, :, tap] for tap, window in enumerate(_windows(maps))))
     return _weighted_sum(_windows(features), kernel).sum(dim=2)
@@ -303,7 +303,7 @@ def _convolve(features: Tensor, kernel: Tensor) -> Tensor:
 def _convolve_backward(dmap: Tensor, features: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the gradients of the features and of the kernel from that of the map."""
     windows = _windows(dmap.unsqueeze(2))[::-1]
-    if _as_matrix_products(features):
+    if _use_matrix_products(features):
         maps = torch.cat(windows, dim=2).flatten(-2)
         dkernel = features.flatten(-2) @ maps.transpose(-2, -1)
         dfeatures = (kernel.flatten(-2) @ maps).reshape(features.shape)
@@ -329,7 +329,7 @@ def _windows(maps: Tensor) -> list[Tensor]:
     return [padded[..., i : i + height, j : j + width] for i in range(3) for j in range(3)]
 
 
-def _as_matrix_products(features: Tensor) -> bool:
+def _use_matrix_products(features: Tensor) -> bool:
     """Return whether to apply the nine taps as one matrix product, which reads the features once.
 
     For groups of few channels its nine maps would be much larger than the features; there the taps' products are

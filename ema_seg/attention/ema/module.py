@@ -87,7 +87,7 @@ class EMA(nn.Module):
         arguments = x, parameters, self.groups, self.gn.eps, self.dynamic
         if implementation == "reference":
             return reference.forward(*arguments)
-        if _in_a_portable_graph():
+        if _is_exporting_or_tracing():
             return factorised.plain(*arguments)
         if _is_transformed(x, *parameters):
             return operator.apply_differentiably(*arguments)
@@ -123,7 +123,7 @@ class EMA(nn.Module):
 
     def _choose(self, x: Tensor) -> str:
         self._check(x)
-        return "factorised" if _in_a_portable_graph() else choice.choose(self.implementation, x)
+        return "factorised" if _is_exporting_or_tracing() else choice.select_implementation(self.implementation, x)
 
     def _check(self, x: Tensor) -> None:
         channels = self.groups * self.conv1x1.in_channels
@@ -158,7 +158,7 @@ class DynamicEMA(EMA):
     dynamic = True
 
 
-def _in_a_portable_graph() -> bool:
+def _is_exporting_or_tracing() -> bool:
     """Return whether torch.export or a trace is recording a graph, which other software may read."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ema_seg.attention.ema import reference
-from ema_seg.attention.ema.factorised import dtype_of_arithmetic, without_autocast
+from ema_seg.attention.ema.factorised import compute_dtype, without_autocast
 from ema_seg.attention.ema.reference import Parameters
 
-__all__ = ["KERNELS", "apply", "apply_differentiably", "kernels_module"]
+__all__ = ["KERNELS", "apply", "apply_differentiably", "import_kernels"]
 
 # Kernel modules, the fastest for a device first; imported at their first use.
 KERNELS = {"cpp": "cpp", "triton": "triton_kernels", "factorised": "factorised"}
@@ -53,7 +53,7 @@ class Kernels(Protocol):
         """Compute the gradients, like ``x`` and the parameters, from the inputs and outputs of ``forward``."""
 
 
-def kernels_module(name: str) -> Kernels:
+def import_kernels(name: str) -> Kernels:
     """Import the module of one of ``KERNELS``."""
     return import_module(f"ema_seg.attention.ema.{KERNELS[name]}")
 
@@ -65,7 +65,7 @@ def apply(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: b
 
 def apply_differentiably(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> Tensor:
     """Compute the same as ``apply`` by the published form, which supports every derivative and transform."""
-    wide = dtype_of_arithmetic(x.dtype)
+    wide = compute_dtype(x.dtype)
     with without_autocast(x.device):
         return reference.forward(x.to(wide), parameters.to(wide), groups, eps, dynamic).to(x.dtype)
 
@@ -85,9 +85,9 @@ def ema(
     kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Call ``Kernels.forward`` for an ``x`` in any memory layout and parameters in any dtype."""
-    parameters = _small(Parameters(w1, b1, w3, b3, gamma, beta), x)
-    y, means, moments = kernels_module(kernels).forward(_dense(x), parameters, groups, eps, dynamic)
-    return _strided_like(y, x), means, moments
+    parameters = _convert_parameters(Parameters(w1, b1, w3, b3, gamma, beta), x)
+    y, means, moments = import_kernels(kernels).forward(_make_dense(x), parameters, groups, eps, dynamic)
+    return _match_strides(y, x), means, moments
 
 
 @ema.register_fake
@@ -95,8 +95,8 @@ def _(x: Tensor, *parameters_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
     w1, groups = parameters_and_options[0], parameters_and_options[6]
     batch, _, height, width = x.shape
     count, channels = batch * groups, w1.shape[0]
-    means = x.new_empty((count, channels, height + width), dtype=dtype_of_arithmetic(x.dtype))
-    moments = x.new_empty((2, count, channels), dtype=dtype_of_arithmetic(x.dtype))
+    means = x.new_empty((count, channels, height + width), dtype=compute_dtype(x.dtype))
+    moments = x.new_empty((2, count, channels), dtype=compute_dtype(x.dtype))
     return torch.empty_like(x), means, moments
 
 
@@ -119,14 +119,14 @@ def ema_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of x and of the six parameters, each with the shape and dtype of its tensor."""
     parameters = Parameters(w1, b1, w3, b3, gamma, beta)
-    dense = _dense(x)
-    dx, gradients = kernels_module(kernels).backward(
-        _laid_out_like(dy, dense), dense, means, moments, _small(parameters, x), groups, eps, dynamic
+    dense = _make_dense(x)
+    dx, gradients = import_kernels(kernels).backward(
+        _match_memory_format(dy, dense), dense, means, moments, _convert_parameters(parameters, x), groups, eps, dynamic
     )
     dw1, db1, dw3, db3, dgamma, dbeta = (
         grad.reshape(parameter.shape).to(parameter.dtype) for grad, parameter in zip(gradients, parameters, strict=True)
     )
-    return _strided_like(dx, x), dw1, db1, dw3, db3, dgamma, dbeta
+    return _match_strides(dx, x), dw1, db1, dw3, db3, dgamma, dbeta
 
 
 @ema_backward.register_fake
@@ -182,27 +182,27 @@ def _flops_of_backward(dy_shape: tuple[int, ...], *shapes: Any, **_: Any) -> int
     return 3 * _flops(dy_shape, shapes[3])
 
 
-def _small(parameters: Parameters, x: Tensor) -> Parameters:
+def _convert_parameters(parameters: Parameters, x: Tensor) -> Parameters:
     """Convert the parameters for the kernels: contiguous, in the dtype of the arithmetic, ``w1`` square."""
-    dtype = dtype_of_arithmetic(x.dtype)
+    dtype = compute_dtype(x.dtype)
     contiguous = Parameters(*(parameter.detach().to(dtype).contiguous() for parameter in parameters))
     return contiguous._replace(w1=contiguous.w1.flatten(1))
 
 
-def _dense(x: Tensor) -> Tensor:
+def _make_dense(x: Tensor) -> Tensor:
     """Return ``x`` itself if it is contiguous or channels-last, else a contiguous copy."""
     if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
         return x
     return x.contiguous()
 
 
-def _laid_out_like(tensor: Tensor, dense: Tensor) -> Tensor:
+def _match_memory_format(tensor: Tensor, dense: Tensor) -> Tensor:
     if dense.is_contiguous():
         return tensor.contiguous()
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def _strided_like(result: Tensor, x: Tensor) -> Tensor:
+def _match_strides(result: Tensor, x: Tensor) -> Tensor:
     """Give the result the strides of ``torch.empty_like(x)``, which the fake implementations promise.
 
     A copy is needed for an ``x`` that is neither contiguous nor channels-last.
