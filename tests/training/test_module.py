@@ -1,4 +1,3 @@
-import io
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from ema_seg.attention import EMA
 from ema_seg.errors import CheckpointError, ConfigError, DataError, TrainingError
 from ema_seg.models import build_segmenter
 from ema_seg.reporting.files import write_file
+from ema_seg.training import checkpoints
 from ema_seg.training.callbacks import EpochLog, ProgressBar, attention_map
 from ema_seg.training.checkpoints import AtomicCheckpoints
 from ema_seg.training.loggers import build_loggers
@@ -59,11 +59,11 @@ def test_a_checkpoint_carries_the_configuration_and_the_classes():
     assert checkpoint == {"config": {}, "classes": ["a", "b", "c"]}
 
 
-class Failing(io.FileIO):
+class Failing(checkpoints._ArchiveFile):
     """A file of which a write fails, as at Ctrl-C or on a full disk."""
 
-    def __init__(self, path, writes, failure):
-        super().__init__(path, "wb")
+    def __init__(self, file, writes, failure):
+        super().__init__(file)
         self.writes, self.failure = writes, failure
 
     def write(self, data):
@@ -83,7 +83,7 @@ def test_a_checkpoint_that_cannot_be_written_says_why_and_leaves_the_one_before(
     checkpoint = {str(number): torch.full((100,), float(number)) for number in range(20)}
     AtomicCheckpoints().save_checkpoint(checkpoint, path)
     before = path.read_bytes()
-    monkeypatch.setattr(Path, "open", lambda path, mode: Failing(path, writes, failure))
+    monkeypatch.setattr(checkpoints, "_ArchiveFile", lambda file: Failing(file, writes, failure))
 
     with pytest.raises((KeyboardInterrupt, CheckpointError)) as error:
         AtomicCheckpoints().save_checkpoint(checkpoint, path)
