@@ -58,7 +58,7 @@ def _evaluate(composed: DictConfig) -> None:
     """Score, measure and report one checkpoint."""
     config = plain_config(composed)
     if bool(config.get("run")) == bool(config.get("ckpt")):
-        raise ConfigError("name what to evaluate: either run=<folder of a run> or ckpt=<checkpoint file>.")
+        raise ConfigError("run, ckpt: exactly one must be set; give run=<folder of a run> or ckpt=<checkpoint file>.")
     require_settings(config, EVALUATION)
     check_root(config["data"])
     run = Path(config["run"]) if config["run"] else _run_of(Path(config["ckpt"]))

@@ -68,10 +68,10 @@ def main() -> None:
         resumed, rerun = argument("resume"), argument("rerun")
         if resumed and _is_sweep():
             raise ConfigError(
-                f"resume={resumed}: a sweep goes on by itself when its command is given again; leave it out."
+                f"resume={resumed}: a sweep resumes its jobs when the same command is run again; remove resume."
             )
         if rerun and (resumed or _is_sweep()):
-            raise ConfigError(f"rerun={rerun} repeats one run from its beginning; leave resume and -m out.")
+            raise ConfigError(f"rerun={rerun}: repeats one run from its start; remove resume and -m.")
         config_name = "train"
         if rerun:
             config_name = _register_repeated(Path(rerun))
@@ -101,8 +101,8 @@ def _broadcast_start_time(started_by: str, now: datetime) -> datetime:
 
     if _is_sweep():
         raise ConfigError(
-            f"{started_by} has started several processes of a sweep, whose jobs each start their own; start the sweep "
-            "once: python train.py -m …"
+            f"-m: {started_by} has started several processes, but each job of a sweep starts its own; start the sweep "
+            "in one process: python train.py -m …"
         )
     return broadcast(now)
 
@@ -187,7 +187,7 @@ def _register_repeated(run: Path) -> str:
             continue  # an option of Hydra's, such as --cfg, or its value
         key = text.lstrip("+~").partition("=")[0]
         if not any(key == name or key.startswith(f"{name}.") for name in free):
-            raise ConfigError(f"rerun={run}: with {text} this would be another run; leave it out.")
+            raise ConfigError(f"rerun={run}: {text} would make it a different run; remove it.")
     name = "${data.name}_${model.decoder}_${attention.name}"
     return _register(config, f"runs/${{started:%Y-%m-%d_%H-%M-%S}}_{name}_rerun")
 
@@ -213,7 +213,9 @@ def _train(composed: DictConfig) -> None:
 def _train_run(composed: DictConfig, run: Path) -> None:
     for text in HydraConfig.get().overrides.task:
         if text.lstrip("+~").startswith(("sweep=", "sweep.", "launcher=")):
-            raise ConfigError(f"{text} is for sweeps: python train.py -m {text} …; leave it out to train one run.")
+            raise ConfigError(
+                f"{text}: works only in a sweep (python train.py -m {text} …); remove it to train one run."
+            )
     config = _run_config(composed)
     job = read_job(run)
     by_time = not config["resume"] and _is_named_by_time()
@@ -243,7 +245,9 @@ def _train_run(composed: DictConfig, run: Path) -> None:
 def _require_free(run: Path) -> None:
     """Raise a ConfigError if a new run in this folder would replace a run or another program's files."""
     if read_job(run) or (run / "checkpoints").exists():
-        raise ConfigError(f"{run} holds a run already; continue it with resume={run}, or choose another hydra.run.dir.")
+        raise ConfigError(
+            f"{run}: holds a run already; continue it with resume={run}, or choose another hydra.run.dir."
+        )
     if (run / "config.yaml").exists():  # from a run without a checkpoint yet, or another program
         try:
             foreign = None if "trainer" in read_config(run, key="resume") else "config.yaml"
@@ -301,15 +305,17 @@ def _compare(original: Path, run: Path) -> None:
     lines, identical = describe_comparison(comparison)
     print(f"compared with {original}:", *lines, sep="\n")
     if not identical:
-        raise TrainingError(f"{run} is no repetition of {original} to the bit; see {run / 'rerun.json'}.")
+        raise TrainingError(
+            f"rerun={original}: {run} must be bitwise identical, but differs; see {run / 'rerun.json'}."
+        )
 
 
 def _require_same_job(config: dict[str, Any], run: Path) -> None:
     """Raise a ConfigError if overrides give a resumed job of a sweep another identity."""
     if not _is_same(config, read_config(run, key="resume")):
         raise ConfigError(
-            f"resume={run}: this job of a sweep would be another one with the given overrides; leave them out, or add "
-            "them to the sweep's command."
+            f"resume={run}: the overrides would make this job of a sweep a different one; remove them, or add them to "
+            "the sweep's command."
         )
 
 

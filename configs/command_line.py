@@ -9,6 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -91,8 +92,7 @@ def argument(key: str) -> str | None:
 
 def quoted(path: Path) -> str:
     """Quote a path as the value of an override."""
-    text = str(path).replace("'", "\\'")
-    return f"'{text}'"
+    return QuotedString(str(path), Quote.single).with_quotes()
 
 
 def saved_config(run: Path, key: str) -> dict[str, Any]:
@@ -116,8 +116,8 @@ def read_config(run: Path, key: str) -> dict[str, Any]:
         raise ConfigError(f"{key}={run}: {error}") from error
     if not isinstance(config, dict) or not all(isinstance(config.get(name, {}), dict) for name in _SECTIONS):
         raise ConfigError(
-            f"{key}={run}: {path} is no configuration with the sections {', '.join(_SECTIONS)}; give the folder of a "
-            "run that train.py made."
+            f"{key}={run}: {path} must be a configuration of train.py with the sections {', '.join(_SECTIONS)}; give "
+            "the folder of a run that train.py made."
         )
     return cast(dict[str, Any], {**config, **_loggers_by_name(cast(dict[str, Any], config))})
 

@@ -47,8 +47,8 @@ class _Repository(ConfigRepository):
         """
         if os.path.normpath(config_path).startswith((os.pardir, "/")):
             raise ConfigError(
-                f"{config_path}: a configuration must lie below the folder that is searched; put the file there, or "
-                "name its folder with --config-dir."
+                f"{config_path}: must be below a folder of the config search path; put the file there, or add its "
+                "folder with --config-dir."
             )
         source = self._find_object_source(config_path, ObjectType.CONFIG)
         if source is None or source.scheme() != "file":
@@ -68,7 +68,9 @@ def _read_config(path: Path, place: str, provider: str) -> ConfigResult:
     for key, _, value in walk(content, ""):
         # OmegaConf's parser takes seconds for nested brackets, and overflows the stack for more.
         if isinstance(value, str) and "${" in value and len(re.findall(r"[\[{(]", value)) > _MOST_BRACKETS:
-            raise ConfigError(f"{path}: {key} has more than {_MOST_BRACKETS} brackets in a reference; write less.")
+            raise ConfigError(
+                f"{path}: {key} must have at most {_MOST_BRACKETS} opening brackets in an interpolation; simplify it."
+            )
     with path.open(encoding="utf-8-sig") as file:
         header = ConfigSource._get_header_dict(file.read(512))
     return ConfigResult(config=OmegaConf.create(content), path=place, provider=provider, header=header)
@@ -113,8 +115,8 @@ class _Loader(ConfigLoaderImpl):
         named = OmegaConf.is_dict(primary) and OmegaConf.select(primary, "hydra.searchpath") is not None
         if named or not typed:
             raise ConfigError(
-                f"{config_name}: a configuration file must not set hydra.searchpath, from which Python packages are "
-                "imported; take it out, or type hydra.searchpath=[…] on the command line."
+                f"{config_name}: a configuration file must not set hydra.searchpath, because Hydra imports packages "
+                "from it; remove it, or type hydra.searchpath=[…] on the command line."
             )
         # Omit the file: an interpolation in it could resolve to another value the second time.
         super()._process_config_searchpath(None, parsed_overrides, repo)
@@ -150,13 +152,13 @@ def compose(folder: Path, config_name: str) -> DictConfig:
         )
     if options.config_name and not (folder / f"{config_name}.yaml").is_file():
         raise ConfigError(
-            f"--config-name {options.config_name}: the configuration is that of the run which the command names; leave "
-            "this out."
+            f"--config-name {options.config_name}: the command uses the configuration of the run that it names; remove "
+            "this option."
         )
     if options.config_path:
         raise ConfigError(
-            f"--config-path {options.config_path}: the project's own configurations cannot be left out; add a folder "
-            "of yours with --config-dir."
+            f"--config-path {options.config_path}: the project's own configurations cannot be replaced; add your own "
+            "folder with --config-dir."
         )
     if options.shell_completion:
         return OmegaConf.create()
@@ -209,8 +211,8 @@ def _check_sweeper(composed: DictConfig, multirun: bool) -> None:
     sweeps = multirun or settings["mode"] not in (None, RunMode.RUN)
     if sweeps and not str(settings["sweeper"]["_target_"]).startswith("hydra_plugins.ema_seg_sweepers."):
         raise ConfigError(
-            "-m (hydra.mode=MULTIRUN) is for trainings, with the sweepers of this project: python train.py -m "
-            "sweep=grid …; leave it out."
+            "-m (hydra.mode=MULTIRUN): works only with train.py and the sweepers of this project; run python train.py "
+            "-m sweep=grid …, or remove it."
         )
 
 
@@ -227,7 +229,7 @@ def launch(task: TaskFunction, folder: Path, config_name: str) -> None:
             raise
         if (own := own_cause(error)) is not None:
             raise own from error
-        raise ConfigError(f"Hydra cannot work with its settings (hydra.…): {one_line(error)}.") from error
+        raise ConfigError(f"hydra.*: Hydra rejects these settings ({one_line(error)}); correct them.") from error
     finally:
         if earlier is None:
             os.environ.pop("HYDRA_FULL_ERROR", None)
@@ -250,7 +252,7 @@ def _describe_hydra_error(error: Exception, loader: ConfigLoaderImpl, name: str,
     text = str(error)
     if isinstance(error, OverrideParseException):
         detail = text.partition("\nSee ")[0].removeprefix(f"Error parsing override '{error.override}'\n")
-        return f"{error.override}: this is no override of the form key=value ({_line(detail)}); quote what is special."
+        return f"{error.override}: must have the form key=value ({_line(detail)}); quote special characters."
     if isinstance(error, MissingConfigException):
         return _missing(error)
     if match := re.match(r"Could not (?:override|delete from config\.) '(.+?)'", text):
@@ -273,7 +275,7 @@ def _describe_hydra_error(error: Exception, loader: ConfigLoaderImpl, name: str,
         wrong = [str(o.input_line) for o in _choices(loader, overrides) if not isinstance(o.value(), str | list)]
         group = wrong[0].partition("=")[0].lstrip("+~")
         return (
-            f"{' '.join(wrong)}: a group is given the name of one of its options; {group} has "
+            f"{' '.join(wrong)}: must be the name of an option of {group}; choose from "
             f"{', '.join(loader.repository.get_group_options(group))}."
         )
     if match := re.match(r"Multiple values for (\S+?)\. ", text):
@@ -302,7 +304,7 @@ def _advice(key: str, given: str, loader: ConfigLoaderImpl, name: str, overrides
     section, _, option = key.rpartition(".")
     added = _addable(section, composed) if composed is not None and given.startswith(f"{key}=") else []
     if option in added:
-        return f" The configuration does not name it; add it with +{given}"
+        return f" The configuration does not list it; add it with +{given}"
     if section in paths:
         named = [path.rpartition(".")[2] for path in paths if path.rpartition(".")[0] == section]
         within = [path for path in paths if path.startswith(f"{section}.") and path.endswith(f".{option}")]
@@ -311,7 +313,7 @@ def _advice(key: str, given: str, loader: ConfigLoaderImpl, name: str, overrides
         close = get_close_matches(option, [*named, *added], n=1)
         if close:
             return f" Did you mean '{'' if close[0] in named else '+'}{section}.{close[0]}'?"
-        return f" An option that the part takes and the configuration does not name is added with +{given}"
+        return f" If the configuration does not list this option, add it with +{given}"
     ends = [path for path in paths if path.endswith(f".{key}")]
     # Hydra's own settings are close matches of too many keys.
     own_paths = [path for path in paths if path.startswith("hydra") <= key.startswith("hydra")]

@@ -94,7 +94,7 @@ def _read_variable(known: frozenset[str], name: str, *default: str | None) -> st
     if name not in known:
         raise ConfigError(
             f"${{oc.env:{name}}}: configuration files must not read the environment; write the value, or type "
-            f"<key>='${{oc.env:{name}}}' on the command line"
+            f"<key>='${{oc.env:{name}}}' on the command line."
         )
     return oc.env(name, *default)
 
@@ -116,12 +116,11 @@ def require_harmless(config: DictConfig, typed: Sequence[str] = ()) -> None:
     for path, key, value in settings_of(config):
         if key in _CALLED and str(value) not in _known(key):
             raise ConfigError(
-                f"{path}={value}: a configuration may only have Hydra's plugins and callbacks and the handlers of "
-                "Python's logging called, and this is none of them; take it out, and do not run files that you do not "
-                "trust."
+                f"{path}={value}: not on the allowlist; a configuration may call only Hydra's plugins and callbacks "
+                "and Python's logging handlers; remove it, and do not run files that you do not trust."
             )
         if path in _PARENT_SECTIONS and isinstance(value, str):
-            raise ConfigError(f"{path}={value!r} is one value, where there are several settings; take it out.")
+            raise ConfigError(f"{path}: must be a section of settings, got {value!r}; remove it.")
         if isinstance(value, dict | list) and key != ".":
             continue
         if str(value) in own.get(path, ()):
@@ -129,11 +128,14 @@ def require_harmless(config: DictConfig, typed: Sequence[str] = ()) -> None:
         if _is_below(path, _LOGS):
             _check_log(path, key, value)
         elif path == "hydra.job.name" and not re.fullmatch(r"[\w.-]+", str(value)):
-            raise ConfigError(f"{path}={value!r} names files; take it out, or give a plain name on the command line.")
+            raise ConfigError(
+                f"{path}: must consist of letters, digits, _, . and -, because files are named after it, got "
+                f"{value!r}; remove it, or set it on the command line."
+            )
         elif _is_below(path, _COMMANDS) and not (value in (None, *_OWN_COMMANDS) or _is_in_environment(path, value)):
             raise ConfigError(
-                f"{path}={value!r}: commands and environment variables of jobs are given on the command line only; "
-                "take it out, or type it there."
+                f"{path}={value!r}: commands and environment variables of jobs must be typed on the command line; "
+                "remove it, or type it there."
             )
 
 
@@ -145,7 +147,10 @@ def require_printable(launcher: DictConfig) -> None:
     """
     for path, _, value in settings_of(launcher):
         if not str(value).isprintable() and not _is_below(path, ("setup",)):
-            raise ConfigError(f"hydra.launcher.{path}={value!r} is no single line of text; take the line breaks out.")
+            raise ConfigError(
+                f"hydra.launcher.{path}: must be one line of printable text, got {value!r}; remove line breaks and "
+                "control characters."
+            )
 
 
 def _check_log(path: str, key: str, value: Any) -> None:
@@ -155,8 +160,8 @@ def _check_log(path: str, key: str, value: Any) -> None:
         harmless = key != "." and (value in _STREAMS or not re.match(r"[a-z]+://|.*\$\{", str(value), re.DOTALL))
     if not harmless:
         raise ConfigError(
-            f"{path}={value!r}: the settings of Hydra's logs may lead to no object, file or other setting but Hydra's "
-            "own; take it out, or give it on the command line."
+            f"{path}={value!r}: Hydra's log settings must not refer to objects, files or settings other than Hydra's "
+            "own; remove it, or set it on the command line."
         )
 
 

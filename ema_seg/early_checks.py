@@ -63,7 +63,7 @@ def check_early(config: Mapping[str, Any]) -> None:
     for name in config["loss"] if losses else ():
         if name not in losses:
             raise ConfigError(
-                f"loss.{name}: there is no such loss, only {', '.join(losses)}.{did_you_mean(name, losses)}"
+                f"loss.{name}: there is no such loss; choose from {', '.join(losses)}.{did_you_mean(name, losses)}"
             )
     _check_encoder(config["model"]["encoder"])
     for name in config.get("logger", {}):
@@ -89,7 +89,7 @@ def check_root(data: Mapping[str, Any]) -> None:
     makes_files = "makes_files: ClassVar[bool] = True" in read_source(f"ema_seg/data/{name}.py")
     if root is not None and not makes_files and _is_missing(Path(root)):
         raise DataError(
-            f"data.root={root}: no such file or folder; give the data set's folder or archive, as docs/data.md has it."
+            f"data.root={root}: no such file or folder; give the data set's folder or archive (see docs/data.md)."
         )
 
 

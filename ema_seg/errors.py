@@ -48,7 +48,7 @@ def describe_os_error(error: OSError) -> str | None:
     elif error.errno in _OF_DISKS:
         where = "a file cannot be written"
     elif error.errno in _OF_LIMITS:
-        where = "the operating system has no more"
+        where = "a limit of the operating system is reached"
     else:
         return None
     return f"{where}: {error.strerror}."

@@ -45,7 +45,7 @@ def describe_comparison(comparison: Mapping[str, Any]) -> tuple[list[str], bool]
     lines = []
     for name in ("weights", "metrics", "scores"):
         found = comparison[name]
-        lines.append(f"{name:8} {'not there to compare with' if found is None else found}")
+        lines.append(f"{name:8} {'not compared: missing in the original' if found is None else found}")
     for key, (before, now) in comparison["environment"].items():
         lines.append(f"         {key} was {before}, is {now}")
     return lines, all(comparison[name] in (None, _IDENTICAL) for name in ("weights", "metrics", "scores"))

@@ -148,7 +148,9 @@ def _threads_of(run: Path) -> int | None:
     except OSError:
         return None
     except (KeyError, TypeError, ValueError, DataError) as error:
-        raise ConfigError(f"rerun={run}: {path} is not as train.py wrote it; restore it.") from error
+        raise ConfigError(
+            f"rerun={run}: {path} must hold threads, a whole number from 1 to 4096, as train.py wrote it; restore it."
+        ) from error
 
 
 def _batch_size(config: dict[str, Any], run: Path, settings: Mapping[str, Any]) -> int:
@@ -217,7 +219,7 @@ def _run_and_load_report(
         if _file_stamp(path) == earlier:
             raise  # otherwise the report was complete when the signal came
     if _file_stamp(path) == earlier:
-        raise TrainingError(f"{path} was not written, though all {processes} processes have ended well; try again.")
+        raise TrainingError(f"{path}: not written, although all {processes} processes exited with status 0; try again.")
     return load_report(path)
 
 

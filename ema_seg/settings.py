@@ -95,12 +95,12 @@ def _is_flag(value: Any) -> bool:
 
 def _whole_or_not_there(least: int, *, null: bool = False) -> _Setting:
     fits = _is_whole(least)
-    return _Setting(_or_null(fits) if null else fits, "is not possible; give a whole number", optional=True)
+    return _Setting(_or_null(fits) if null else fits, _AT_LEAST.format(least), optional=True)
 
 
 _FLAG = _Setting(_is_flag, "is neither true nor false")
 _NAME = _Setting(_is_text, "is no name")
-_PATH = _Setting(_or_null(_is_text), "is no path; one of digits alone is put in two kinds of quotes, as in \"'2024'\"")
+_PATH = _Setting(_or_null(_is_text), "must be a path; quote a path of digits twice, as in \"'2024'\"")
 
 _NUMBER = _Setting(_is_number, "is no number")
 _COLOUR = _Setting(
@@ -235,7 +235,7 @@ TRAINING = _Section(
         ),
         "report": _REPORT,
         # Only in a sweep, which checks these settings itself.
-        "sweep": _Setting(lambda value: isinstance(value, Mapping), "is one value, of several settings", optional=True),
+        "sweep": _Setting(lambda value: isinstance(value, Mapping), "must be a section of settings", optional=True),
     }
 )
 """Schema of ``train.py``."""
@@ -283,11 +283,11 @@ def require_settings(config: Mapping[str, Any], known: _Section, path: str = "")
         if name not in config:
             if isinstance(setting, _Setting) and setting.optional:
                 continue
-            raise ConfigError(f"{full} is missing, which every configuration has; do not take it out.")
+            raise ConfigError(f"{full}: missing; every configuration must have it; restore it.")
         value = config[name]
         if isinstance(setting, _Section):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{full}={value!r} is one value, where there are several settings; set those.")
+                raise ConfigError(f"{full}: must be a section of settings, got {value!r}; set {full}.<name>=<value>.")
             require_settings(value, setting, f"{full}.")
         elif not setting.fits(value):
             raise ConfigError(f"{full}={value!r} {setting.complaint}.")
@@ -313,7 +313,8 @@ def require_plain(config: object) -> None:
             )
         if isinstance(value, str) and "${" in value:
             raise ConfigError(
-                f"{path}={value!r} is a reference, and a saved configuration has values alone; write the value."
+                f"{path}: a saved configuration must hold plain values, got the interpolation {value!r}; write "
+                "the value."
             )
         if isinstance(value, dict | list | tuple):
             items = value.items() if isinstance(value, dict) else enumerate(value)

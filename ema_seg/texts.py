@@ -45,11 +45,14 @@ class _CoreSchemaConstructors:
 
     def construct_number(self, node: yaml.Node) -> int | float:
         if len(node.value) > _LONGEST_NUMBER:
-            raise ValueError(f"line {node.start_mark.line + 1} has a number of {len(node.value):,} characters")
+            raise ValueError(
+                f"line {node.start_mark.line + 1}: a number of {len(node.value):,} characters exceeds the limit of "
+                f"{_LONGEST_NUMBER}"
+            )
         whole = node.tag == f"{_TAG}int"
         value = self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)  # type: ignore[attr-defined]
         if whole and abs(value) >= _LARGEST_NUMBER:
-            raise ValueError(f"line {node.start_mark.line + 1} has a number of more than 64 bits")
+            raise ValueError(f"line {node.start_mark.line + 1}: a number exceeds 64 bits")
         return value
 
 
@@ -106,7 +109,7 @@ def read_yaml(path: Path, advice: str = "correct the file") -> Any:
     try:
         if _SURROGATE.search(text):
             if len(text) > _LARGEST_ESCAPED:
-                raise ValueError(r"has surrogates (\ud800 to \udfff) as escapes, which must be written as characters")
+                raise ValueError(r"surrogate escapes (\ud800 to \udfff) must be written as characters")
             loader = _PythonLoader
         _check_nodes(yaml.parse(text, Loader=loader))
         return yaml.load(text, Loader=loader)  # noqa: S506, a safe loader of fewer tags
@@ -116,7 +119,7 @@ def read_yaml(path: Path, advice: str = "correct the file") -> Any:
         found = f"{where}{error.problem or error.context}"
         raise DataError(f"{path}: is not valid YAML ({found}); {advice}.") from error
     except LookupError as error:  # from PyYAML's constructors: an empty number or an invalid bool
-        raise DataError(f"{path}: is not valid YAML (a value is not what its tag says); {advice}.") from error
+        raise DataError(f"{path}: is not valid YAML (a value does not match its tag); {advice}.") from error
     except (yaml.YAMLError, ArithmeticError, RecursionError, TypeError, ValueError) as error:
         raise DataError(f"{path}: is not valid YAML ({one_line(error).rstrip('.')}); {advice}.") from error
 
@@ -212,7 +215,7 @@ def _check_nodes(events: Iterator[yaml.Event]) -> None:
             anchor, size, key = event.anchor, 1, event.value
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise ValueError(f"line {line}: *{event.anchor} stands for nothing before it")
+                raise ValueError(f"line {line}: the alias *{event.anchor} is undefined")
             anchor, size, key = None, sizes[event.anchor], None
         else:
             continue
@@ -220,7 +223,7 @@ def _check_nodes(events: Iterator[yaml.Event]) -> None:
             sizes[anchor] = size
         frame.size += size
         if frame.size > _MOST_NODES:
-            raise ValueError(f"line {line}: with its aliases it has more than {_MOST_NODES:,} values")
+            raise ValueError(f"line {line}: more than {_MOST_NODES:,} values with aliases expanded")
         if frame.keys is not None:
             if frame.at_key and key is not None and key != "<<":
                 if key in frame.keys:
@@ -258,7 +261,7 @@ def _depth(brackets: bytes) -> int:
 
 def _whole_number(digits: str) -> int:
     if len(digits) > _LONGEST_NUMBER or abs(int(digits)) >= _LARGEST_NUMBER:
-        raise ValueError(f"it has a number of {len(digits):,} digits")
+        raise ValueError(f"a number of {len(digits):,} digits exceeds 64 bits")
     return int(digits)
 
 

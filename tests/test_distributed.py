@@ -261,7 +261,7 @@ def test_a_killed_process_ends_all_within_seconds(training, entry):
 
     assert status == 1
     assert time.monotonic() - killed < 20
-    assert err.splitlines()[-1].startswith("error: the process 0 of 2 was killed (SIGKILL)")
+    assert err.splitlines()[-1].startswith("error: process 0 of 2 was killed (SIGKILL)")
     assert "Traceback" not in err
     assert len(everyone) == 2
     assert not any(map(is_alive, everyone))
@@ -285,7 +285,7 @@ def test_no_step_waits_for_a_word_of_the_first_process_and_yet_all_leave_with_it
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         config = plain_config(compose("train", [*TINY, *overrides]))
 
-    with pytest.raises(Preempted, match=r"^stopped by SIGTERM at step \d, in epoch 1; go on with "):
+    with pytest.raises(Preempted, match=r"^stopped by SIGTERM at step \d, in epoch 1; continue with "):
         run_together(workers.train, 2, config, run, tmp_path)
 
     steps = load_last(run)[1]["global_step"]
@@ -298,15 +298,15 @@ def test_no_step_waits_for_a_word_of_the_first_process_and_yet_all_leave_with_it
     [
         (
             ["trainer.devices=4", "data.batch_size=6"],
-            "data.batch_size=6 is of all processes together and does not divide into 4 equal parts; choose 4 or 8, or "
-            "train in 1 or 2 or 3 processes.",
+            "data.batch_size: must be divisible by the number of processes that share it (4), got 6; set 4 or 8, or "
+            "use 1 or 2 or 3 processes.",
         ),
-        (["trainer.devices=0"], "devices=0 is no number of devices"),
-        (["trainer.devices=100000", "data.batch_size=100000"], "100000 processes are too many for the "),
-        (["trainer.strategy=ddq"], "trainer.strategy=ddq is none of auto, ddp, fsdp"),
+        (["trainer.devices=0"], "devices=0: must be a number of devices"),
+        (["trainer.devices=100000", "data.batch_size=100000"], "devices=100000: must be at most "),
+        (["trainer.strategy=ddq"], "trainer.strategy=ddq: must be one of auto, ddp, fsdp"),
         (
             ["trainer.devices=2", "trainer.num_nodes=2", "data.batch_size=4"],
-            "needs a process started on each machine",
+            "trainer.num_nodes=2: torchrun or srun must start processes on each machine",
         ),
     ],
 )
@@ -326,7 +326,7 @@ def test_processes_that_nobody_asked_for_are_refused(root, tmp_path):
     done = train(tmp_path, root, program=torchrun)
 
     assert done.returncode == 1
-    assert done.stderr.count("error: 1 is the number of devices, but torchrun has started 2 processes on this") == 1
+    assert done.stderr.count("error: devices=1: must be 2, the number of processes that torchrun has started") == 1
 
 
 def test_a_sweep_is_started_once(monkeypatch):
@@ -334,5 +334,5 @@ def test_a_sweep_is_started_once(monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", "attention=none,se"])
 
-    with pytest.raises(ConfigError, match="torchrun has started several processes of a sweep"):
+    with pytest.raises(ConfigError, match="torchrun has started several processes"):
         train._broadcast_start_time("torchrun", None)

@@ -122,7 +122,7 @@ def test_a_root_that_is_made_or_does_not_answer_is_no_missing_one(monkeypatch, t
         ("eval", ["ckpt_path=a.ckpt"], r"Did you mean 'ckpt'\?$"),
         ("train", ["+model=fpn"], r"the group model is chosen already; write model=<option>, without the \+\.$"),
         ("train", ["--epochs", "3"], r"^error: --epochs: there is no such option; .* as in epochs=3 "),
-        ("train", ["logger=false"], r"logger has csv, mlflow, none, tensorboard, wandb\.$"),
+        ("train", ["logger=false"], r"option of logger; choose from csv, mlflow, none, tensorboard, wandb\.$"),
         ("train", ["+experiment=nosuch"], r"experiment=nosuch: there is no such option; choose from camvid\.$"),
     ],
 )

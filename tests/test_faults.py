@@ -156,9 +156,9 @@ def test_what_the_order_of_an_unfinished_epoch_follows_from_cannot_change(change
     status, err = entry.run(f"resume={run}", change)
 
     assert status == 1
-    assert err.splitlines()[-1].startswith(
-        f"error: {change.partition('=')[0]}: the run goes on within an epoch, whose "
-    )
+    key, _, value = change.partition("=")
+    said = err.splitlines()[-1]
+    assert said.startswith(f"error: {key}: must stay ") and f", got {value}; the order of its samples " in said
     assert (run / "config.yaml").read_bytes() == before
 
 
@@ -189,7 +189,7 @@ def test_a_run_that_is_asked_to_leave_keeps_its_last_step(number, undisturbed, e
 
     assert status == 75
     assert err.splitlines()[-1].startswith(f"error: stopped by {number.name} at step ")
-    assert err.splitlines()[-1].endswith(f"go on with resume={run}.")
+    assert err.splitlines()[-1].endswith(f"continue with resume={run}.")
     status, err = entry.run(f"resume={run}")
     assert status == 0, err
     assert rows(run) == rows(expected)
@@ -229,8 +229,8 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before(undisturbed, entry, 
     status, err = entry.run(f"resume={run}")
 
     assert status == 0, err
-    assert err.startswith(f"warning: ckpt={last}: the file is truncated or no checkpoint of plain data")
-    assert "Going on from previous.ckpt, of step 15." in err
+    assert err.startswith(f"warning: ckpt={last}: the file is truncated or not a checkpoint of plain data")
+    assert "Resuming from previous.ckpt, step 15." in err
     assert_same(run, expected)
 
 
@@ -257,7 +257,7 @@ def test_an_unreadable_checkpoint_does_not_become_the_one_before(undisturbed, tm
     previous.unlink()
 
     assert load_last(run)[1]["global_step"] == step == 15
-    assert capsys.readouterr().err.count("Going on from previous.ckpt") == 1
+    assert capsys.readouterr().err.count("Resuming from previous.ckpt") == 1
 
 
 def test_weights_alone_are_nothing_to_go_on_from(undisturbed, tmp_path):
@@ -266,7 +266,7 @@ def test_weights_alone_are_nothing_to_go_on_from(undisturbed, tmp_path):
     torch.save({key: saved[key] for key in ("state_dict", "config", "classes")}, run / "checkpoints" / "last.ckpt")
     (run / "checkpoints" / "previous.ckpt").unlink()
 
-    with pytest.raises(CheckpointError, match=r"last\.ckpt: holds no optimizer_states, so no training goes on from it"):
+    with pytest.raises(CheckpointError, match=r"last\.ckpt: holds no optimizer_states, so no training can resume"):
         load_last(run)
 
 
@@ -284,7 +284,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(undisturbed, entry, tmp_pat
     for script, arguments in {"train": [f"resume={run}"], "eval": [f"run={run}"]}.items():
         status, err = entry.run(*arguments, script=script)
         assert status == 1
-        assert "no checkpoint of plain data" in err
+        assert "not a checkpoint of plain data" in err
         assert "Traceback" not in err
     assert not mark.exists()
 
@@ -403,8 +403,8 @@ def test_a_disk_that_gives_nothing_is_not_waited_for(workers, damaged, entry, tm
         status, err = entry.run(*TINY, f"data.root={root}", *options)
 
     assert status == 1
-    said = f"{image} or {mask_of(image)}: nothing has come from the disk for 2 seconds; see what it is waiting for, "
-    assert err.splitlines()[-1] == f"error: {said}or allow it more (data.timeout of a training, --timeout of a check)."
+    said = f"{image} or {mask_of(image)}: the disk did not respond for 2 seconds; check it, "
+    assert err.splitlines()[-1] == f"error: {said}or raise data.timeout (--timeout of the data check)."
 
 
 def test_a_killed_worker_that_has_read_nothing_is_told(undisturbed, entry, tmp_path):
@@ -417,7 +417,8 @@ def test_a_killed_worker_that_has_read_nothing_is_told(undisturbed, entry, tmp_p
     status, err = entry.wait()
 
     assert status == 1
-    assert err.splitlines()[-1].startswith("error: a process that loads data has been ended (Killed) by the system; ")
+    said = "error: data.workers: the system killed a loader worker (Killed), often because memory ran out; "
+    assert err.splitlines()[-1] == f"{said}lower data.workers or data.batch_size."
     assert "Traceback" not in err
 
 
@@ -440,8 +441,8 @@ def test_a_killed_worker_is_told_with_the_file_that_it_read(damaged, entry, tmp_
     os.close(writer)
 
     assert status == 1
-    said = "error: a process that loads data has been ended (Killed) by the system while it read "
-    assert err.splitlines()[-1].startswith(f"{said}{image} or {mask_of(image)}; that is what happens where memory runs")
+    said = f"error: {image} or {mask_of(image)}: the system killed a loader worker (Killed) while it read this, "
+    assert err.splitlines()[-1].startswith(said)
     assert "Traceback" not in err
 
 
@@ -454,7 +455,8 @@ def test_unreadable_samples_are_skipped_up_to_a_number_and_counted(damaged, entr
 
     status, err = entry.run(*command, "data.max_skipped=1")
     assert status == 1
-    assert err.splitlines()[-1].endswith("samples have been skipped already, and data.max_skipped=1 allows no more.")
+    said = "; data.max_skipped=1 is reached (samples skipped so far: 1); repair the files, or raise it."
+    assert err.splitlines()[-1].endswith(said)
     shutil.rmtree(run)
     status, err = entry.run(*command, "data.max_skipped=2")
 
@@ -481,7 +483,7 @@ def test_memory_that_does_not_suffice_is_told_with_what_to_change(undisturbed, e
 
     assert status == 1
     said = err.splitlines()[-1]
-    assert said.startswith("error: the memory does not suffice for data.batch_size=8 of 1024 x 1024 pixels (cpu has ")
+    assert said.startswith("error: data.batch_size=8: out of memory with batches of 1024 x 1024 pixels (cpu has ")
     for change in ("lower it", "data.augmentation.crop.height", "trainer.precision=bf16-mixed"):
         assert change in said
     assert "Traceback" not in err

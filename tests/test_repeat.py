@@ -59,7 +59,7 @@ def test_a_run_is_repeated_from_its_configuration_and_environment(original, entr
 
     status, err = entry.run(f"rerun={bare}", f"hydra.run.dir={tmp_path / 'from_bare'}")
     assert status == 0, err
-    assert entry.out.count("not there to compare with") == 3
+    assert entry.out.count("not compared: missing in the original") == 3
     weights = [
         load_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"] for run in (original, tmp_path / "from_bare")
     ]
@@ -79,7 +79,7 @@ def test_a_run_that_comes_out_otherwise_is_told_so(original, entry, tmp_path):
 
     assert status == 1
     assert err.splitlines()[-1].startswith(
-        f"error: {tmp_path / 'again'} is no repetition of {changed} to the bit; see "
+        f"error: rerun={changed}: {tmp_path / 'again'} must be bitwise identical, but differs; see "
     )
     out = entry.out
     assert "tensors differ, most by" in out
@@ -90,10 +90,10 @@ def test_a_run_that_comes_out_otherwise_is_told_so(original, entry, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["epochs=3"], "with epochs=3 this would be another run"),
-        (["resume=auto"], "repeats one run from its beginning"),
-        (["-m"], "repeats one run from its beginning"),
-        (["--config-name", "train"], "--config-name train: the configuration is that of the run"),
+        (["epochs=3"], "epochs=3 would make it a different run"),
+        (["resume=auto"], "repeats one run from its start"),
+        (["-m"], "repeats one run from its start"),
+        (["--config-name", "train"], "--config-name train: the command uses the configuration of the run"),
     ],
 )
 def test_a_repetition_changes_nothing(overrides, message, original, run_script):

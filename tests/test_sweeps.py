@@ -287,11 +287,11 @@ def test_a_search_gives_up_what_is_hopeless_and_goes_on_where_it_was_left(camvid
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("sweep.trials=0",), "sweep.trials=0 is no whole number of 1 or more"),
-        (("sweep.parallel=0",), "sweep.parallel=0 is no whole number"),
-        (("seed=0,1",), "seed=0,1: a search would choose the luckiest seed"),
-        (("+sweep.space.optimizer.weight_decay=1",), "sweep.space.optimizer.weight_decay=1: this is one value"),
-        (("sweep.space=null",), "sweep.space is empty"),
+        (("sweep.trials=0",), "sweep.trials: must be a whole number of at least 1, got 0"),
+        (("sweep.parallel=0",), "sweep.parallel: must be a whole number"),
+        (("seed=0,1",), "seed=0,1: a search must have one seed"),
+        (("+sweep.space.optimizer.weight_decay=1",), "sweep.space.optimizer.weight_decay=1: must have several"),
+        (("sweep.space=null",), "sweep.space: must have at least one key"),
         (("optimizer.lr=interval(1,0)",), r"optimizer.lr=interval\(1,0\): cannot be searched"),
     ],
 )
@@ -335,10 +335,10 @@ def test_a_search_takes_whole_numbers(camvid_root, tmp_path, run_script):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("sweep.baseline=none",), "sweep.baseline='none' names no settings"),
-        (("+sweep.groups.thin=pole",), r"sweep.groups=\{'thin': 'pole'\} are no lists of classes by a name"),
-        (("sweep.retry=maybe",), "sweep.retry='maybe' is neither true nor false"),
-        (("+sweep.grid.attention=[]",), "sweep.grid.attention is empty"),
+        (("sweep.baseline=none",), "sweep.baseline: must be a non-empty mapping of settings, got 'none'"),
+        (("+sweep.groups.thin=pole",), r"sweep.groups: must map names to lists of classes, got \{'thin': 'pole'\}"),
+        (("sweep.retry=maybe",), "sweep.retry: must be true or false, got 'maybe'"),
+        (("+sweep.grid.attention=[]",), "sweep.grid.attention: must have at least one value"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused(camvid_root, tmp_path, run_script, overrides, message):
@@ -365,7 +365,7 @@ def test_an_interrupted_sweep_says_how_it_goes_on(camvid_root, tmp_path, entry):
     status, err = entry.wait()
 
     assert status == 130, err
-    assert err.rstrip().splitlines()[-1].startswith("interrupted; the same command goes on")
+    assert err.rstrip().splitlines()[-1].startswith("interrupted; run the same command again")
     assert names(folder)["none"] == "interrupted"
     assert "Traceback" not in err
 
@@ -374,7 +374,7 @@ def test_one_place_for_the_reports_of_all_jobs_is_refused(camvid_root, tmp_path,
     status, _, err = run_script("train", *command(camvid_root, tmp_path / "sweep", "report.dir=here,there"))
 
     assert status == 1
-    assert "report.dir=here,there: the jobs of a sweep each keep their own" in err
+    assert "report.dir=here,there: each job of a sweep writes its report into its own" in err
 
 
 def test_combinations_that_mean_the_same_are_one_job_and_one_row(camvid_root, tmp_path, run_script):
@@ -404,7 +404,7 @@ def test_a_job_of_a_sweep_is_resumed_only_as_itself(camvid_root, tmp_path, run_s
 
     status, _, err = run_script("train", f"resume={folder / job.folder}", "epochs=2")
     assert status == 1
-    assert "this job of a sweep would be another one with the given overrides" in err
+    assert "the overrides would make this job of a sweep a different one" in err
 
     status, _, err = run_script("train", *TINY, f"data.root={camvid_root}", f"hydra.run.dir={folder / job.folder}")
     assert status == 1

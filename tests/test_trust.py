@@ -60,7 +60,7 @@ def test_an_experiment_file_cannot_have_the_shell_called(script, settings, exper
     status, _, err = run_script(script, *experiment(settings), f"hydra.run.dir={tmp_path / 'run'}")
 
     assert status == 1
-    assert "os.system: a configuration may only have" in err
+    assert "os.system: not on the allowlist" in err
     assert not (tmp_path / "mark").exists()
 
 
@@ -77,13 +77,13 @@ def test_what_is_called_cannot_hide_in_text(script, settings, experiment, run_sc
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (OBJECT, "hydra.job_logging.evil.write='ext://os.system': the settings of Hydra's logs may lead to no object"),
-        (ATTRIBUTE, "hydra.job_logging.handlers.console..={'stream': 'mark'}: the settings of Hydra's logs"),
-        (FILE, "hydra.job_logging.handlers.file.filename='mark': the settings of Hydra's logs"),
-        (HIDDEN, "hydra.job_logging.handlers.console.stream='${scheme}://os.system': the settings of Hydra's logs"),
-        (REFERENCE, "hydra.hydra_logging='${evil}': the settings of Hydra's logs"),
-        (NAMED, "hydra.job.name='../../mark' names files"),
-        (VARIABLE, "hydra.job.env_set.CXX='touch mark': commands and environment variables of jobs are given on the"),
+        (OBJECT, "hydra.job_logging.evil.write='ext://os.system': Hydra's log settings must not refer to objects"),
+        (ATTRIBUTE, "hydra.job_logging.handlers.console..={'stream': 'mark'}: Hydra's log settings"),
+        (FILE, "hydra.job_logging.handlers.file.filename='mark': Hydra's log settings"),
+        (HIDDEN, "hydra.job_logging.handlers.console.stream='${scheme}://os.system': Hydra's log settings"),
+        (REFERENCE, "hydra.hydra_logging='${evil}': Hydra's log settings"),
+        (NAMED, "hydra.job.name: must consist of letters, digits, _, . and -, because files are named after it"),
+        (VARIABLE, "hydra.job.env_set.CXX='touch mark': commands and environment variables of jobs must be typed"),
     ],
 )
 def test_an_experiment_file_reaches_no_object_file_or_environment(settings, message, experiment, run_script, tmp_path):
@@ -150,7 +150,7 @@ def test_a_file_cannot_name_files_beyond_its_folder(experiment, run_script, tmp_
         {"/../shared/..": "private"},
     ):
         status, out, err = run_script("train", *experiment({"defaults": [entry, "_self_"]}), "--cfg", "job")
-        assert (status, "a configuration must lie below the folder that is searched" in err) == (1, True), err
+        assert (status, "must be below a folder of the config search path" in err) == (1, True), err
         assert "password" not in out
 
 
@@ -197,11 +197,11 @@ def test_a_typed_variable_is_read(experiment, run_script, monkeypatch):
         (
             "a: &a [x, x, x, x]\n"
             + "".join(f"{n}: &{n} [{', '.join(['*' + chr(ord(n) - 1)] * 9)}]\n" for n in "bcdefgh"),
-            "is not valid YAML (line 5: with its aliases it has more than 20,000 values); correct the configuration.",
+            "is not valid YAML (line 5: more than 20,000 values with aliases expanded); correct the configuration.",
         ),
         ("x: " + "[" * 3000, "is not valid YAML (line 1 is nested more than 100 levels deep)"),
-        ("x: " + "9" * 5000, "is not valid YAML (line 1 has a number of 5,000 characters)"),
-        ("x: '" + "${" * 3000 + "'", "x has more than 50 brackets in a reference; write less."),
+        ("x: " + "9" * 5000, "is not valid YAML (line 1: a number of 5,000 characters exceeds the limit of 100)"),
+        ("x: '" + "${" * 3000 + "'", "x must have at most 50 opening brackets in an interpolation; simplify it."),
         ("x: 1\nx: 2", "is not valid YAML (line 2 has the key 'x' for the second time)"),
         ("text", "a configuration must have keys with values, got 'text'; correct it."),
         ("[1]", "a configuration must have keys with values, got [1]; correct it."),
@@ -236,7 +236,7 @@ def test_a_sweep_of_an_experiment_file_cannot_have_the_shell_called(experiment, 
     status, _, err = run_script("train", "-m", *experiment(CALLBACK), f"hydra.sweep.dir={tmp_path / 'sweep'}")
 
     assert status == 1
-    assert "hydra.callbacks.mine._target_=os.system: a configuration may only have" in err
+    assert "hydra.callbacks.mine._target_=os.system: not on the allowlist" in err
     assert not (tmp_path / "mark").exists()
 
 
@@ -251,7 +251,7 @@ def test_a_job_that_an_experiment_file_names_cannot_have_code_run(
     run_script("train", "-m", *command, *QUICK, "data=camvid", f"data.root={camvid_root}", "hydra.sweep.dir=sweep")
 
     called, imported = read_plan(tmp_path / "sweep").jobs
-    assert "logging.os.system: a configuration may only have" in called.impossible
+    assert "logging.os.system: not on the allowlist" in called.impossible
     assert "a configuration file must not set hydra.searchpath" in imported.impossible
     assert not (tmp_path / "mark").exists()
 
@@ -272,14 +272,14 @@ def test_a_folder_of_a_sweep_is_no_command_of_its_script(experiment, run_script,
     status, _, err = run_script("train", "-m", *command, *options)
 
     assert status == 1
-    assert "hydra.launcher.submitit_folder=" in err
-    assert "is no single line of text" in err
+    assert "hydra.launcher.submitit_folder: " in err
+    assert "must be one line of printable text, got" in err
 
 
 def test_no_sweeper_composes_jobs_unseen(experiment, run_script):
     for command in (("eval", "-m"), ("train", "-m", "hydra/sweeper=basic"), ("eval", "hydra.mode=MULTIRUN")):
         status, _, err = run_script(*command)
-        assert (status, "is for trainings, with the sweepers of this project" in err) == (1, True), err
+        assert (status, "works only with train.py and the sweepers of this project" in err) == (1, True), err
 
 
 @pytest.mark.parametrize("turns", range(2))
@@ -292,7 +292,7 @@ def test_what_hydra_acts_on_is_what_was_looked_at(turns, experiment, run_script,
     status, _, err = run_script("train", *command, "data=camvid", "data.root=none", f"hydra.run.dir={tmp_path / 'run'}")
 
     assert status == 1
-    assert "logging.os.system: a configuration may only have" in err
+    assert "logging.os.system: not on the allowlist" in err
     assert next(read) > turns + 1
     assert not (tmp_path / "mark").exists()
     assert hydras_own.ConfigLoaderImpl is ConfigLoaderImpl  # for whoever composes next in this process
@@ -316,7 +316,7 @@ def test_the_configurations_of_the_project_stay(run_script):
     status, _, err = run_script("train", "--config-path", "elsewhere")
 
     assert status == 1
-    assert "--config-path elsewhere: the project's own configurations cannot be left out" in err
+    assert "--config-path elsewhere: the project's own configurations cannot be replaced" in err
     assert "--config-dir" in err
 
 
@@ -339,8 +339,8 @@ def test_a_saved_configuration_has_values_alone(run_script, monkeypatch, tmp_pat
         folded = [folded] * 9
     loop.append(loop)
     for content, message in (
-        (whole, "a.b.0.c='${oc.env:SECRET}' is a reference, and a saved configuration has values alone"),
-        ({"a": "\\${oc.env:SECRET}"}, "is a reference"),
+        (whole, "a.b.0.c: a saved configuration must hold plain values, got the interpolation '${oc.env:SECRET}'"),
+        ({"a": "\\${oc.env:SECRET}"}, "a: a saved configuration must hold plain values"),
         ({"a": folded}, "a saved configuration has at most 20,000 values in 100 levels"),
         ({"a": loop}, "a saved configuration has at most 20,000 values in 100 levels"),
         ({"a": {1, 2}}, "a: a value must be text or a number, got set"),
@@ -350,7 +350,7 @@ def test_a_saved_configuration_has_values_alone(run_script, monkeypatch, tmp_pat
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(whole))
     for script, key in {"train": "resume", "eval": "run"}.items():
         status, out, err = run_script(script, f"{key}={tmp_path}", "--cfg", "job", "--resolve")
-        assert (status, "a.b.0.c='${oc.env:SECRET}' is a reference" in err, "hunter2" in out) == (1, True, False)
+        assert (status, "the interpolation '${oc.env:SECRET}'" in err, "hunter2" in out) == (1, True, False)
 
 
 def test_a_pickled_job_of_hydra_is_not_loaded(run_script):
@@ -374,7 +374,7 @@ def test_a_pickled_job_of_hydra_is_not_loaded(run_script):
     ],
 )
 def test_a_name_is_known_by_all_of_it(settings):
-    with pytest.raises(ConfigError, match="may only have"):
+    with pytest.raises(ConfigError, match="not on the allowlist"):
         require_harmless(OmegaConf.create({"hydra": settings}))
 
 
@@ -413,14 +413,14 @@ def test_what_hydra_copies_from_the_environment_passes(monkeypatch):
 @pytest.mark.parametrize("section", ["hydra", "job", "launcher"])
 def test_a_section_is_no_reference(section):
     hydra = "${mine}" if section == "hydra" else {section: "${mine}"}
-    with pytest.raises(ConfigError, match="is one value, where there are several settings"):
+    with pytest.raises(ConfigError, match="must be a section of settings, got '"):
         require_harmless(OmegaConf.create({"mine": {}, "hydra": hydra}))
 
 
 def test_a_launcher_has_single_lines_but_in_its_commands():
     require_printable(OmegaConf.create({"partition": "gpu", "timeout_min": 60, "setup": ["cd\nls"]}))
     for value in ("gpu\ntouch mark", Path("gpu\ntouch mark")):
-        with pytest.raises(ConfigError, match=r"^hydra\.launcher\.partition=.* is no single line of text"):
+        with pytest.raises(ConfigError, match=r"^hydra\.launcher\.partition: must be one line of printable text"):
             require_printable(OmegaConf.create({"partition": value}))
 
 

@@ -107,7 +107,7 @@ def build_attention(name: str, channels: int, **options: Any) -> nn.Module:
     """
     if name not in _BLOCKS:
         raise ConfigError(
-            f"attention.name: no block is called {name!r}; there are {', '.join(_BLOCKS)}.{did_you_mean(name, _BLOCKS)}"
+            f"attention.name: must be one of {', '.join(_BLOCKS)}, got {name!r}.{did_you_mean(name, _BLOCKS)}"
         )
     block = _BLOCKS[name]
     known = [option for option in inspect.signature(block).parameters if option not in ("channels", "c2")]

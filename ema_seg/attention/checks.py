@@ -22,27 +22,27 @@ PARTS = ("both", "channel", "spatial")
 def check_positive(block: str, name: str, value: object) -> None:
     """Raise ModelError unless the argument ``name`` of ``block`` is a whole number above zero."""
     if type(value) is not int or value < 1:  # True would pass for 1
-        raise ModelError(f"{block} cannot work with {name}={value!r}; choose a whole number from 1 on.")
+        raise ModelError(f"{block}: {name} must be a whole number of at least 1, got {value!r}.")
 
 
 def check_odd(block: str, name: str, value: object) -> None:
     """Raise ModelError unless the argument is an odd whole number, so that a kernel has a middle."""
     if type(value) is not int or value < 1 or value % 2 == 0:
-        raise ModelError(f"{block} cannot centre a kernel of {name}={value!r}; choose an odd whole number from 1 on.")
+        raise ModelError(f"{block}: {name} must be an odd whole number of at least 1, got {value!r}.")
 
 
 def check_choice(block: str, name: str, value: object, known: Sequence[object]) -> None:
     """Raise ModelError unless the argument is one of ``known``."""
     if not any(type(value) is type(choice) and value == choice for choice in known):
-        raise ModelError(f"{block} has no {name}={value!r}; choose among {', '.join(map(str, known))}.")
+        raise ModelError(f"{block}: {name} must be one of {', '.join(map(str, known))}, got {value!r}.")
 
 
 def check_batch(block: str, x: Tensor) -> None:
     """Raise ModelError for a batch of one image, on which BatchNorm of global descriptors cannot be trained."""
     if x.shape[0] == 1:
         raise ModelError(
-            f"{block} cannot be trained with one image in a batch, because it normalises global descriptors over "
-            "the batch; take batches of two or more (data.batch_size)."
+            f"{block}: needs at least 2 images per batch in training, because it normalises global descriptors over "
+            "the batch; raise data.batch_size."
         )
 
 

@@ -56,7 +56,7 @@ class EMAU(nn.Module):
         check_positive("EMAU", "bases", bases)
         check_positive("EMAU", "iterations", iterations)
         if not isinstance(momentum, float | int) or not 0 <= momentum <= 1:
-            raise ModelError(f"EMAU cannot work with momentum={momentum!r}; choose a number from 0 to 1.")
+            raise ModelError(f"EMAU: momentum must be a number from 0 to 1, got {momentum!r}.")
         super().__init__()
         self.iterations = iterations
         self.momentum = momentum

@@ -52,11 +52,11 @@ class GatherExcite(nn.Module):
         check_choice("gather-excite", "variant", variant, _VARIANTS)
         check_positive("gather-excite", "reduction", reduction)
         if extent != "global" and (type(extent) is not int or extent < 2 or extent.bit_count() != 1):
-            raise ModelError(f"gather-excite has no extent={extent!r}; choose a power of two from 2 on, or 'global'.")
+            raise ModelError(f"gather-excite: extent must be a power of two above 1, or 'global', got {extent!r}.")
         if extent == "global" and variant != "theta_minus":
             raise ModelError(
-                f"gather-excite with variant={variant!r} cannot gather a map of any size at once "
-                "(extent='global'); choose an extent of 2, 4 or 8, say, or variant='theta_minus'."
+                f"gather-excite: variant={variant!r} needs a fixed extent, got extent='global'; "
+                "choose an extent such as 2, 4 or 8, or variant='theta_minus'."
             )
         super().__init__()
         self.extent = extent

@@ -34,8 +34,8 @@ class SCSE(SCSEModule):
         check_choice("scSE", "parts", parts, PARTS)
         if not isinstance(reduction, int) or not 1 <= reduction <= channels:
             raise ModelError(
-                f"scSE cannot reduce {channels} channels by reduction={reduction}; "
-                f"choose a reduction from 1 to {channels}."
+                f"scSE: reduction must be a whole number from 1 to the number of channels ({channels}), got "
+                f"{reduction!r}."
             )
         super().__init__(channels, reduction=reduction)
         self.parts = parts

@@ -29,5 +29,5 @@ class SE(SEModule):
     def __init__(self, channels: int, reduction: int = 16) -> None:
         check_positive("SE", "channels", channels)
         if not isinstance(reduction, int) or reduction < 1:
-            raise ModelError(f"SE cannot reduce {channels} channels by reduction={reduction!r}; choose 1 or more.")
+            raise ModelError(f"SE: reduction must be a whole number of at least 1, got {reduction!r}.")
         super().__init__(channels, rd_channels=max(1, channels // reduction))

@@ -37,14 +37,14 @@ class ShuffleAttention(nn.Module):
     def __init__(self, channels: int, groups: int | Literal["auto"] = "auto") -> None:
         check_positive("shuffle attention", "channels", channels)
         if channels % 2:
-            raise ModelError(f"shuffle attention cannot halve {channels} channels; it needs an even number.")
+            raise ModelError(f"shuffle attention: needs an even number of channels, got {channels}.")
         if groups == "auto":
             groups = largest_divisor(channels // 2, _PUBLISHED_GROUPS)
         check_positive("shuffle attention", "groups", groups)
         if channels % (2 * groups):
             raise ModelError(
-                f"shuffle attention cannot split {channels} channels into two halves of groups={groups}; "
-                f"choose a divisor of {channels // 2}, or 'auto'."
+                f"shuffle attention: groups must be a divisor of {channels // 2}, half the number of channels, "
+                f"or 'auto', got {groups}."
             )
         super().__init__()
         self.groups = groups

@@ -32,7 +32,7 @@ class SimAM(nn.Module):
     def __init__(self, channels: int, e_lambda: float = 1e-4) -> None:
         check_positive("SimAM", "channels", channels)
         if not isinstance(e_lambda, float | int) or not 0 < e_lambda < float("inf"):
-            raise ModelError(f"SimAM cannot work with e_lambda={e_lambda!r}; choose a number above 0, such as 1e-4.")
+            raise ModelError(f"SimAM: e_lambda must be a number above 0, such as 1e-4, got {e_lambda!r}.")
         super().__init__()
         self.e_lambda = e_lambda
 

@@ -202,7 +202,7 @@ class ADE20KDataset(SegmentationDataset):
         images = _by_stem(source, image_folder, ".jpg")
         masks = _by_stem(source, mask_folder, ".png")
         if not images and not masks:
-            raise MissingSplitError(f"{source.path}: has no images {image_folder}/*.jpg.")
+            raise MissingSplitError(f"{source.path}: has no images that match {image_folder}/*.jpg.")
         return pair_files(images, masks, image_place=f"{image_folder}/*.jpg", mask_place=f"{mask_folder}/*.png")
 
     def _source(self) -> tuple[Source, str]:

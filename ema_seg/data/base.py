@@ -176,7 +176,7 @@ class SegmentationDataset(Dataset[Any]):
         """
         file = self.pairs[index].mask
         if file is None:
-            raise DataError(f"{self.root}: the split {self.split!r} has no labels; choose a split that has.")
+            raise DataError(f"{self.root}: the split {self.split!r} has no labels; choose a split with labels.")
         return self.to_train_ids(self.decode_mask(file), file)
 
     def decode_mask(self, file: File) -> NDArray[np.uint8]:
@@ -221,10 +221,10 @@ class SegmentationDataset(Dataset[Any]):
         if orientation == 1:
             return ""
         if self.upright:
-            advice = "by which it was turned upright; for masks of the pixels as stored set data.orientation=ignore"
+            advice = "and was turned upright; for masks of the pixels as stored set data.orientation=ignore"
         else:
-            advice = "by which it was not turned"
-        return f", which has the orientation tag {orientation}, {advice}"
+            advice = "and was not turned"
+        return f", which has the orientation tag {orientation} {advice}"
 
 
 def train_id_table(train_ids: Mapping[int, int]) -> NDArray[np.uint8]:

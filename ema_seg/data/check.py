@@ -227,14 +227,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _parse_option(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not key or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
+        raise argparse.ArgumentTypeError(f"must have the form key=value, got {text!r}")
     return key, yaml.safe_load(value)  # the same types as in a config
 
 
 def _parse_seconds(text: str) -> float:
     seconds = float(text)
     if not 0 < seconds <= LONGEST_TIMEOUT:
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds from 0 to {LONGEST_TIMEOUT}")
+        raise argparse.ArgumentTypeError(
+            f"must be a number of seconds above 0 and at most {LONGEST_TIMEOUT}, got {text}"
+        )
     return seconds
 
 

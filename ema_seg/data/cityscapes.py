@@ -150,5 +150,5 @@ class CityscapesDataset(SegmentationDataset):
 
     def _no_images(self, folder: str, archive: str) -> DataError:
         if (self.root / "leftImg8bit").is_dir() or (self.root / archive).is_file():
-            return MissingSplitError(f"{self.root}: has no images {folder}/<city>/*{_IMAGE_SUFFIX}.")
+            return MissingSplitError(f"{self.root}: has no images that match {folder}/<city>/*{_IMAGE_SUFFIX}.")
         return DataError(f"{self.root}: has neither leftImg8bit/ nor {archive}; expected {self.layout}.")

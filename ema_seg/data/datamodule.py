@@ -100,9 +100,13 @@ class SegmentationDataModule(LightningDataModule):
         _require_at_least(1, batch_size=batch_size, evaluation_batch_size=evaluation_batch_size)
         _require_at_least(0, workers=workers, max_skipped=max_skipped)
         if not isinstance(timeout, int | float) or not 0 < timeout <= LONGEST_TIMEOUT:
-            raise ConfigError(f"data.timeout={timeout!r} is no number of seconds from 0 to {LONGEST_TIMEOUT}.")
+            raise ConfigError(
+                f"data.timeout: must be a number of seconds above 0 and at most {LONGEST_TIMEOUT}, got {timeout!r}."
+            )
         if workers > _MOST_WORKERS:
-            raise ConfigError(f"data.workers={workers}: each is a process; choose {_MOST_WORKERS} at most.")
+            raise ConfigError(
+                f"data.workers: must be at most {_MOST_WORKERS} (each worker is a process), got {workers}."
+            )
         _require_channels(mean=mean, std=std)
         self.dataset_name = name
         self.root = root
@@ -167,9 +171,10 @@ class SegmentationDataModule(LightningDataModule):
         if stage == "fit":
             self._check_batch(len(self.train_dataset))
         if stage in {"fit", "validate"} and len(self.val_dataset) < rank_info().size:
+            images, processes = len(self.val_dataset), rank_info().size
             raise ConfigError(
-                f"{self.val_dataset.root}: the {len(self.val_dataset)} validation images do not give each of "
-                f"{rank_info().size} processes one; train in fewer."
+                f"{self.val_dataset.root}: {images} validation images for {processes} processes; each process needs at "
+                f"least one; use at most {images} processes."
             )
         for name in _DATASETS_OF_STAGE[stage]:
             dataset = getattr(self, name)
@@ -210,8 +215,8 @@ class SegmentationDataModule(LightningDataModule):
             for key, value in self._order().items():
                 if self._resume_state[key] != value:
                     raise ConfigError(
-                        f"{key}: the run goes on within an epoch, whose order follows from {self._resume_state[key]} "
-                        f"and not from {value}; leave it as it was, or begin a new run."
+                        f"{key}: must stay {self._resume_state[key]} until the interrupted epoch is complete, "
+                        f"got {value}; the order of its samples depends on it; restore it, or start a new run."
                     )
         return batches
 
@@ -253,7 +258,7 @@ class SegmentationDataModule(LightningDataModule):
             except DataError:
                 if tried >= self.skipped.max_skipped:
                     raise
-        raise DataError(f"{dataset.root}: the split {dataset.split!r} has no image that can be read.")
+        raise DataError(f"{dataset.root}: the split {dataset.split!r} has no readable image; check its files.")
 
     def _require_labels(self, dataset: SegmentationDataset) -> None:
         """Read masks until one has a labelled pixel, or all classes have one if the data set expects that.
@@ -275,7 +280,7 @@ class SegmentationDataModule(LightningDataModule):
                 return
             if index == _MANY_MASKS:
                 absent = dataset.classes[int(np.argmin(present))]
-                print(f"{dataset.root}: looking for {absent!r} in all {len(dataset)} masks.", file=sys.stderr)
+                print(f"{dataset.root}: searching all {len(dataset)} masks for the class {absent!r}.", file=sys.stderr)
         if unreadable and not pixels.any():
             raise unreadable
         if problem := dataset.describe_problem(pixels):
@@ -321,8 +326,8 @@ def check_batch_divides(batch_size: int, processes: int) -> None:
         most = min(processes, batch_size + 1, _MANY_PROCESSES)
         counts = [str(count) for count in range(1, most) if batch_size % count == 0]
         raise ConfigError(
-            f"data.batch_size={batch_size} is of all processes together and does not divide into {processes} equal "
-            f"parts; choose {' or '.join(sizes)}, or train in {' or '.join(counts)} "
+            f"data.batch_size: must be divisible by the number of processes that share it ({processes}), got "
+            f"{batch_size}; set {' or '.join(sizes)}, or use {' or '.join(counts)} "
             f"{'process' if counts == ['1'] else 'processes'}."
         )
 

@@ -176,8 +176,8 @@ def _grey_scale(image: Image.Image, file: File) -> int:
     arguments = _decoder_arguments(image)
     if image.format == "PPM" and isinstance(arguments[-1], int):
         raise DataError(
-            f"{file}: the mask has the largest value {arguments[-1]} in its header, to which its values would be "
-            "scaled; expected 255: save it as PNG."
+            f"{file}: the mask's header has the maximum value {arguments[-1]}, so its values would be rescaled; "
+            "expected 255: save it as PNG."
         )
     return {"L;2": 85, "L;4": 17}.get(str(arguments[0]) if arguments else "", 1)
 

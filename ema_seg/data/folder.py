@@ -109,8 +109,8 @@ class ClassList:
         names, values, colors = zip(*classes, strict=True)
         if len(classes) == 1:
             raise ValueError(
-                f"{names[0]!r} is the only class, from which there is nothing to tell it apart; name the other pixels "
-                f"too, as in [background, {names[0]}]"
+                f"expected at least two classes, found only {names[0]!r}; add one for the other pixels, as in "
+                f"[background, {names[0]}]"
             )
         default = None if IGNORE_INDEX in values else IGNORE_INDEX
         ignored = _parse_ignored(content.get("ignore", default))

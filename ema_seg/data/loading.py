@@ -75,11 +75,11 @@ class SkippedSamples:
             return
         if len(self.samples) >= self.max_skipped:
             raise DataError(
-                f"{reason.rstrip('.')}; {len(self.samples)} samples have been skipped already, and data.max_skipped="
-                f"{self.max_skipped} allows no more."
+                f"{reason.rstrip('.')}; data.max_skipped={self.max_skipped} is reached (samples skipped so far: "
+                f"{len(self.samples)}); repair the files, or raise it."
             )
         self.samples[split, name] = reason
-        told = f"warning: {reason} Skipped, as {len(self.samples)} of at most {self.max_skipped}."
+        told = f"warning: {reason} Skipped ({len(self.samples)} of at most {self.max_skipped})."
         print(for_terminal(told), file=sys.stderr, flush=True)
         if self._file is not None:
             with self._file.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -95,8 +95,8 @@ class SkippedSamples:
             self.samples |= samples
         if len(self.samples) > self.max_skipped:
             raise DataError(
-                f"{len(self.samples)} samples cannot be read, and data.max_skipped={self.max_skipped} allows no more; "
-                f"the last one: {list(self.samples.values())[-1]}"
+                f"data.max_skipped={self.max_skipped}: {len(self.samples)} samples cannot be read; repair the files, "
+                f"or raise it; the last one: {list(self.samples.values())[-1]}"
             )
 
     def _read(self) -> None:
@@ -221,8 +221,8 @@ class DiskTimeoutError(EmaSegError):
 
 def format_timeout_message(waited_for: list[str], seconds: float) -> str:
     return (
-        f"{_listed(waited_for) or 'data'}: nothing has come from the disk for {seconds:g} seconds; see what it is "
-        "waiting for, or allow it more (data.timeout of a training, --timeout of a check)."
+        f"{_listed(waited_for) or 'data'}: the disk did not respond for {seconds:g} seconds; check it, or raise "
+        "data.timeout (--timeout of the data check)."
     )
 
 
@@ -368,9 +368,9 @@ class Loader(DataLoader[Any]):
         files = [self.samples.dataset.files(workers[process]) for process in lost if workers.get(process, -1) >= 0]
         how = f"{text} {error.__cause__}".partition("signal: ")[2].partition(".")[0].strip()
         return DataError(
-            f"a process that loads data has been ended{f' ({how})' if how else ''} by the system"
-            f"{f' while it read {_listed(files)}' if files else ''}; that is what happens where memory runs out: "
-            "lower data.workers or data.batch_size, or look at that file."
+            f"{_listed(files) or 'data.workers'}: the system killed a loader worker{f' ({how})' if how else ''}"
+            f"{' while it read this' if files else ''}, often because memory ran out; lower data.workers or "
+            f"data.batch_size{', or check the files' if files else ''}."
         )
 
 
@@ -395,8 +395,8 @@ def collate_crops(samples: list[TensorSample]) -> dict[str, Any]:
     for other in samples:
         if other["image"].shape != first["image"].shape:
             raise ConfigError(
-                f"training images differ in size when augmented: {first['name']} is {_shape(first)} pixels"
-                f" but {other['name']} {_shape(other)}; crop all to one size, as CategoryLimitedCrop does."
+                f"data.augmentation: training images differ in size: {first['name']} is {_shape(first)} pixels but "
+                f"{other['name']} {_shape(other)}; crop all to one size, as CategoryLimitedCrop does."
             )
     return {
         "image": torch.stack([sample["image"] for sample in samples]),

@@ -76,7 +76,7 @@ class FolderSource(Source):
         found = [(Path(parent) / name).relative_to(self.path) for parent, _, names in walk for name in names]
         for name in found:
             if not _is_text(str(name)):
-                raise DataError(f"{str(self.path / name)!r}: the name is not text in UTF-8; rename it.")
+                raise DataError(f"{str(self.path / name)!r}: the name is not valid UTF-8; rename it.")
         return sorted(name.as_posix() for name in found if _is_listed(name))
 
     def read(self, name: str) -> bytes:
@@ -112,14 +112,14 @@ class ZipSource(Source):
             member = self._open().getinfo(name)
             if member.file_size >= _LARGEST_MEMBER:
                 raise DataError(
-                    f"{self.locate(name)}: takes {member.file_size >> 20} MiB when it is unpacked, which no image "
-                    "does; take it out of the archive."
+                    f"{self.locate(name)}: unpacks to {member.file_size >> 20} MiB, expected an image of less than "
+                    f"{_LARGEST_MEMBER >> 20} MiB; remove it from the archive."
                 )
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 # Other decompressors have no size limit: a small member could fill the memory.
                 raise DataError(
-                    f"{self.locate(name)}: is neither stored nor deflated, the two ways of compression that are read; "
-                    "pack the archive again."
+                    f"{self.locate(name)}: unsupported zip compression; expected stored or deflated; pack the "
+                    "archive again."
                 )
             with self._open().open(member) as file:
                 # A bounded read: the compressed data may unpack to more than the header states.
@@ -141,8 +141,7 @@ class ZipSource(Source):
             for name in archive.namelist():
                 if _leads_out(name):
                     raise DataError(
-                        f"{self.locate(name)}: the name leads out of the archive; do not use one that was made to "
-                        "write elsewhere."
+                        f"{self.locate(name)}: the member's path points outside the archive; do not use this archive."
                     )
             self._archive, self._opened_by = archive, os.getpid()
         return self._archive

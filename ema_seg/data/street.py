@@ -109,7 +109,7 @@ class StreetDataset(CityscapesDataset):
 def _check_whole_number(name: str, value: object, limits: tuple[int, int]) -> None:
     low, high = limits
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ConfigError(f"{name}={value!r} is not possible; choose a whole number from {low} to {high}.")
+        raise ConfigError(f"data.{name}: must be a whole number from {low} to {high}, got {value!r}.")
 
 
 def _default_root() -> Path:
@@ -140,7 +140,7 @@ def _generate_once(folder: Path, counts: Mapping[str, int], height: int, width: 
     except OSError as error:
         raise DataError(
             f"{folder.parent}: cannot write the generated street scenes ({error.strerror or error});"
-            " set root to a folder that can be written."
+            " set data.root to a writable folder."
         ) from error
 
 
@@ -174,7 +174,7 @@ def _write_scenes(folder: Path, counts: Mapping[str, int], height: int, width: i
                 raise error
             process.join()
     except EOFError:
-        raise OSError("a process that draws them died") from None
+        raise OSError("a worker process died") from None
     finally:
         for process, _ in workers:
             process.terminate()

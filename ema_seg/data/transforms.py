@@ -168,8 +168,8 @@ class _Normalisation:
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ConfigError(
-                f"mean={list(mean)} and std={list(std)} must be three numbers each, for red, green and"
-                " blue, and the latter positive."
+                f"mean={list(mean)} and std={list(std)} must be three numbers each, for red, green and blue, and those"
+                " of std positive."
             )
         self.mean = torch.tensor(mean, dtype=torch.float32).mul_(255)[:, None, None]
         self.std = torch.tensor(std, dtype=torch.float32).mul_(255)[:, None, None]
@@ -196,14 +196,14 @@ class _Augmentation:
             raise
         except Exception as error:  # albumentations raises exceptions of any type
             raise ConfigError(
-                f"data.augmentation{self._failing_step_key(error)} cannot be applied to {sample['name']} "
-                f"({one_line(error)}); correct its settings, or leave it out."
+                f"data.augmentation{self._failing_step_key(error)}: cannot be applied to {sample['name']} "
+                f"({one_line(error)}); correct its settings, or remove it."
             ) from error
         image = augmented["image"]
         if getattr(image, "dtype", None) != np.uint8 or image.shape[2:] != (3,):
             raise ConfigError(
-                "augmentation must keep images of bytes, and their three channels; leave out the step that converts or"
-                " normalises them, which happens after the last step by itself."
+                "data.augmentation: a step returned an image that is not uint8 with 3 channels; remove steps that"
+                " convert or normalise (normalisation runs last by itself)."
             )
         return self.normalise({**sample, "image": image, "mask": augmented["mask"]})
 

@@ -59,9 +59,8 @@ def require_shared(folder: Path) -> None:
         file.unlink()
     if not all(seen):
         raise ConfigError(
-            f"{folder}: the run's folder must be on a disk that all machines share, but the process "
-            f"{seen.index(False)} does not see what the process 0 writes there; choose another with hydra.run.dir or "
-            "report.dir."
+            f"{folder}: the run's folder must be on a disk that all machines share, but process {seen.index(False)} "
+            "does not see the files that process 0 writes there; choose another with hydra.run.dir or report.dir."
         )
 
 

@@ -81,7 +81,7 @@ def _exit_preempted(number: int, frame: FrameType | None) -> None:
     global _preempted
     if not _preempted:
         name = signal.Signals(number).name
-        print(f"stopped by {name} outside of the training; give the command again.", file=sys.stderr)
+        print(f"stopped by {name} while no training was running; run the same command again.", file=sys.stderr)
         force_exit_after(_FORCED_EXIT_SECONDS)
     _preempted = True
     sys.exit(Preempted.exit_status)

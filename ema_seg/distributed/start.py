@@ -170,7 +170,7 @@ def _tasks_of_machine(size: int) -> int:
     counts = {part.partition("(")[0] for part in layout.split(",")}
     if len(counts) > 1:
         raise ConfigError(
-            f"Slurm has started unequal numbers of tasks on the machines ({layout}); ask for as many on each with "
+            f"Slurm: the number of tasks must be the same on every machine, got {layout}; set it with "
             "--ntasks-per-node."
         )
     return size // int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
@@ -336,8 +336,8 @@ def _connect(here: RankInfo) -> "Store":
         )
     except (OSError, RuntimeError) as error:
         raise ConfigError(
-            f"the process {here.rank} of {here.size} cannot reach the first one at {os.environ['MASTER_ADDR']}, port "
-            f"{os.environ['MASTER_PORT']} ({one_line(error)[:200]}); see that the machines reach each other there."
+            f"process {here.rank} of {here.size} cannot connect to process 0 at {os.environ['MASTER_ADDR']}, port "
+            f"{os.environ['MASTER_PORT']} ({one_line(error)[:200]}); check that the machines reach each other there."
         ) from error
     return PrefixStore(f"ema-seg/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
@@ -360,7 +360,7 @@ def serialize_error(error: Failure) -> str:
 def deserialize_error(text: str) -> Failure:
     word = json.loads(text)
     if word["class"] is None:
-        return ProcessFailed(f"{word['message']}, in the process {word['rank']}:\n{word['traceback']}")
+        return ProcessFailed(f"{word['message']}, in process {word['rank']}:\n{word['traceback']}")
     module, name = word["class"]
     failure: Failure = getattr(import_module(module), name)(word["message"])
     return failure
@@ -501,21 +501,23 @@ def _failure(store: "Store", codes: Sequence[int], passed: Sequence[int]) -> Fai
     """Return the error for these exit statuses, after these signals were passed on."""
     for number in passed:
         if -number in codes:  # it had no handler yet, and no state to save
-            return Preempted(f"stopped by {signal.Signals(number).name}; what was written before it is there.")
+            return Preempted(f"stopped by {signal.Signals(number).name}; the files written so far are kept.")
     told = store.check([_FAILURE])
     # A killed process comes first: the recorded failure may only be the loss of it. But NCCL may abort a rank (SIGABRT)
     # that waits for one whose failure is recorded.
     for rank, code in enumerate(codes):
         if code < 0 and not (told and code == -signal.SIGABRT):
             return TrainingError(
-                f"the process {rank} of {len(codes)} was killed ({_signal_name(-code)}); if the system did so for want "
-                "of memory, lower data.batch_size or data.workers."
+                f"process {rank} of {len(codes)} was killed ({_signal_name(-code)}); if the system ran out of memory, "
+                "lower data.batch_size or data.workers."
             )
     if not told and Preempted.exit_status in codes:  # from os._exit, which records no failure
-        return Preempted("stopped; what was written before it is there.")
+        return Preempted("stopped; the files written so far are kept.")
     if not told:
         rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
-        return ProcessFailed(f"the process {rank} of {len(codes)} ended with status {code} and without a word")
+        return ProcessFailed(
+            f"process {rank} of {len(codes)} exited with status {code} without an error message; see its output above."
+        )
     return deserialize_error(store.get(_FAILURE).decode())
 
 

@@ -60,8 +60,8 @@ class ConfusionMatrix:
         prediction, target = _as_integers(prediction, "prediction"), _as_integers(target, "target")
         if prediction.shape != target.shape:
             raise ModelError(
-                f"The prediction has the shape {tuple(prediction.shape)} but the truth has "
-                f"{tuple(target.shape)}: bring the prediction to the truth's size before counting."
+                f"the prediction must have the target's shape {tuple(target.shape)}, got {tuple(prediction.shape)}; "
+                "resize it before counting."
             )
         target = target.to(prediction.device)
         labelled = target != self.ignore_index
@@ -70,13 +70,13 @@ class ConfusionMatrix:
             return
         if found := self._outside(truth):
             raise DataError(
-                f"The truth holds the label {found}, which is neither a class (0 to {self.num_classes - 1}) "
-                f"nor the ignore index {self.ignore_index}: check the label files or the number of classes."
+                f"the target must hold classes from 0 to {self.num_classes - 1} or the ignore index "
+                f"{self.ignore_index}, got {found}; check the label files or the number of classes."
             )
         if found := self._outside(predicted):
             raise ModelError(
-                f"The prediction holds the class {found}, outside 0 to {self.num_classes - 1}: "
-                "the model and the data disagree about the number of classes."
+                f"the prediction must hold classes from 0 to {self.num_classes - 1}, got {found}; "
+                "use a model with the data set's number of classes."
             )
         pairs = truth * self.num_classes + predicted
         counts = torch.bincount(pairs, minlength=self.num_classes**2)
@@ -89,7 +89,10 @@ class ConfusionMatrix:
             ConfigError: the numbers of classes differ.
         """
         if other.num_classes != self.num_classes:
-            raise ConfigError(f"Confusion matrices over {self.num_classes} and {other.num_classes} classes do not add.")
+            raise ConfigError(
+                "confusion matrices: must have the same number of classes, "
+                f"got {self.num_classes} and {other.num_classes}."
+            )
         self.matrix += other.matrix.to(self.matrix.device)
 
     def compute(self) -> Scores:
@@ -145,11 +148,11 @@ def _as_integers(labels: Tensor | ArrayLike, role: str) -> Tensor:
     if not isinstance(labels, Tensor):
         array = np.asarray(labels)
         if not np.issubdtype(array.dtype, np.integer):
-            raise ModelError(f"The {role} has the type {array.dtype}: class ids are integers.")
+            raise ModelError(f"the {role} must have an integer dtype (class ids), got {array.dtype}.")
         # A copy also removes negative strides and read-only memory, which torch does not support.
         return torch.from_numpy(np.array(array, dtype=np.int64, order="C"))
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ModelError(f"The {role} has the type {labels.dtype}: class ids are integers.")
+        raise ModelError(f"the {role} must have an integer dtype (class ids), got {labels.dtype}.")
     return labels
 
 

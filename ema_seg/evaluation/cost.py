@@ -309,7 +309,7 @@ def time_end_to_end(model: nn.Module, loader: DataLoader, stride: int, budget: f
             break
     parts = gather((images, images / elapsed if images else 0.0))
     if not any(count for count, _ in parts):
-        raise DataError("There is no image to measure the throughput with: the split is empty.")
+        raise DataError("data: the split has no image to measure the throughput with.")
     return {
         "images_per_second": sum(rate for _, rate in parts),
         "images": sum(count for count, _ in parts),

@@ -100,7 +100,7 @@ def evaluate(
     turns = zip_longest(*gather(records))
     everyones = [record for turn in turns for record in turn if record is not None]
     if not everyones:
-        raise DataError("There is no image to evaluate: the split is empty.")
+        raise DataError("data: the split has no image to evaluate; set another data.evaluation_split.")
     return Evaluation(total, everyones)
 
 
@@ -113,8 +113,8 @@ def _tracked(loader: Iterable[Mapping[str, Any]], progress: bool) -> Iterable[Ma
 def _count(name: str, logits: Tensor, target: Tensor, num_classes: int) -> tuple[ConfusionMatrix, NDArray[np.integer]]:
     if logits.shape[0] != num_classes:
         raise ModelError(
-            f"The model predicts {logits.shape[0]} classes but the data set has {num_classes}: "
-            "evaluate it on the data it was trained for."
+            f"model: predicts {logits.shape[0]} classes but the data set has {num_classes}; "
+            "evaluate it on the data that it was trained on."
         )
     confusion = ConfusionMatrix(num_classes)
     prediction = logits.argmax(dim=0)

@@ -32,7 +32,7 @@ PRECISIONS: dict[str, torch.dtype | None] = {
 }
 
 
-LESS_MEMORY = "lower data.evaluation_batch_size, set evaluation.precision=bf16-mixed, or take a device with more"
+LESS_MEMORY = "lower data.evaluation_batch_size, set evaluation.precision=bf16-mixed, or use a device with more"
 
 
 def autocast(device: torch.device | str, precision: str | int) -> AbstractContextManager[object]:
@@ -46,7 +46,7 @@ def autocast(device: torch.device | str, precision: str | int) -> AbstractContex
         ConfigError: the precision is not one of ``PRECISIONS``.
     """
     if str(precision) not in PRECISIONS:
-        raise ConfigError(f"precision={precision!r} is not known: choose one of {', '.join(PRECISIONS)}.")
+        raise ConfigError(f"precision={precision!r}: must be one of {', '.join(PRECISIONS)}.")
     dtype = PRECISIONS[str(precision)]
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype=dtype)
 
@@ -118,8 +118,8 @@ def predict(model: nn.Module, images: Sequence[Tensor], stride: int) -> list[Ten
             output = model(padded)
         if output.shape[-2:] != padded.shape[-2:]:
             raise ModelError(
-                f"The model turned {tuple(padded.shape[-2:])} pixels into {tuple(output.shape[-2:])} logits: "
-                "its last layer must restore the input's size."
+                f"model: logits must have the input's size {tuple(padded.shape[-2:])}, got "
+                f"{tuple(output.shape[-2:])}; upsample them in its last layer."
             )
         logits.update(zip(indices, output[..., :height, :width], strict=True))
     return [logits[index] for index in range(len(images))]

@@ -147,7 +147,7 @@ def segmenter_from_config(
         if option not in ("decoder", "encoder", "encoder_weights") and (
             not isinstance(option, str) or option in _RESERVED_ARGUMENTS
         ):
-            raise ConfigError(f"model.{option}: this is no option of a decoder; leave it out.")
+            raise ConfigError(f"model.{option}: the decoder has no such option; remove it.")
     if not pretrained:
         arguments["encoder_weights"] = None
     attention = dict(config["attention"])
@@ -181,8 +181,8 @@ def _check_options(decoder: str, encoder: str, options: Mapping[str, Any]) -> No
     for option, value in options.items():
         if option in _FIXED_OPTIONS or (option == "encoder_depth" and decoder in _FIXED_DEPTH):
             raise ConfigError(
-                f"model.{option}={value!r} cannot be chosen: {decoder} takes RGB images here, gives logits of their "
-                "size, and has its weights from model.encoder_weights; leave it out."
+                f"model.{option}={value!r}: this option is fixed: {decoder} takes RGB images, returns logits of their "
+                "size, and loads its weights from model.encoder_weights; remove it."
             )
         if option in known:
             continue

@@ -32,7 +32,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle and zipfile each raise their own types
         raise CheckpointError(
-            f"ckpt={path}: the file is truncated or no checkpoint of plain data ({type(error).__name__}); "
+            f"ckpt={path}: the file is truncated or not a checkpoint of plain data ({type(error).__name__}); "
             "give a checkpoint that train.py wrote."
         ) from error
     missing = [
@@ -51,7 +51,7 @@ def _check_contents(path: Path, checkpoint: Mapping[str, Any]) -> None:
     """Check the types of weights, config and classes, and that the weights are finite."""
     weights, config, classes = (checkpoint[key] for key in ("state_dict", "config", "classes"))
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise CheckpointError(f"ckpt={path}: its state_dict has no weights by name; give one that train.py wrote.")
+        raise CheckpointError(f"ckpt={path}: its state_dict must hold weights by name; give one that train.py wrote.")
     for name, weight in weights.items():
         if not isinstance(weight, torch.Tensor):
             raise CheckpointError(
@@ -61,14 +61,17 @@ def _check_contents(path: Path, checkpoint: Mapping[str, Any]) -> None:
     if found := first_not_finite(weights):
         raise CheckpointError(f"ckpt={path}: {found}; give a checkpoint from before its training diverged.")
     if not isinstance(classes, list | tuple) or not classes or not all(isinstance(name, str) for name in classes):
-        raise CheckpointError(f"ckpt={path}: its classes are no list of names; give one that train.py wrote.")
+        raise CheckpointError(f"ckpt={path}: its classes must be a list of names; give one that train.py wrote.")
     if not isinstance(config, dict):
-        raise CheckpointError(f"ckpt={path}: its config has no settings by name; give one that train.py wrote.")
+        raise CheckpointError(f"ckpt={path}: its config must hold settings by name; give one that train.py wrote.")
     try:
         require_plain(config)
         require_settings(config, REBUILDING)
     except ConfigError as error:
-        raise CheckpointError(f"ckpt={path}: its config is none of train.py's: {error}") from error
+        reason = str(error).removesuffix(".")
+        raise CheckpointError(
+            f"ckpt={path}: its config was not written by train.py ({reason}); give another checkpoint."
+        ) from error
 
 
 def model_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,6 +100,7 @@ def load_segmenter(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(
-            f"ckpt={path}: its weights do not fit the model that its configuration describes: {one_line(error)[:300]}"
+            f"ckpt={path}: its weights do not fit the model of its config ({one_line(error)[:300]}); give another "
+            "checkpoint."
         ) from error
     return model.eval(), checkpoint

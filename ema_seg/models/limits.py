@@ -36,8 +36,8 @@ def reraise_size_errors(images: Tensor) -> Iterator[None]:
             raise
         height, width = images.shape[-2:]
         raise ModelError(
-            f"images of {height} x {width} pixels are too small for this model, which has no pixel left of them on its "
-            "way; take larger crops (data.augmentation.crop.height and width) and images, or another model.decoder."
+            f"images of {height} x {width} pixels are too small: the model downsamples them to nothing; use larger "
+            "crops (data.augmentation.crop.height and width) and images, or another model.decoder."
         ) from error
 
 
@@ -59,7 +59,7 @@ def reraise_out_of_memory(images: Tensor, advice: str) -> Iterator[None]:
             raise
         batch, _, height, width = images.shape
         raise ModelError(
-            f"the memory does not suffice for {batch} images of {height} x {width} pixels at once "
+            f"out of memory for {batch} images of {height} x {width} pixels at once "
             f"({describe_memory(images.device)}); {advice}."
         ) from error
 

@@ -36,8 +36,8 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
             raise
         raise ConfigError(
             f"reproducible=true: {str(error).partition(_UNREPEATABLE)[0].split()[-1]}, which this model or loss needs, "
-            "gives other bits each time on this device; choose another model.decoder, attention or loss, or "
-            "reproducible=false."
+            "has no deterministic implementation on this device; choose another model.decoder, attention or loss, or "
+            "set reproducible=false."
         ) from error
     finally:
         torch.use_deterministic_algorithms(before)

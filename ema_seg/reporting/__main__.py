@@ -48,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         baseline = _parse_baseline(options.baseline)
         if "runs" in options:
             if len(options.runs) < 2:
-                raise ConfigError(f"compare {options.runs[0]}: name a baseline and what to compare with it, two runs.")
+                raise ConfigError(
+                    f"compare {options.runs[0]}: must name at least 2 runs, got 1; name the baseline first."
+                )
             runs = read_runs(options.runs)
             directory = options.output or Path("comparison")
         else:
@@ -70,7 +72,7 @@ def _parse_baseline(text: str | None) -> dict[str, str] | None:
     # A comma within brackets belongs to a value.
     pairs = [part.partition("=") for part in re.split(r",(?![^\[{(]*[\])}])", text)]
     if not all(key and separator and value for key, separator, value in pairs):
-        raise ConfigError(f"--baseline {text}: give it as key=value, for example attention=none.")
+        raise ConfigError(f"--baseline: must be key=value, such as attention=none, got {text!r}.")
     return {key: value for key, _, value in pairs}
 
 

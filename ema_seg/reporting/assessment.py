@@ -226,12 +226,13 @@ def find_device(name: str) -> torch.device:
         device = torch.device("cuda" if name == "gpu" else name)
         if device.type != "cpu" and device.index is not None and rank_info().size > 1:
             raise ConfigError(
-                f"evaluation.device={name} is one device, and there are {rank_info().size} processes; leave the number "
-                "out, and each takes its own."
+                f"evaluation.device: must have no device number for {rank_info().size} processes, got {name}; set "
+                f"evaluation.device={device.type}, and each process uses its own."
             )
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:
-        raise ConfigError(f"evaluation.device={name} cannot be used here ({str(error).splitlines()[0]}).") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"evaluation.device={name}: cannot be used here ({reason}); use cpu or auto.") from error
     return device
 
 
@@ -256,6 +257,6 @@ def check_classes(trained: Sequence[str], data: SegmentationDataModule, checkpoi
         (f"; class {index} is {now!r} instead of {before!r}" for index, (before, now) in pairs if before != now), ""
     )
     raise DataError(
-        f"{checkpoint} was trained on {len(trained)} classes ({first}), but data={data.dataset_name} has "
+        f"{checkpoint}: was trained on {len(trained)} classes ({first}), but data={data.dataset_name} has "
         f"{len(found)} ({other}){differing}; {advice}."
     )

@@ -121,8 +121,8 @@ def match_runs(runs: Runs, baseline: Mapping[str, str] | None = None) -> Matches
     if runs.folder is None and len(configurations) == 1 and len(runs.runs) > 1:
         named = " and ".join(str(run.folder) for run in runs.runs)
         raise ConfigError(
-            f"{named}: these runs have the same settings, so that there is nothing to compare; they differ at most in "
-            "their seed or in how they were evaluated. Name runs of two configurations."
+            f"{named}: these runs have the same settings; at most the seed and the evaluation differ; name runs of two "
+            "configurations."
         )
     chosen = dict(baseline) if baseline else _default_baseline(runs, settings, configurations)
     if chosen is None:
@@ -177,7 +177,7 @@ def compare_matches(runs: Runs, matches: Matches, *, replicates: int = REPLICATE
     results = [result for match in rows_matched for result in match.results.values()]
     first = results[0]
     if len(first.names) < 2:
-        raise DataError(f"{first.path}: has a single image, of which nothing can be said about others; compare more.")
+        raise DataError(f"{first.path}: a confidence interval needs at least 2 images, got 1; use a larger split.")
     groups = _groups(runs.groups, first.report["classes"])
     contrasts = _contrasts(rows_matched, list(groups.values()), replicates, seed)
     rows = [_row(match, contrasts.get(match.label), first, runs.folder, groups) for match in rows_matched]
@@ -244,8 +244,10 @@ def _require_same_data(results: Sequence[Result]) -> None:
         for name, aspect in aspects.items():
             values = [aspect(result) for result in (one, other)]
             if values[0] != values[1]:
-                found = f" ({values[0]} and {values[1]})" if isinstance(values[0], str | int) else ""
-                raise DataError(f"{one.path} and {other.path} differ in {name}{found} and cannot be compared.")
+                found = f", got {values[0]} and {values[1]}" if isinstance(values[0], str | int) else ""
+                raise DataError(
+                    f"{one.path} and {other.path}: must agree in {name}{found}; evaluate both on the same data."
+                )
 
 
 def _results_by_seed(configuration: Configuration, notes: list[str]) -> dict[int | None, Result]:
@@ -257,7 +259,9 @@ def _results_by_seed(configuration: Configuration, notes: list[str]) -> dict[int
         earlier = results.get(run.seed)
         if earlier is not None:
             kept, left = sorted((earlier, run.result), key=lambda result: result.report["created"], reverse=True)
-            notes.append(f"{configuration.label}: seed {run.seed} twice; taken is {kept.path}, not {left.path}.")
+            notes.append(
+                f"{configuration.label}: seed {run.seed} twice; used {kept.path}, not the earlier {left.path}."
+            )
             results[run.seed] = kept
         else:
             results[run.seed] = run.result
@@ -268,7 +272,7 @@ def _groups(named: Mapping[str, Sequence[str]], classes: Sequence[str]) -> dict[
     """Return the class indices of each group, without groups that have no class in the data."""
     for group in named:
         if group in _TAKEN_NAMES:
-            raise ConfigError(f"sweep.groups.{group}: this name has a meaning of its own here; choose another.")
+            raise ConfigError(f"sweep.groups.{group}: the name is reserved; choose another.")
     places = {name: index for index, name in enumerate(classes)}
     groups = {group: [places[name] for name in names if name in places] for group, names in named.items()}
     return {group: members for group, members in groups.items() if members}
@@ -538,14 +542,14 @@ def _notes_on_matches(matches: Sequence[Match], baseline: Mapping[str, str] | No
             notes.append(f"{match.label}: {len(runs) - len(unfinished)} of {len(runs)} seeds; {told}.")
         if match.configuration.mixed_keys:
             notes.append(
-                f"{match.label}: its runs differ in more than the seed, though the sweep calls them the same: "
-                f"{', '.join(match.configuration.mixed_keys)}. No difference is given to it or from it."
+                f"{match.label}: its runs have the same overrides in the sweep, but differ in more than the seed: "
+                f"{', '.join(match.configuration.mixed_keys)}. No difference is computed to it or from it."
             )
         elif match.baseline is None:
             if baseline and match.results and not has_settings(match.configuration, baseline):
                 alone.append(match.label)
         elif match.results and not match.common_seeds:
-            notes.append(f"{match.label}: no difference, for it and {match.baseline.label} share no finished seed.")
+            notes.append(f"{match.label}: no difference, because it and {match.baseline.label} share no finished seed.")
         else:
             apart = match.results.keys() ^ match.baseline.results.keys() if match.results else set()
             if apart:
@@ -558,11 +562,11 @@ def _notes_on_matches(matches: Sequence[Match], baseline: Mapping[str, str] | No
             f" and {len(alone) - _MAX_NAMED_ROWS} more" if len(alone) > _MAX_NAMED_ROWS else ""
         )
         usable = " whose runs agree" if mixed_bases else ""
-        notes.append(f"{shown}: no difference, for no baseline{usable} has the same other settings.")
+        notes.append(f"{shown}: no difference, because no baseline{usable} has the same other settings.")
     if any(len(match.common_seeds) == 1 for match in matches):
         notes.append(
-            "Where there is one seed the interval covers the images alone: it says nothing about training anew, "
-            "and has no p."
+            "With one seed, the interval covers the images alone: it says nothing about training anew, and there is "
+            "no p."
         )
     return notes
 
@@ -589,7 +593,7 @@ def _notes_on_groups(named: Mapping[str, Sequence[str]], classes: Sequence[str])
     for group, names in named.items():
         absent = [name for name in names if name not in classes]
         if len(absent) == len(names):
-            notes.append(f"{group}: not scored, for the data has none of its classes ({', '.join(absent)}).")
+            notes.append(f"{group}: not scored, because the data has none of its classes ({', '.join(absent)}).")
         elif absent:
             notes.append(f"{group}: without {', '.join(absent)}, which the data does not have.")
     return notes

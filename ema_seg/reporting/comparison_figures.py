@@ -556,7 +556,7 @@ def _read_picture(directory: Path, path: str | None) -> np.ndarray | None:
         with Image.open(directory / path, formats=IMAGE_FORMATS) as file:
             picture = file.convert("RGB")
     except OSError as error:
-        raise DataError(f"{directory / path}: cannot be read ({error}); draw up the comparison again.") from error
+        raise DataError(f"{directory / path}: cannot be read ({error}); run the comparison again.") from error
     step = math.ceil(max(picture.size) / _PICTURE_PIXELS)
     return np.asarray(picture)[::step, ::step]
 

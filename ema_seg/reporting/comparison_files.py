@@ -32,7 +32,7 @@ def report_comparison(runs: Runs, directory: Path, baseline: dict[str, str] | No
         The path of ``comparison.json``.
     """
     if directory.exists() and not directory.is_dir():
-        raise DataError(f"{directory}: is a file, and no folder that a comparison could be written to.")
+        raise DataError(f"{directory}: must be a folder, got a file; move it, or choose another folder (--output).")
     comparison_manifest(directory).check([*FILES, *FIGURES])
     matches = match_runs(runs, baseline)
     comparison = compare_matches(runs, matches)

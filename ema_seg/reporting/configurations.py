@@ -101,7 +101,7 @@ def find_baselines(configurations: Sequence[Configuration], baseline: Mapping[st
     keys = list(configurations[0].settings)
     for key in baseline:
         if key not in keys:
-            known = f"what differs is {', '.join(keys)}" if keys else "nothing differs"
+            known = f"the key must be a setting that differs ({', '.join(keys)})" if keys else "no setting differs"
             raise ConfigError(f"--baseline {key}={baseline[key]}: {known}.{did_you_mean(key, keys)}")
     # One job may stand for several values (``ANY``); exact matches come first.
     bases = sorted(
@@ -112,7 +112,7 @@ def find_baselines(configurations: Sequence[Configuration], baseline: Mapping[st
         key = next(iter(baseline))
         values = dict.fromkeys(setting_text(configuration.settings[key]) for configuration in configurations)
         wanted = ",".join(f"{key}={value}" for key, value in baseline.items())
-        raise ConfigError(f"--baseline {wanted}: no configuration has it; {key} is one of {', '.join(values)}.")
+        raise ConfigError(f"--baseline {wanted}: no configuration has it; choose {key} from {', '.join(values)}.")
     replaced = [key for key in keys if any(key == name or key.startswith(f"{name}.") for name in baseline)]
     compared = [[key for key in keys if key not in replaced]]
     if baseline.get("attention") == "none":

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pairs = [text.partition("=") for text in options.runs]
         for name, separator, folder in pairs:
             if not (name and separator and folder):
-                raise ConfigError(f"{name}: name each run as name=folder, for example ema=runs/my_run.")
+                raise ConfigError(f"{name}{separator}{folder}: must be name=folder, such as ema=runs/my_run.")
         draw_curves({name: Path(folder) for name, _, folder in pairs}).savefig(options.figure, dpi=150)
     except EmaSegError as error:
         print(f"error: {for_terminal(str(error))}", file=sys.stderr)

@@ -30,7 +30,7 @@ def write_file(path: Path, content: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)  # the partial file may have filled the disk
-        raise DataError(f"{path}: cannot be written ({error.strerror}); make room or give permission.") from error
+        raise DataError(f"{path}: cannot be written ({error.strerror}); free disk space or give permission.") from error
 
 
 class Manifest:
@@ -56,14 +56,14 @@ class Manifest:
         try:
             content = read_json(self._path)
             if content["schema"] != _SCHEMA:
-                raise ValueError("another schema")
+                raise ValueError(f"its schema is not {_SCHEMA!r}")
             files = [str(file) for file in content["files"]]
         except (FileNotFoundError, NotADirectoryError):
             files = list(earlier(directory))
         except (OSError, KeyError, TypeError, ValueError, DataError) as error:
             raise DataError(
-                f"{self._path}: is not the list of files that a report or comparison has written ({one_line(error)}); "
-                "choose another folder."
+                f"{self._path}: is not a list of files that ema-seg wrote ({one_line(error).rstrip('.')}); choose "
+                "another folder."
             ) from error
         self.files = {file for file in files if _is_inside(file)}
 
@@ -72,8 +72,8 @@ class Manifest:
         for file in files:
             if file not in self.files and os.path.lexists(self.directory / file):
                 raise DataError(
-                    f"{self.directory / file}: was there before and would be replaced; move it away, or choose another "
-                    "folder (report.dir, --output)."
+                    f"{self.directory / file}: exists, was not written by ema-seg and would be overwritten; move it, "
+                    "or choose another folder (report.dir, --output)."
                 )
 
     def claim(self, files: Iterable[str]) -> None:

@@ -58,7 +58,9 @@ def _acquire(lock: FileLock, directory: Path, timeout: float) -> bool:
     except NotImplementedError:
         return True
     except OSError as error:
-        raise DataError(f"{directory}: the folder cannot be made or written to ({error.strerror}).") from error
+        raise DataError(
+            f"{directory}: the folder cannot be created or written to ({error.strerror}); choose another report.dir."
+        ) from error
     return True
 
 
@@ -94,7 +96,9 @@ class PredictionWriter:
                 shutil.rmtree(self._partial, ignore_errors=True)
                 self._partial.mkdir(parents=True)
             except OSError as error:
-                raise DataError(f"{self._partial}: the folder cannot be made ({error.strerror}).") from error
+                raise DataError(
+                    f"{self._partial}: the folder cannot be created ({error.strerror}); choose another report.dir."
+                ) from error
         barrier()
         return self
 

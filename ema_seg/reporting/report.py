@@ -206,8 +206,7 @@ def load_report(path: str | Path) -> dict[str, Any]:
     schema = report.get("schema") if isinstance(report, dict) else None
     if schema != SCHEMA:
         raise DataError(
-            f"{path}: is no report of this version (schema {schema!r} instead of {SCHEMA!r}); "
-            "write the report again with eval.py."
+            f"{path}: must be a report with the schema {SCHEMA!r}, got {schema!r}; write the report again with eval.py."
         )
     return report
 

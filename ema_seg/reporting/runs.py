@@ -113,16 +113,20 @@ def read_folder(folder: Path) -> Runs:
         runs = [_read_job(path.parents[1], None, None, notes) for path in paths]
         for plan_path in sorted(folder.glob("*/sweep.json")):
             notes.append(
-                f"{plan_path.parent} is a sweep: its finished jobs are told apart by their settings here, the others "
-                "are not shown, and its own baseline and groups are not used."
+                f"{plan_path.parent} is a sweep: its finished jobs are grouped by their settings here, its other jobs "
+                "are not shown, and its baseline and groups are not used."
             )
         # Without a readable report, a run's configuration, and so its row, is unknown.
         found = Runs(folder.resolve().name, folder, [run for run in runs if run.result], None, notes)
     if not any(run.result for run in found.runs):
         states = ", ".join(f"{sum(run.state == state for run in found.runs)} {state}" for state in _states(found.runs))
-        jobs = f"none of its jobs is finished ({states})" if found.runs else "no */report/report.json in it can be read"
+        jobs = (
+            f"no job is finished ({states}); run or resume the sweep first"
+            if found.runs
+            else "no */report/report.json in it can be read; give the folder of a sweep or of runs"
+        )
         told = f" {notes[0]}" if notes else ""
-        raise DataError(f"{folder}: there is nothing to compare, for {jobs}.{told}")
+        raise DataError(f"{folder}: {jobs}.{told}")
     return found
 
 
@@ -169,15 +173,17 @@ def load_result(path: Path) -> Result:
         )
         whole = np.array([[image["intersection"], image["union"]] for image in images], dtype=np.int32)
         if whole.shape != (len(images), 2, len(report["classes"])) or (result.counts.sum(axis=1) != whole).any():
-            raise ValueError("the counts of the images do not fit together")
+            raise ValueError("the pixel counts of the images are inconsistent")
         if missing := sorted(_NEEDED.difference(report)):
             raise KeyError(f"{missing[0]} is missing")
         if not report["throughput"]["forward"]:
             raise ValueError("throughput.forward is empty")
         if len({len(column) for column in (report["curves"] or {}).values()}) > 1:
-            raise ValueError("the curves are of different lengths")
+            raise ValueError("the curves have different lengths")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: is no whole report ({one_line(error)}); write it again with eval.py.") from error
+        raise DataError(
+            f"{path}: is not a complete report ({one_line(error)}); write it again with eval.py."
+        ) from error
     return result
 
 

@@ -86,12 +86,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stride = model_stride(model)
         maps = attention_weights(model, image, stride)
         if not maps:
-            raise ModelError(f"{options.checkpoint}: no attention block of this model has weight maps; EMA has.")
+            raise ModelError(
+                f"{options.checkpoint}: no attention block of this model has weight maps; give a model with EMA."
+            )
         shown = {name: _without_padding(groups, image.shape[-2:], stride).numpy() for name, groups in maps.items()}
         try:
             draw_weight_maps(pixels, shown).savefig(options.figure, dpi=150)
         except (OSError, ValueError) as error:
-            raise DataError(f"{options.figure}: the figure cannot be written ({one_line(error)}).") from error
+            raise DataError(
+                f"{options.figure}: the figure cannot be written ({one_line(error)}); choose another path."
+            ) from error
     except EmaSegError as error:
         print(f"error: {for_terminal(str(error))}", file=sys.stderr)
         return 1

@@ -43,21 +43,21 @@ def claim_devices(folder: Path, number: int | Sequence[int] = 1) -> str | None:
         if not count_devices():
             return None
         raise ConfigError(
-            f"trainer.devices={list(number)} names GPUs, but launcher=joblib deals them out to the jobs; give their "
-            f"number, {len(number)}, and name them all in CUDA_VISIBLE_DEVICES, or use launcher=serial."
+            f"trainer.devices: must be a number of GPUs per job for launcher=joblib, got the list {list(number)}; set "
+            f"trainer.devices={len(number)} and list all GPUs in CUDA_VISIBLE_DEVICES, or use launcher=serial."
         )
     if _held:
         if len(_held) != number:
             raise ConfigError(
-                f"this process of the launcher has {len(_held)} GPUs from an earlier job and cannot change to {number};"
-                " sweep jobs of different trainer.devices apart, or use launcher=serial."
+                f"trainer.devices: must be the same for all jobs that one launcher process runs, got {number} after "
+                f"{len(_held)}; run a sweep for each number, or use launcher=serial."
             )
         return os.environ["CUDA_VISIBLE_DEVICES"]
     count = count_devices()
     if not count:
         return None
     if number > count:
-        raise ConfigError(f"{number} devices are more than the {count} GPUs of this machine.")
+        raise ConfigError(f"trainer.devices: must be at most the {count} GPUs of this machine, got {number}.")
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = listed.split(",") if listed else map(str, range(count))
     # CUDA ignores all names from the first invalid one on.

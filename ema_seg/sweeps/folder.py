@@ -138,16 +138,19 @@ def read_plan(folder: Path) -> Plan:
     try:
         content = read_json(path)
         if content.pop("schema") != SCHEMA:
-            raise ValueError("another version")
+            raise ValueError(f"its schema is not {SCHEMA!r}")
         jobs = [PlannedJob(**job) for job in content.pop("jobs")]
         for job in jobs:
             if Path(job.folder).name != job.folder or job.folder in ("", ".."):
-                raise ValueError(f"{job.folder!r} is no plain name of a job's folder")
+                raise ValueError(f"a job's folder must be a plain name, got {job.folder!r}")
         return Plan(**content, jobs=jobs)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give the folder of a sweep.") from error
     except (AttributeError, DataError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: is no plan of a sweep of this version ({one_line(error)}).") from error
+        raise DataError(
+            f"{path}: is not a sweep plan of this version ({one_line(error).rstrip('.')}); restore it, or choose "
+            "another folder."
+        ) from error
 
 
 def run_lock(folder: Path) -> FileLock:

@@ -50,7 +50,7 @@ def read_job(run: Path) -> dict[str, Any] | None:
     except OSError:
         return None
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{run / 'job.json'}: is not what a sweep wrote ({one_line(error)}); remove it.") from error
+        raise DataError(f"{run / 'job.json'}: is not a valid job of a sweep ({one_line(error)}); remove it.") from error
 
 
 @contextmanager

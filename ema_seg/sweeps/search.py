@@ -62,14 +62,14 @@ class OptunaStudy:
             self.study.set_user_attr("overrides", list(overrides))
         elif known != list(overrides):
             raise ConfigError(
-                f"{self.folder}: the search in this folder was started with {' '.join(known)}, and not with "
-                f"{' '.join(overrides)}; choose another sweep.id."
+                f"{self.folder}: the search here was started with {' '.join(known)}, got {' '.join(overrides)}; choose "
+                "another sweep.id."
             )
         for trial in self.study.trials[:1]:
             if trial.distributions != space:
                 raise ConfigError(
-                    f"{self.folder}: the {len(self.study.trials)} trials in this folder searched "
-                    f"{_described(trial.distributions)}, and not {_described(space)}; choose another sweep.id."
+                    f"{self.folder}: the trials here ({len(self.study.trials)}) searched "
+                    f"{_described(trial.distributions)}, got {_described(space)}; choose another sweep.id."
                 )
 
     def ask(self, number: int, space: Mapping[str, BaseDistribution]) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class PruningCallback(Callback):
         if not trial.should_prune():
             return None
         best = max([score, *known.intermediate_values.values()])
-        return f"given up after epoch {epoch + 1}: at best val mIoU {best:.4f}, below earlier trials' median"
+        return f"stopped after epoch {epoch + 1}: best val mIoU {best:.4f} is below the earlier trials' median"
 
 
 def _described(space: Mapping[str, BaseDistribution]) -> str:

@@ -25,14 +25,11 @@ _SHARE = 0.9
 def check_auto_batch_size(config: Mapping[str, Any], device: torch.device) -> None:
     """Raise a ConfigError if no batch size can be found for this configuration on this device."""
     if device.type != "cuda":
-        raise ConfigError(
-            f"data.batch_size=auto finds what the memory of a GPU has room for, and this runs on the {device.type}; "
-            "give a number."
-        )
+        raise ConfigError(f"data.batch_size=auto: needs a CUDA GPU, got {device.type}; give a number.")
     if config["trainer"].get("strategy") == "fsdp":
         raise ConfigError(
-            "data.batch_size=auto tries a whole model on one device, which trainer.strategy=fsdp is there to avoid; "
-            "give a number."
+            "data.batch_size=auto: the search runs the unsharded model on one device, which trainer.strategy=fsdp "
+            "avoids; give a number."
         )
     autocast(device, config["trainer"]["precision"])  # raises if the precision is not supported
 
@@ -68,11 +65,11 @@ def find_batch_size(config: Mapping[str, Any], device: torch.device) -> int:
     if smallest < least:
         height, width = crop.shape[1:]
         found = "only one" if smallest else "not even one"
+        needed = ", but the model's batch norm needs at least 2" if smallest else ""
         raise ConfigError(
             f"data.batch_size=auto: {found} crop of {height} x {width} pixels fits into the memory of {device}"
-            f"{', and this decoder normalises over two at least' if smallest else ''}; lower "
-            "data.augmentation.crop.height and width, set trainer.precision=bf16-mixed, or take a smaller "
-            "model.encoder."
+            f"{needed}; lower data.augmentation.crop.height and width, set trainer.precision=bf16-mixed, or choose a "
+            "smaller model.encoder."
         )
     return smallest * rank_info().size
 

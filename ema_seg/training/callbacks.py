@@ -196,7 +196,9 @@ def _read_rows(path: Path, epochs: int) -> list[dict[str, Any]]:
     try:
         return [row for row in read_rows(path, advice="move it away") if int(row["epoch"]) < epochs]
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: is not as train.py wrote it, so its rows cannot go on; move it away.") from error
+        raise DataError(
+            f"{path}: its rows are not as train.py wrote them, so none can be appended; move it away."
+        ) from error
 
 
 class Pictures(Callback):

@@ -49,8 +49,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     _check_trainer(config["trainer"], resumed=bool(config["resume"]))
     if config["trainer"].get("strategy") == "fsdp" and config["training"]["weight_averaging"]:
         raise ConfigError(
-            "training.weight_averaging: the average would be a second model, whole on every device, which "
-            "trainer.strategy=fsdp is there to avoid; set it to null, or use trainer=ddp."
+            "training.weight_averaging: the average would be a second, unsharded model on every device, which "
+            "trainer.strategy=fsdp avoids; set it to null, or use trainer=ddp."
         )
     processes = requested_world_size(config["trainer"])
     if config["data"]["batch_size"] != "auto":
@@ -94,7 +94,9 @@ def _check_loss(terms: Mapping[str, Any]) -> None:
     except ConfigError:
         raise
     except (ArithmeticError, TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"loss={dict(terms)}: torch cannot compute this: {one_line(error)}.") from error
+        raise ConfigError(
+            f"loss={dict(terms)}: torch cannot compute this loss ({one_line(error)}); correct it."
+        ) from error
 
 
 def _check_optimizer(settings: Mapping[str, Any]) -> Optimizer:
@@ -105,7 +107,9 @@ def _check_optimizer(settings: Mapping[str, Any]) -> Optimizer:
     try:
         optimizer.step()
     except Exception as error:  # torch asserts, unpacks and computes: any type
-        raise ConfigError(f"optimizer={dict(settings)}: torch cannot train with this: {one_line(error)}") from error
+        raise ConfigError(
+            f"optimizer={dict(settings)}: torch cannot train with these options ({one_line(error)}); correct them."
+        ) from error
     return optimizer
 
 
@@ -124,24 +128,24 @@ def _check_trainer(settings: Mapping[str, Any], *, resumed: bool) -> None:
     for key in _REORDERING_OPTIONS:
         if settings.get(key):
             raise ConfigError(
-                f"trainer.{key}={settings[key]!r} changes the order of the samples, which a run that goes on could not "
-                "find again; leave it out."
+                f"trainer.{key}={settings[key]!r}: changes the order of the samples, which a resumed run could not "
+                "restore; remove it."
             )
     interval = settings.get("val_check_interval")
     if type(interval) is int and settings.get("check_val_every_n_epoch", 1) is not None:
         raise ConfigError(
-            f"trainer.val_check_interval={interval} counts batches, of which an epoch may have fewer; give a share of "
-            "an epoch such as 0.5, or set trainer.check_val_every_n_epoch=null to count on from epoch to epoch."
+            f"trainer.val_check_interval={interval}: an epoch may have fewer batches; set a fraction of an epoch such "
+            "as 0.5, or trainer.check_val_every_n_epoch=null to count batches across epochs."
         )
     epochs, every = settings.get("max_epochs"), settings.get("check_val_every_n_epoch")
     # None and -1 leave the end to another option, such as max_steps.
     if epochs not in (None, -1) and not _is_whole(epochs, 1):
-        raise ConfigError(f"epochs={epochs!r} (trainer.max_epochs) is no whole number of 1 or more.")
+        raise ConfigError(f"epochs={epochs!r} (trainer.max_epochs): must be a whole number of at least 1.")
     for key in _NONZERO_OPTIONS:
         if settings.get(key) == 0:
             raise ConfigError(
-                f"trainer.{key}={settings[key]!r}: without training and validation no checkpoint could be chosen; it "
-                "must be more than 0, leave it out for all."
+                f"trainer.{key}={settings[key]!r}: must be more than 0, because no checkpoint could be chosen without "
+                "training and validation; remove it for no limit."
             )
     if settings.get("fast_dev_run"):
         raise ConfigError(

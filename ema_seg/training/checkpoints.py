@@ -61,8 +61,8 @@ class AtomicCheckpoints(TorchCheckpointIO):
         except OSError as error:
             partial.unlink(missing_ok=True)  # it may have filled the disk
             raise CheckpointError(
-                f"{path}: the checkpoint cannot be written ({error.strerror}); the one before it is as it was. Make "
-                f"room or give permission, and go on with resume={path.parent.parent}."
+                f"{path}: the checkpoint cannot be written ({error.strerror}); the previous one is unchanged; free "
+                f"disk space or grant permission, and continue with resume={path.parent.parent}."
             ) from error
 
     def _save(self, checkpoint: dict[str, Any], path: Path, partial: Path) -> None:
@@ -157,7 +157,7 @@ class LastCheckpoint(Checkpoint):
             self._stop_preempted(trainer, f"after epoch {trainer.current_epoch + 1}")
 
     def _stop_preempted(self, trainer: Trainer, where: str) -> None:
-        self.preemption.leave(f" at step {trainer.global_step}, {where}; go on with resume={self.run}")
+        self.preemption.leave(f" at step {trainer.global_step}, {where}; continue with resume={self.run}")
 
 
 class RunEarlyStopping(EarlyStopping):
@@ -205,7 +205,7 @@ def load_last(run: Path) -> tuple[Path, dict[str, Any]]:
             raise
         saved = _load_whole(previous)
         if rank_info().rank == 0:
-            told = f"warning: {error} Going on from {previous.name}, of step {saved['global_step']}."
+            told = f"warning: {error} Resuming from {previous.name}, step {saved['global_step']}."
             print(for_terminal(told), file=sys.stderr)
         return previous, saved
 
@@ -241,8 +241,8 @@ def require_same_model(saved: Mapping[str, Any], config: Mapping[str, Any], run:
     for key, before, now in differing:
         if key not in _CHANGEABLE_SETTINGS:
             raise ConfigError(
-                f"{key}={now}: resume={run} cannot change it, because its checkpoint has {before}; leave the override "
-                "out, or start a new run."
+                f"{key}={now}: must be {before}, as in the checkpoint of resume={run}; remove the override, or start a "
+                "new run."
             )
 
 
@@ -260,8 +260,8 @@ def _load_whole(path: Path) -> dict[str, Any]:
     missing = [key for key in ("optimizer_states", "loops", "callbacks", "global_step", "epoch") if key not in saved]
     if missing:
         raise CheckpointError(
-            f"ckpt={path}: holds no {missing[0]}, so no training goes on from it (best.ckpt has weights alone); "
-            "restore the file, or begin a new run."
+            f"ckpt={path}: holds no {missing[0]}, so no training can resume from it (best.ckpt holds weights only); "
+            "restore the file, or start a new run."
         )
     try:
         _check_state(saved)
@@ -272,8 +272,7 @@ def _load_whole(path: Path) -> dict[str, Any]:
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"ckpt={path}: the state of the training in it is damaged ({one_line(error)[:300]}); restore the file, or "
-        "begin a new run."
+        f"ckpt={path}: its training state is damaged ({one_line(error)[:300]}); restore the file, or start a new run."
     )
 
 
@@ -289,7 +288,7 @@ def _check_state(saved: Mapping[str, Any]) -> None:
     except (KeyError, TypeError) as error:
         raise ValueError("loops must hold the progress of fit_loop") from error
     if steps != saved["global_step"]:
-        raise ValueError(f"loops must have counted the {saved['global_step']} steps of global_step, got {steps}")
+        raise ValueError(f"loops must hold {saved['global_step']} steps, as global_step does, got {steps}")
     callbacks = saved["callbacks"]
     if not isinstance(callbacks, dict) or not all(isinstance(state, dict) for state in callbacks.values()):
         raise ValueError("callbacks must hold a state for each callback")

@@ -94,7 +94,7 @@ def fit(
     data = SegmentationDataModule(**config["data"])
     if path is not None and saved is not None:
         require_same_model(saved, config, run)
-        check_classes(saved["classes"], data, path, "go on with those, or start a new run")
+        check_classes(saved["classes"], data, path, "use data with the checkpoint's classes, or start a new run")
     data.skipped.attach_file(run / "skipped.csv")
     data.setup("fit")
     weights = _weights_to_match(config, saved)
@@ -141,10 +141,10 @@ def fit(
         if not isinstance(error, RuntimeError | MemoryError | cv2.error) or not is_out_of_memory(error):
             raise
         raise TrainingError(
-            f"the memory does not suffice for data.batch_size={data.batch_size} of {module.crops} "
-            f"({describe_memory(trainer.strategy.root_device)}); lower it (auto finds the largest that a GPU has room "
-            "for, and trainer.accumulate_grad_batches makes up for it), lower data.augmentation.crop.height and width, "
-            "or set trainer.precision=bf16-mixed."
+            f"data.batch_size={data.batch_size}: out of memory with batches of {module.crops} "
+            f"({describe_memory(trainer.strategy.root_device)}); lower it (auto finds the largest that fits on a GPU, "
+            "and trainer.accumulate_grad_batches makes up for it), lower data.augmentation.crop.height and width, or "
+            "set trainer.precision=bf16-mixed."
         ) from error
     return _best_checkpoint_path(best, run)
 
@@ -282,7 +282,7 @@ def _best_checkpoint_path(keeper: BestCheckpoint, run: Path) -> Path:
     best = Path(keeper.best_model_path)
     if not keeper.best_model_path or not best.is_file():
         raise CheckpointError(
-            f"{run}: the training ended before its first validation, so no checkpoint was chosen as the best; allow it "
-            f"more time or steps (trainer.max_time, trainer.max_steps) and go on with resume={run}."
+            f"{run}: the training ended before its first validation, so no checkpoint was chosen as the best; raise "
+            f"trainer.max_time or trainer.max_steps, and continue with resume={run}."
         )
     return best

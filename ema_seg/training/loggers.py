@@ -58,8 +58,6 @@ def _build_logger(run: Path, name: str, options: dict[str, Any]) -> Logger:
     try:
         return logger_class(save_dir=str(run), **fixed, **options)
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"logger={name} needs a package that is not installed; run pip install 'ema-seg[{name}]'."
-        ) from error
+        raise ConfigError(f"logger={name}: its package is not installed; run pip install 'ema-seg[{name}]'.") from error
     except TypeError as error:
         raise ConfigError(f"logger.{name}: Lightning's {class_name} does not take these options: {error}.") from error

@@ -121,7 +121,7 @@ class OHEM(nn.Module):
     def __init__(self, classes: int, threshold: float = 0.7, min_kept: int = 10_000) -> None:
         super().__init__()
         if not 0 < threshold <= 1:
-            raise ConfigError(f"loss.ohem.threshold={threshold} is no probability; choose one above 0, at most 1.")
+            raise ConfigError(f"loss.ohem.threshold must be a probability above 0 and at most 1, got {threshold}.")
         self.threshold = threshold
         self.min_kept = min_kept
 
@@ -248,20 +248,24 @@ def build_loss(terms: Mapping[str, Mapping[str, Any] | None], classes: int) -> W
             continue
         if name not in _LOSSES:
             raise ConfigError(
-                f"loss.{name}: there is no such loss, only {', '.join(_LOSSES)}.{did_you_mean(name, _LOSSES)}"
+                f"loss.{name}: there is no such loss; choose from {', '.join(_LOSSES)}.{did_you_mean(name, _LOSSES)}"
             )
         if not isinstance(options, Mapping):
-            raise ConfigError(f"loss.{name}={options!r}: give its weight as loss.{name}.weight={options!r}.")
+            raise ConfigError(
+                f"loss.{name}={options!r}: must be a section of settings; set loss.{name}.weight={options!r}."
+            )
         settings = dict(options)
         weight = settings.pop("weight", 1.0)
         _check_weight(f"loss.{name}.weight", weight)
         known = [key for key in inspect.signature(_LOSSES[name]).parameters if key != "classes"]
         for key in settings:
             if key not in known:
-                raise ConfigError(f"loss.{name}.{key}: no such option; there are weight, {', '.join(known)}.")
+                raise ConfigError(
+                    f"loss.{name}.{key}: there is no such option; choose from weight, {', '.join(known)}."
+                )
         built[name] = (float(weight), _LOSSES[name](classes, **settings))
     if not built:
-        raise ConfigError(f"loss: no term is left; name at least one of {', '.join(_LOSSES)}.")
+        raise ConfigError(f"loss: must have at least one term, got none; add one of {', '.join(_LOSSES)}.")
     if not any(weight for weight, _ in built.values()):
         raise ConfigError(
             f"loss: the weight of each term ({', '.join(built)}) is 0, so nothing is learned; raise one of them."

@@ -125,8 +125,8 @@ class SegmentationModule(LightningModule):
             if "more than 1 value per channel" not in str(error):
                 raise
             raise ConfigError(
-                f"data.batch_size={len(batch['name'])}: this decoder normalises the mean of a whole image over the "
-                "batch, which takes more than one image; set data.batch_size to 2 or more."
+                f"data.batch_size: must be at least 2 per process, got {len(batch['name'])}: the model has a batch "
+                "norm over features pooled to 1 x 1; raise it."
             ) from error
         loss = self.loss(logits, batch["mask"])
         if not torch.isfinite(loss):
@@ -169,8 +169,8 @@ class SegmentationModule(LightningModule):
         self.crops = f"{height} x {width} pixels"
         if height % self.stride or width % self.stride:
             raise ConfigError(
-                f"data.augmentation makes crops of {height} x {width} pixels, but the model takes multiples of "
-                f"{self.stride}; change data.augmentation.crop.height and width."
+                f"data.augmentation: the sides of crops must be multiples of {self.stride}, the model's stride, got "
+                f"{height} x {width} pixels; change data.augmentation.crop.height and width."
             )
 
     def on_validation_epoch_start(self) -> None:
@@ -225,8 +225,8 @@ class SegmentationModule(LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise ConfigError(
-                f"trainer.max_epochs={self.trainer.max_epochs} trains for ever, and the learning rate's schedule needs "
-                "an end; set epochs, or +trainer.max_steps."
+                f"trainer.max_epochs={self.trainer.max_epochs}: the training has no end, but the learning-rate "
+                "schedule needs a number of steps; set epochs, or +trainer.max_steps."
             )
         schedule = build_schedule(optimizer, int(steps), **self.schedule_settings)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

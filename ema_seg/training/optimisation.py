@@ -37,7 +37,7 @@ def build_optimizer(
         raise ConfigError(f"optimizer.name: unknown optimiser {name!r}; choose among {', '.join(_OPTIMIZERS)}.")
     for option, value in {"lr": lr, "encoder_lr_factor": encoder_lr_factor, "weight_decay": weight_decay}.items():
         if not isinstance(value, int | float):
-            raise ConfigError(f"optimizer.{option}={value!r} is no number.")
+            raise ConfigError(f"optimizer.{option} must be a number, got {value!r}.")
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -100,12 +100,12 @@ def build_schedule(
         if key not in known:
             raise ConfigError(f"schedule.{key}: {name} has no such option; it has {', '.join(known) or 'none'}.")
     if not isinstance(warmup_steps, int | float) or not math.isfinite(warmup_steps):
-        raise ConfigError(f"schedule.warmup_steps={warmup_steps!r} is no number.")
+        raise ConfigError(f"schedule.warmup_steps must be a finite number, got {warmup_steps!r}.")
     _check_decay(name, decay, options)
     warmup = round(warmup_steps * total_steps) if 0 < warmup_steps < 1 else int(warmup_steps)
     if not 0 <= warmup <= total_steps:
         raise ConfigError(
-            f"schedule.warmup_steps={warmup_steps}: the training has {total_steps} steps; choose fewer for warm-up."
+            f"schedule.warmup_steps must be from 0 to {total_steps}, the steps of the training, got {warmup_steps}."
         )
     return LambdaLR(optimizer, lambda step: _factor(step, total_steps, warmup, decay, options))
 
@@ -117,7 +117,9 @@ def _check_decay(name: str, decay: Callable[..., float], options: Mapping[str, A
         possible = False
     if not possible:
         shown = ", ".join(f"schedule.{key}={value!r}" for key, value in options.items())
-        raise ConfigError(f"{shown}: {name} has no learning rate with this at some step; choose a positive number.")
+        raise ConfigError(
+            f"{shown}: {name} must give a learning rate of 0 or more at every step; choose a positive number."
+        )
 
 
 def _factor(step: int, total_steps: int, warmup: int, decay: Callable[..., float], options: Mapping[str, Any]) -> float:

@@ -61,26 +61,26 @@ def resolve_world_size(settings: Mapping[str, Any], started_by: str | None = Non
     if started_by is None:
         if asked.machines not in (None, 1):
             raise ConfigError(
-                f"trainer.num_nodes={asked.machines} needs a process started on each machine, by torchrun or by srun; "
-                "see docs/distributed.md."
+                f"trainer.num_nodes={asked.machines}: torchrun or srun must start processes on each machine; see "
+                "docs/distributed.md."
             )
         there = _count_devices(settings.get("accelerator"))
         if asked.devices is not None and there is not None and asked.devices > there:
-            raise ConfigError(f"{asked.devices} devices are more than the {there} GPUs of this machine.")
+            raise ConfigError(f"devices={asked.devices}: must be at most {there}, the number of GPUs of this machine.")
         _require_named(asked, there)
         cores = os.cpu_count() or 1
         if there is None and (asked.devices or 1) > _PROCESSES_OF_A_CORE * cores:
             raise ConfigError(
-                f"{asked.devices} processes are too many for the {cores} cores of this machine; choose "
-                f"{_PROCESSES_OF_A_CORE * cores} at most."
+                f"devices={asked.devices}: must be at most {_PROCESSES_OF_A_CORE * cores} processes on the {cores} "
+                "cores of this machine."
             )
         return asked.devices or there or 1
     here, there = rank_info(), _count_devices(settings.get("accelerator"))
     _require_started(asked, here, started_by)
     if there is not None and here.local_size > there:
         raise ConfigError(
-            f"{started_by} has started {here.local_size} processes on this machine, each of which sees {there} "
-            f"{'GPU' if there == 1 else 'GPUs'}; start one process for each GPU, and let each see all of them (Slurm: "
+            f"{started_by} has started {here.local_size} processes on this machine, but each sees {there} "
+            f"{'GPU' if there == 1 else 'GPUs'}; start one process per GPU, and let each see all GPUs (Slurm: "
             "--gpus-per-node, not --gpus-per-task)."
         )
     _require_named(asked, there)
@@ -106,33 +106,35 @@ def set_cuda_device(settings: Mapping[str, Any]) -> None:
 def _require_started(asked: _Devices, here: RankInfo, started_by: str) -> None:
     if asked.devices not in (None, here.local_size):
         raise ConfigError(
-            f"{asked.devices} is the number of devices, but {started_by} has started {here.local_size} processes on "
-            "this machine, one for each device; use as many, or auto, as trainer=ddp does."
+            f"devices={asked.devices}: must be {here.local_size}, the number of processes that {started_by} has "
+            "started on this machine; set that, or auto, as trainer=ddp does."
         )
     machines = here.size // here.local_size
     if here.size % here.local_size:
         raise ConfigError(
-            f"{started_by} has started {here.local_size} of {here.size} processes on this machine; start as many on "
-            "each."
+            f"{started_by} has started {here.local_size} of {here.size} processes on this machine; start the same "
+            "number on each machine."
         )
     if asked.machines not in (None, machines):
         raise ConfigError(
-            f"trainer.num_nodes={asked.machines}, but {started_by} has started processes on {machines} machines; use "
-            "as many, or leave it out."
+            f"trainer.num_nodes={asked.machines}: must be {machines}, the number of machines on which {started_by} has "
+            "started processes; set that, or remove it."
         )
 
 
 def _require_named(asked: _Devices, there: int | None) -> None:
     if asked.last is not None and there is not None and asked.last >= there:
-        raise ConfigError(f"devices names the GPU {asked.last}, but those of this machine are 0 to {there - 1}.")
+        raise ConfigError(
+            f"devices: the GPUs of this machine are 0 to {there - 1}, got {asked.last}; choose among those."
+        )
 
 
 def _read(settings: Mapping[str, Any]) -> _Devices:
     strategy, devices, machines = (settings.get(key) for key in ("strategy", "devices", "num_nodes"))
     if strategy not in (None, *_STRATEGIES):
-        raise ConfigError(f"trainer.strategy={strategy} is none of {', '.join(_STRATEGIES)}.")
+        raise ConfigError(f"trainer.strategy={strategy}: must be one of {', '.join(_STRATEGIES)}.")
     if machines is not None and not _is_count(machines):
-        raise ConfigError(f"trainer.num_nodes={machines!r} is no number of machines.")
+        raise ConfigError(f"trainer.num_nodes={machines!r}: must be a number of machines of at least 1.")
     if isinstance(devices, str) and devices.lstrip("-").isdigit():
         devices = int(devices)
     if isinstance(devices, list) and devices and all(device == 0 or _is_count(device) for device in devices):
@@ -141,7 +143,7 @@ def _read(settings: Mapping[str, Any]) -> _Devices:
         return _Devices(None, machines)
     if not _is_count(devices):
         raise ConfigError(
-            f"devices={devices!r} is no number of devices; give one, or auto for all, or GPUs such as [0,1]."
+            f"devices={devices!r}: must be a number of devices, auto for all, or a list of GPUs such as [0,1]."
         )
     return _Devices(devices, machines)
 

@@ -80,7 +80,10 @@ class FolderSweeper(Sweeper):
         overrides = self.parse(arguments)
         for override in overrides:
             if override.key_or_group == "report.dir":
-                raise ConfigError(f"{override.input_line}: the jobs of a sweep each keep their own; leave it out.")
+                raise ConfigError(
+                    f"{override.input_line}: each job of a sweep writes its report into its own folder; remove "
+                    "report.dir."
+                )
         self._check_settings()
         self.named = sorted(str(override.input_line) for override in overrides if self._names_sweep(override))
         if self.config.sweep.id is None:
@@ -114,23 +117,27 @@ class FolderSweeper(Sweeper):
         baseline, groups, retry = (self.settings[key] for key in ("baseline", "groups", "retry"))
         if baseline is not None and not (isinstance(baseline, dict) and baseline):
             raise ConfigError(
-                f"sweep.baseline={baseline!r} names no settings; give them as 'sweep.baseline={{attention: none}}'."
+                f"sweep.baseline: must be a non-empty mapping of settings, got {baseline!r}; write it as "
+                "'sweep.baseline={attention: none}'."
             )
         if not isinstance(groups, dict) or not all(isinstance(classes, list) for classes in groups.values()):
             raise ConfigError(
-                f"sweep.groups={groups!r} are no lists of classes by a name; give them as "
+                f"sweep.groups: must map names to lists of classes, got {groups!r}; write it as "
                 "'sweep.groups={thin: [pole, fence]}'."
             )
         for key, example in _MAPPING_SETTINGS.items():
             if not isinstance(self.settings.get(key) or {}, dict):
                 raise ConfigError(
-                    f"sweep.{key}={self.settings[key]!r} has nothing by name; give it as 'sweep.{key}={example}'."
+                    f"sweep.{key}: must be a mapping, got {self.settings[key]!r}; write it as 'sweep.{key}={example}'."
                 )
         for name, texts in (self.settings.get("variants") or {}).items():
             if not isinstance(texts, str) and not (isinstance(texts, list) and all(isinstance(t, str) for t in texts)):
-                raise ConfigError(f"sweep.variants.{name}={texts!r} is no text of overrides, such as 'attention=se'.")
+                raise ConfigError(
+                    f"sweep.variants.{name}: must be overrides as a text or a list of texts, such as 'attention=se', "
+                    f"got {texts!r}."
+                )
         if not isinstance(retry, bool):
-            raise ConfigError(f"sweep.retry={retry!r} is neither true nor false.")
+            raise ConfigError(f"sweep.retry: must be true or false, got {retry!r}.")
 
     def _names_sweep(self, override: Override) -> bool:
         assert self.config is not None
@@ -210,7 +217,7 @@ class FolderSweeper(Sweeper):
                     again = self._launch_once(waiting, deaths)
                     waiting = {name: overrides for name, overrides in waiting.items() if name in again}
         except (KeyboardInterrupt, SystemExit) as end:  # Lightning turns Ctrl-C into SystemExit
-            print("interrupted; the same command goes on where it was left.", file=sys.stderr)
+            print("interrupted; run the same command again to resume.", file=sys.stderr)
             preempted = isinstance(end, SystemExit) and end.code == Preempted.exit_status
             sys.exit(Preempted.exit_status if preempted else 130)
 
@@ -224,12 +231,12 @@ class FolderSweeper(Sweeper):
         assert self.launcher is not None
         before = {name: self._job_start_time(name) for name in jobs}
         results: Sequence[JobReturn] = []
-        death = "its process ended without a word"
+        death = "its process ended without an error message"
         try:
             batch = [self._arguments(name, overrides) for name, overrides in jobs.items()]
             results = self.launcher.launch(batch, initial_job_idx=0)
         except Exception as error:  # launchers raise different errors if a process is killed
-            death = f"its process was ended ({type(error).__name__}: {_reason(error)[:300]})"
+            death = f"its process ended ({type(error).__name__}: {_reason(error)[:300]})"
         for name, result in zip(jobs, results, strict=False):
             if result.status is JobStatus.FAILED:  # before the job could record its failure
                 record_failure(self.folder / name, result._return_value)
@@ -238,7 +245,7 @@ class FolderSweeper(Sweeper):
             time.sleep(1)
         started = {name for name in jobs if self._job_start_time(name) != before[name]}
         if not started and not results:
-            raise ConfigError(f"the launcher could not start any job: {death}.")
+            raise ConfigError(f"hydra.launcher: no job started because {death}; check the launcher's settings.")
         ended = {name for name in started if job_state(self.folder / name).name in ("interrupted", "missing")}
         deaths.update(ended)
         # One killed process may end the launcher's others too: only a second death counts as the job's failure.

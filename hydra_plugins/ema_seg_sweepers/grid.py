@@ -72,7 +72,8 @@ def _axis(override: Override) -> Axis:
         return key.lstrip("+"), [(_unquoted(text), [f"{key}={text}"])]
     if not override.is_discrete_sweep():
         raise ConfigError(
-            f"{override.input_line}: an interval has no end of values; name them, or search with sweep=search."
+            f"{override.input_line}: a grid needs single values, got an interval; list them, or search with "
+            "sweep=search."
         )
     return key.lstrip("+"), [(_unquoted(text), [f"{key}={text}"]) for text in override.sweep_string_iterator()]
 
@@ -86,7 +87,7 @@ def _variants(variants: Mapping[str, str | Sequence[str]]) -> Axis:
 def _joined(key: str, values: Any) -> str:
     """Format values of ``sweep.grid`` as on the command line; a text may be a sweep such as ``range(1,4)``."""
     if values == []:
-        raise ConfigError(f"sweep.grid.{key} is empty; give it values, or leave it out.")
+        raise ConfigError(f"sweep.grid.{key}: must have at least one value, got []; add values, or remove the key.")
     if not isinstance(values, list):
         return _text(values)
     return ",".join(f"'{value}'" if _is_plain(value) and "," in value else _text(value) for value in values)

@@ -25,11 +25,11 @@ class SearchSweeper(FolderSweeper):
         try:
             from ema_seg.sweeps.search import OptunaStudy
         except ImportError as error:
-            raise ConfigError(f"sweep=search needs Optuna ({error}); pip install 'ema-seg[search]'.") from error
+            raise ConfigError(f"sweep=search: needs Optuna ({error}); run pip install 'ema-seg[search]'.") from error
         settings = self.settings
         for key, least in {"trials": 1, "parallel": 1, "grace": 0, "seed": 0}.items():
             if type(settings[key]) is not int or settings[key] < least:
-                raise ConfigError(f"sweep.{key}={settings[key]!r} is no whole number of {least} or more.")
+                raise ConfigError(f"sweep.{key}: must be a whole number of at least {least}, got {settings[key]!r}.")
         fixed, space = self._split(arguments, by_dotted_key(settings["space"]))
         search = OptunaStudy(self.folder, seed=settings["seed"], grace=settings["grace"])
         search.check_space(_distributions(space), self.named)
@@ -63,18 +63,21 @@ class SearchSweeper(FolderSweeper):
         for override in configured:
             if not override.is_sweep_override():
                 raise ConfigError(
-                    f"sweep.space.{override.input_line}: this is one value; give several, such as interval(low,high) "
-                    "or a,b,c."
+                    f"sweep.space.{override.input_line}: must have several values, such as interval(low,high) or "
+                    "a,b,c, got one."
                 )
         searched = [*configured, *(override for override in given if override.is_sweep_override())]
         for override in searched:
             if override.key_or_group == "seed":
                 raise ConfigError(
-                    f"{override.input_line}: a search would choose the luckiest seed; give it one, and try what it "
-                    "finds with several."
+                    f"{override.input_line}: a search must have one seed, or it would choose the luckiest; set seed=0, "
+                    "and train the best settings with several seeds."
                 )
         if not searched:
-            raise ConfigError("sweep.space is empty; name what to search, such as optimizer.lr='interval(1e-4,1e-2)'.")
+            raise ConfigError(
+                "sweep.space: must have at least one key, got none; add one, such as "
+                "optimizer.lr='interval(1e-4,1e-2)'."
+            )
         fixed = [text for text, override in zip(arguments, given, strict=True) if not override.is_sweep_override()]
         return fixed, searched
 
@@ -93,5 +96,7 @@ def _distributions(space: Sequence[Override]) -> dict[str, Any]:
             else:
                 distributions[key] = CategoricalDistribution(list(override.sweep_string_iterator()))
         except ValueError as error:
-            raise ConfigError(f"{override.input_line}: cannot be searched: {one_line(error)}") from error
+            raise ConfigError(
+                f"{override.input_line}: cannot be searched ({one_line(error).rstrip('.')}); correct the values."
+            ) from error
     return distributions

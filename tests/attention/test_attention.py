@@ -249,5 +249,5 @@ def test_unknown_names_and_options_are_named_with_what_there_is():
         build_attention("ema", 8, factr=2)
     with pytest.raises(ConfigError, match=r"attention\.factor: .*'none' has no such option; it has none"):
         build_attention("none", 8, factor=2)
-    with pytest.raises(ModelError, match="choose a reduction from 1 to 4"):
+    with pytest.raises(ModelError, match=r"reduction must be a whole number from 1 to .* \(4\), got 8"):
         build_attention("scse", 4, reduction=8)

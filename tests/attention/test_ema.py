@@ -705,12 +705,12 @@ def test_the_environment_variable_takes_the_place_of_the_argument(monkeypatch):
     with pytest.raises(ConfigError, match=r"EMA_SEG_IMPLEMENTATION: .*'tritn'.*Did you mean 'triton'"):
         block(x)
     monkeypatch.setenv(choice.ENVIRONMENT_VARIABLE, "cpp")
-    with pytest.raises(ModelError, match=r"change the environment variable EMA_SEG_IMPLEMENTATION, .* to auto"):
+    with pytest.raises(ModelError, match=r"; set the environment variable EMA_SEG_IMPLEMENTATION, .* to auto"):
         EMA(8, factor=2).to("meta")(x.to("meta"))
 
 
 def test_an_unknown_implementation_is_named_with_what_there_is():
-    with pytest.raises(ConfigError, match=r"'fast'; there are auto, reference, cpp, triton, factorised"):
+    with pytest.raises(ConfigError, match=r"must be one of auto, reference, cpp, triton, factorised, got 'fast'"):
         build_attention("ema", 8, implementation="fast")
 
 

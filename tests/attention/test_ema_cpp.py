@@ -84,7 +84,7 @@ def test_an_interrupted_compilation_leaves_nothing_that_could_be_loaded(cache, t
         ("no-such-compiler", r"could not be compiled \(.*no-such-compiler"),
         ("false", r"the C\+\+ compiler failed \(false: exit status 1\)"),
         ("c++ -fno-such-option", r"the C\+\+ compiler failed \(c\+\+: .*error.*no-such-option"),
-        ("c++ 'unfinished", r"CXX is no command \(No closing quotation\)"),
+        ("c++ 'unfinished", r"CXX cannot be parsed as a command \(No closing quotation\); correct"),
     ],
 )
 def test_a_compiler_that_cannot_be_used_is_named(cache, monkeypatch, cxx, problem):

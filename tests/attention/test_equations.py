@@ -182,7 +182,7 @@ def test_bam_adds_both_maps_before_the_sigmoid(x, parts):
 
 @pytest.mark.parametrize("name", ["bam", "srm"])
 def test_a_batch_of_one_image_is_refused_in_training_where_a_batch_is_normalised(name, x):
-    with pytest.raises(ModelError, match=r"one image in a batch.*two or more"):
+    with pytest.raises(ModelError, match=r"at least 2 images per batch in training.*raise data\.batch_size"):
         built(name)(x[:1])
     built(name).eval()(x[:1])
     build_attention("bam", CHANNELS, parts="spatial").double()(x[:1])
@@ -497,27 +497,27 @@ def test_ema_with_parts_taken_away(x, branches, normalised):
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("ema_ablated", {"branches": "none"}, "no branches='none'; choose among both, pointwise, spatial"),
-        ("ema_ablated", {"branches": "spatial", "normalisation": False}, "leave normalisation=True"),
+        ("ema_ablated", {"branches": "none"}, "branches must be one of both, pointwise, spatial, got 'none'"),
+        ("ema_ablated", {"branches": "spatial", "normalisation": False}, "set normalisation=True"),
         ("ema_ablated", {"factor": 3}, "cannot split 8 channels into factor=3"),
-        ("ese", {"gate": "tanh"}, "no gate='tanh'; choose among sigmoid, hard_sigmoid"),
-        ("scse", {"parts": "half"}, "no parts='half'; choose among both, channel, spatial"),
-        ("eca", {"kernel_size": 4}, "kernel_size=4; choose an odd whole number"),
-        ("eca", {"kernel_size": "big"}, "kernel_size='big'; choose an odd whole number"),
-        ("cbam", {"reduction": 0}, "reduction=0; choose a whole number from 1"),
-        ("cbam", {"batch_norm": "yes"}, "no batch_norm='yes'; choose among False, True"),
-        ("bam", {"dilation": 1.5}, "dilation=1.5; choose a whole number"),
-        ("coord", {"reduction": -1}, "reduction=-1"),
-        ("ela", {"variant": "huge"}, "choose among tiny, base, small, large"),
-        ("ge", {"extent": 3}, "extent=3; choose a power of two from 2 on, or 'global'"),
-        ("ge", {"variant": "theta"}, "cannot gather a map of any size at once .* choose an extent of 2"),
-        ("gc", {"fusion": "mean"}, "choose among add, scale"),
-        ("simam", {"e_lambda": 0}, "e_lambda=0; choose a number above 0"),
-        ("shuffle", {"groups": 3}, "two halves of groups=3; choose a divisor of 4"),
-        ("triplet", {"kernel_size": True}, "kernel_size=True; choose an odd"),
-        ("gam", {"parts": None}, "no parts=None"),
-        ("emau", {"momentum": 2}, "momentum=2; choose a number from 0 to 1"),
-        ("emau", {"bases": 0}, "bases=0"),
+        ("ese", {"gate": "tanh"}, "gate must be one of sigmoid, hard_sigmoid, got 'tanh'"),
+        ("scse", {"parts": "half"}, "parts must be one of both, channel, spatial, got 'half'"),
+        ("eca", {"kernel_size": 4}, "kernel_size must be an odd whole number .*, got 4"),
+        ("eca", {"kernel_size": "big"}, "kernel_size must be an odd whole number .*, got 'big'"),
+        ("cbam", {"reduction": 0}, "reduction must be a whole number of at least 1, got 0"),
+        ("cbam", {"batch_norm": "yes"}, "batch_norm must be one of False, True, got 'yes'"),
+        ("bam", {"dilation": 1.5}, "dilation must be a whole number .*, got 1.5"),
+        ("coord", {"reduction": -1}, "reduction must be .*, got -1"),
+        ("ela", {"variant": "huge"}, "must be one of tiny, base, small, large, got 'huge'"),
+        ("ge", {"extent": 3}, "extent must be a power of two above 1, or 'global', got 3"),
+        ("ge", {"variant": "theta"}, "variant='theta' needs a fixed extent, .* choose an extent such as 2"),
+        ("gc", {"fusion": "mean"}, "fusion must be one of add, scale, got 'mean'"),
+        ("simam", {"e_lambda": 0}, "e_lambda must be a number above 0, .*, got 0"),
+        ("shuffle", {"groups": 3}, "groups must be a divisor of 4, .*, got 3"),
+        ("triplet", {"kernel_size": True}, "kernel_size must be an odd .*, got True"),
+        ("gam", {"parts": None}, "parts must be one of .*, got None"),
+        ("emau", {"momentum": 2}, "momentum must be a number from 0 to 1, got 2"),
+        ("emau", {"bases": 0}, "bases must be .*, got 0"),
     ],
 )
 def test_what_cannot_work_is_refused_in_a_sentence(name, options, said):

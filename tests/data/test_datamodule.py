@@ -146,7 +146,7 @@ def test_training_without_a_crop_to_one_size_is_named(root: Path) -> None:
     save(root / "train/images/t0.jpg", random_image(0, 20, 30))
     save(root / "train/masks/t0.png", random_mask([0], 0, 20, 30))
     module = make_module(root, augmentation={}, batch_size=7)
-    with pytest.raises(ConfigError, match=r"differ in size when augmented: .*30 x 20.* crop all to one size"):
+    with pytest.raises(ConfigError, match=r"data\.augmentation: .*differ in size: .*30 x 20.* crop all to one size"):
         next(iter(module.train_dataloader()))
 
 
@@ -221,7 +221,7 @@ def test_files_that_a_disk_does_not_list_are_not_waited_for(root: Path, monkeypa
     with pytest.raises(EmaSegError) as raised:
         make_module(root, timeout=0.2).setup("fit")
     answered.set()
-    assert str(raised.value).startswith(f"{root}: nothing has come from the disk for 0.2 seconds; ")
+    assert str(raised.value).startswith(f"{root}: the disk did not respond for 0.2 seconds; ")
 
 
 @pytest.mark.parametrize("option", ["split", "transform"])

@@ -164,7 +164,7 @@ def test_a_difference_in_size_names_the_orientation_tag(tmp_path: Path) -> None:
     Image.fromarray(random_image(0)).save(root / "train/images/a.png", exif=exif)
     said = (
         r"a\.png: the mask is 16 x 12 pixels .*, expected 12 x 16 as in its image .*a\.png, which has the orientation "
-        r"tag 6, by which it was turned upright; for masks of the pixels as stored set data\.orientation=ignore\."
+        r"tag 6 and was turned upright; for masks of the pixels as stored set data\.orientation=ignore\."
     )
     with pytest.raises(DataError, match=said):
         FolderDataset(root)[0]
@@ -229,7 +229,7 @@ def test_a_colour_mask_without_colours_is_named(tmp_path: Path) -> None:
         ("[{name: a, colour: red}]", "class 0 has the unknown key 'colour', expected color, name, value"),
         ("[{name: a, color: [1, 2]}]", r"\[1, 2\] is not a color"),
         ("[{name: a, color: '#12345g'}]", "'#12345g' is not a color"),
-        ("[leaf]", r"'leaf' is the only class, .*as in \[background, leaf\]"),
+        ("[leaf]", r"expected at least two classes, found only 'leaf'; .*as in \[background, leaf\]"),
         ("[a, a]", "the name 'a' occurs twice"),
         ("[a, {name: b, value: 0}]", "the value 0 occurs twice"),
         ("{classes: [a, b], ignore: 1}", "the value 1 occurs twice"),

@@ -60,7 +60,7 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(folder: Fo
 
 def test_a_name_that_is_not_text_is_named(folder: FolderSource) -> None:
     os.close(os.open(bytes(folder.path / "a") + b"/\xff.png", os.O_CREAT | os.O_WRONLY))
-    with pytest.raises(DataError, match=r"a/\\udcff\.png'\)?: the name is not text in UTF-8; rename it"):
+    with pytest.raises(DataError, match=r"a/\\udcff\.png'\)?: the name is not valid UTF-8; rename it"):
         folder.files("a")
 
 
@@ -114,7 +114,7 @@ def test_an_archive_with_a_name_that_leads_out_of_it_is_refused(name: str, tmp_p
         packed.writestr(name, b"two")
     source = ZipSource(tmp_path / "files.zip")
     for ask in (lambda: source.files("a"), lambda: source.read("a/x.txt")):
-        with pytest.raises(DataError, match=r"out\.png: the name leads out of the archive"):
+        with pytest.raises(DataError, match=r"out\.png: the member's path points outside the archive"):
             ask()
 
 
@@ -134,7 +134,7 @@ def bomb(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_bomb_is_not_unpacked(bomb: Path) -> None:
     tracemalloc.start()
     try:
-        with pytest.raises(DataError, match=r"zeros\.png: takes 512 MiB when it is unpacked, which no image does"):
+        with pytest.raises(DataError, match=r"zeros\.png: unpacks to 512 MiB, expected .* less than 512 MiB"):
             ZipSource(bomb).read("zeros.png")
         assert tracemalloc.get_traced_memory()[1] < 2**24
     finally:
@@ -145,7 +145,7 @@ def test_a_bomb_is_not_unpacked(bomb: Path) -> None:
 def test_what_unpacks_without_a_limit_is_not_read(compression: int, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "files.zip", "w", compression) as packed:
         packed.writestr("zeros.png", bytes(2**20))
-    with pytest.raises(DataError, match=r"zeros\.png: is neither stored nor deflated.*pack the archive again"):
+    with pytest.raises(DataError, match=r"zeros\.png: unsupported zip compression; .*pack the archive again"):
         ZipSource(tmp_path / "files.zip").read("zeros.png")
 
 

@@ -60,7 +60,7 @@ def test_a_process_that_is_asked_to_leave_ends_so_whatever_is_made_of_it(then):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
 
     assert done.returncode == 75
-    assert done.stderr == "stopped by SIGTERM outside of the training; give the command again.\n"
+    assert done.stderr == "stopped by SIGTERM while no training was running; run the same command again.\n"
 
 
 @pytest.mark.parametrize("later", ["", "; leaving.install_exit_handlers()"])

@@ -28,7 +28,7 @@ def test_processes_are_tested_on_the_devices_that_they_train_on(group, accelerat
 @pytest.mark.parametrize(
     ("accelerator", "device", "message"),
     [
-        ("auto", "cuda:1", "evaluation.device=cuda:1 is one device, and there are 2 processes; leave the number out"),
+        ("auto", "cuda:1", "evaluation.device: must have no device number for 2 processes, got cuda:1"),
         ("cpu", "gpu", "evaluation.device=gpu: the 2 processes train on the CPU and would share one device"),
     ],
 )
@@ -52,7 +52,7 @@ def test_a_report_that_was_there_before_is_not_taken_for_the_result(monkeypatch,
         (tmp_path / "report.json").write_text("{}")
     monkeypatch.setattr(run, "run_together", lambda *arguments: None)
 
-    with pytest.raises(TrainingError, match=r"report\.json was not written, though all 2 processes have ended well"):
+    with pytest.raises(TrainingError, match=r"report\.json: not written, although all 2 processes exited"):
         run._run_and_load_report(print, 2, tmp_path)
 
 

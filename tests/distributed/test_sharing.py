@@ -51,7 +51,7 @@ def test_what_cannot_be_read_is_counted_over_all_processes(results, count):
         if count == 1:
             assert one_allowed == known
         else:
-            assert one_allowed.startswith(f"{count} samples cannot be read, and data.max_skipped=1 allows no more; the")
+            assert one_allowed.startswith(f"data.max_skipped=1: {count} samples cannot be read; repair the files, or")
             assert one_allowed.endswith(".png: cannot be read.")
 
 

@@ -37,7 +37,7 @@ def test_processes_know_their_place_and_exchange_values(tmp_path):
         together, apart, alone = result.pop("shared")
         assert (together, alone) == (True, False)
         assert apart.startswith(f"{tmp_path / f'disk-{rank}'}: the run's folder must be on a disk that all machines")
-        assert "the process 1 does not see what the process 0 writes" in apart
+        assert "process 1 does not see the files that process 0 writes" in apart
     assert first == second == {"agreed": "of 0", "gathered": [0, 1], "sum": 11, "global_sum": [3.0, 6.0]}
     assert rank_info() == RankInfo(0, 1, 0, 1)
 
@@ -47,8 +47,8 @@ def test_processes_know_their_place_and_exchange_values(tmp_path):
     [
         ("mistake", ConfigError, r"^seed=-1 is none\.$"),
         ("hang", ConfigError, r"^seed=-1 is none\.$"),
-        ("error", ProcessFailed, r"^KeyError: 'what was not foreseen', in the process 1:\nTraceback .*workers\.py"),
-        ("killed", TrainingError, r"^the process 1 of 2 was killed \(SIGKILL\)"),
+        ("error", ProcessFailed, r"^KeyError: 'what was not foreseen', in process 1:\nTraceback .*workers\.py"),
+        ("killed", TrainingError, r"^process 1 of 2 was killed \(SIGKILL\)"),
     ],
 )
 def test_a_process_that_fails_ends_the_others_with_its_word(how, kind, message, monkeypatch, tmp_path):
@@ -82,11 +82,11 @@ def test_what_the_operating_system_says_is_told_in_a_sentence(error, message):
     ("word", "codes", "passed", "message"),
     [
         (ConfigError("seed=-1 is none."), [1, -signal.SIGABRT], [], "seed=-1 is none."),
-        (ConnectionError("lost"), [1, -signal.SIGKILL], [], r"the process 1 of 2 was killed \(SIGKILL\)"),
-        (ConnectionError("lost"), [1, -signal.SIGBUS], [], r"the process 1 of 2 was killed \(SIGBUS\)"),
-        (None, [0, -signal.SIGABRT], [], r"the process 1 of 2 was killed \(SIGABRT\)"),
-        (None, [75, 0], [], "stopped; what was written before it is there."),
-        (None, [0, -signal.SIGUSR1], [signal.SIGUSR1], "stopped by SIGUSR1; what was written before it is there."),
+        (ConnectionError("lost"), [1, -signal.SIGKILL], [], r"process 1 of 2 was killed \(SIGKILL\)"),
+        (ConnectionError("lost"), [1, -signal.SIGBUS], [], r"process 1 of 2 was killed \(SIGBUS\)"),
+        (None, [0, -signal.SIGABRT], [], r"process 1 of 2 was killed \(SIGABRT\)"),
+        (None, [75, 0], [], "stopped; the files written so far are kept."),
+        (None, [0, -signal.SIGUSR1], [signal.SIGUSR1], "stopped by SIGUSR1; the files written so far are kept."),
     ],
 )
 def test_the_reason_is_what_failed_first(word, codes, passed, message):
@@ -260,7 +260,7 @@ def test_machines_have_as_many_tasks_of_slurm(monkeypatch):
     layout = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "2,1"}
     monkeypatch.setattr(os, "environ", {**layout, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"})
 
-    with pytest.raises(ConfigError, match=r"unequal numbers of tasks on the machines \(2,1\); .*--ntasks-per-node"):
+    with pytest.raises(ConfigError, match=r"must be the same on every machine, got 2,1; .*--ntasks-per-node"):
         detect_launcher()
 
 
@@ -269,5 +269,5 @@ def test_a_process_that_ends_without_a_word_is_named():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
     assert done.returncode == 1
-    assert "ended with status 3 and without a word" in done.stderr
+    assert "exited with status 3 without an error message" in done.stderr
     assert signal.SIGKILL.name not in done.stderr

@@ -196,7 +196,7 @@ def test_merging_equals_counting_together() -> None:
         merged.merge(part)
     assert torch.equal(together.matrix, merged.matrix)
     assert merged.matrix.dtype == torch.int64
-    with pytest.raises(ConfigError, match="3 and 4 classes"):
+    with pytest.raises(ConfigError, match="same number of classes, got 3 and 4"):
         merged.merge(ConfusionMatrix(4))
 
 
@@ -216,16 +216,16 @@ def test_a_prediction_where_truth_is_ignored_may_be_anything() -> None:
 @pytest.mark.parametrize(
     ("prediction", "truth", "error", "message"),
     [
-        ([2], [1], ModelError, "class 2, outside 0 to 1"),
-        ([-1], [1], ModelError, "class -1, outside"),
-        ([0], [7], DataError, "label 7, .* ignore index 255"),
-        ([0, 1], [0], ModelError, r"shape \(2,\) but the truth has \(1,\)"),
-        ([0.0], [0], ModelError, "prediction has the type float64"),
+        ([2], [1], ModelError, "prediction must hold classes from 0 to 1, got 2"),
+        ([-1], [1], ModelError, "prediction must hold classes from 0 to 1, got -1"),
+        ([0], [7], DataError, "target must hold .* or the ignore index 255, got 7"),
+        ([0, 1], [0], ModelError, r"target's shape \(1,\), got \(2,\)"),
+        ([0.0], [0], ModelError, "prediction must have an integer dtype .*, got float64"),
         (
             torch.zeros(1),
             torch.zeros(1, dtype=torch.long),
             ModelError,
-            "prediction has the type torch.float32",
+            "prediction must have an integer dtype .*, got torch.float32",
         ),
     ],
 )

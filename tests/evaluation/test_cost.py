@@ -189,7 +189,7 @@ def test_too_little_memory_is_named() -> None:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return x
 
-    with pytest.raises(ModelError, match="the memory does not suffice for 64 images of 8 x 16 pixels"):
+    with pytest.raises(ModelError, match="out of memory for 64 images of 8 x 16 pixels"):
         measure_cost(Greedy(), size=(8, 9), stride=8, batch_size=64, device="cpu", budget=0.01)
 
 

@@ -64,7 +64,7 @@ def test_no_images_give_no_logits() -> None:
 
 
 def test_a_model_that_does_not_restore_the_size_is_named() -> None:
-    with pytest.raises(ModelError, match=r"\(8, 8\) pixels into \(4, 4\) logits"):
+    with pytest.raises(ModelError, match=r"logits must have the input's size \(8, 8\), got \(4, 4\)"):
         predict(nn.AvgPool2d(2), [torch.randn(3, 8, 8)], stride=8)
 
 

@@ -8,7 +8,7 @@ from ema_seg.models.mode import deterministic_algorithms
 
 
 def test_an_operation_that_cannot_repeat_its_bits_is_named():
-    message = r"^reproducible=true: put_, which this model or loss needs, gives other bits each time"
+    message = r"^reproducible=true: put_, which this model or loss needs, has no deterministic implementation"
     with pytest.raises(ConfigError, match=message), deterministic_algorithms(True):
         torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
 

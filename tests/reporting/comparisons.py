@@ -77,8 +77,8 @@ def make_comparison(directory: Path, *, rows: int = len(ROWS), classes: int = le
         },
         notes=[
             f"cbam, decoder: 2 of 3 seeds; seed 2 failed: {FAILURE}",
-            "Where there is one seed the interval covers the images alone: it says nothing about training anew, "
-            "and has no p.",
+            "With one seed, the interval covers the images alone: it says nothing about training anew, and there is "
+            "no p.",
         ],
     )
 

@@ -135,7 +135,7 @@ def test_grids_compare_within_the_same_model(tmp_path):
     exact = rows_of(compare(read_folder(tmp_path), baseline={"attention": "none", "model": "unet"}))
     assert exact["ema, fpn"]["contrast"]["baseline"] == "none, unet"
     for baseline, message in {
-        ("attention", "nnoe"): "no configuration has it; attention is one of none, ema",
+        ("attention", "nnoe"): "no configuration has it; choose attention from none, ema",
         ("atention", "none"): "Did you mean 'attention'",
     }.items():
         with pytest.raises(ConfigError, match=message):
@@ -240,10 +240,10 @@ def test_without_a_baseline_there_are_scores_but_no_differences(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": {"name": "street", "root": "/", "split": "test", "images": IMAGES}}, "the split .val and test."),
+        ({"data": {"name": "street", "root": "/", "split": "test", "images": IMAGES}}, "the split, got val and test;"),
         (
             {"data": {"name": "camvid", "root": "/", "split": "val", "images": IMAGES}},
-            "the data set .street and camvid",
+            "must agree in the data set, got street and camvid",
         ),
         ({"classes": ["a", "b", "c", "d"]}, "the classes"),
         ({"confusion_matrix": [[1] * 4] * 4}, "the labels of the images"),
@@ -286,7 +286,7 @@ def test_a_sweep_whose_jobs_changed_under_one_name_is_noted(tmp_path):
     comparison = compare(read_folder(write_plan(tmp_path, jobs, {"attention": "none"})))
     assert any("differ in more than the seed" in note and "optimizer.lr" in note for note in comparison["notes"])
     assert rows_of(comparison)["ema"]["contrast"] is None
-    assert any(note.startswith("ema: no difference, for no baseline whose runs agree") for note in comparison["notes"])
+    assert any(note.startswith("ema: no difference, because no baseline whose") for note in comparison["notes"])
 
 
 @pytest.mark.parametrize("state", ["nothing", "empty", "no runs", "unfinished"])
@@ -296,7 +296,8 @@ def test_a_folder_with_nothing_to_compare_is_one_sentence(state, tmp_path):
         folder.mkdir()
     if state == "unfinished":
         write_plan(folder, [plan_job("a", attention="ema", seed="0")])
-    with pytest.raises(DataError, match="no such folder" if state == "nothing" else "nothing to compare"):
+    messages = {"nothing": "no such folder", "unfinished": r"no job is finished \(1 missing\); run or resume"}
+    with pytest.raises(DataError, match=messages.get(state, r"no \*/report/report\.json in it can be read")):
         read_folder(folder)
 
 
@@ -311,7 +312,7 @@ def test_a_report_that_lacks_something_is_named(tmp_path):
         report | {"images": None},
     ):
         path.write_text(json.dumps(broken))
-        with pytest.raises(DataError, match=r"is no whole report.*write it again with eval\.py"):
+        with pytest.raises(DataError, match=r"is not a complete report.*write it again with eval\.py"):
             read_runs([run])
 
 
@@ -382,7 +383,7 @@ def test_pictures_of_an_earlier_comparison_go_and_nothing_else(sweep, tmp_path):
 def test_a_file_that_no_comparison_has_written_is_not_replaced(name, sweep, tmp_path):
     (tmp_path / "figures").mkdir()
     (tmp_path / name).write_text("mine")
-    with pytest.raises(DataError, match=f"{name}: was there before and would be replaced"):
+    with pytest.raises(DataError, match=f"{name}: exists, was not written by ema-seg"):
         report_comparison(read_folder(sweep), tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
     assert (tmp_path / name).read_text() == "mine"
@@ -418,7 +419,7 @@ def test_rows_without_a_baseline_share_a_note(tmp_path):
     comparison = compare(read_folder(write_plan(tmp_path, jobs)))
     (note,) = [note for note in comparison["notes"] if "no baseline" in note]
     assert note.startswith("ema, lr=2; ema, lr=3; ")
-    assert note.endswith(" and 3 more: no difference, for no baseline has the same other settings.")
+    assert note.endswith(" and 3 more: no difference, because no baseline has the same other settings.")
 
 
 def test_one_job_for_many_values_is_the_baseline_of_all(tmp_path):
@@ -503,7 +504,7 @@ def test_groups_of_classes_that_a_sweep_names_are_scored_apart(tmp_path):
     assert comparison["strata"]["movable"] == "car"
     assert comparison["strata"]["both"] == "road, car"
     assert "elsewhere" not in comparison["strata"]
-    assert "elsewhere: not scored, for the data has none of its classes (yak)." in comparison["notes"]
+    assert "elsewhere: not scored, because the data has none of its classes (yak)." in comparison["notes"]
     assert "movable: without tractor, which the data does not have." in comparison["notes"]
     assert "## By the size of objects and by group of classes" in comparison_as_markdown(comparison)
     assert row["strata"]["movable"] == row["classes"]["car"]
@@ -628,7 +629,7 @@ def test_curves_go_as_far_as_all_seeds(tmp_path):
 
 def test_a_group_cannot_take_the_name_of_a_size(sweep):
     runs = replace(read_folder(sweep), groups={"small": ["car"]})
-    with pytest.raises(ConfigError, match=r"sweep\.groups\.small: this name has a meaning"):
+    with pytest.raises(ConfigError, match=r"sweep\.groups\.small: the name is reserved"):
         compare(runs)
 
 
@@ -643,5 +644,5 @@ def test_a_sweep_whose_locks_cannot_be_taken_is_read(sweep, tmp_path):
 def test_why_no_report_can_be_read_is_said(tmp_path):
     path = write_run(tmp_path / "old") / "report" / "report.json"
     path.write_text(path.read_text().replace("ema-seg.report/", "ema-seg.report/0"))
-    with pytest.raises(DataError, match=r"nothing to compare.*schema"):
+    with pytest.raises(DataError, match=r"can be read; .*schema"):
         read_folder(tmp_path)

@@ -185,12 +185,12 @@ def test_two_runs_are_compared_by_one_command(sweep, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["missing"], "no such folder"),
-        (["{sweep}", "--baseline", "attention"], "give it as key=value"),
+        (["{sweep}", "--baseline", "attention"], "must be key=value, such as attention=none, got 'attention'"),
         (["{sweep}", "--baseline", "attention=nnoe"], "no configuration has it"),
-        (["compare", "{sweep}/none_seed0"], "two runs"),
+        (["compare", "{sweep}/none_seed0"], "at least 2 runs, got 1"),
         (["compare", "{sweep}/none_seed0", "{sweep}/se_seed0"], "cannot be read"),
         (["{sweep}", "--output", "{sweep}/sweep.json/x"], "cannot be written"),
-        (["{sweep}", "--output", "{sweep}/sweep.json"], "is a file, and no folder"),
+        (["{sweep}", "--output", "{sweep}/sweep.json"], "must be a folder, got a file"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments, message, sweep, capsys):

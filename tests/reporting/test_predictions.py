@@ -57,7 +57,7 @@ def test_files_that_no_evaluation_has_written_stay(tmp_path):
             write(name, np.zeros((2, 2), np.uint8))
     assert sorted(path.name for path in (tmp_path / "predictions").iterdir()) == ["mine.png", "new.png"]
     with (
-        pytest.raises(DataError, match=r"predictions/mine\.png: was there before and would be replaced"),
+        pytest.raises(DataError, match=r"predictions/mine\.png: exists, was not written by ema-seg"),
         PredictionWriter(tmp_path, ["mine"], PALETTE),
     ):
         pass
@@ -89,7 +89,7 @@ def test_a_manifest_reaches_no_file_outside_its_folder(tmp_path):
 @pytest.mark.parametrize("content", ["", "[]", '{"schema": "mine"}', "[" * 3000])
 def test_a_manifest_of_another_program_is_named(content, tmp_path):
     (tmp_path / "written_files.json").write_text(content)
-    with pytest.raises(DataError, match=r"written_files\.json: is not the list of files that a report"):
+    with pytest.raises(DataError, match=r"written_files\.json: is not a list of files that ema-seg wrote"):
         Manifest(tmp_path)
 
 

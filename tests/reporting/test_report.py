@@ -306,9 +306,9 @@ def test_markdown_escapes_what_would_break_its_tables() -> None:
     [
         (None, "cannot be read"),
         ("{", "is not JSON"),
-        ("[1, 2]", "no report of this version"),
-        ('{"miou": 0.5}', "no report of this version"),
-        ('{"schema": "ema-seg.report/99"}', "'ema-seg.report/99' instead of"),
+        ("[1, 2]", "must be a report with the schema 'ema-seg.report/2', got None"),
+        ('{"miou": 0.5}', "must be a report with the schema"),
+        ('{"schema": "ema-seg.report/99"}', "got 'ema-seg.report/99'"),
         ('{"schema": "ema-seg.report/1"}', r"write the report again with eval\.py"),
     ],
 )
@@ -325,7 +325,7 @@ def test_a_foreign_file_is_named(content: str | None, message: str, tmp_path: Pa
 def test_a_file_that_no_report_has_written_is_not_replaced(name: str, tmp_path: Path) -> None:
     (tmp_path / "figures").mkdir()
     (tmp_path / name).write_text("months of work")
-    with pytest.raises(DataError, match=f"{name}: was there before and would be replaced; move it away"):
+    with pytest.raises(DataError, match=f"{name}: exists, was not written by ema-seg and would be overwritten"):
         write_report(make_report(), tmp_path, make_panel())
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
     assert (tmp_path / name).read_text() == "months of work"

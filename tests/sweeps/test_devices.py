@@ -59,9 +59,9 @@ def test_names_behind_the_last_device_that_cuda_finds_are_not_dealt(start):
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ((3,), "3 devices are more than the 2 GPUs"),
-        ((2, 1), "has 2 GPUs from an earlier job"),
-        (([4, 7],), r"trainer\.devices=\[4, 7\] names GPUs, but launcher=joblib deals them out"),
+        ((3,), "must be at most the 2 GPUs of this machine, got 3"),
+        ((2, 1), "must be the same for all jobs .*, got 1 after 2"),
+        (([4, 7],), r"trainer\.devices: must be a number of GPUs .*, got the list \[4, 7\]; set trainer\.devices=2"),
     ],
 )
 def test_devices_that_cannot_be_dealt_are_refused(tmp_path, monkeypatch, numbers, message):

@@ -54,7 +54,7 @@ def test_a_plan_forgets_what_could_not_be_tried(tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema": "other"}', '{"schema": "ema-seg.sweep/1", "jobs": [1]}'])
 def test_what_is_no_plan_is_named(tmp_path, content):
     (tmp_path / "sweep.json").write_text(content)
-    with pytest.raises(DataError, match=r"sweep\.json: is no plan of a sweep"):
+    with pytest.raises(DataError, match=r"sweep\.json: is not a sweep plan of this version"):
         read_plan(tmp_path)
     with pytest.raises(DataError, match="give the folder of a sweep"):
         read_plan(tmp_path / "nowhere")
@@ -66,7 +66,7 @@ def test_a_plan_names_folders_of_its_own(tmp_path, name):
     content = json.loads((tmp_path / "sweep.json").read_text())
     content["jobs"][0]["folder"] = name
     (tmp_path / "sweep.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"sweep\.json: .* is no plain name of a job's folder"):
+    with pytest.raises(DataError, match=r"sweep\.json: .*a job's folder must be a plain name, got"):
         read_plan(tmp_path)
 
 

@@ -113,5 +113,5 @@ def test_a_job_that_another_process_runs_is_waited_for(tmp_path):
 def test_a_run_that_is_no_job_has_no_job(tmp_path):
     assert read_job(tmp_path) is None
     (tmp_path / "job.json").write_text("{}")
-    with pytest.raises(DataError, match=r"job\.json: is not what a sweep wrote"):
+    with pytest.raises(DataError, match=r"job\.json: is not a valid job of a sweep"):
         read_job(tmp_path)

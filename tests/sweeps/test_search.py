@@ -54,14 +54,14 @@ def test_another_space_in_the_same_folder_is_refused(tmp_path):
     search(tmp_path).ask(0, SPACE)
     search(tmp_path).check_space(SPACE, ["epochs=1"])
 
-    with pytest.raises(ConfigError, match=r"the 1 trials in this folder searched lr=.*; choose another sweep\.id"):
+    with pytest.raises(ConfigError, match=r"the trials here \(1\) searched lr=.*; choose another sweep\.id"):
         search(tmp_path).check_space({**SPACE, "attention": CategoricalDistribution(["none", "se"])}, ["epochs=1"])
 
 
 def test_another_search_in_the_same_folder_is_refused(tmp_path):
     search(tmp_path).check_space(SPACE, ["epochs=1"])
 
-    with pytest.raises(ConfigError, match="was started with epochs=1, and not with epochs=2; choose another sweep"):
+    with pytest.raises(ConfigError, match="was started with epochs=1, got epochs=2; choose another sweep"):
         search(tmp_path).check_space(SPACE, ["epochs=2"])
 
 
@@ -71,7 +71,7 @@ def test_without_grace_a_first_epoch_can_be_the_last(tmp_path):
         if number == 0:
             validate(tmp_path, number, 0, score, grace=0)
             search(tmp_path, grace=0).tell(0, JobState("finished", miou=score))
-    with pytest.raises(Pruned, match=r"after epoch 1: at best val mIoU 0\.1000"):
+    with pytest.raises(Pruned, match=r"after epoch 1: best val mIoU 0\.1000"):
         validate(tmp_path, number, 0, score, grace=0)
 
 
@@ -98,7 +98,7 @@ def test_a_trial_below_the_median_is_given_up_after_the_grace(tmp_path):
     search(tmp_path).ask(2, SPACE)
 
     validate(tmp_path, 2, 0, 0.1)  # within the grace
-    with pytest.raises(Pruned, match=r"after epoch 2: at best val mIoU 0\.4000, below"):
+    with pytest.raises(Pruned, match=r"after epoch 2: best val mIoU 0\.4000 is below"):
         validate(tmp_path, 2, 1, 0.4)
     search(tmp_path).tell(2, JobState("pruned", "given up"))
 

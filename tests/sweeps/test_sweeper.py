@@ -77,15 +77,15 @@ def test_a_job_that_dies_twice_has_failed(sweep, tmp_path):
     assert launcher.launched == [["a", "b"], ["a"]]
     assert job_state(tmp_path / "b").name == "finished"
     state = job_state(tmp_path / "a")
-    assert (state.name, state.reason) == ("failed", "its process was ended (RuntimeError: a process was killed)")
+    assert (state.name, state.reason) == ("failed", "its process ended (RuntimeError: a process was killed)")
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("sweep.grid=3", "sweep.grid=3 has nothing by name; give it as 'sweep.grid={"),
-        ("sweep.variants=3", "sweep.variants=3 has nothing by name"),
-        ("+sweep.variants.a=3", "sweep.variants.a=3 is no text of overrides"),
+        ("sweep.grid=3", "sweep.grid: must be a mapping, got 3; write it as 'sweep.grid={"),
+        ("sweep.variants=3", "sweep.variants: must be a mapping, got 3"),
+        ("+sweep.variants.a=3", "sweep.variants.a: must be overrides as a text or a list of texts"),
     ],
 )
 def test_settings_of_another_form_are_named(override, message, run_script, monkeypatch, tmp_path):
@@ -104,5 +104,5 @@ def test_a_launcher_that_starts_nothing_is_a_mistake(tmp_path):
 
     sweeper = GridSweeper()
     sweeper.folder, sweeper.launcher = tmp_path, Broken()
-    with pytest.raises(ConfigError, match=r"could not start any job: .*no such partition"):
+    with pytest.raises(ConfigError, match=r"hydra\.launcher: no job started because .*no such partition"):
         sweeper.launch({"a": []}, [])

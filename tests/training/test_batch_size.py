@@ -83,7 +83,7 @@ def test_a_decoder_that_needs_two_crops_is_given_two_or_refused(config, monkeypa
     if room == 3:
         assert find_batch_size(config, torch.device("cpu")) == 3
         return
-    with pytest.raises(ConfigError, match=r"only one crop of 64 x 64 .* decoder normalises over two"):
+    with pytest.raises(ConfigError, match=r"only one crop of 64 x 64 .* model's batch norm needs at least 2"):
         find_batch_size(config, torch.device("cpu"))
 
 
@@ -103,5 +103,5 @@ def test_emau_exchanges_nothing_while_a_process_tries_by_itself(monkeypatch):
 
 
 def test_without_a_gpu_there_is_no_automatic_batch(config):
-    with pytest.raises(ConfigError, match=r"data\.batch_size=auto finds what the memory of a GPU has room for"):
+    with pytest.raises(ConfigError, match=r"data\.batch_size=auto: needs a CUDA GPU, got cpu"):
         find_batch_size(config, torch.device("cpu"))

@@ -87,7 +87,7 @@ def run(tmp_path):
             "must be a whole number of 0 or more, got -1",
         ),
         ((*LOOP, "epoch_progress", "current", "completed"), "x", "must be a whole number of 0 or more, got 'x'"),
-        (("global_step",), 9, "loops must have counted the 9 steps of global_step, got 3"),
+        (("global_step",), 9, "loops must hold 9 steps, as global_step does, got 3"),
         (("epoch",), 0.5, "epoch must be a whole number of 0 or more, got 0.5"),
         (("callbacks",), [], "callbacks must hold a state for each callback"),
         (("callbacks",), {}, "callbacks must hold the record of the best checkpoint"),
@@ -105,7 +105,7 @@ def test_a_damaged_state_is_refused_by_name_and_gives_way_to_the_one_before(path
     assert found in str(raised.value)
     run(name="previous")
     assert load_last(folder)[0].name == "previous.ckpt"
-    assert f"{raised.value} Going on from previous.ckpt, of step 3." in capsys.readouterr().err
+    assert f"{raised.value} Resuming from previous.ckpt, step 3." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_state_of_the_optimiser_that_does_not_fit_is_refused_before_a_step(val
     optimizer.load_state_dict(make_checkpoint()["optimizer_states"][0])
     require_fitting_state(optimizer, tmp_path / "last.ckpt")
     optimizer.state[MODEL.weight]["exp_avg"] = value
-    with pytest.raises(CheckpointError, match=rf"last\.ckpt: the state of the training in it is damaged \(.*{found}"):
+    with pytest.raises(CheckpointError, match=rf"last\.ckpt: its training state is damaged \(.*{found}"):
         require_fitting_state(optimizer, tmp_path / "last.ckpt")
 
 

@@ -199,7 +199,7 @@ def test_a_logger_that_is_not_installed_names_the_extra(name, tmp_path, monkeypa
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(lightning.pytorch.loggers, class_name, missing)
-    with pytest.raises(ConfigError, match=rf"logger={name} needs a package.*ema-seg\[{name}\]"):
+    with pytest.raises(ConfigError, match=rf"logger={name}: its package is not installed.*ema-seg\[{name}\]"):
         build_loggers(tmp_path, {name: {}})
 
 
@@ -217,7 +217,7 @@ def test_a_prediction_is_scored_at_the_images_own_size():
 def test_rows_that_are_not_of_a_run_are_named(tmp_path):
     (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
 
-    with pytest.raises(DataError, match=r"metrics\.csv: is not as train\.py wrote it"):
+    with pytest.raises(DataError, match=r"metrics\.csv: its rows are not as train\.py wrote them"):
         EpochLog(tmp_path / "metrics.csv").on_train_start(Trainer(logger=False, accelerator="cpu"), None)
 
 

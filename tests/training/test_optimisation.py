@@ -69,7 +69,7 @@ def test_warm_up_rises_linearly_then_the_schedule_starts(warmup):
             {"name": "cosine", "power": 1.0},
             r"schedule\.power: cosine has no such option; it has final_factor",
         ),
-        ({"name": "poly", "warmup_steps": 11}, r"warmup_steps=11: the training has 10 steps"),
+        ({"name": "poly", "warmup_steps": 11}, r"warmup_steps must be from 0 to 10, .* got 11"),
     ],
 )
 def test_mistakes_in_a_schedule_are_named(settings, message):

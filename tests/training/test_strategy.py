@@ -33,7 +33,7 @@ def test_a_process_for_each_gpu(machine, devices, processes):
 
 @pytest.mark.parametrize(
     ("devices", "message"),
-    [(5, "5 devices are more than the 4 GPUs of this machine"), ([1, 4], "names the GPU 4, .* are 0 to 3")],
+    [(5, "devices=5: must be at most 4, the number of GPUs"), ([1, 4], "are 0 to 3, got 4")],
 )
 def test_gpus_that_are_not_there_are_refused(machine, devices, message):
     machine(4)
@@ -45,8 +45,8 @@ def test_gpus_that_are_not_there_are_refused(machine, devices, message):
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        (RankInfo(1, 2, 1, 2), "2 processes on this machine, each of which sees 1 GPU; .*--gpus-per-node"),
-        (RankInfo(2, 3, 0, 2), "has started 2 of 3 processes on this machine; start as many on each"),
+        (RankInfo(1, 2, 1, 2), "2 processes on this machine, but each sees 1 GPU; .*--gpus-per-node"),
+        (RankInfo(2, 3, 0, 2), "has started 2 of 3 processes on this machine; start the same number on each"),
     ],
 )
 def test_groups_that_do_not_fit_the_machines_are_refused(machine, place, message):

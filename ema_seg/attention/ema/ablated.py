@@ -45,12 +45,12 @@ class AblatedEMA(nn.Module):
         normalisation: bool = True,
         factor: int | Literal["auto"] = "auto",
     ) -> None:
-        check_choice("EMA with parts taken away", "branches", branches, _BRANCHES)
-        check_choice("EMA with parts taken away", "normalisation", normalisation, (True, False))
+        check_choice("ablated EMA", "branches", branches, _BRANCHES)
+        check_choice("ablated EMA", "normalisation", normalisation, (True, False))
         if branches == "spatial" and not normalisation:
             raise ModelError(
-                "EMA with branches='spatial' has no normalisation that normalisation=False could take away; "
-                "leave normalisation=True."
+                "ablated EMA: normalisation=False needs the 1x1 branch, got branches='spatial', which has no "
+                "normalisation; set normalisation=True."
             )
         super().__init__()
         self.groups = number_of_groups(channels, factor)

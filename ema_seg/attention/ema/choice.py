@@ -27,7 +27,7 @@ def check_name(name: str, where: str) -> None:
     """
     if name not in IMPLEMENTATIONS:
         raise ConfigError(
-            f"{where}: EMA has no implementation {name!r}; there are {', '.join(IMPLEMENTATIONS)}."
+            f"{where}: must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}."
             f"{did_you_mean(str(name), IMPLEMENTATIONS)}"
         )
 
@@ -48,13 +48,13 @@ def select_implementation(requested: str, x: Tensor) -> str:
     """
     from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
     name = from_environment or requested
-    check_name(name, ENVIRONMENT_VARIABLE if from_environment else "implementation")
+    check_name(name, ENVIRONMENT_VARIABLE if from_environment else "attention.implementation")
     chosen, problem = _choose(name, x.device, x.dtype)
     if problem is not None:
         remedy = (
-            f"change the environment variable {ENVIRONMENT_VARIABLE}, which asks for it, to auto"
+            f"set the environment variable {ENVIRONMENT_VARIABLE}, which requests it, to auto"
             if from_environment
-            else "choose implementation=auto, or, for a model that was saved so, set the environment variable "
+            else "set attention.implementation=auto, or, for a saved model, the environment variable "
             f"{ENVIRONMENT_VARIABLE}=auto"
         )
         raise ModelError(f"EMA's implementation {name!r} cannot be used: {problem}; {remedy}.")

@@ -49,7 +49,7 @@ def unavailable(x: Tensor) -> str | None:
     if x.device.type != "cpu":
         return f"the tensor is on {x.device}, and these kernels are for CPUs"
     if x.dtype not in _DTYPES:
-        return f"the kernels do not compute {x.dtype}"
+        return f"the kernels do not support {x.dtype}"
     return _load_library().problem
 
 
@@ -88,11 +88,13 @@ def _call_kernel(function: str, tensors: tuple[Tensor | None, ...], groups: int,
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     missing = (tensor for tensor, address in zip(tensors, addresses, strict=True) if tensor is not None and not address)
     if any(tensor.numel() for tensor in missing):
-        raise ModelError("EMA's C++ kernels cannot compute tensors without memory, such as those of a FakeTensorMode.")
+        raise ModelError("EMA's C++ kernels cannot compute tensors without storage, such as those of a FakeTensorMode.")
     addresses += [0] * (17 - len(addresses))
     numbers = (groups, _DTYPES[x.dtype], not x.is_contiguous(), dynamic, torch.get_num_threads())
     if getattr(library.loaded, function)(_CALL.pack(*x.shape, *numbers, eps, *addresses)):
-        raise ModelError(f"EMA's C++ kernels found too little memory for an input of shape {tuple(x.shape)}.")
+        raise ModelError(
+            f"EMA's C++ kernels: out of memory for an input of shape {tuple(x.shape)}; use a smaller batch."
+        )
 
 
 class _Library(NamedTuple):
@@ -106,7 +108,8 @@ def _load_library() -> _Library:
     try:
         named = shlex.split(os.environ.get("CXX", ""))
     except ValueError as error:
-        return _Library(None, f"the environment variable CXX is no command ({one_line(error)})")
+        problem = f"the environment variable CXX cannot be parsed as a command ({one_line(error)}); correct or unset it"
+        return _Library(None, problem)
     command = named or next(([name] for name in _COMPILERS if shutil.which(name)), [])
     if not command:
         return _Library(None, f"there is no C++ compiler (none of {', '.join(_COMPILERS)} is installed)")

@@ -72,7 +72,7 @@ class EMA(nn.Module):
         implementation: str = "auto",
     ) -> None:
         super().__init__()
-        choice.check_name(implementation, "implementation")
+        choice.check_name(implementation, "attention.implementation")
         self.groups = number_of_groups(channels, factor)
         self.implementation = implementation
         width = channels // self.groups

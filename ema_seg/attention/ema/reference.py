@@ -43,8 +43,8 @@ def forward(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic:
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if x.dtype != parameters.w1.dtype and not autocast:
         raise ModelError(
-            f"EMA's parameters are {parameters.w1.dtype} and the input is {x.dtype}, which its implementation "
-            "'reference' does not mix; convert one to the other."
+            f"EMA's parameters are {parameters.w1.dtype} and the input is {x.dtype}, but the implementation "
+            "'reference' needs one dtype; convert one to the other."
         )
     w1, b1, w3, b3, gamma, beta = parameters
     batch, channels, height, width = x.shape

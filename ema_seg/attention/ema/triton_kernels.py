@@ -1447,11 +1447,11 @@ def unavailable(x: Tensor) -> str | None:
     if triton is None:
         return "triton is not installed"
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        return f"the dtype is {dtype}"
+        return f"the kernels do not support {dtype}"
     if _INTERPRETED:
-        return None if x.device.type == "cpu" else f"Triton interprets on the CPU, and the tensor is on {x.device.type}"
+        return None if x.device.type == "cpu" else f"Triton's interpreter needs a tensor on cpu, got {x.device.type}"
     if x.device.type != "cuda":
-        return f"the tensor is on {x.device.type}"
+        return f"the tensor is on {x.device.type}, and these kernels are for CUDA"
     if torch.version.cuda is None:
         return "this build of PyTorch is not for CUDA"
     capability = torch.cuda.get_device_capability(x.device)
