@@ -48,11 +48,11 @@ class SkippedSamples:
     """Record of unreadable samples that were skipped, at most ``max_skipped``.
 
     Args:
-        most: Number of samples that may be skipped.
+        max_skipped: Number of samples that may be skipped.
     """
 
-    def __init__(self, most: int) -> None:
-        self.max_skipped = most
+    def __init__(self, max_skipped: int) -> None:
+        self.max_skipped = max_skipped
         self.samples: dict[tuple[str, str], str] = {}
         self._file: Path | None = None
 
