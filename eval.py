@@ -14,12 +14,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from configs.command_line import argument, expand_home, plain_config, reports_errors, saved_config
-from configs.composition import compose, launch
-from ema_seg.distributed.start import detect_launcher, process_group, rank_info
-from ema_seg.early_checks import check_root
-from ema_seg.errors import CheckpointError, ConfigError, EmaSegError
-from ema_seg.host_memory import gc_frozen_imports, keep_freed_memory
+from ema_seg.cli.command_line import argument, expand_home, plain_config, reports_errors, saved_config
+from ema_seg.cli.composition import compose, launch
+from ema_seg.cli.early_checks import check_root
+from ema_seg.runtime.distributed.start import detect_launcher, process_group, rank_info
+from ema_seg.runtime.errors import CheckpointError, ConfigError, EmaSegError
+from ema_seg.runtime.host_memory import gc_frozen_imports, keep_freed_memory
 from ema_seg.settings import EVALUATION, require_settings
 from ema_seg.sweeps import read_job
 

@@ -7,7 +7,7 @@ import sys
 
 if __name__ == "__main__":
     # Before the slow imports: a signal must end the command with a message and status 75 from the start.
-    from ema_seg.distributed.leaving import install_exit_handlers
+    from ema_seg.runtime.distributed.exit_handlers import install_exit_handlers
 
     install_exit_handlers()
 
@@ -24,7 +24,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from configs.command_line import (
+from ema_seg.cli.command_line import (
     argument,
     expand_home,
     plain_config,
@@ -33,12 +33,18 @@ from configs.command_line import (
     reports_errors,
     saved_config,
 )
-from configs.composition import compose, launch
-from ema_seg.distributed.leaving import ignore_exit_signals
-from ema_seg.distributed.start import SecondaryFailure, detect_launcher, process_group, rank_info, report_first_failure
-from ema_seg.early_checks import check_early, check_root
-from ema_seg.errors import ConfigError, Preempted, TrainingError
-from ema_seg.host_memory import gc_frozen_imports, keep_freed_memory
+from ema_seg.cli.composition import compose, launch
+from ema_seg.cli.early_checks import check_early, check_root
+from ema_seg.runtime.distributed.exit_handlers import ignore_exit_signals
+from ema_seg.runtime.distributed.start import (
+    SecondaryFailure,
+    detect_launcher,
+    process_group,
+    rank_info,
+    report_first_failure,
+)
+from ema_seg.runtime.errors import ConfigError, Preempted, TrainingError
+from ema_seg.runtime.host_memory import gc_frozen_imports, keep_freed_memory
 from ema_seg.sweeps import (
     claim_devices,
     count_devices,
@@ -97,7 +103,7 @@ def _group() -> Iterator[str | None]:
 
 def _broadcast_start_time(started_by: str, now: datetime) -> datetime:
     """Broadcast rank 0's start time, so that all ranks share one run folder."""
-    from ema_seg.distributed.collectives import broadcast
+    from ema_seg.runtime.distributed.collectives import broadcast
 
     if _is_sweep():
         raise ConfigError(
@@ -129,7 +135,7 @@ def _resume_unfinished(composed: DictConfig) -> None:
     Candidates are hydra.run.dir if it is given, else the siblings of a new run's folder, the last by name first.
     """
     unfinished = _unfinished_run(composed)
-    from ema_seg.distributed.collectives import broadcast  # imports torch, so only after the checks
+    from ema_seg.runtime.distributed.collectives import broadcast  # imports torch, so only after the checks
 
     folder = broadcast(unfinished)
     text = "null" if folder is None else quoted(folder)
@@ -274,7 +280,7 @@ def _hold_folder(run: Path, *, by_time: bool) -> Iterator[Path]:
 
     Commands that start within the same second choose the same name; all but the first append a number to it.
     """
-    from ema_seg.distributed.collectives import broadcast
+    from ema_seg.runtime.distributed.collectives import broadcast
 
     with ExitStack() as stack:
         if rank_info().rank == 0:
@@ -297,8 +303,8 @@ def _hold_unused(run: Path, stack: ExitStack) -> Path:
 
 def _compare(original: Path, run: Path) -> None:
     """Compare a rerun with its original, print and save the result; raise a TrainingError if they differ."""
-    from ema_seg.repeat import compare_runs, describe_comparison
-    from ema_seg.reporting.files import write_file
+    from ema_seg.comparison.repeat import compare_runs, describe_comparison
+    from ema_seg.runtime.files import write_file
 
     comparison = compare_runs(original, run)
     write_file(run / "rerun.json", f"{json.dumps(comparison, indent=2)}\n".encode())
@@ -341,7 +347,7 @@ def _train_job(composed: DictConfig, run: Path) -> None:
 
 
 def _lead_job(composed: DictConfig, run: Path, started_by: str | None) -> None:
-    from ema_seg.distributed.collectives import broadcast
+    from ema_seg.runtime.distributed.collectives import broadcast
 
     (planned,) = (job for job in read_plan(run.parent).jobs if job.folder == run.name)
     job: dict[str, Any] = {"identity": planned.identity, "overrides": planned.overrides}
@@ -364,7 +370,7 @@ def _lead_job(composed: DictConfig, run: Path, started_by: str | None) -> None:
 
 def _follow_job(composed: DictConfig, run: Path, started_by: str | None) -> None:
     """Train a job in a rank other than 0, as rank 0 decides."""
-    from ema_seg.distributed.collectives import broadcast
+    from ema_seg.runtime.distributed.collectives import broadcast
 
     told: tuple[bool, ...] = ()
     for resume in broadcast(told):

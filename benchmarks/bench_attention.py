@@ -43,11 +43,11 @@ from measuring import (
 from torch import Tensor
 
 from ema_seg.attention import attention_names, build_attention
-from ema_seg.errors import ConfigError, EmaSegError
 from ema_seg.evaluation.cost import count_macs, count_parameters, measure_peak_memory
-from ema_seg.evaluation.inference import PRECISIONS, autocast
-from ema_seg.host_memory import keep_freed_memory
+from ema_seg.inference.prediction import PRECISIONS, autocast
 from ema_seg.models import build_segmenter, model_stride
+from ema_seg.runtime.errors import ConfigError, EmaSegError
+from ema_seg.runtime.host_memory import keep_freed_memory
 
 SCHEMA = 1
 NAME = "bench_attention"

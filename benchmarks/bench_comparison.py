@@ -24,14 +24,14 @@ import numpy as np
 import torch
 from measuring import describe_run, markdown_table, number, positive_int, run_as_markdown, write_result
 
+from ema_seg.comparison.compare import REPLICATES, compare_runs, match_runs
+from ema_seg.comparison.files import write_comparison
+from ema_seg.comparison.pictures import draw_examples
+from ema_seg.comparison.runs import Result, read_folder
+from ema_seg.comparison.statistics import add_whole, draw_weights, score_sums, weigh_counts
 from ema_seg.evaluation import STRATA, ConfusionMatrix, Evaluation
 from ema_seg.reporting import build_report
-from ema_seg.reporting.compare import REPLICATES, compare_runs, match_runs
-from ema_seg.reporting.comparison_files import write_comparison
-from ema_seg.reporting.pictures import draw_examples
 from ema_seg.reporting.predictions import encode_mask
-from ema_seg.reporting.runs import Result, read_folder
-from ema_seg.reporting.statistics import add_whole, draw_weights, score_sums, weigh_counts
 
 SCHEMA = 1
 NAME = "bench_comparison"
@@ -183,7 +183,7 @@ def measure(folder: Path, literal_replicates: int) -> dict[str, Any]:
     matches = match_runs(runs).rows
     comparison["examples"], _ = timed("pictures", lambda: draw_examples(comparison["examples"], matches, output))
     timed("figures, tables and page", lambda: write_comparison(comparison, output))
-    command = [sys.executable, "-m", "ema_seg.reporting", str(folder), "--output", str(folder / "again")]
+    command = [sys.executable, "-m", "ema_seg.comparison", str(folder), "--output", str(folder / "again")]
     timed("whole command", lambda: subprocess.run(command, check=True, capture_output=True))
     results = [run.result for run in runs.runs if run.result is not None]
     return {"seconds": seconds, "bootstrap": measure_statistics(results, literal_replicates)}

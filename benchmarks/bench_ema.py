@@ -45,9 +45,9 @@ from measuring import (
 from torch import Tensor
 
 from ema_seg.attention import EMA
-from ema_seg.errors import ModelError, did_you_mean
-from ema_seg.host_memory import keep_freed_memory
 from ema_seg.models import build_segmenter
+from ema_seg.runtime.errors import ModelError, did_you_mean
+from ema_seg.runtime.host_memory import keep_freed_memory
 
 SCHEMA = 1
 NAME = "bench_ema"

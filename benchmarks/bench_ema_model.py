@@ -36,10 +36,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ema_seg.attention import EMA
-from ema_seg.errors import ConfigError, EmaSegError
-from ema_seg.evaluation.inference import PRECISIONS, autocast
-from ema_seg.host_memory import keep_freed_memory
+from ema_seg.inference.prediction import PRECISIONS, autocast
 from ema_seg.models import build_segmenter, decoder_names, model_stride
+from ema_seg.runtime.errors import ConfigError, EmaSegError
+from ema_seg.runtime.host_memory import keep_freed_memory
 
 SCHEMA = 1
 NAME = "bench_ema_model"

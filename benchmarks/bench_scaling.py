@@ -36,14 +36,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_seg.data import SegmentationDataModule
-from ema_seg.distributed.start import barrier, rank_info, run_together, single_process
-from ema_seg.errors import EmaSegError, Preempted
-from ema_seg.evaluation.inference import autocast
+from ema_seg.inference.prediction import autocast
 from ema_seg.models import segmenter_from_config
-from ema_seg.models.mode import set_execution
+from ema_seg.runtime.distributed.start import barrier, rank_info, run_together, single_process
+from ema_seg.runtime.errors import EmaSegError, Preempted
+from ema_seg.runtime.execution import set_execution
 from ema_seg.training.losses import build_loss
 from ema_seg.training.optimisation import build_optimizer
-from ema_seg.training.sync_batch_norm import SyncLayers
+from ema_seg.training.parallel.sync_batch_norm import SyncLayers
 
 SCHEMA = 1
 NAME = "bench_scaling"

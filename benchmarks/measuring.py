@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ema_seg.attention.ema.choice import ENVIRONMENT_VARIABLE
-from ema_seg.errors import EmaSegError, one_line
 from ema_seg.evaluation.environment import describe_device, describe_environment
+from ema_seg.runtime.errors import EmaSegError, one_line
 
 __all__ = [
     "LAYOUTS",

@@ -13,16 +13,16 @@ from lightning import Callback, seed_everything
 from omegaconf import OmegaConf
 
 from ema_seg.data.datamodule import check_batch_divides
-from ema_seg.distributed.collectives import broadcast, require_shared
-from ema_seg.distributed.preemption import Preemption
-from ema_seg.distributed.start import rank_info, run_together
-from ema_seg.errors import ConfigError, DataError, Preempted, TrainingError
 from ema_seg.models import encoder_normalisation
-from ema_seg.models.mode import deterministic_algorithms
 from ema_seg.reporting import assess_checkpoint, find_device, load_report
-from ema_seg.reporting.files import write_file
 from ema_seg.reporting.report import FILES, report_manifest
-from ema_seg.texts import read_json, read_yaml
+from ema_seg.runtime.distributed.collectives import broadcast, require_shared
+from ema_seg.runtime.distributed.preemption import Preemption
+from ema_seg.runtime.distributed.start import rank_info, run_together
+from ema_seg.runtime.errors import ConfigError, DataError, Preempted, TrainingError
+from ema_seg.runtime.execution import deterministic_algorithms
+from ema_seg.runtime.files import write_file
+from ema_seg.runtime.texts import read_json, read_yaml
 from ema_seg.training import check_config, find_batch_size, fit, resolve_world_size, set_cuda_device, training_device
 
 __all__ = ["complete_config", "evaluate_run", "produce_run"]

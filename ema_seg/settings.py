@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from ema_seg.errors import ConfigError, did_you_mean
+from ema_seg.runtime.errors import ConfigError, did_you_mean
 
 __all__ = [
     "EVALUATION",

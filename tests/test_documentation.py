@@ -12,8 +12,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from configs.command_line import expand_home
 from ema_seg.attention import _BLOCKS
+from ema_seg.cli.command_line import expand_home
 from ema_seg.data import DATASETS, check
 from tests.attention import test_attention as blocks
 from tests.attention import test_equations as equations

@@ -29,7 +29,7 @@ from ema_seg.attention.simam import SimAM
 from ema_seg.attention.srm import SRM
 from ema_seg.attention.strip import StripPooling
 from ema_seg.attention.triplet import TripletAttention
-from ema_seg.errors import ConfigError, did_you_mean
+from ema_seg.runtime.errors import ConfigError, did_you_mean
 
 __all__ = [
     "BAM",

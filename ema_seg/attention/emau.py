@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ema_seg.attention.checks import check_positive
-from ema_seg.distributed.start import is_single_process
-from ema_seg.errors import ModelError
+from ema_seg.runtime.distributed.start import is_single_process
+from ema_seg.runtime.errors import ModelError
 
 __all__ = ["EMAU"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
 
 from ema_seg.attention.checks import check_choice, check_positive
-from ema_seg.errors import ModelError
+from ema_seg.runtime.errors import ModelError
 
 __all__ = ["GatherExcite"]
 

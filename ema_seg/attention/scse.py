@@ -8,7 +8,7 @@ from segmentation_models_pytorch.base.modules import SCSEModule
 from torch import Tensor
 
 from ema_seg.attention.checks import PARTS, check_choice, check_positive
-from ema_seg.errors import ModelError
+from ema_seg.runtime.errors import ModelError
 
 __all__ = ["SCSE"]
 

@@ -6,7 +6,7 @@ Paper: Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018, https://arxiv.or
 from timm.layers import SEModule
 
 from ema_seg.attention.checks import check_positive
-from ema_seg.errors import ModelError
+from ema_seg.runtime.errors import ModelError
 
 __all__ = ["SE"]
 

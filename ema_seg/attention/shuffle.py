@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_seg.attention.checks import check_positive, largest_divisor
-from ema_seg.errors import ModelError
+from ema_seg.runtime.errors import ModelError
 
 __all__ = ["ShuffleAttention"]
 

@@ -7,7 +7,7 @@ https://proceedings.mlr.press/v139/yang21o.html
 from torch import Tensor, nn
 
 from ema_seg.attention.checks import check_positive
-from ema_seg.errors import ModelError
+from ema_seg.runtime.errors import ModelError
 
 __all__ = ["SimAM"]
 

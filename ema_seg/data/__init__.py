@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ema_seg.errors import ConfigError
+from ema_seg.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from ema_seg.data.ade20k import ADE20KDataset

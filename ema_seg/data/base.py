@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from ema_seg.data.decoding import decode_image, decode_mask, read_traits
 from ema_seg.data.source import File
-from ema_seg.errors import ConfigError, DataError
+from ema_seg.runtime.errors import ConfigError, DataError
 
 __all__ = [
     "IGNORE_INDEX",

@@ -24,8 +24,8 @@ from rich.text import Text
 from ema_seg.data import DATASETS, build_dataset, find_dataset_class
 from ema_seg.data.base import IGNORE_INDEX, MissingSplitError, SegmentationDataset
 from ema_seg.data.loading import LONGEST_TIMEOUT, Loader, RoundRobinSampler, Samples, SkippedSamples, call_with_timeout
-from ema_seg.errors import DataError, EmaSegError
-from ema_seg.escaping import for_terminal
+from ema_seg.runtime.errors import DataError, EmaSegError
+from ema_seg.runtime.escaping import for_terminal
 
 __all__ = ["SplitReport", "check_split", "main"]
 

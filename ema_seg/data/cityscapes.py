@@ -23,7 +23,7 @@ from ema_seg.data.base import (
     train_id_table,
 )
 from ema_seg.data.source import File, FolderSource, Source, ZipSource
-from ema_seg.errors import DataError
+from ema_seg.runtime.errors import DataError
 
 __all__ = ["CityscapesDataset"]
 

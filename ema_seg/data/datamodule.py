@@ -26,8 +26,8 @@ from ema_seg.data.loading import (
     collate_images,
 )
 from ema_seg.data.transforms import TensorSample, build_eval_transform, build_train_transform
-from ema_seg.distributed.start import rank_info
-from ema_seg.errors import ConfigError, DataError
+from ema_seg.runtime.distributed.start import rank_info
+from ema_seg.runtime.errors import ConfigError, DataError
 
 __all__ = ["SegmentationDataModule", "check_batch_divides"]
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, TiffImagePlugin
 
 from ema_seg.data.source import IMAGE_FORMATS, File
-from ema_seg.errors import DataError
+from ema_seg.runtime.errors import DataError
 
 __all__ = ["Traits", "decode_image", "decode_mask", "read_traits"]
 

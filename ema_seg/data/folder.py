@@ -59,8 +59,8 @@ from ema_seg.data.base import (
 )
 from ema_seg.data.decoding import decode_mask, read_traits
 from ema_seg.data.source import File, FolderSource
-from ema_seg.errors import ConfigError, DataError, did_you_mean
-from ema_seg.texts import read_yaml
+from ema_seg.runtime.errors import ConfigError, DataError, did_you_mean
+from ema_seg.runtime.texts import read_yaml
 
 __all__ = ["ClassList", "FolderDataset", "pair_split_folder"]
 

@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ema_seg.data.processes import start_method
 from ema_seg.data.transforms import TensorSample
-from ema_seg.distributed.collectives import gather
-from ema_seg.distributed.leaving import PREEMPTION_SIGNALS
-from ema_seg.distributed.start import rank_info
-from ema_seg.errors import ConfigError, DataError, EmaSegError
-from ema_seg.escaping import for_terminal
-from ema_seg.texts import read_table
+from ema_seg.runtime.distributed.collectives import gather
+from ema_seg.runtime.distributed.exit_handlers import PREEMPTION_SIGNALS
+from ema_seg.runtime.distributed.start import rank_info
+from ema_seg.runtime.errors import ConfigError, DataError, EmaSegError
+from ema_seg.runtime.escaping import for_terminal
+from ema_seg.runtime.texts import read_table
 
 __all__ = [
     "LONGEST_TIMEOUT",

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from ema_seg.errors import DataError
+from ema_seg.runtime.errors import DataError
 
 __all__ = ["IMAGE_FORMATS", "File", "FolderSource", "Source", "ZipSource"]
 

@@ -6,7 +6,6 @@ from ema_seg.evaluation.cost import Cost, measure_cost
 from ema_seg.evaluation.environment import describe_environment
 from ema_seg.evaluation.evaluator import Evaluation, ImageRecord, evaluate
 from ema_seg.evaluation.examples import Example, choose_examples, denormalise, predict_example, predict_examples
-from ema_seg.evaluation.inference import autocast, pad_to_stride, predict, segment
 from ema_seg.evaluation.strata import STRATA, count_strata, score_strata
 
 __all__ = [
@@ -18,17 +17,13 @@ __all__ = [
     "ImageRecord",
     "Scores",
     "attention_weights",
-    "autocast",
     "choose_examples",
     "count_strata",
     "denormalise",
     "describe_environment",
     "evaluate",
     "measure_cost",
-    "pad_to_stride",
-    "predict",
     "predict_example",
     "predict_examples",
     "score_strata",
-    "segment",
 ]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ema_seg.evaluation.inference import segment
+from ema_seg.inference.prediction import segment
 
 __all__ = ["attention_weights"]
 

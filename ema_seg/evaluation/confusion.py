@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ema_seg.errors import ConfigError, DataError, ModelError
+from ema_seg.runtime.errors import ConfigError, DataError, ModelError
 
 __all__ = ["ConfusionMatrix", "Scores"]
 

@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from ema_seg.distributed.collectives import broadcast, gather
-from ema_seg.distributed.start import barrier, rank_info
-from ema_seg.errors import ConfigError, DataError
 from ema_seg.evaluation.environment import describe_device
-from ema_seg.evaluation.inference import autocast, memory_format_of, pad_to_stride, segment
-from ema_seg.models.limits import reraise_out_of_memory, reraise_size_errors
-from ema_seg.models.mode import evaluation_mode
+from ema_seg.inference.prediction import autocast, memory_format_of, pad_to_stride, segment
+from ema_seg.runtime.distributed.collectives import broadcast, gather
+from ema_seg.runtime.distributed.start import barrier, rank_info
+from ema_seg.runtime.errors import ConfigError, DataError
+from ema_seg.runtime.execution import evaluation_mode
+from ema_seg.runtime.limits import reraise_out_of_memory, reraise_size_errors
 
 __all__ = ["Cost", "count_macs", "count_parameters", "measure_cost", "measure_peak_memory", "time_end_to_end"]
 

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from ema_seg.distributed.collectives import gather, sum_in_place
-from ema_seg.errors import DataError, ModelError
 from ema_seg.evaluation.confusion import ConfusionMatrix
-from ema_seg.evaluation.inference import autocast, predict
 from ema_seg.evaluation.strata import StratumCounts, count_strata
-from ema_seg.models.mode import evaluation_mode
+from ema_seg.inference.prediction import autocast, predict
+from ema_seg.runtime.distributed.collectives import gather, sum_in_place
+from ema_seg.runtime.errors import DataError, ModelError
+from ema_seg.runtime.execution import evaluation_mode
 
 __all__ = ["Evaluation", "ImageRecord", "evaluate"]
 

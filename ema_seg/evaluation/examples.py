@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ema_seg.evaluation.evaluator import ImageRecord
-from ema_seg.evaluation.inference import autocast, segment
-from ema_seg.models.mode import evaluation_mode
+from ema_seg.inference.prediction import autocast, segment
+from ema_seg.runtime.execution import evaluation_mode
 
 __all__ = ["Example", "choose_examples", "denormalise", "predict_example", "predict_examples"]
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from ema_seg.attention import build_attention
 from ema_seg.attention.ema.module import groups_in_weights
-from ema_seg.errors import ConfigError, ModelError, did_you_mean, one_line
 from ema_seg.models.placement import PLACEMENTS, place_attention, run_once
 from ema_seg.models.weights import check_encoder_name, load_encoder_weights
+from ema_seg.runtime.errors import ConfigError, ModelError, did_you_mean, one_line
 
 __all__ = ["build_segmenter", "decoder_names", "model_stride", "segmenter_from_config"]
 

@@ -18,8 +18,8 @@ import torch
 from segmentation_models_pytorch.base import SegmentationModel
 from torch import Tensor, nn
 
-from ema_seg.errors import ModelError
-from ema_seg.models.mode import evaluation_mode
+from ema_seg.runtime.errors import ModelError
+from ema_seg.runtime.execution import evaluation_mode
 
 __all__ = ["PLACEMENTS", "place_attention", "run_once"]
 

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ema_seg.errors import CheckpointError, ConfigError, did_you_mean, one_line
+from ema_seg.runtime.errors import CheckpointError, ConfigError, did_you_mean, one_line
 
 __all__ = ["Normalisation", "check_encoder_name", "encoder_normalisation", "first_not_finite", "load_encoder_weights"]
 

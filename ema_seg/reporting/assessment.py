@@ -9,22 +9,22 @@ from torch import nn
 
 from ema_seg.data import SegmentationDataModule
 from ema_seg.data.loading import read_skipped
-from ema_seg.distributed.start import rank_info
-from ema_seg.errors import ConfigError, DataError
 from ema_seg.evaluation import (
     Cost,
     Evaluation,
-    autocast,
     describe_environment,
     evaluate,
     measure_cost,
     predict_examples,
 )
+from ema_seg.inference import autocast
 from ema_seg.models import load_segmenter, model_stride
-from ema_seg.models.mode import deterministic_algorithms, set_execution
 from ema_seg.reporting.curves import read_metrics
 from ema_seg.reporting.predictions import PredictionWriter, lock_report
 from ema_seg.reporting.report import FILES, build_report, report_manifest, write_report
+from ema_seg.runtime.distributed.start import rank_info
+from ema_seg.runtime.errors import ConfigError, DataError
+from ema_seg.runtime.execution import deterministic_algorithms, set_execution
 from ema_seg.settings import EVALUATION_SECTION, require_settings
 
 __all__ = ["assess_checkpoint", "check_classes", "check_settings", "find_device"]

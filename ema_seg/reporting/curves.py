@@ -10,9 +10,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ema_seg.errors import ConfigError, DataError, EmaSegError
-from ema_seg.escaping import for_terminal
-from ema_seg.texts import read_rows
+from ema_seg.runtime.errors import ConfigError, DataError, EmaSegError
+from ema_seg.runtime.escaping import for_terminal
+from ema_seg.runtime.texts import read_rows
 
 __all__ = ["draw_curves", "main", "read_metrics"]
 

@@ -16,9 +16,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
 from ema_seg.data.base import IGNORE_INDEX
-from ema_seg.escaping import for_figure
 from ema_seg.evaluation import Example
 from ema_seg.reporting.tables import describe_model
+from ema_seg.runtime.escaping import for_figure
 
 __all__ = ["colourise", "draw_class_iou", "draw_confusion_matrix", "draw_samples"]
 

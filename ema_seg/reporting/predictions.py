@@ -13,10 +13,10 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from PIL import Image
 
-from ema_seg.distributed.start import barrier, rank_info
-from ema_seg.errors import DataError
-from ema_seg.reporting.files import file_names, write_file
 from ema_seg.reporting.report import report_manifest
+from ema_seg.runtime.distributed.start import barrier, rank_info
+from ema_seg.runtime.errors import DataError
+from ema_seg.runtime.files import file_names, write_file
 
 __all__ = ["PredictionWriter", "encode_mask", "lock_report"]
 
@@ -34,7 +34,7 @@ def lock_report(directory: Path) -> Iterator[None]:
     Raises:
         DataError: the folder cannot be created or written to.
     """
-    from ema_seg.distributed.collectives import broadcast  # imports torch, which reading masks does not need
+    from ema_seg.runtime.distributed.collectives import broadcast  # imports torch, which reading masks does not need
 
     lock = FileLock(directory / "report.lock")
     first = rank_info().rank == 0

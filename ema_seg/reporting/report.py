@@ -45,10 +45,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ema_seg.errors import DataError
-from ema_seg.reporting.files import Manifest, write_file
 from ema_seg.reporting.tables import describe_model, render_markdown
-from ema_seg.texts import read_json
+from ema_seg.runtime.errors import DataError
+from ema_seg.runtime.files import Manifest, write_file
+from ema_seg.runtime.texts import read_json
 
 if TYPE_CHECKING:
     from ema_seg.evaluation import Cost, Evaluation, Example

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ema_seg.escaping import for_markdown, for_markdown_code, for_terminal
+from ema_seg.runtime.escaping import for_markdown, for_markdown_code, for_terminal
 
 __all__ = ["describe_model", "format_number", "print_report", "render_markdown"]
 

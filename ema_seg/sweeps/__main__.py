@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ema_seg.errors import EmaSegError
-from ema_seg.escaping import for_terminal
+from ema_seg.runtime.errors import EmaSegError
+from ema_seg.runtime.escaping import for_terminal
 from ema_seg.sweeps.folder import read_plan
 from ema_seg.sweeps.view import Overview, SweepView, render, survey
 

@@ -9,7 +9,7 @@ from socket import gethostname
 
 from filelock import FileLock, Timeout
 
-from ema_seg.errors import ConfigError
+from ema_seg.runtime.errors import ConfigError
 
 __all__ = ["claim_devices", "count_devices"]
 

@@ -24,9 +24,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ema_seg.errors import DataError, EmaSegError, one_line
-from ema_seg.reporting.files import write_file
-from ema_seg.texts import read_json, read_rows
+from ema_seg.runtime.errors import DataError, EmaSegError, one_line
+from ema_seg.runtime.files import write_file
+from ema_seg.runtime.texts import read_json, read_rows
 
 try:
     import fcntl

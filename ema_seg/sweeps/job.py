@@ -11,10 +11,10 @@ from typing import Any
 
 from filelock import Timeout
 
-from ema_seg.errors import ConfigError, DataError, one_line
-from ema_seg.reporting.files import write_file
+from ema_seg.runtime.errors import ConfigError, DataError, one_line
+from ema_seg.runtime.files import write_file
+from ema_seg.runtime.texts import read_json
 from ema_seg.sweeps.folder import JobState, job_state, record_failure, run_lock
-from ema_seg.texts import read_json
 
 __all__ = ["MOST_ATTEMPTS", "Pruned", "is_settled", "lock_run", "read_job", "run_job"]
 

@@ -13,8 +13,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from ema_seg.distributed.collectives import broadcast
-from ema_seg.errors import ConfigError
+from ema_seg.runtime.distributed.collectives import broadcast
+from ema_seg.runtime.errors import ConfigError
 from ema_seg.sweeps.folder import JobState
 from ema_seg.sweeps.job import Pruned, is_settled
 

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ema_seg.escaping import for_terminal
+from ema_seg.runtime.escaping import for_terminal
 from ema_seg.sweeps.folder import ANY, JobState, PlannedJob, job_state
 from ema_seg.sweeps.job import MOST_ATTEMPTS
 

@@ -18,11 +18,11 @@ from torch.nn import functional as F
 
 from ema_seg.data import SegmentationDataModule
 from ema_seg.data.transforms import TensorSample
-from ema_seg.errors import DataError
 from ema_seg.evaluation import Example, attention_weights, predict_example
 from ema_seg.reporting import draw_samples
-from ema_seg.reporting.files import write_file
-from ema_seg.texts import read_rows
+from ema_seg.runtime.errors import DataError
+from ema_seg.runtime.files import write_file
+from ema_seg.runtime.texts import read_rows
 from ema_seg.training.averaging import UNAVERAGED
 from ema_seg.training.module import SegmentationModule
 

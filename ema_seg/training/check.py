@@ -11,17 +11,17 @@ from lightning import Trainer
 from torch import nn
 from torch.optim import Optimizer
 
+from ema_seg.cli.early_checks import check_early
 from ema_seg.data import SegmentationDataModule, check_dataset
 from ema_seg.data.datamodule import check_batch_divides
-from ema_seg.distributed.start import single_process
-from ema_seg.early_checks import check_early
-from ema_seg.errors import ConfigError, did_you_mean, one_line
 from ema_seg.models import segmenter_from_config
 from ema_seg.reporting import check_settings
+from ema_seg.runtime.distributed.start import single_process
+from ema_seg.runtime.errors import ConfigError, did_you_mean, one_line
 from ema_seg.training.loggers import check_loggers
 from ema_seg.training.losses import build_loss
 from ema_seg.training.optimisation import build_optimizer, build_schedule
-from ema_seg.training.strategy import requested_world_size
+from ema_seg.training.parallel.strategy import requested_world_size
 
 __all__ = ["check_config", "check_model"]
 

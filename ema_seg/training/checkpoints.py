@@ -15,11 +15,11 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ema_seg.distributed.preemption import Preemption
-from ema_seg.distributed.start import rank_info
-from ema_seg.errors import CheckpointError, ConfigError, one_line
-from ema_seg.escaping import for_terminal
 from ema_seg.models import load_checkpoint
+from ema_seg.runtime.distributed.preemption import Preemption
+from ema_seg.runtime.distributed.start import rank_info
+from ema_seg.runtime.errors import CheckpointError, ConfigError, one_line
+from ema_seg.runtime.escaping import for_terminal
 
 __all__ = [
     "AtomicCheckpoints",

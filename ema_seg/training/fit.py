@@ -12,14 +12,14 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ema_seg.data import SegmentationDataModule
-from ema_seg.distributed.preemption import Preemption
-from ema_seg.errors import CheckpointError, ConfigError, EmaSegError, TrainingError, one_line
 from ema_seg.evaluation import describe_environment
 from ema_seg.models import load_checkpoint, model_weights, segmenter_from_config
-from ema_seg.models.limits import describe_memory, is_out_of_memory
-from ema_seg.models.mode import set_execution
 from ema_seg.reporting import check_classes
-from ema_seg.reporting.files import write_file
+from ema_seg.runtime.distributed.preemption import Preemption
+from ema_seg.runtime.errors import CheckpointError, ConfigError, EmaSegError, TrainingError, one_line
+from ema_seg.runtime.execution import set_execution
+from ema_seg.runtime.files import write_file
+from ema_seg.runtime.limits import describe_memory, is_out_of_memory
 from ema_seg.training.averaging import GrowingAverage
 from ema_seg.training.callbacks import EpochLog, Pictures, ProgressBar
 from ema_seg.training.checkpoints import (
@@ -36,7 +36,7 @@ from ema_seg.training.checkpoints import (
 from ema_seg.training.loggers import build_loggers
 from ema_seg.training.losses import build_loss
 from ema_seg.training.module import SegmentationModule
-from ema_seg.training.strategy import trainer_arguments
+from ema_seg.training.parallel.strategy import trainer_arguments
 from ema_seg.training.validation import require_validation
 
 __all__ = ["fit"]

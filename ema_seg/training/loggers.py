@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from ema_seg.errors import ConfigError, did_you_mean
+from ema_seg.runtime.errors import ConfigError, did_you_mean
 
 __all__ = ["build_loggers", "check_loggers"]
 

@@ -13,17 +13,17 @@ from lightning import LightningModule
 from torch import Tensor, distributed, nn
 
 from ema_seg.data.base import IGNORE_INDEX
-from ema_seg.distributed.collectives import sum_in_place
-from ema_seg.distributed.start import rank_info, single_process
-from ema_seg.errors import CheckpointError, ConfigError, TrainingError
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.evaluation.confusion import Scores
-from ema_seg.evaluation.inference import LESS_MEMORY, predict
+from ema_seg.inference.prediction import LESS_MEMORY, predict
 from ema_seg.models import load_segmenter, model_stride
-from ema_seg.models.limits import reraise_out_of_memory, reraise_size_errors
+from ema_seg.runtime.distributed.collectives import sum_in_place
+from ema_seg.runtime.distributed.start import rank_info, single_process
+from ema_seg.runtime.errors import CheckpointError, ConfigError, TrainingError
+from ema_seg.runtime.limits import reraise_out_of_memory, reraise_size_errors
 from ema_seg.training.losses import build_loss
 from ema_seg.training.optimisation import build_optimizer, build_schedule
-from ema_seg.training.sharded import full_tensor
+from ema_seg.training.parallel.sharded import full_tensor
 
 __all__ = ["SegmentationModule"]
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ema_seg.errors import ConfigError
+from ema_seg.runtime.errors import ConfigError
 
 __all__ = ["build_optimizer", "build_schedule"]
 

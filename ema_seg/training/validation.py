@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from lightning import Trainer
 
-from ema_seg.errors import ConfigError
+from ema_seg.runtime.errors import ConfigError
 
 __all__ = ["TrainingPlan", "explain_missing_validation", "require_validation"]
 

@@ -23,9 +23,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from configs.command_line import plain_config, quoted
-from configs.trust import require_printable
-from ema_seg.errors import ConfigError, EmaSegError, Preempted, one_line
+from ema_seg.cli.command_line import plain_config, quoted
+from ema_seg.cli.trust import require_printable
+from ema_seg.runtime.errors import ConfigError, EmaSegError, Preempted, one_line
 from ema_seg.sweeps import (
     ANY,
     Plan,
@@ -273,8 +273,8 @@ class FolderSweeper(Sweeper):
 
         Exit with status 1 unless each of the command's jobs is finished or pruned.
         """
-        from ema_seg.reporting.comparison_files import report_comparison
-        from ema_seg.reporting.runs import read_folder
+        from ema_seg.comparison.files import report_comparison
+        from ema_seg.comparison.runs import read_folder
 
         overview, plan = survey(self.folder, jobs), read_plan(self.folder)
         Console(stderr=True).print(render(overview))

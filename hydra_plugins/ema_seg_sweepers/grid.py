@@ -8,8 +8,8 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 
-from configs.command_line import reports_errors
-from ema_seg.errors import ConfigError
+from ema_seg.cli.command_line import reports_errors
+from ema_seg.runtime.errors import ConfigError
 
 from .base import FolderSweeper, by_dotted_key
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 
-from configs.command_line import reports_errors
-from ema_seg.errors import ConfigError, one_line
+from ema_seg.cli.command_line import reports_errors
+from ema_seg.runtime.errors import ConfigError, one_line
 from ema_seg.sweeps import PlannedJob, job_state
 
 from .base import FolderSweeper, by_dotted_key

@@ -9,9 +9,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from ema_seg.attention import attention_names, build_attention
-from ema_seg.errors import ConfigError, ModelError
 from ema_seg.models import build_segmenter, placement
 from ema_seg.models.placement import PLACEMENTS, place_attention
+from ema_seg.runtime.errors import ConfigError, ModelError
 from tests.conftest import ROOT
 
 

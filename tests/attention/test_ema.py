@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ema_seg.attention import EMA, AblatedEMA, DynamicEMA, build_attention
 from ema_seg.attention.ema import choice, factorised, module, triton_kernels
-from ema_seg.errors import ConfigError, ModelError
+from ema_seg.runtime.errors import ConfigError, ModelError
 
 SHAPES = [(2, 32, 6, 9), (1, 64, 1, 7), (3, 8, 5, 1), (1, 16, 1, 1)]
 FAST = ("factorised", "cpp", "triton")

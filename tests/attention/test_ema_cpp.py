@@ -8,7 +8,7 @@ import torch
 
 from ema_seg.attention import EMA
 from ema_seg.attention.ema import choice, cpp
-from ema_seg.errors import ModelError
+from ema_seg.runtime.errors import ModelError
 
 SOURCE = """
 extern "C" int ema_forward(const char*) { return 0; }

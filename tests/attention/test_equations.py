@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from ema_seg.attention import attention_names, build_attention
 from ema_seg.attention.emau import dist
-from ema_seg.errors import ModelError
+from ema_seg.runtime.errors import ModelError
 
 BATCH, CHANNELS, HEIGHT, WIDTH = 3, 8, 5, 6
 

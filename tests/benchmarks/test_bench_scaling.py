@@ -6,9 +6,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import distributed
 
-from configs.command_line import plain_config
-from ema_seg.distributed import start
-from ema_seg.distributed.start import RankInfo
+from ema_seg.cli.command_line import plain_config
+from ema_seg.runtime.distributed import start
+from ema_seg.runtime.distributed.start import RankInfo
 from tests.conftest import QUICK, ROOT
 
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from ema_seg.data import ADE20KDataset
-from ema_seg.errors import ConfigError, DataError
+from ema_seg.runtime.errors import ConfigError, DataError
 from tests.data.builders import pack, random_mask, save, write_ade20k
 
 VALUES = list(range(151))

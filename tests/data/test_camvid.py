@@ -5,7 +5,7 @@ import pytest
 
 from ema_seg.data import CamVidDataset, build_dataset
 from ema_seg.data.base import MissingSplitError
-from ema_seg.errors import ConfigError, DataError
+from ema_seg.runtime.errors import ConfigError, DataError
 from tests.data.builders import random_image, random_mask, save, truncate, write_split_folder
 
 VALUES = list(range(12))

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from ema_seg.data import CityscapesDataset
 from ema_seg.data.base import MissingSplitError
-from ema_seg.errors import DataError
+from ema_seg.runtime.errors import DataError
 from tests.data.builders import pack, random_image, random_mask, save, write_cityscapes
 
 IDS = [*range(34), 255]

@@ -8,7 +8,7 @@ from lightning import LightningModule, Trainer
 
 from ema_seg.data import SegmentationDataModule
 from ema_seg.data.source import FolderSource
-from ema_seg.errors import ConfigError, DataError, EmaSegError
+from ema_seg.runtime.errors import ConfigError, DataError, EmaSegError
 from tests.data.builders import random_image, random_mask, save, write_split_folder
 
 CROP = {"crop": {"transform": "CategoryLimitedCrop", "height": 8, "width": 10}}

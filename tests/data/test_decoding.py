@@ -9,7 +9,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from ema_seg.data.decoding import decode_image, decode_mask, read_traits
 from ema_seg.data.source import File, FolderSource
-from ema_seg.errors import DataError, Preempted
+from ema_seg.runtime.errors import DataError, Preempted
 from tests.data.builders import random_image, truncate
 
 

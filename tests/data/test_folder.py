@@ -7,7 +7,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from ema_seg.data import FolderDataset
-from ema_seg.errors import ConfigError, DataError
+from ema_seg.runtime.errors import ConfigError, DataError
 from tests.data.builders import random_image, random_mask, save, write_split_folder
 
 LEAVES = """

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ema_seg.data.source import File, FolderSource, Source, ZipSource
-from ema_seg.errors import DataError
+from ema_seg.runtime.errors import DataError
 
 FILES = {"a/x.txt": b"one", "a/b/y.txt": b"two", "c/z.txt": b"three"}
 UNLISTED = ["a/.hidden", "a/Thumbs.db", "a/thumbs.DB", "@eaDir/a/x.txt", "__MACOSX/a/x.txt", ".git/config"]

@@ -15,7 +15,7 @@ from ema_seg.data.transforms import (
     build_eval_transform,
     build_train_transform,
 )
-from ema_seg.errors import ConfigError, Preempted
+from ema_seg.runtime.errors import ConfigError, Preempted
 from tests.data.builders import random_image, random_mask
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ema_seg.errors import ConfigError, DataError, ModelError
 from ema_seg.evaluation import ConfusionMatrix
+from ema_seg.runtime.errors import ConfigError, DataError, ModelError
 
 # --- ADE20K ----------------------------------------------------------------------------------------------
 

@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from ema_seg.errors import ConfigError, DataError, ModelError
 from ema_seg.evaluation import measure_cost
 from ema_seg.evaluation.cost import count_macs, count_parameters, measure_peak_memory, time_end_to_end
 from ema_seg.reporting.assessment import _cost_batch_size
+from ema_seg.runtime.errors import ConfigError, DataError, ModelError
 
 FLOAT = 4
 

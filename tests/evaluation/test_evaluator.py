@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ema_seg.errors import DataError, ModelError
 from ema_seg.evaluation import STRATA, ConfusionMatrix, choose_examples, denormalise, evaluate, predict_examples
+from ema_seg.runtime.errors import DataError, ModelError
 
 CLASSES = ("road", "car", "sky")
 

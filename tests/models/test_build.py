@@ -7,9 +7,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from ema_seg.attention import EMA, AblatedEMA, DynamicEMA
-from ema_seg.errors import ConfigError, ModelError
 from ema_seg.models import build_segmenter, decoder_names, model_stride, segmenter_from_config
 from ema_seg.models.placement import PLACEMENTS, place_attention
+from ema_seg.runtime.errors import ConfigError, ModelError
 
 # The lightest encoder that each decoder takes.
 ENCODERS = {"dpt": "tu-test_vit", "segformer": "mit_b0"}

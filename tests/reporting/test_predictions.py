@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ema_seg.errors import DataError
 from ema_seg.reporting import predictions
-from ema_seg.reporting.files import Manifest, file_names, write_file
 from ema_seg.reporting.predictions import PredictionWriter, _acquire, lock_report
+from ema_seg.runtime.errors import DataError
+from ema_seg.runtime.files import Manifest, file_names, write_file
 
 PALETTE = [[128, 64, 128], [0, 0, 142], [250, 170, 30]]
 

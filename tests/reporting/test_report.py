@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from ema_seg.errors import DataError
 from ema_seg.evaluation import ConfusionMatrix, Cost, Evaluation, Example
 from ema_seg.reporting import build_report, load_report, print_report, render_markdown, write_report
+from ema_seg.runtime.errors import DataError
 
 CLASSES = ("road", "car", "traffic light | sign", "sky")
 PALETTE = ((128, 64, 128), (0, 0, 142), (250, 170, 30), (70, 130, 180))

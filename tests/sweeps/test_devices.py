@@ -5,7 +5,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from ema_seg.errors import ConfigError
+from ema_seg.runtime.errors import ConfigError
 from ema_seg.sweeps import claim_devices, devices
 
 # Devices that are not there: what torch would count is told to it.

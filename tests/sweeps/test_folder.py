@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ema_seg.errors import DataError, TrainingError
+from ema_seg.runtime.errors import DataError, TrainingError
 from ema_seg.sweeps import Plan, PlannedJob, job_state, read_plan, record_failure, write_plan
 
 ONE = PlannedJob("1a", "one_1a", {"attention": "ema"}, 4)

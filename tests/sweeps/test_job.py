@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from ema_seg.errors import ConfigError, DataError, Preempted, TrainingError
+from ema_seg.runtime.errors import ConfigError, DataError, Preempted, TrainingError
 from ema_seg.sweeps import Pruned, job_state, lock_run, read_job, run_job
 
 JOB = {"identity": "1a", "overrides": {"attention": "ema"}}

@@ -4,7 +4,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from ema_seg.errors import ConfigError
+from ema_seg.runtime.errors import ConfigError
 from ema_seg.sweeps import JobState, Pruned
 from ema_seg.sweeps.search import OptunaStudy, PruningCallback
 

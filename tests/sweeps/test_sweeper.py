@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ema_seg.errors import ConfigError
+from ema_seg.runtime.errors import ConfigError
 from ema_seg.sweeps import job_state
 from hydra_plugins.ema_seg_sweepers.grid import GridSweeper
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ema_seg.evaluation import ConfusionMatrix
-from ema_seg.evaluation.inference import segment
+from ema_seg.inference.prediction import segment
 from ema_seg.models import build_segmenter
 from ema_seg.training.averaging import UNAVERAGED, GrowingAverage
 from ema_seg.training.losses import build_loss

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from ema_seg.errors import CheckpointError
+from ema_seg.runtime.errors import CheckpointError
 from ema_seg.training.checkpoints import AtomicCheckpoints, load_last, require_fitting_state
 from tests.models.test_checkpoint import CHECKPOINT
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from ema_seg.errors import ConfigError
+from ema_seg.runtime.errors import ConfigError
 from ema_seg.training.losses import build_loss, cross_entropy_by_rows, loss_names
 
 CLASSES = 5

@@ -9,9 +9,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from ema_seg.attention import EMA
-from ema_seg.errors import CheckpointError, ConfigError, DataError, TrainingError
 from ema_seg.models import build_segmenter
-from ema_seg.reporting.files import write_file
+from ema_seg.runtime.errors import CheckpointError, ConfigError, DataError, TrainingError
+from ema_seg.runtime.files import write_file
 from ema_seg.training import checkpoints
 from ema_seg.training.callbacks import EpochLog, ProgressBar, attention_map
 from ema_seg.training.checkpoints import AtomicCheckpoints

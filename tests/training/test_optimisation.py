@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from ema_seg.errors import ConfigError
 from ema_seg.models import build_segmenter
+from ema_seg.runtime.errors import ConfigError
 from ema_seg.training.optimisation import build_optimizer, build_schedule
 
 ADAMW = {"name": "adamw", "lr": 1e-2, "encoder_lr_factor": 0.1, "weight_decay": 0.05}

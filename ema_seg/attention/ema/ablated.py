@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ema_seg.attention.checks import check_choice
 from ema_seg.attention.ema.module import number_of_groups
 from ema_seg.attention.ema.reference import cross, normalise
-from ema_seg.errors import ModelError
+from ema_seg.runtime.errors import ModelError
 
 __all__ = ["AblatedEMA"]
 

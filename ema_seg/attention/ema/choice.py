@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ema_seg.attention.ema.operator import KERNELS, import_kernels
-from ema_seg.errors import ConfigError, ModelError, did_you_mean
+from ema_seg.runtime.errors import ConfigError, ModelError, did_you_mean
 
 __all__ = ["ENVIRONMENT_VARIABLE", "IMPLEMENTATIONS", "check_name", "select_implementation"]
 

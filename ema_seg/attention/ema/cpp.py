@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ema_seg.attention.ema.reference import Parameters
-from ema_seg.errors import ModelError, one_line
+from ema_seg.runtime.errors import ModelError, one_line
 
 __all__ = ["CACHE_VARIABLE", "backward", "forward", "unavailable"]
 

@@ -16,7 +16,7 @@ from torch.func import debug_unwrap
 
 from ema_seg.attention.ema import choice, factorised, operator, reference
 from ema_seg.attention.ema.reference import Parameters
-from ema_seg.errors import ModelError
+from ema_seg.runtime.errors import ModelError
 
 __all__ = ["EMA", "DynamicEMA", "groups_in_weights", "number_of_groups"]
 

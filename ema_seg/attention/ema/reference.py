@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from ema_seg.errors import ModelError
+from ema_seg.runtime.errors import ModelError
 
 __all__ = ["Parameters", "cross", "forward", "normalise"]
 

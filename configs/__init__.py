@@ -1,1 +1,0 @@
-"""Configuration of train.py and eval.py: YAML files, composition and validation."""

@@ -1,0 +1,1 @@
+"""Command line: from typed overrides to a validated configuration."""

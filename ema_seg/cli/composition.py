@@ -1,0 +1,360 @@
+"""Composition and validation of the configuration, before Hydra acts on it."""
+
+import inspect
+import os
+import re
+import sys
+import traceback
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+import hydra._internal.hydra as hydras_own
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.types import RunMode, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ema_seg.cli.early_checks import options_of
+from ema_seg.cli.trust import forbid_settings_from_text, require_harmless, restrict_environment, settings_of, walk
+from ema_seg.runtime.errors import ConfigError, EmaSegError, did_you_mean, one_line, own_cause
+from ema_seg.runtime.texts import read_yaml
+from ema_seg.settings import suggest_own
+
+__all__ = ["compose", "launch"]
+
+_MOST_BRACKETS = 50
+
+
+class _Repository(ConfigRepository):
+    """Config repository that reads files with ``read_yaml`` and rejects paths outside the search path."""
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        """Load a configuration file; see ConfigRepository.
+
+        Raises:
+            ConfigError: the path is outside the search path, or the file's content is not a configuration.
+            DataError: see ``read_yaml``.
+        """
+        if os.path.normpath(config_path).startswith((os.pardir, "/")):
+            raise ConfigError(
+                f"{config_path}: must be below a folder of the config search path; put the file there, or add its "
+                "folder with --config-dir."
+            )
+        source = self._find_object_source(config_path, ObjectType.CONFIG)
+        if source is None or source.scheme() != "file":
+            return super().load_config(config_path)
+        path = Path(source.path, source._normalize_file_name(config_path))
+        loaded = _read_config(path, f"file://{source.path}", source.provider)
+        defaults = self._extract_defaults_list(config_path, loaded.config)
+        loaded.defaults_list = self._create_defaults_list(config_path, defaults)
+        return loaded
+
+
+def _read_config(path: Path, place: str, provider: str) -> ConfigResult:
+    content = read_yaml(path, advice="correct the configuration")
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a configuration must have keys with values, got {content!r:.80}; correct it.")
+    for key, _, value in walk(content, ""):
+        # OmegaConf's parser takes seconds for nested brackets, and overflows the stack for more.
+        if isinstance(value, str) and "${" in value and len(re.findall(r"[\[{(]", value)) > _MOST_BRACKETS:
+            raise ConfigError(
+                f"{path}: {key} must have at most {_MOST_BRACKETS} opening brackets in an interpolation; simplify it."
+            )
+    with path.open(encoding="utf-8-sig") as file:
+        header = ConfigSource._get_header_dict(file.read(512))
+    return ConfigResult(config=OmegaConf.create(content), path=place, provider=provider, header=header)
+
+
+class _Loader(ConfigLoaderImpl):
+    """Config loader that validates every config it composes, in this process and in those of a launcher.
+
+    Validating an earlier composition of the same command would not do: a defaults list may choose its files by time.
+    """
+
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        super().__init__(config_search_path)
+        self.repository = _Repository(config_search_path)
+        # Parse the command line here: the processes of a launcher do not have it.
+        options = get_args_parser().parse_args()
+        self._typed = options.overrides
+        self._completes = options.shell_completion
+        self._sweeps = options.multirun and not (options.help or options.hydra_help)
+
+    def load_configuration(
+        self, config_name: str | None, overrides: list[str], run_mode: RunMode, *options: Any, **named: Any
+    ) -> DictConfig:
+        composed = super().load_configuration(config_name, overrides, run_mode, *options, **named)
+        if not self._completes:  # completion acts on no setting
+            require_harmless(composed, self._typed)
+            _check_sweeper(composed, self._sweeps)
+        return composed
+
+    def _process_config_searchpath(
+        self, config_name: str | None, parsed_overrides: list[Override], repo: CachingConfigRepository
+    ) -> None:
+        """Add the folders and packages of ``hydra.searchpath`` if it was typed: Hydra imports the packages.
+
+        Raises:
+            ConfigError: a configuration file, or an override that was not typed, sets hydra.searchpath.
+        """
+        given = [o for o in parsed_overrides if o.get_key_element() == "hydra.searchpath"]
+        typed = all(self._completes or o.input_line in self._typed for o in given)
+        loaded = repo.load_config(config_name) if config_name is not None else None
+        primary = loaded.config if loaded is not None else OmegaConf.create()
+        named = OmegaConf.is_dict(primary) and OmegaConf.select(primary, "hydra.searchpath") is not None
+        if named or not typed:
+            raise ConfigError(
+                f"{config_name}: a configuration file must not set hydra.searchpath, because Hydra imports packages "
+                "from it; remove it, or type hydra.searchpath=[…] on the command line."
+            )
+        # Omit the file: an interpolation in it could resolve to another value the second time.
+        super()._process_config_searchpath(None, parsed_overrides, repo)
+
+
+def compose(folder: Path, config_name: str) -> DictConfig:
+    """Compose and validate the Hydra config before Hydra instantiates anything.
+
+    Hydra has no public API that composes with its own options (``--config-dir``, ``-m``, …): hence the internal parts.
+
+    Args:
+        folder: the folder of the configurations.
+        config_name: name of the primary config; if the folder has no such file, it is a run's config, and
+            ``--config-name`` must not choose another.
+
+    Returns:
+        The configuration with Hydra's own settings; in a sweep, with those that all jobs share; empty for help and
+        shell completion.
+
+    Raises:
+        ConfigError: an option, an override or a configuration file is invalid or not harmless; see
+            ``require_harmless``.
+        DataError: a configuration file cannot be read; see ``read_yaml``.
+    """
+    forbid_settings_from_text()
+    _check_options()
+    options = get_args_parser().parse_args()
+    restrict_environment(options.overrides)
+    if options.experimental_rerun:
+        raise ConfigError(
+            f"--experimental-rerun {options.experimental_rerun}: a pickle can run any code; repeat a run with "
+            "python train.py rerun=<its folder>."
+        )
+    if options.config_name and not (folder / f"{config_name}.yaml").is_file():
+        raise ConfigError(
+            f"--config-name {options.config_name}: the command uses the configuration of the run that it names; remove "
+            "this option."
+        )
+    if options.config_path:
+        raise ConfigError(
+            f"--config-path {options.config_path}: the project's own configurations cannot be replaced; add your own "
+            "folder with --config-dir."
+        )
+    if options.shell_completion:
+        return OmegaConf.create()
+    search_path = create_config_search_path(str(folder))
+    if options.config_dir:
+        if not Path(options.config_dir).is_dir():
+            raise ConfigError(f"--config-dir {options.config_dir}: there is no such folder.")
+        added = Path(options.config_dir).absolute()
+        search_path.prepend("command-line", f"file://{added}", SearchPathQuery(provider="schema"))
+    loader = _Loader(search_path)
+    mode = RunMode.MULTIRUN if options.multirun else RunMode.RUN
+    name = options.config_name or config_name
+    try:
+        # --hydra-help has no primary config, but sets up logging from the composed settings all the same.
+        composed = loader.load_configuration(None if options.hydra_help else name, options.overrides, mode)
+    except EmaSegError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        if (own := own_cause(error)) is not None:
+            raise own from error
+        raise ConfigError(_describe_hydra_error(error, loader, name, options.overrides)) from error
+    except Exception as error:  # from the YAML reader or Hydra's internals
+        text = " ".join(options.overrides) or name
+        raise ConfigError(f"{text}: Hydra cannot compose this ({type(error).__name__}: {one_line(error)}).") from error
+    return OmegaConf.create() if options.help or options.hydra_help else composed
+
+
+def _check_options() -> None:
+    """Reject ``--key value`` and ``--key=value``: Hydra's parser would print its whole usage."""
+    unknown = [text for text in get_args_parser().parse_known_args()[1] if text.startswith("-")]
+    if unknown:
+        key, _, value = unknown[0].lstrip("-").partition("=")
+        value = value or next((text for text in _following(unknown[0]) if not text.startswith("-")), "<value>")
+        raise ConfigError(
+            f"{unknown[0]}: there is no such option; settings are given without dashes, as in {key}={value} "
+            "(--help names them)."
+        )
+
+
+def _following(argument: str) -> list[str]:
+    """Return the command-line argument after this one, as a list; empty if there is none."""
+    place = sys.argv.index(argument) + 1
+    return sys.argv[place : place + 1]
+
+
+def _check_sweeper(composed: DictConfig, multirun: bool) -> None:
+    """Reject ``-m`` unless one of our sweepers is selected: only they validate launcher settings."""
+    settings = OmegaConf.to_container(composed.hydra, resolve=False)
+    assert isinstance(settings, dict)
+    sweeps = multirun or settings["mode"] not in (None, RunMode.RUN)
+    if sweeps and not str(settings["sweeper"]["_target_"]).startswith("hydra_plugins.ema_seg_sweepers."):
+        raise ConfigError(
+            "-m (hydra.mode=MULTIRUN): works only with train.py and the sweepers of this project; run python train.py "
+            "-m sweep=grid …, or remove it."
+        )
+
+
+def launch(task: TaskFunction, folder: Path, config_name: str) -> None:
+    """Run ``task`` through ``hydra.main``, and raise errors where Hydra would print them and exit."""
+    earlier = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    # Hydra has no hook to validate a composed config; mypy allows no assignment to a class's name.
+    hydras_own.ConfigLoaderImpl = _Loader  # type: ignore[misc]
+    try:
+        hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
+    except Exception as error:
+        if isinstance(error, EmaSegError | OSError) or _is_ours(error, task):
+            raise
+        if (own := own_cause(error)) is not None:
+            raise own from error
+        raise ConfigError(f"hydra.*: Hydra rejects these settings ({one_line(error)}); correct them.") from error
+    finally:
+        if earlier is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = earlier
+        hydras_own.ConfigLoaderImpl = ConfigLoaderImpl  # type: ignore[misc]
+
+
+def _is_ours(error: Exception, task: TaskFunction) -> bool:
+    """Return whether an error was raised in the project's code, and not in Hydra before it called the task."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [str(frame.f_globals.get("__name__")) for frame in frames]
+    if any(name.startswith(("ema_seg.", "hydra_plugins.ema_seg")) for name in names):
+        return True
+    return any(frame.f_code is getattr(inspect.unwrap(task), "__code__", None) for frame in frames)
+
+
+def _describe_hydra_error(error: Exception, loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> str:
+    """Describe a multi-line error of Hydra in one sentence."""
+    text = str(error)
+    if isinstance(error, OverrideParseException):
+        detail = text.partition("\nSee ")[0].removeprefix(f"Error parsing override '{error.override}'\n")
+        return f"{error.override}: must have the form key=value ({_line(detail)}); quote special characters."
+    if isinstance(error, MissingConfigException):
+        return _missing(error)
+    if match := re.match(r"Could not (?:override|delete from config\.) '(.+?)'", text):
+        key = match[1]
+        composed = _compose_unchecked(loader, name, overrides)
+        known = composed is not None and key in [path for path, _, _ in settings_of(composed)]
+        if match[0].startswith("Could not delete") and known:
+            return f"{_override_of_key(key, overrides)}: {key} is null already; leave this out."
+        given = _override_of_key(key, overrides)
+        return f"{given}: there is no setting {key}.{_advice(key, given, loader, name, overrides)}"
+    if text.startswith("Ambiguous value for argument"):
+        given = _quoted_in(text)
+        return (
+            f"{given}: several values are a sweep, which needs -m before the overrides; a list is written "
+            f"{given.partition('=')[0]}=[…]."
+        )
+    if text.startswith("Sweep parameters"):
+        return f"{_quoted_in(text)}: several values are a sweep, which needs -m before the overrides."
+    if text.startswith("Config group override must be"):
+        wrong = [str(o.input_line) for o in _choices(loader, overrides) if not isinstance(o.value(), str | list)]
+        group = wrong[0].partition("=")[0].lstrip("+~")
+        return (
+            f"{' '.join(wrong)}: must be the name of an option of {group}; choose from "
+            f"{', '.join(loader.repository.get_group_options(group))}."
+        )
+    if match := re.match(r"Multiple values for (\S+?)\. ", text):
+        return f"+{match[1]}=…: the group {match[1]} is chosen already; write {match[1]}=<option>, without the +."
+    cause = error.__cause__
+    detail = f" ({_line(str(cause).splitlines()[0])})" if cause is not None and str(cause) else ""
+    return f"{_line(text)}{detail}" if text else f"{name}: this configuration cannot be composed{detail}."
+
+
+def _missing(error: MissingConfigException) -> str:
+    if not error.missing_cfg_file or error.options is None:
+        text = re.split(r"\n(?:Config s|S)earch path:", str(error))[0]
+        return f"{_line(text)}."
+    group, _, option = str(error.missing_cfg_file).rpartition("/")
+    known = sorted(error.options)
+    text = f"{group}={option}: there is no such option; choose from {', '.join(known)}."
+    return text + did_you_mean(option, known)
+
+
+def _advice(key: str, given: str, loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> str:
+    """Suggest a correction of ``given``, an override of an unknown key."""
+    composed = _compose_unchecked(loader, name, overrides)
+    paths = [] if composed is None else [path for path, _, _ in settings_of(composed)]
+    if own := suggest_own(key, paths.__contains__):
+        return own
+    section, _, option = key.rpartition(".")
+    added = _addable(section, composed) if composed is not None and given.startswith(f"{key}=") else []
+    if option in added:
+        return f" The configuration does not list it; add it with +{given}"
+    if section in paths:
+        named = [path.rpartition(".")[2] for path in paths if path.rpartition(".")[0] == section]
+        within = [path for path in paths if path.startswith(f"{section}.") and path.endswith(f".{option}")]
+        if len(within) == 1:
+            return f" Did you mean {within[0]!r}?"
+        close = get_close_matches(option, [*named, *added], n=1)
+        if close:
+            return f" Did you mean '{'' if close[0] in named else '+'}{section}.{close[0]}'?"
+        return f" If the configuration does not list this option, add it with +{given}"
+    ends = [path for path in paths if path.endswith(f".{key}")]
+    # Hydra's own settings are close matches of too many keys.
+    own_paths = [path for path in paths if path.startswith("hydra") <= key.startswith("hydra")]
+    return f" Did you mean {ends[0]!r}?" if len(ends) == 1 else did_you_mean(key, own_paths)
+
+
+def _addable(section: str, composed: DictConfig) -> list[str]:
+    """Return the options that may be added to a section."""
+    settings = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
+    try:
+        return options_of(section, settings)
+    except (KeyError, TypeError):  # malformed settings; a later check rejects them
+        return []
+
+
+def _compose_unchecked(loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> DictConfig | None:
+    """Compose without the overrides of single keys, with the chosen groups if possible; None if that fails."""
+    chosen = [str(o.input_line) for o in _choices(loader, overrides)]
+    for groups in (chosen, []):
+        try:
+            # Skip validation here: only the key names are needed, for suggestions.
+            return ConfigLoaderImpl.load_configuration(loader, name, groups, RunMode.MULTIRUN)
+        except (HydraException, OmegaConfBaseException, ValueError):
+            continue
+    return None
+
+
+def _choices(loader: ConfigLoaderImpl, overrides: list[str]) -> list[Override]:
+    """Return the overrides that choose an option of a group."""
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
+    return [override for override in parsed if loader.repository.group_exists(override.key_or_group)]
+
+
+def _override_of_key(key: str, overrides: list[str]) -> str:
+    """Return the override of this key; the key itself if there is none."""
+    return next((text for text in overrides if text.lstrip("+~").partition("=")[0] == key), key)
+
+
+def _quoted_in(text: str) -> str:
+    return text.split("'", 1)[1].splitlines()[0].rpartition("'")[0]
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split()).rstrip(".")

@@ -1,0 +1,187 @@
+"""Format of a comparison: the keys of ``comparison.json`` and the files beside it.
+
+The numbers of a comparison come from the runs' ``report.json`` files alone; its tables, figures and page are drawn from
+``comparison.json`` and the pictures beside it alone. ``comparison.json`` is strict JSON; fractions are in [0, 1], times
+in seconds, memory in bytes, and null means unknown.
+
+================  ====================================================================================
+``schema``        ``"ema-seg.comparison/1"``
+``created``       time of writing, ISO 8601 in UTC
+``title``         name of the sweep or the folder, or the names of the runs
+``folder``        folder of the sweep or of the runs; null for runs that were named one by one
+``data``          ``name``, ``split``, ``images``
+``classes``       the K names
+``palette``       K colours
+``strata``        meaning of each separate score by its name: a size of objects, or a group of classes of the sweep
+``settings``      the keys that differ between the rows, in the order of the columns
+``baseline``      the settings that name the baseline, such as {"attention": "none"}; null: no differences
+``bootstrap``     ``replicates``, ``confidence``, ``seed``
+``rows``          one for each configuration, see ``Row``
+``examples``      images on which a row and its baseline disagree most, see ``Disagreement``
+``environment``   ``devices``, ``packages`` (versions by name), ``python``, ``commits``: every value that occurs
+``notes``         sentences for the reader, such as a warning of costs that were measured on different devices
+================  ====================================================================================
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypedDict
+
+from ema_seg.runtime.errors import DataError
+from ema_seg.runtime.files import Manifest
+from ema_seg.runtime.texts import read_json
+
+__all__ = [
+    "FIGURES",
+    "FILES",
+    "SIZES",
+    "Comparison",
+    "Contrast",
+    "Curve",
+    "Disagreement",
+    "Job",
+    "Row",
+    "Summary",
+    "comparison_manifest",
+]
+
+FILES = tuple(f"comparison.{suffix}" for suffix in ("json", "csv", "tex", "md", "html"))
+FIGURES = tuple(
+    f"figures/{name}.{suffix}"
+    for name in ("pareto", "differences", "curves", "class_differences", "examples")
+    for suffix in ("png", "pdf")
+)
+"""With ``FILES``, the manifest and the pictures in ``examples/``, all files of a comparison's folder."""
+
+SIZES = ("small", "medium", "large")
+"""Strata that are sizes of objects; the others are groups of classes."""
+
+
+class Summary(TypedDict):
+    """Mean and standard deviation over seeds.
+
+    ``values`` is in the order of the row's ``seeds``, ``n`` counts the known ones; ``sd`` is null for fewer than two.
+    """
+
+    mean: float | None
+    sd: float | None
+    n: int
+    values: list[float | None]
+
+
+class Contrast(TypedDict):
+    """Difference of a row to its baseline over the ``n`` seeds that both have finished.
+
+    ``low`` and ``high`` bound the confidence interval. It covers "seeds and images" (``covers``), or only "images" for
+    a single seed: then it says nothing about another training, and ``p`` is null.
+    """
+
+    baseline: str
+    difference: float
+    low: float
+    high: float
+    n: int
+    covers: str
+    p: float | None
+    p_holm: float | None
+
+
+class Job(TypedDict):
+    """Run of a row.
+
+    ``state`` is "finished", "failed", "pruned", "impossible", "running", "interrupted" or "missing"; ``run`` is its
+    folder (relative to the comparison's ``folder`` if inside), ``reason`` why it is not finished.
+    """
+
+    seed: int | None
+    state: str
+    run: str | None
+    reason: str | None
+
+
+class Curve(TypedDict):
+    """Mean, lowest and highest value over seeds of a column of ``metrics.csv``, at the epochs that all of them have."""
+
+    epoch: list[int]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+
+class Row(TypedDict):
+    """Row of a comparison: one configuration.
+
+    ``label`` is unique; ``settings`` holds the value of each key that differs. ``classes`` and ``strata`` hold, by
+    name, ``score`` (a ``Summary`` of the class's IoU or the stratum's mIoU) and ``contrast`` (a ``Contrast`` without
+    Holm's correction, or null). ``cost`` holds ``images_per_second``, ``latency``, ``memory`` (all three for batches of
+    ``cost_batch_size``, which is null if it differs between seeds), ``parameters`` and ``gmacs``. ``curves`` is by
+    column.
+    """
+
+    label: str
+    settings: dict[str, Any]
+    baseline: bool
+    jobs: list[Job]
+    seeds: list[int | None]
+    miou: Summary
+    contrast: Contrast | None
+    classes: dict[str, dict[str, Any]]
+    strata: dict[str, dict[str, Any]]
+    cost: dict[str, Summary]
+    cost_batch_size: int | None
+    curves: dict[str, Curve]
+
+
+class Disagreement(TypedDict):
+    """Image on which a row gains most ("best", see ``kind``) or loses most ("worst") against its baseline.
+
+    ``difference`` is the row's mIoU on the image minus the baseline's, averaged over the common seeds. ``files`` holds
+    the paths, relative to ``comparison.json``, of ``image``, ``truth``, ``prediction`` and ``baseline`` at the seed
+    ``seed``: pictures of one size, null where there is none.
+    """
+
+    row: str
+    baseline: str
+    kind: str
+    name: str
+    seed: int | None
+    difference: float
+    files: dict[str, str | None]
+
+
+class Comparison(TypedDict):
+    """Content of ``comparison.json``: see this module's docstring."""
+
+    schema: str
+    created: str
+    title: str
+    folder: str | None
+    data: dict[str, Any]
+    classes: list[str]
+    palette: list[list[int]]
+    strata: dict[str, str]
+    settings: list[str]
+    baseline: dict[str, Any] | None
+    bootstrap: dict[str, Any]
+    rows: list[Row]
+    examples: list[Disagreement]
+    environment: dict[str, Any]
+    notes: list[str]
+
+
+def comparison_manifest(directory: Path) -> Manifest:
+    """Return the manifest of the files that comparisons have written into a folder."""
+    return Manifest(directory, _files_without_manifest)
+
+
+def _files_without_manifest(directory: Path) -> Iterator[str]:
+    """Yield the files of a comparison that was written before there were manifests."""
+    try:
+        comparison = read_json(directory / "comparison.json")
+        if not str(comparison["schema"]).startswith("ema-seg.comparison/"):
+            return
+        pictures = [str(file) for example in comparison["examples"] for file in example["files"].values()]
+    except (OSError, AttributeError, KeyError, TypeError, DataError):
+        return
+    yield from (*FILES, *FIGURES)
+    yield from (picture for picture in pictures if picture.startswith("examples/"))

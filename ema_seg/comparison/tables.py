@@ -1,0 +1,272 @@
+"""Tables of a comparison: on the terminal, in Markdown, CSV and LaTeX.
+
+Only a difference that is significant at 5 % after Holm's correction is bold. The best score is not: one of many numbers
+is always the best.
+"""
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from io import StringIO
+from pathlib import PurePosixPath
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ema_seg.comparison.configurations import setting_text
+from ema_seg.comparison.schema import SIZES, Comparison, Contrast, Row, Summary
+from ema_seg.reporting.tables import format_number
+from ema_seg.runtime.escaping import for_csv, for_latex, for_markdown, for_terminal, printable
+
+__all__ = [
+    "SIGNIFICANT",
+    "comparison_as_csv",
+    "comparison_as_latex",
+    "comparison_as_markdown",
+    "points_text",
+    "print_comparison",
+    "probability_text",
+]
+
+SIGNIFICANT = 0.05
+"""Significance level of a difference, after Holm's correction."""
+
+_SCORE_COLUMNS = ("mIoU, % (seeds)", "difference, points", "p (Holm)")
+_COST_COLUMNS = ("images/s", "latency, ms", "memory, MiB", "parameters, M", "GMACs")
+_COST_SCALES = {"images_per_second": 1.0, "latency": 1e3, "memory": 2**-20, "parameters": 1e-6, "gmacs": 1.0}
+# Terminal width, in columns, from which scores and costs are shown side by side.
+_WIDE = 140
+_NOTHING = "–"
+_MINUS = "\N{MINUS SIGN}"  # as wide as the plus sign
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Print the scores and costs of each configuration, how to read them, and the notes.
+
+    Args:
+        comparison: result of ``compare_runs``.
+        console: where to print, standard output by default; if it is narrow, the costs follow below the scores.
+    """
+    console = console or Console()
+    columns = (*_SCORE_COLUMNS, *_COST_COLUMNS)
+    cells = [(*_score_cells(row), *_cost_cells(row)) for row in comparison["rows"]]
+    split = len(_SCORE_COLUMNS)
+    parts = [slice(None)] if console.width >= _WIDE else [slice(split), slice(split, None)]
+    for part in parts:
+        title = Text(for_terminal(_title(comparison))) if part is parts[0] else None
+        table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("configuration", overflow="fold")
+        for name in columns[part]:
+            table.add_column(name, justify="right", overflow="fold")
+        for row, texts in zip(comparison["rows"], cells, strict=True):
+            bold = [index == 1 and _is_significant(row["contrast"]) for index in range(len(texts))]
+            styled = [Text(text, style="bold" * strong) for text, strong in zip(texts, bold, strict=True)]
+            table.add_row(Text(for_terminal(row["label"])), *styled[part])
+        console.print(table)
+    for line in (_explain(comparison), *comparison["notes"]):
+        console.print(Text(for_terminal(line)))
+
+
+def comparison_as_markdown(comparison: Comparison, figures: Sequence[str] = ()) -> str:
+    """Render a comparison as Markdown.
+
+    Args:
+        comparison: result of ``compare_runs``.
+        figures: paths of the figures to show, relative to the Markdown file.
+    """
+    return "\n".join(_markdown_lines(comparison, figures)) + "\n"
+
+
+def comparison_as_csv(comparison: Comparison) -> str:
+    """Render a comparison as CSV: a line for each configuration, in fractions, seconds and bytes; unknown is empty."""
+    output = StringIO()
+    rows = [_flat_row(comparison, row) for row in comparison["rows"]]
+    writer = csv.writer(output, lineterminator="\n")
+    for cells in (list(rows[0]), *(list(row.values()) for row in rows)):
+        writer.writerow(for_csv(cell) if isinstance(cell, str) else cell for cell in cells)
+    return output.getvalue()
+
+
+def comparison_as_latex(comparison: Comparison) -> str:
+    """Render a comparison as a LaTeX table with the rules of the package ``booktabs``."""
+    header = ("configuration", *_SCORE_COLUMNS, *_COST_COLUMNS)
+    lines = [
+        "% \\usepackage{booktabs}",
+        f"% {printable(_title(comparison))}",
+        *(f"% {printable(text)}" for text in (_explain(comparison), *comparison["notes"])),
+        f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+        "  \\toprule",
+        f"  {' & '.join(map(for_latex, header))} \\\\",
+        "  \\midrule",
+    ]
+    for row in comparison["rows"]:
+        cells = [for_latex(text) for text in (row["label"], *_score_cells(row), *_cost_cells(row))]
+        if _is_significant(row["contrast"]):
+            cells[2] = f"\\textbf{{{cells[2]}}}"
+        lines.append(f"  {' & '.join(cells)} \\\\")
+    return "\n".join([*lines, "  \\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def _markdown_lines(comparison: Comparison, figures: Sequence[str]) -> Iterator[str]:
+    data, rows = comparison["data"], comparison["rows"]
+    yield f"# {for_markdown(_title(comparison))}\n"
+    told = f"{data['name']}, split {data['split']}, {data['images']} images. {_explain(comparison)}"
+    yield f"{for_markdown(told)}\n"
+    header = ("configuration", *_SCORE_COLUMNS, *_COST_COLUMNS)
+    lines = [(row["label"], *_score_cells(row), *_cost_cells(row)) for row in rows]
+    yield from _markdown_table(header, lines, bold=[_is_significant(row["contrast"]) for row in rows])
+    batches = {row["cost_batch_size"] for row in rows if row["seeds"]}
+    if len(batches) == 1 and None not in batches:
+        yield f"\nImages/s, latency and memory: of a forward pass of a batch of {batches.pop()}."
+    groups = " and by group of classes" if comparison["strata"].keys() - set(SIZES) else ""
+    yield f"\n## By the size of objects{groups}\n"
+    yield for_markdown("; ".join(f"{name}: {meaning}" for name, meaning in comparison["strata"].items())) + ".\n"
+    header_of_strata = ("configuration", *(f"mIoU, {name}, %" for name in comparison["strata"]))
+    yield from _markdown_table(
+        header_of_strata,
+        [(row["label"], *(_scored(row, part) for part in row["strata"].values())) for row in rows],
+    )
+    compared = [row for row in rows if row["contrast"]]
+    if compared:
+        yield "\n## By class\n"
+        yield "Difference to the baseline in points of IoU, not corrected for the number of classes.\n"
+        lines = [
+            (name, *(_part_difference(row, row["classes"][name]["contrast"]) for row in compared))
+            for name in comparison["classes"]
+        ]
+        yield from _markdown_table(("class", *(row["label"] for row in compared)), lines)
+    unfinished = [
+        (row["label"], "?" if job["seed"] is None else str(job["seed"]), job["state"], job["reason"] or "")
+        for row in rows
+        for job in row["jobs"]
+        if job["state"] != "finished"
+    ]
+    if unfinished:
+        yield "\n## Not finished\n"
+        yield from _markdown_table(("configuration", "seed", "state", "reason"), unfinished)
+    if comparison["notes"]:
+        yield "\n## Notes\n"
+        yield from (f"- {for_markdown(note)}" for note in comparison["notes"])
+    if figures:
+        yield "\n## Figures\n"
+        yield "\n\n".join(f"![{for_markdown(PurePosixPath(path).stem.replace('_', ' '))}]({path})" for path in figures)
+    yield "\n## Environment\n"
+    environment = comparison["environment"]
+    yield f"- devices: {for_markdown(', '.join(environment['devices']))}"
+    yield f"- Python {for_markdown(', '.join(environment['python']))}"
+    packages = (f"{name} {' and '.join(versions)}" for name, versions in environment["packages"].items())
+    yield f"- packages: {for_markdown(', '.join(packages))}"
+    if environment["commits"]:
+        yield f"- commit: {for_markdown(', '.join(environment['commits']))}"
+
+
+def _markdown_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool] | None = None
+) -> Iterator[str]:
+    """Yield the lines of a table, with the third cell of the ``bold`` rows in bold."""
+    yield f"| {' | '.join(map(for_markdown, header))} |"
+    yield f"| {' | '.join(['---', *['---:'] * (len(header) - 1)])} |"
+    for cells, strong in zip(rows, bold or [False] * len(rows), strict=True):
+        texts = [for_markdown(cell) for cell in cells]
+        if strong:
+            texts[2] = f"**{texts[2]}**"
+        yield f"| {' | '.join(texts)} |"
+
+
+def _title(comparison: Comparison) -> str:
+    return f"{comparison['title']}: {len(comparison['rows'])} configurations on {comparison['data']['name']}"
+
+
+def _explain(comparison: Comparison) -> str:
+    """Explain how to read the numbers of the main table."""
+    if comparison["baseline"] is None or not any(row["contrast"] for row in comparison["rows"]):
+        return "Scores: mean ± standard deviation over seeds."
+    baseline = ", ".join(f"{key}={value}" for key, value in comparison["baseline"].items())
+    bootstrap = comparison["bootstrap"]
+    return (
+        f"Scores: mean ± standard deviation over seeds. Differences: to {baseline} with the same seeds and else the "
+        f"same settings, with the {100 * bootstrap['confidence']:g} % interval over seeds and images "
+        f"({bootstrap['replicates']:,} replicates); bold where p is below {SIGNIFICANT:g} after Holm's correction."
+    )
+
+
+def _score_cells(row: Row) -> tuple[str, str, str]:
+    # A seed that was run twice counts once.
+    planned, finished = len({job["seed"] for job in row["jobs"]}), row["miou"]["n"]
+    seeds = str(finished) if finished == planned else f"{finished} of {planned}"
+    contrast = row["contrast"]
+    p = probability_text(contrast and contrast["p_holm"])
+    difference = "baseline" if row["baseline"] else _difference(contrast)
+    return f"{_mean_and_sd(row['miou'])} ({seeds})", difference, p
+
+
+def _cost_cells(row: Row) -> list[str]:
+    means = {name: row["cost"][name]["mean"] for name in _COST_SCALES}
+    return [_NOTHING if mean is None else format_number(mean * _COST_SCALES[name]) for name, mean in means.items()]
+
+
+def _scored(row: Row, part: Mapping[str, Any]) -> str:
+    text = _mean_and_sd(part["score"])
+    return f"{text}, {_part_difference(row, part['contrast'])}" if part["contrast"] else text
+
+
+def _mean_and_sd(summary: Summary) -> str:
+    if summary["mean"] is None:
+        return _NOTHING
+    mean = f"{100 * summary['mean']:.2f}"
+    return mean if summary["sd"] is None else f"{mean} ± {100 * summary['sd']:.2f}"
+
+
+def _difference(contrast: Contrast | None) -> str:
+    if contrast is None:
+        return _NOTHING
+    difference = points_text(contrast["difference"], signed=True)
+    return f"{difference} [{points_text(contrast['low'])}, {points_text(contrast['high'])}]"
+
+
+def _part_difference(row: Row, contrast: Contrast | None) -> str:
+    """Format the difference in a class or stratum, with its number of seeds if that is not the whole row's."""
+    text = _difference(contrast)
+    whole = row["contrast"]
+    return text if contrast is None or whole is None or contrast["n"] == whole["n"] else f"{text} (n={contrast['n']})"
+
+
+def points_text(fraction: float, *, digits: int = 2, signed: bool = False) -> str:
+    """Format a fraction in percentage points, with a true minus sign, and no sign if it rounds to zero."""
+    text = f"{100 * fraction:{'+' if signed else '-'}.{digits}f}"
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", _MINUS)
+
+
+def probability_text(p: float | None) -> str:
+    """Format a p-value for tables and figures; None is a dash."""
+    return _NOTHING if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _is_significant(contrast: Contrast | None) -> bool:
+    return contrast is not None and contrast["p_holm"] is not None and contrast["p_holm"] < SIGNIFICANT
+
+
+def _flat_row(comparison: Comparison, row: Row) -> dict[str, Any]:
+    flat: dict[str, Any] = {"label": row["label"]}
+    flat |= {key: None if value is None else setting_text(value) for key, value in row["settings"].items()}
+    flat |= {"jobs": len(row["jobs"]), "seeds": " ".join(map(str, row["seeds"]))}
+    flat |= _flat_score("miou", row["miou"], row["contrast"])
+    flat["p_holm"] = row["contrast"] and row["contrast"]["p_holm"]
+    flat["cost_batch_size"] = row["cost_batch_size"]
+    flat |= {name: row["cost"][name]["mean"] for name in _COST_SCALES}
+    for kind, prefix in (("strata", "miou_"), ("classes", "iou_")):
+        for name in comparison[kind]:  # type: ignore[literal-required]
+            part = row[kind][name]  # type: ignore[literal-required]
+            flat |= _flat_score(f"{prefix}{name}", part["score"], part["contrast"])
+    return flat
+
+
+def _flat_score(name: str, score: Summary, contrast: Contrast | None) -> dict[str, Any]:
+    # No p for classes and strata: it would have to be corrected for their number.
+    keys = ("difference", "low", "high", "n", "covers", *(("p",) if name == "miou" else ()))
+    return {name: score["mean"], f"{name}_sd": score["sd"]} | {
+        f"{name}_{key}": contrast and contrast[key]  # type: ignore[literal-required]
+        for key in keys
+    }

@@ -1,0 +1,134 @@
+"""Prediction of logits for images of any size."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ema_seg.runtime.errors import ConfigError, ModelError
+from ema_seg.runtime.limits import reraise_out_of_memory, reraise_size_errors
+
+__all__ = [
+    "LESS_MEMORY",
+    "PRECISIONS",
+    "autocast",
+    "device_of",
+    "memory_format_of",
+    "pad_to_stride",
+    "predict",
+    "segment",
+]
+
+#: Lightning's names of the precisions, and the dtype of autocast (None: no autocast).
+PRECISIONS: dict[str, torch.dtype | None] = {
+    "32-true": None,
+    "32": None,
+    "bf16-mixed": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "16-mixed": torch.float16,
+    "16": torch.float16,
+}
+
+
+LESS_MEMORY = "lower data.evaluation_batch_size, set evaluation.precision=bf16-mixed, or use a device with more"
+
+
+def autocast(device: torch.device | str, precision: str | int) -> AbstractContextManager[object]:
+    """Return the autocast context for a precision by Lightning's name.
+
+    Args:
+        device: device that the model runs on.
+        precision: one of ``PRECISIONS``; "32-true" uses no autocast.
+
+    Raises:
+        ConfigError: the precision is not one of ``PRECISIONS``.
+    """
+    if str(precision) not in PRECISIONS:
+        raise ConfigError(f"precision={precision!r}: must be one of {', '.join(PRECISIONS)}.")
+    dtype = PRECISIONS[str(precision)]
+    return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype=dtype)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's weights, or the CPU for a model without any."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def memory_format_of(model: nn.Module) -> torch.memory_format:
+    """Return ``torch.channels_last`` if the model's convolution weights have that layout, else contiguous.
+
+    The weights of 1x1 convolutions fit both layouts, so they are inconclusive.
+    """
+    for weight in model.parameters():
+        if weight.dim() == 4 and not weight.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format
+
+
+def pad_to_stride(images: Tensor, stride: int) -> Tensor:
+    """Pad a batch at the bottom and right with zeros up to multiples of the stride.
+
+    Zero is the mean colour of a normalised image.
+
+    Args:
+        images: float tensor B x C x H x W.
+        stride: number that height and width must be multiples of.
+
+    Returns:
+        A tensor B x C x H' x W'; ``images`` itself if no padding is needed.
+    """
+    height, width = images.shape[-2:]
+    bottom, right = -height % stride, -width % stride
+    return functional.pad(images, (0, right, 0, bottom)) if bottom or right else images
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: Sequence[Tensor], stride: int) -> list[Tensor]:
+    """Compute the logits of images that may differ in size.
+
+    Images of equal size are forwarded together: each such batch is padded to the stride (see
+    ``pad_to_stride``) and its logits are cropped back. The caller sets the model's mode, its device,
+    its memory layout, and the autocast context around the call.
+
+    Args:
+        model: maps float B x 3 x H x W, with H and W multiples of the stride, to logits B x K x H x W.
+        images: normalised float tensors 3 x H x W, on any device.
+        stride: the model's stride.
+
+    Returns:
+        One tensor K x H x W for each image, in the images' order and at their sizes, on the model's device.
+
+    Raises:
+        ModelError: the model's logits have another size than its input, or the images are too small for the model or
+            do not fit into memory.
+    """
+    device, memory_format = device_of(model), memory_format_of(model)
+    by_size: dict[torch.Size, list[int]] = {}
+    for index, image in enumerate(images):
+        by_size.setdefault(image.shape, []).append(index)
+
+    logits: dict[int, Tensor] = {}
+    for (_, height, width), indices in by_size.items():
+        batch = torch.stack([images[index].to(device, non_blocking=True) for index in indices])
+        padded = pad_to_stride(batch, stride).contiguous(memory_format=memory_format)
+        with reraise_size_errors(padded), reraise_out_of_memory(padded, LESS_MEMORY):
+            output = model(padded)
+        if output.shape[-2:] != padded.shape[-2:]:
+            raise ModelError(
+                f"model: logits must have the input's size {tuple(padded.shape[-2:])}, got "
+                f"{tuple(output.shape[-2:])}; upsample them in its last layer."
+            )
+        logits.update(zip(indices, output[..., :height, :width], strict=True))
+    return [logits[index] for index in range(len(images))]
+
+
+def segment(model: nn.Module, images: Sequence[Tensor], stride: int) -> list[Tensor]:
+    """Predict the most likely class of every pixel; see ``predict``.
+
+    Returns:
+        One int64 tensor H x W for each image, on the model's device.
+    """
+    return [logits.argmax(dim=0) for logits in predict(model, images, stride)]

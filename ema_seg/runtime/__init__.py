@@ -1,0 +1,1 @@
+"""Services of the process: errors, files, foreign texts, memory, execution modes, process groups."""

@@ -1,0 +1,1 @@
+"""Training on several devices: strategies, sharding, synchronised batch norm, the largest batch that fits."""

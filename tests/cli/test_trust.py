@@ -1,0 +1,446 @@
+"""Files that somebody has shared: what they may have called."""
+
+import itertools
+import re
+from pathlib import Path
+
+import hydra._internal.hydra as hydras_own
+import pytest
+import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from omegaconf import OmegaConf
+
+from ema_seg.cli.trust import require_harmless, require_printable
+from ema_seg.runtime.errors import ConfigError
+from ema_seg.settings import require_plain
+from ema_seg.sweeps import read_plan
+from tests.conftest import QUICK
+
+CALLBACK = {"hydra": {"callbacks": {"mine": {"_target_": "os.system", "command": "touch mark"}}}}
+HANDLER = {"hydra": {"job_logging": {"handlers": {"console": {"class": "logging.os.system", "command": "touch mark"}}}}}
+# Every "class" of the settings of logging may be a factory of any kind instead.
+FACTORY = {"hydra": {"job_logging": {"formatters": {"simple": {"()": "os.system", "command": "touch mark"}}}}}
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    """Write an experiment file, and the options of a group "taken" of theirs; gives the command line that takes it."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(settings, **taken):
+        files = {"experiment/theirs": settings, **{f"taken/{option}": content for option, content in taken.items()}}
+        for name, content in files.items():
+            file = tmp_path / "shared" / f"{name}.yaml"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("# @package _global_\n" + yaml.safe_dump(content))
+        return "--config-dir", tmp_path / "shared", "+experiment=theirs"
+
+    return write
+
+
+# What logging follows to an object, to an attribute of one, and to a file.
+OBJECT = {"hydra": {"job_logging": {"evil": {"write": "ext://os.system"}}}}
+ATTRIBUTE = {"hydra": {"job_logging": {"handlers": {"console": {".": {"stream": "mark"}}}}}}
+FILE = {"hydra": {"job_logging": {"handlers": {"file": {"filename": "mark", "mode": "w"}}}}}
+HIDDEN = {"scheme": "ext", "hydra": {"job_logging": {"handlers": {"console": {"stream": "${scheme}://os.system"}}}}}
+REFERENCE = {"evil": {"write": "ext://os.system"}, "hydra": {"hydra_logging": "${evil}"}}
+NAMED = {"hydra": {"job": {"name": "../../mark"}}}
+VARIABLE = {"hydra": {"job": {"env_set": {"CXX": "touch mark"}}}}
+
+
+# Settings made out of text, by a name made out of parts, and by one that the first resolution lays bare.
+_TEXT = '"{_target_: ema_seg.runtime.host_memory.os.system, command: touch mark}"}'
+TEXT = {"part": "create", "hydra": {"callbacks": {"mine": "${oc.${part}:" + _TEXT}}}
+ESCAPED = {"_target_": "hydra.experimental.callbacks.LogJobReturnCallback", "x": "\\${oc.create:" + _TEXT}
+
+
+@pytest.mark.parametrize("script", ["train", "eval"])
+@pytest.mark.parametrize("settings", [CALLBACK, HANDLER, FACTORY])
+def test_an_experiment_file_cannot_have_the_shell_called(script, settings, experiment, run_script, tmp_path):
+    status, _, err = run_script(script, *experiment(settings), f"hydra.run.dir={tmp_path / 'run'}")
+
+    assert status == 1
+    assert "os.system: not on the allowlist" in err
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("script", ["train", "eval"])
+@pytest.mark.parametrize("settings", [TEXT, {"hydra": {"callbacks": {"mine": ESCAPED}}}])
+def test_what_is_called_cannot_hide_in_text(script, settings, experiment, run_script, tmp_path):
+    status, _, err = run_script(script, *experiment(settings), f"hydra.run.dir={tmp_path / 'run'}")
+
+    assert status == 1
+    assert "Unsupported interpolation type oc.create" in err
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (OBJECT, "hydra.job_logging.evil.write='ext://os.system': Hydra's log settings must not refer to objects"),
+        (ATTRIBUTE, "hydra.job_logging.handlers.console..={'stream': 'mark'}: Hydra's log settings"),
+        (FILE, "hydra.job_logging.handlers.file.filename='mark': Hydra's log settings"),
+        (HIDDEN, "hydra.job_logging.handlers.console.stream='${scheme}://os.system': Hydra's log settings"),
+        (REFERENCE, "hydra.hydra_logging='${evil}': Hydra's log settings"),
+        (NAMED, "hydra.job.name: must consist of letters, digits, _, . and -, because files are named after it"),
+        (VARIABLE, "hydra.job.env_set.CXX='touch mark': commands and environment variables of jobs must be typed"),
+    ],
+)
+def test_an_experiment_file_reaches_no_object_file_or_environment(settings, message, experiment, run_script, tmp_path):
+    status, _, err = run_script("train", *experiment(settings), f"hydra.run.dir={tmp_path / 'run'}")
+
+    assert status == 1
+    assert message in err
+    assert not (tmp_path / "run").exists()
+
+
+SEARCHED = {"defaults": ["train", "_self_"], "hydra": {"searchpath": ["pkg://theirs.code"]}}
+POINTED_AT = {"defaults": ["train", "_self_"], "hydra": "${x}", "x": {"searchpath": ["pkg://theirs.code"]}}
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package ``theirs`` with a module ``code`` that leaves a file ``mark`` when it is imported."""
+    code = tmp_path / "packages" / "theirs" / "code" / "__init__.py"
+    code.parent.mkdir(parents=True)
+    code.write_text(f"open({str(tmp_path / 'mark')!r}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.setenv("COMP_LINE", "train.py model=")
+
+
+def test_a_file_cannot_have_a_package_imported(experiment, package, run_script, tmp_path):
+    # Of a search path, which Hydra follows before anything else, and of a defaults list.
+    experiment({"epochs": 1})
+    for content in (SEARCHED, POINTED_AT):
+        (tmp_path / "shared" / "theirs.yaml").write_text(yaml.safe_dump(content))
+        for options in (
+            ["--cfg", "job"],
+            ["--help"],
+            ["-m"],
+            ["--info", "searchpath"],
+            ["--shell-completion", "query=bash"],
+        ):
+            status, _, err = run_script("train", "--config-dir", "shared", "--config-name", "theirs", *options)
+            assert (status, "theirs: a configuration file must not set hydra.searchpath" in err) == (1, True), err
+    for entry in ("pkg://theirs.code/x", "/pkg://theirs.code/x", {"/taken": "pkg://theirs.code/x"}, "structured://x"):
+        status, _, err = run_script("train", *experiment({"defaults": [entry, "_self_"]}), "--cfg", "job")
+        assert status == 1
+        assert err.count("\n") == 1, err
+    status, _, err = run_script("train", *experiment(SEARCHED["hydra"] | {"hydra": SEARCHED["hydra"]}), "--cfg", "job")
+    assert "Overriding hydra.searchpath is only supported from the primary config" in err
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_typed_search_path_is_followed(experiment, package, run_script, tmp_path):
+    experiment({"epochs": 7})
+    status, out, _ = run_script("train", "hydra.searchpath=[file://shared]", "+experiment=theirs", "--cfg", "job")
+    assert (status, "epochs: 7" in out) == (0, True)
+    run_script("train", "hydra.searchpath=[pkg://theirs.code]", "--cfg", "job")
+    assert (tmp_path / "mark").exists()
+
+
+def test_a_file_cannot_name_files_beyond_its_folder(experiment, run_script, tmp_path):
+    (tmp_path / "private.yaml").write_text("password: mine")
+    private = str(tmp_path / "private")
+    for entry in (
+        "../../private",
+        "/../private",
+        f"/{private}",
+        {"/taken": "../../private"},
+        {"/../shared/..": "private"},
+    ):
+        status, out, err = run_script("train", *experiment({"defaults": [entry, "_self_"]}), "--cfg", "job")
+        assert (status, "must be below a folder of the config search path" in err) == (1, True), err
+        assert "password" not in out
+
+
+SHOW = ("--cfg", "job", "--resolve")
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"data": {"root": "${oc.env:SECRET}"}}, SHOW),
+        ({"x": "oc.env", "data": {"root": "${${x}:SECRET}"}}, SHOW),
+        ({"data": {"root": "${oc.select:nothing,${oc.env:SECRET,none}}"}}, ["data=camvid"]),
+        ({"hydra": {"run": {"dir": "runs/${oc.env:SECRET}"}}}, ["data=camvid", "data.root=none"]),
+        ({"hydra": {"help": {"template": "${oc.env:SECRET}"}}}, ["--help"]),
+        ({"defaults": [{"/taken": "${oc.env:SECRET}"}, "_self_"]}, ["--cfg", "job"]),
+        ({"hydra": {"job": {"env_copy": ["SECRET"]}}, "data": {"root": "${hydra:job.env_set.SECRET}"}}, SHOW),
+    ],
+)
+def test_an_experiment_file_cannot_read_the_environment(
+    settings, options, experiment, run_script, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("SECRET", "hunter2")
+
+    status, out, err = run_script("train", *experiment(settings), *options)
+
+    assert status == 1
+    assert "configuration files must not read the environment" in err or "hydra.job.env_copy.0='SECRET': " in err
+    assert "hunter2" not in out + err
+    assert not list(tmp_path.rglob("*hunter2*"))
+
+
+def test_a_typed_variable_is_read(experiment, run_script, monkeypatch):
+    monkeypatch.setenv("MINE", "elsewhere")
+    command = experiment({"data": {"root": "${hydra:job.env_set.MINE}"}})
+    for typed in ("data.root='${oc.env:MINE}'", "data.root=${oc.env:NONE,elsewhere}"):
+        assert "root: elsewhere" in run_script("train", typed, "--cfg", "job", "--resolve")[1], typed
+    out = run_script("train", *command, "hydra.job.env_copy=[MINE]", "--cfg", "job", "--resolve")[1]
+    assert "root: elsewhere" in out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "a: &a [x, x, x, x]\n"
+            + "".join(f"{n}: &{n} [{', '.join(['*' + chr(ord(n) - 1)] * 9)}]\n" for n in "bcdefgh"),
+            "is not valid YAML (line 5: more than 20,000 values with aliases expanded); correct the configuration.",
+        ),
+        ("x: " + "[" * 3000, "is not valid YAML (line 1 is nested more than 100 levels deep)"),
+        ("x: " + "9" * 5000, "is not valid YAML (line 1: a number of 5,000 characters exceeds the limit of 100)"),
+        ("x: '" + "${" * 3000 + "'", "x must have at most 50 opening brackets in an interpolation; simplify it."),
+        ("x: 1\nx: 2", "is not valid YAML (line 2 has the key 'x' for the second time)"),
+        ("text", "a configuration must have keys with values, got 'text'; correct it."),
+        ("[1]", "a configuration must have keys with values, got [1]; correct it."),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_a_sentence(content, message, experiment, run_script, tmp_path):
+    command = experiment({})
+    (tmp_path / "shared" / "experiment" / "theirs.yaml").write_text(content)
+
+    status, _, err = run_script("train", *command, "--cfg", "job")
+
+    assert status == 1
+    assert f"shared/experiment/theirs.yaml: {message}" in err
+    assert err.count("\n") == 1
+
+
+def test_help_is_no_way_around(experiment, run_script):
+    command = experiment({"hydra": {"hydra_logging": {"x": "ext://os.system"}}})
+    for option in ("--help", "--hydra-help"):
+        status, _, err = run_script("train", option, *command)
+        assert (status, "hydra.hydra_logging.x='ext://os.system'" in err) == (1, True), err
+
+
+def test_what_is_typed_is_the_users_own(experiment, run_script):
+    command = experiment({"hydra": {"job": {"env_set": {"CXX": "touch mark"}}}})
+    typed = "+hydra.job.env_set={CC: gcc}"  # into which Hydra merges what the file has
+    assert run_script("train", "--cfg", "job", typed)[0] == 0
+    assert "hydra.job.env_set.CXX" in run_script("train", "--cfg", "job", *command, typed)[2]
+
+
+def test_a_sweep_of_an_experiment_file_cannot_have_the_shell_called(experiment, run_script, tmp_path):
+    status, _, err = run_script("train", "-m", *experiment(CALLBACK), f"hydra.sweep.dir={tmp_path / 'sweep'}")
+
+    assert status == 1
+    assert "hydra.callbacks.mine._target_=os.system: not on the allowlist" in err
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_job_that_an_experiment_file_names_cannot_have_code_run(
+    experiment, package, run_script, camvid_root, tmp_path
+):
+    handler = "hydra.job_logging.handlers.console"
+    hostile = f"{handler}.class=logging.os.system +{handler}.command=true"
+    searched = "hydra.searchpath=[pkg://theirs.code]"
+    command = experiment({"sweep": {"variants": {"called": hostile, "imported": searched}}})
+
+    run_script("train", "-m", *command, *QUICK, "data=camvid", f"data.root={camvid_root}", "hydra.sweep.dir=sweep")
+
+    called, imported = read_plan(tmp_path / "sweep").jobs
+    assert "logging.os.system: not on the allowlist" in called.impossible
+    assert "a configuration file must not set hydra.searchpath" in imported.impossible
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_job_that_an_experiment_file_names_sets_no_variable(experiment, run_script, camvid_root, tmp_path):
+    command = experiment({"sweep": {"variants": {"theirs": "+hydra.job.env_set.CXX=mark"}}})
+
+    run_script("train", "-m", *command, *QUICK, "data=camvid", f"data.root={camvid_root}", "hydra.sweep.dir=sweep")
+
+    (job,) = read_plan(tmp_path / "sweep").jobs
+    assert "hydra.job.env_set.CXX='mark': commands and environment variables" in job.impossible
+
+
+def test_a_folder_of_a_sweep_is_no_command_of_its_script(experiment, run_script, camvid_root):
+    command = experiment({"hydra": {"sweep": {"dir": "sweep\ntouch mark"}}})
+    options = ("launcher=submitit", *QUICK, "data=camvid", f"data.root={camvid_root}")
+
+    status, _, err = run_script("train", "-m", *command, *options)
+
+    assert status == 1
+    assert "hydra.launcher.submitit_folder: " in err
+    assert "must be one line of printable text, got" in err
+
+
+def test_no_sweeper_composes_jobs_unseen(experiment, run_script):
+    for command in (("eval", "-m"), ("train", "-m", "hydra/sweeper=basic"), ("eval", "hydra.mode=MULTIRUN")):
+        status, _, err = run_script(*command)
+        assert (status, "works only with train.py and the sweepers of this project" in err) == (1, True), err
+
+
+@pytest.mark.parametrize("turns", range(2))
+def test_what_hydra_acts_on_is_what_was_looked_at(turns, experiment, run_script, tmp_path):
+    # A defaults list that chooses by the time, which is another one each time that it is read.
+    read = itertools.count()
+    OmegaConf.register_new_resolver("clock", lambda: "late" if next(read) > turns else "soon", replace=True)
+    command = experiment({"defaults": [{"/taken": "${clock:}"}, "_self_"]}, soon={}, late=HANDLER)
+
+    status, _, err = run_script("train", *command, "data=camvid", "data.root=none", f"hydra.run.dir={tmp_path / 'run'}")
+
+    assert status == 1
+    assert "logging.os.system: not on the allowlist" in err
+    assert next(read) > turns + 1
+    assert not (tmp_path / "mark").exists()
+    assert hydras_own.ConfigLoaderImpl is ConfigLoaderImpl  # for whoever composes next in this process
+
+
+def test_what_a_process_of_a_launcher_acts_on_is_looked_at_there(experiment, run_script, camvid_root, tmp_path):
+    choice = "${oc.env:SUBMITIT_EXECUTOR,here}"
+    command = experiment({"defaults": [{"/taken": choice}, "_self_"]}, here={}, local=HANDLER)
+
+    status, _, err = run_script(
+        *("train", "-m", *command, "launcher=submitit_local", *QUICK, f"+hydra.job.env_set.E='{choice}'"),
+        *("data=camvid", f"data.root={camvid_root}", "hydra.sweep.dir=sweep"),
+    )
+
+    assert status == 1
+    error = "ema_seg.runtime.errors.ConfigError: hydra.job_logging.handlers.console.class=logging.os."
+    assert f"(FailedJobError: {error}" in err
+    assert not list(tmp_path.rglob("mark"))
+
+
+def test_the_configurations_of_the_project_stay(run_script):
+    status, _, err = run_script("train", "--config-path", "elsewhere")
+
+    assert status == 1
+    assert "--config-path elsewhere: the project's own configurations cannot be replaced" in err
+    assert "--config-dir" in err
+
+
+def test_the_configuration_of_a_run_cannot_have_the_shell_called(experiment, run_script, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for settings in (CALLBACK, {"data": {"name": "camvid", "x": {"_target_": "os.system", "command": "touch mark"}}}):
+        (run / "config.yaml").write_text(yaml.safe_dump(settings))
+        for script, key in {"train": "resume", "eval": "run"}.items():
+            status, _, _ = run_script(script, f"{key}={run}")
+            assert status == 1
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_saved_configuration_has_values_alone(run_script, monkeypatch, tmp_path):
+    monkeypatch.setenv("SECRET", "hunter2")
+    whole = yaml.safe_load("a: {b: [{c: '${oc.env:SECRET}'}]}")
+    folded = loop = ["x"]
+    for _ in range(9):
+        folded = [folded] * 9
+    loop.append(loop)
+    for content, message in (
+        (whole, "a.b.0.c: a saved configuration must hold plain values, got the interpolation '${oc.env:SECRET}'"),
+        ({"a": "\\${oc.env:SECRET}"}, "a: a saved configuration must hold plain values"),
+        ({"a": folded}, "a saved configuration has at most 20,000 values in 100 levels"),
+        ({"a": loop}, "a saved configuration has at most 20,000 values in 100 levels"),
+        ({"a": {1, 2}}, "a: a value must be text or a number, got set"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            require_plain(content)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(whole))
+    for script, key in {"train": "resume", "eval": "run"}.items():
+        status, out, err = run_script(script, f"{key}={tmp_path}", "--cfg", "job", "--resolve")
+        assert (status, "the interpolation '${oc.env:SECRET}'" in err, "hunter2" in out) == (1, True, False)
+
+
+def test_a_pickled_job_of_hydra_is_not_loaded(run_script):
+    status, _, err = run_script("train", "--experimental-rerun", "job.pickle")
+
+    assert status == 1
+    assert err.startswith("error: --experimental-rerun job.pickle: a pickle can run any code")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"_target_": "ema_seg.runtime.host_memory.os.system"},
+        {"_target_": "hydra_plugins.ema_seg_sweepers.base.os.system"},
+        {"_target_": "hydra.experimental.callbacks.pickle.loads"},
+        {"x": [{"y": {"_target_": ["os", "system"]}}]},
+        {"name": "os.system", "_target_": "${name}"},
+        {"class": "logging.handlers.logging.os.system"},
+        {"class": "logging.handlers.QueueHandler", "listener": "os.system"},
+        {"launcher": {"_target_": "hydra_plugins.hydra_ray_launcher.ray_aws_launcher.RayAWSLauncher"}},
+    ],
+)
+def test_a_name_is_known_by_all_of_it(settings):
+    with pytest.raises(ConfigError, match="not on the allowlist"):
+        require_harmless(OmegaConf.create({"hydra": settings}))
+
+
+FILENAME = "${hydra.runtime.output_dir}/${hydra.job.name}.log"
+COMMANDS = {
+    "setup": ["touch mark"],
+    "python": "touch mark; python",
+    "srun_args": ["--prolog=mark"],
+    "additional_parameters": {"prolog": "mark"},
+    "ray": {"init": {"runtime_env": {"py_executable": "touch mark; python"}}},
+    "_args_": [{"init": {"runtime_env": {"pip": ["mark"]}}}],
+}
+
+
+@pytest.mark.parametrize("key", COMMANDS)
+def test_commands_of_jobs_are_typed(key):
+    config = OmegaConf.create({"hydra": {"launcher": {key: COMMANDS[key]}}})
+    with pytest.raises(ConfigError, match=rf"^hydra\.launcher\.{key}.*: commands and environment variables of jobs"):
+        require_harmless(config)
+    value = re.sub(r"'(\w+)':", r"\1:", repr(COMMANDS[key]))  # as Hydra has it on the command line
+    require_harmless(config, [f"+hydra.launcher.{key}={value}"])
+    with pytest.raises(ConfigError, match="commands and environment variables of jobs"):
+        require_harmless(config, [f"+hydra.launcher.{key}=null"])
+
+
+def test_of_a_typed_sweep_each_value_passes():
+    config = OmegaConf.create({"hydra": {"job": {"env_set": {"MODE": "b"}}}})
+    require_harmless(config, ["+hydra.job.env_set.MODE=a,b"])
+
+
+def test_what_hydra_copies_from_the_environment_passes(monkeypatch):
+    monkeypatch.setenv("MINE", "yes")
+    require_harmless(OmegaConf.create({"hydra": {"job": {"env_set": {"MINE": "yes"}}}}))
+
+
+@pytest.mark.parametrize("section", ["hydra", "job", "launcher"])
+def test_a_section_is_no_reference(section):
+    hydra = "${mine}" if section == "hydra" else {section: "${mine}"}
+    with pytest.raises(ConfigError, match="must be a section of settings, got '"):
+        require_harmless(OmegaConf.create({"mine": {}, "hydra": hydra}))
+
+
+def test_a_launcher_has_single_lines_but_in_its_commands():
+    require_printable(OmegaConf.create({"partition": "gpu", "timeout_min": 60, "setup": ["cd\nls"]}))
+    for value in ("gpu\ntouch mark", Path("gpu\ntouch mark")):
+        with pytest.raises(ConfigError, match=r"^hydra\.launcher\.partition: must be one line of printable text"):
+            require_printable(OmegaConf.create({"partition": value}))
+
+
+def test_what_is_known_passes():
+    require_harmless(
+        OmegaConf.create(
+            {
+                "hydra": {
+                    "launcher": {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"},
+                    "sweeper": {"_target_": "hydra_plugins.ema_seg_sweepers.grid.GridSweeper"},
+                    "callbacks": {"log": {"_target_": "hydra.experimental.callbacks.LogJobReturnCallback"}},
+                    "job_logging": {"handlers": {"file": {"class": "logging.FileHandler", "filename": FILENAME}}},
+                }
+            }
+        )
+    )
+
+
+def test_the_projects_own_launchers_are_harmless(run_script):
+    for launcher in ("serial", "joblib", "submitit", "submitit_local", "ray"):
+        status, _, err = run_script("train", f"launcher={launcher}", "--cfg", "hydra")
+        assert status == 0, err

@@ -1,0 +1,133 @@
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+from ema_seg.comparison.figures import draw_comparison, front_rows
+from ema_seg.comparison.schema import FIGURES, comparison_manifest
+from ema_seg.runtime.errors import DataError
+from tests.comparison.comparisons import make_comparison
+
+NAMES = ["pareto", "differences", "curves", "class_differences", "examples"]
+
+
+def summary(mean):
+    return {"mean": mean, "sd": None, "n": 1, "values": [mean]}
+
+
+def row(label, speed, score):
+    return {"label": label, "miou": summary(score), "cost": {"images_per_second": summary(speed)}}
+
+
+def test_every_figure_is_a_png_and_a_pdf(tmp_path):
+    assert draw_comparison(make_comparison(tmp_path), tmp_path) == NAMES
+
+    for name in NAMES:
+        with Image.open(tmp_path / "figures" / f"{name}.png") as picture:
+            assert min(picture.size) > 300
+        assert (tmp_path / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_the_same_comparison_gives_the_same_pdf(tmp_path):
+    comparison = make_comparison(tmp_path, rows=2, classes=3)
+    comparison["examples"] = []
+    draw_comparison(comparison, tmp_path)
+    first = {path.name: path.read_bytes() for path in (tmp_path / "figures").glob("*.pdf")}
+
+    draw_comparison(comparison, tmp_path)
+
+    assert len(first) == 4
+    assert first == {path.name: path.read_bytes() for path in (tmp_path / "figures").glob("*.pdf")}
+
+
+def test_a_figure_without_data_is_left_out_and_an_earlier_one_removed(tmp_path):
+    comparison = make_comparison(tmp_path, rows=2)
+    (tmp_path / "figures").mkdir()
+    comparison_manifest(tmp_path).claim(FIGURES)
+    for name in NAMES:
+        (tmp_path / "figures" / f"{name}.png").write_bytes(b"earlier")
+    (tmp_path / "figures" / "mine.png").write_bytes(b"of the user")
+    comparison["examples"] = []
+    for each in comparison["rows"]:
+        each.update(contrast=None, curves={})
+        for part in ("classes", "strata"):
+            for scored in each[part].values():
+                scored["contrast"] = None
+
+    assert draw_comparison(comparison, tmp_path) == ["pareto"]
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["mine.png", "pareto.pdf", "pareto.png"]
+
+
+def test_a_comparison_without_a_finished_run_has_no_figures(tmp_path):
+    comparison = make_comparison(tmp_path)
+    comparison["rows"] = [each for each in comparison["rows"] if not each["seeds"]]
+    comparison["examples"] = []
+
+    assert draw_comparison(comparison, tmp_path) == []
+
+
+def test_many_rows_and_classes_are_drawn(tmp_path):
+    comparison = make_comparison(tmp_path, rows=25, classes=150)
+    comparison["examples"] = []
+
+    assert draw_comparison(comparison, tmp_path) == NAMES[:-1]
+
+
+def test_one_configuration_has_no_differences(tmp_path):
+    comparison = make_comparison(tmp_path, rows=1)
+    comparison["baseline"] = None
+    comparison["rows"][0]["baseline"] = False
+
+    assert draw_comparison(comparison, tmp_path) == ["pareto", "curves"]
+
+
+def test_one_seed_each_is_drawn_and_what_has_none_left_out(tmp_path):
+    comparison = make_comparison(tmp_path)
+    comparison["examples"] = []
+    # "coord" has one seed, "gam" none.
+    comparison["rows"] = [each for each in comparison["rows"] if len(each["seeds"]) < 2]
+
+    assert draw_comparison(comparison, tmp_path) == NAMES[:-1]
+
+
+def test_names_are_written_as_they_are(tmp_path, monkeypatch):
+    odd = r"_<a> $\nosuch$ b_1^ & %"  # fails if it is read as mathematics
+    comparison = make_comparison(tmp_path, rows=2, classes=9)
+    comparison["data"]["name"] = odd
+    comparison["classes"][0] = odd
+    comparison["rows"][1]["label"] = odd
+    for each in comparison["rows"]:
+        each["classes"] = {odd if name == "sky" else name: scored for name, scored in each["classes"].items()}
+    comparison["rows"][1]["contrast"]["baseline"] = odd
+    for example in comparison["examples"]:
+        example.update(row=odd, baseline=odd, name=odd)
+    texts = {}
+    save = Figure.savefig
+
+    def spy(figure, target, **options):
+        save(figure, target, **options)
+        texts[figure] = [text.get_text() for text in figure.findobj(Text)]
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+
+    assert draw_comparison(comparison, tmp_path) == NAMES
+    assert [odd in written for written in texts.values()] == [True] * len(NAMES)
+
+
+def test_examples_without_a_photograph_are_drawn_and_unreadable_ones_named(tmp_path):
+    comparison = make_comparison(tmp_path, rows=2)
+    for example in comparison["examples"]:
+        example["files"] |= {"image": None, "truth": None}
+    assert "examples" in draw_comparison(comparison, tmp_path)
+
+    picture = tmp_path / comparison["examples"][0]["files"]["prediction"]
+    picture.write_bytes(b"broken")
+    with pytest.raises(DataError, match=f"{picture.name}: cannot be read"):
+        draw_comparison(comparison, tmp_path)
+
+
+def test_the_front_is_what_nothing_beats_in_both():
+    rows = [row("slow", 10, 0.6), row("beaten", 15, 0.5), row("best", 20, 0.7), row("fast", 30, 0.65)]
+
+    assert [each["label"] for each in front_rows(rows)] == ["best", "fast"]
+    assert [each["label"] for each in front_rows([row("twin", 10, 0.6), row("twin", 10, 0.6)])] == ["twin"]

@@ -1,0 +1,283 @@
+"""What processes do in tests: functions that a bare interpreter imports."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ema_seg.runtime.distributed.start import barrier, rank_info
+from ema_seg.runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Other imports stand where they are needed: each process of each test has to make them.
+
+
+def write(folder: Path, value: object) -> None:
+    """Leave a process's result for the test."""
+    (folder / f"{rank_info().rank}.json").write_text(json.dumps(value))
+
+
+def sleep() -> None:
+    time.sleep(1000)
+
+
+def leave(folder: Path) -> None:
+    """Leave when asked to."""
+    from ema_seg.runtime.distributed.preemption import Preemption
+
+    with Preemption().watched():
+        write(folder, os.getpid())
+        time.sleep(1000)
+
+
+def train(config: dict[str, object], run: Path, folder: Path) -> None:
+    """Train, the first process asked to leave before its first step; leaves the order of steps and broadcasts."""
+    from torch import distributed
+
+    from ema_seg.data import SegmentationDataModule
+    from ema_seg.run import produce_run
+    from ema_seg.training.module import SegmentationModule
+
+    load, broadcast, step = (
+        SegmentationDataModule.train_dataloader,
+        distributed.broadcast,
+        SegmentationModule.training_step,
+    )
+    events: list[str] = []
+
+    def note(event: str, function: Callable[..., object]) -> Callable[..., object]:
+        def noted(*arguments: object, **keywords: object) -> object:
+            events.append(event)
+            return function(*arguments, **keywords)
+
+        return noted
+
+    def ask(data: SegmentationDataModule) -> object:
+        if rank_info().rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return load(data)
+
+    SegmentationDataModule.train_dataloader = ask
+    SegmentationModule.training_step = note("step", step)
+    distributed.broadcast = note("broadcast", broadcast)
+    try:
+        produce_run(config, run, quiet=True, started_by="a test")
+    finally:
+        write(folder, events)
+
+
+def exchange(folder: Path) -> None:
+    import torch
+
+    from ema_seg.runtime.distributed.collectives import broadcast, gather, global_sum, sum_in_place
+
+    here = rank_info()
+    written = shared(folder)
+    tensor = torch.tensor([1.0, 2.0], requires_grad=True)
+    summed = global_sum(tensor * (here.rank + 1))
+    ((here.rank + 1) * summed).sum().backward()
+    write(
+        folder,
+        {
+            "place": here,
+            "agreed": broadcast(f"of {here.rank}"),
+            "gathered": gather(here.rank),
+            "sum": sum_in_place(torch.tensor(10**here.rank)).item(),
+            "global_sum": summed.tolist(),
+            "gradient": tensor.grad.tolist(),
+            "shared": written,
+        },
+    )
+
+
+def shared(folder: Path) -> list[object]:
+    """What is said of a folder that two machines share, and of one that each has for itself; what one writes."""
+    from ema_seg.runtime.distributed import collectives
+
+    rank, found = rank_info().rank, []
+    collectives._LATENCY = 0.5
+    for machines, own in ((2, folder / "disk"), (2, folder / f"disk-{rank}"), (1, folder / "none")):
+        os.environ["LOCAL_WORLD_SIZE"] = str(2 // machines)
+        try:
+            collectives.require_shared(own)
+            found.append(own.exists())
+        except ConfigError as error:
+            found.append(str(error))
+    return found
+
+
+def fail(how: str) -> None:
+    """The second process fails; the first waits for it."""
+    if rank_info().rank == 1:
+        if how == "mistake":
+            raise ConfigError("seed=-1 is none.")
+        if how == "error":
+            raise KeyError("what was not foreseen")
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "hang":
+            time.sleep(1000)
+        if how == "busy":
+            raise ConfigError("seed=-1 is none.")
+        if how == "first killed":
+            barrier()
+        sys.exit(how)
+    if how == "hang":
+        raise ConfigError("seed=-1 is none.")
+    if how == "first killed":
+        time.sleep(1)  # until the other one waits
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "busy":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        time.sleep(1000)
+    barrier()
+
+
+def share(root: Path, folder: Path, values: "Tensor") -> None:
+    """All that is shared, because starting a process takes longer than any of it."""
+    found = {"score": score(root, folder), "lose": lose(6), "normalise": normalise(values), "skip": skip()}
+    write(folder, {**found, "repeats": step_twice() if rank_info().size == 3 else None})
+
+
+def step_twice() -> bool:
+    """Whether a model has the same gradient in a second step as in the first, to the bit."""
+    import torch
+    from torch import nn
+
+    from ema_seg.training.parallel.strategy import _ReplicatedStrategy
+
+    class Module(nn.Module):
+        """As much of a module of Lightning's as the strategy looks at."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.Conv2d(40, 20, 3))
+            self.model.encoder = nn.Identity()
+            self.model.encoder.output_stride = 1
+
+        def forward(self, x: "Tensor") -> "Tensor":
+            return self.model(x)
+
+    torch.manual_seed(0)
+    strategy = _ReplicatedStrategy()
+    strategy.parallel_devices = [torch.device("cpu")]
+    model = strategy._setup_model(Module())
+    image = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(rank_info().rank))
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        model(image).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    return all(map(torch.equal, *gradients))
+
+
+def skip() -> list[object]:
+    """What all processes know to be skipped, of which each could not read one; and what is said where that is a lot."""
+    from ema_seg.data.loading import SkippedSamples
+    from ema_seg.runtime.errors import DataError
+
+    rank, size = rank_info()[:2]
+    found: list[object] = []
+    for most in (size, 1):
+        skipped = SkippedSamples(most)
+        skipped.add("val", f"{rank}", f"{rank}.png: cannot be read.")
+        try:
+            skipped.all_gather()
+            found.append(sorted(name for _, name in skipped.samples))
+        except DataError as error:
+            found.append(str(error))
+    return found
+
+
+def score(root: Path, folder: Path) -> dict[str, object]:
+    """Evaluate a model that predicts every class, and measure it."""
+    import torch
+
+    from ema_seg.data import SegmentationDataModule
+    from ema_seg.evaluation import evaluate, measure_cost
+    from ema_seg.reporting.predictions import PredictionWriter
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(3, 11, kernel_size=3, padding=1)
+    data = SegmentationDataModule(
+        name="camvid",
+        root=root,
+        batch_size=rank_info().size,
+        evaluation_batch_size=2,
+        workers=0,
+        augmentation={},
+        mean=[0.5] * 3,
+        std=[0.25] * 3,
+    )
+    loader, dataset = data.val_dataloader(), data.val_dataset
+    names = [dataset.name(index) for index in range(len(dataset))]
+    with PredictionWriter(folder / "report", names, data.palette) as writer:
+        found = evaluate(model, loader, data.classes, stride=1, device="cpu", on_prediction=writer, progress=False)
+    cost = measure_cost(
+        model, size=(64, 96), stride=1, batch_size=2, device="cpu", loader=loader, min_repeats=1, budget=0.01
+    )
+    return {"matrix": found.confusion.matrix.tolist(), "images": found.images, "cost": cost}
+
+
+def batch_of(size: int) -> "tuple[Tensor, Tensor]":
+    """Logits and labels, of which every image has another number; the last two have none."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(size, 5, 6, 7, generator=generator)
+    target = torch.randint(0, 5, (size, 6, 7), generator=generator)
+    for index in range(size):
+        target[index, :index] = 255
+    target[-2:] = 255
+    return logits, target
+
+
+def lose(size: int) -> dict[str, object]:
+    """The value and the gradient of every loss, of this process's part of a batch."""
+    from ema_seg.training.losses import build_loss, loss_names
+
+    here, found = rank_info(), {}
+    for name in loss_names():
+        parts = [part.chunk(here.size) for part in batch_of(size)]
+        logits, target = (part[here.rank] for part in parts)
+        logits.requires_grad_()
+        options = {"class_weights": [1.0, 2.0, 0.5, 3.0, 1.0]} if name == "cross_entropy" else {}
+        loss = build_loss({name: options}, 5)(logits, target)
+        loss.backward()
+        found[name] = (loss.item(), logits.grad.tolist())
+    return found
+
+
+def normalise(values: "Tensor") -> dict[str, object]:
+    """Outputs, gradients and running statistics of layers over this process's part of the values."""
+    import torch
+    from timm.layers import BatchNormAct2d
+    from torch import nn
+
+    from ema_seg.runtime.distributed.collectives import sum_in_place
+    from ema_seg.training.parallel.sync_batch_norm import SyncLayers
+
+    here, found = rank_info(), {}
+    for name, layer in {"plain": nn.BatchNorm2d(3), "timm": BatchNormAct2d(3)}.items():
+        model = nn.Sequential(layer)
+        with torch.no_grad():
+            layer.weight.copy_(torch.tensor([1.0, 2.0, 3.0]))
+        keys = list(model.state_dict())
+        if here.size > 1:
+            model = SyncLayers(cuda=False).apply(model)
+        assert list(model.state_dict()) == keys
+        x = values.chunk(here.size)[here.rank].clone().requires_grad_()
+        y = model(x)
+        (y * torch.linspace(-1, 2, y[0].numel()).view(y[0].shape)).square().sum().backward()
+        weights = sum_in_place(layer.weight.grad.clone())
+        found[name] = [y.tolist(), x.grad.tolist(), weights.tolist(), layer.running_mean.tolist()]
+        found[name] += [layer.running_var.tolist(), model.eval()(values).tolist()]
+    return found

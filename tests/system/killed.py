@@ -1,0 +1,55 @@
+"""``train.py`` in a process that is killed at a moment: tests/system/killed.py <moment> <overrides of train.py>."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import train
+from ema_seg.training import checkpoints
+from ema_seg.training.module import SegmentationModule
+
+
+def kill_at(owner: Any, name: str, moment: Callable[..., bool]) -> None:
+    """Have a function of a class or module be the end of its process, where the moment says so of its arguments."""
+    function = getattr(owner, name)
+
+    def fatal(*arguments: Any, **keywords: Any) -> Any:
+        result = function(*arguments, **keywords)
+        if moment(*arguments):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, fatal)
+
+
+def after_step(epoch: int, step: int) -> None:
+    """Of an epoch, when the step has had its chance of a checkpoint."""
+
+    def reached(callback: Any, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> bool:
+        return (trainer.current_epoch, batch_index) == (epoch, step)
+
+    kill_at(checkpoints.LastCheckpoint, "on_train_batch_end", reached)
+
+
+def after_epoch(epoch: int) -> None:
+    kill_at(
+        checkpoints.LastCheckpoint, "on_train_epoch_end", lambda callback, trainer, *_: trainer.current_epoch == epoch
+    )
+
+
+def in_validation(epoch: int) -> None:
+    kill_at(SegmentationModule, "validation_step", lambda module, *_: module.current_epoch == epoch)
+
+
+def in_checkpoint(number: int) -> None:
+    """After the last one has become the one before, and before the new one is the last."""
+    written = iter(range(1, 1000))
+    kill_at(checkpoints, "_link", lambda *_: next(written) == number)
+
+
+if __name__ == "__main__":
+    name, *numbers = sys.argv.pop(1).split(":")
+    globals()[name](*map(int, numbers))
+    train.main()

@@ -1,0 +1,154 @@
+"""A thousand random overrides at both entry points: each ends in success or in one sentence."""
+
+import inspect
+import random
+
+import albumentations as A
+import hydra
+import pytest
+import segmentation_models_pytorch as smp
+import timm
+import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from lightning import Trainer
+from omegaconf import OmegaConf
+from torch.optim import SGD, AdamW
+
+from ema_seg.cli.trust import settings_of
+from ema_seg.data.datamodule import SegmentationDataModule
+from ema_seg.data.folder import FolderDataset
+from ema_seg.models import build_segmenter
+from ema_seg.runtime.errors import EmaSegError
+from tests.conftest import QUICK, ROOT, made_once
+from tests.system.overrides import draw
+
+# Of 50 overrides each, so that the test processes share them.
+TRAINING_PARTS, EVALUATION_PARTS = range(12), range(8)
+
+
+class Reached(EmaSegError):
+    """A training, or the measuring of a model, was about to begin."""
+
+    exit_status = 0
+
+
+@pytest.fixture(scope="module")
+def known():
+    """All keys, the project's own more often than Hydra's, and the options of the groups."""
+    OmegaConf.register_new_resolver("started", lambda pattern: "", replace=True)
+    OmegaConf.register_new_resolver("parallel_jobs", lambda devices: 1, replace=True)
+    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = hydra.compose("train", list(QUICK), return_hydra_config=True)
+    keys = [path for path, _, _ in settings_of(config)]
+    own = [key for key in keys if not key.startswith("hydra")]
+    groups = {folder.name: [path.stem for path in folder.glob("*.yaml")] for folder in (ROOT / "configs").iterdir()}
+    groups = {name: options for name, options in groups.items() if options}
+    groups["data"].remove("street")  # it would draw its scenes each time
+    return own * 5 + [key for key in keys if key.startswith("hydra")], groups
+
+
+@pytest.fixture(scope="module")
+def options():
+    """What the configuration does not name but its parts take, by the signatures of their libraries."""
+    taken = {
+        "trainer": [Trainer],
+        "model": [*smp.MODEL_ARCHITECTURES_MAPPING.values(), timm.create_model],
+        "optimizer": [AdamW, SGD],
+        "data": [SegmentationDataModule, FolderDataset],
+        "data.augmentation.crop": [A.RandomCrop, A.RandomResizedCrop],
+    }
+    names = {f"{section}.{name}" for section, parts in taken.items() for part in parts for name in parameters(part)}
+    transforms = [name for name, part in vars(A).items() if inspect.isclass(part) and issubclass(part, A.DualTransform)]
+    return sorted(names | {f"data.augmentation.{name}.transform" for name in transforms[:5]})
+
+
+def parameters(part):
+    return inspect.signature(part).parameters
+
+
+def remembered(function, key):
+    """What a function has given before for the same key of its arguments, and would take most of the time."""
+    known = {}
+
+    def call(*arguments, **keywords):
+        this = key(*arguments, **keywords)
+        if this not in known:
+            known[this] = function(*arguments, **keywords)
+        return known[this]
+
+    return call
+
+
+# The same model in nearly every command.
+build = remembered(build_segmenter, lambda *arguments, **keywords: repr((arguments, keywords)))
+
+
+def composed(loader, config_name, overrides, run_mode, **options):
+    """A command, whose configuration Hydra composes three times."""
+    return (config_name, *(text for text in overrides if text != "hydra.mode=RUN"))
+
+
+@pytest.fixture
+def reach(run_script, monkeypatch, tmp_path):
+    """Run an entry point up to its work."""
+
+    def stop(*arguments, **keywords):
+        raise Reached("reached.")
+
+    monkeypatch.setattr(Trainer, "fit", stop)
+    monkeypatch.setattr("ema_seg.reporting.assessment.measure_cost", stop)
+    monkeypatch.setattr("ema_seg.run.run_together", stop)
+    monkeypatch.setattr("ema_seg.models.build.build_segmenter", build)
+    load = remembered(ConfigLoaderImpl.load_configuration, composed)
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", lambda *given, **named: load(*given, **named))
+    monkeypatch.setattr("yaml.SafeLoader", yaml.CSafeLoader)
+    monkeypatch.chdir(tmp_path)
+    return run_script
+
+
+def complaints(status, err):
+    lines = err.splitlines()
+    said = [line for line in lines if line.startswith("error: ")]
+    if status in (0, 1) and len(said) == 1 and lines[-1] == said[0] and "Traceback" not in err:
+        return []
+    if status == 2 and lines[0].startswith("usage: "):  # an option, not an override
+        return []
+    return [f"status {status}: {err[-2000:]}"]
+
+
+def throw(reach, script, common, known, seed):
+    """Statuses of commands with one random override each."""
+    generator, found, statuses = random.Random(seed), [], set()
+    for number in range(50):
+        override = draw(generator, *known)
+        status, _, err = reach(script, *(text.format(number=number) for text in common), override)
+        found += [f"{override!r}: {complaint}" for complaint in complaints(status, err)]
+        statuses.add(status)
+    assert not found, "\n".join(found)
+    return statuses
+
+
+@pytest.mark.parametrize("part", TRAINING_PARTS)
+def test_a_training_begins_or_says_in_one_sentence_why_not(part, known, options, reach, camvid_root):
+    common = [*QUICK, "data=camvid", f"data.root={camvid_root}", "hydra.run.dir=run_{number}"]
+
+    assert throw(reach, "train", common, (*known, options), part) >= {0, 1}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, camvid_root, entry):
+    def make(folder):
+        command = [*QUICK, "data=camvid", f"data.root={camvid_root}", "epochs=1", f"hydra.run.dir={folder / 'run'}"]
+        status, err = entry.run(*command)
+        assert status == 0, err
+
+    return made_once(tmp_path_factory, "overrides", make) / "run"
+
+
+@pytest.mark.parametrize("part", EVALUATION_PARTS)
+def test_an_evaluation_begins_or_says_in_one_sentence_why_not(part, known, options, reach, run):
+    keys = [key for key in known[0] if key.startswith(("data", "evaluation", "report", "hydra"))] + ["devices"] * 20
+    groups = {name: known[1][name] for name in ("data", "evaluation")}
+    own = (keys, groups, [name for name in options if name.startswith("data.")])
+
+    assert throw(reach, "eval", [f"run={run}", "report.dir=report_{number}"], own, part) >= {0, 1}

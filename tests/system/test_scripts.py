@@ -1,0 +1,901 @@
+"""The entry points, as a user runs them."""
+
+import copy
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ema_seg.cli.command_line import quoted
+from ema_seg.evaluation import ConfusionMatrix
+from ema_seg.models import load_segmenter
+from ema_seg.runtime.distributed.exit_handlers import PREEMPTION_SIGNALS, install_exit_handlers
+from ema_seg.sweeps import is_running, lock_run
+from ema_seg.training.checkpoints import require_same_model
+from ema_seg.training.module import SegmentationModule
+from tests.conftest import QUICK, ROOT, write_camvid
+
+
+@pytest.fixture(scope="module")
+def finished_run(camvid_root, tmp_path_factory):
+    """One run in a process of its own, with everything switched on that a run can leave behind."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    overrides = [
+        *(text for text in QUICK if not text.startswith(("logger", "training.pictures"))),
+        "data=camvid",
+        f"data.root={camvid_root}",
+        "training.pictures_every=1",
+        "data.workers=1",
+        f"hydra.run.dir={run}",
+    ]
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *overrides],
+        capture_output=True,
+        text=True,
+        cwd=run.parent,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return run, done
+
+
+def rows_of(run):
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_its_directory_as_promised(finished_run):
+    run, _ = finished_run
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+
+    assert {
+        "config.yaml",
+        "environment.json",
+        "metrics.csv",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "report/report.json",
+        "report/report.md",
+        "report/figures/confusion_matrix.png",
+        "report/figures/per_class_iou.png",
+        "report/figures/panel.png",
+        "pictures/epoch_001.png",
+        "pictures/epoch_002.png",
+    } <= files
+    assert any(name.startswith("tensorboard/events") for name in files)
+
+
+def test_a_run_prints_the_report_and_its_path(finished_run):
+    run, done = finished_run
+
+    assert "mIoU" in done.stdout
+    assert "images/s" in done.stdout
+    assert done.stdout.rstrip().endswith(f"run: {run}")
+    assert "epoch 2/2" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_metrics_have_a_full_row_per_epoch(finished_run):
+    rows = rows_of(finished_run[0])
+
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert all(value != "" for row in rows for value in row.values())
+
+
+def test_tensorboard_shows_each_score_and_no_number_of_its_own(finished_run):
+    run, _ = finished_run
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    rows = rows_of(run)
+
+    assert {"epoch", *rows[0]} - {"step", "seconds"} <= {*events.Tags()["scalars"]}
+    assert {"val_iou/sky", "val_iou/road"} <= {*events.Tags()["scalars"]}
+    assert not any("hp_metric" in tag for tag in events.Tags()["scalars"])
+    for name in ("learning_rate", "images_per_second", "val/loss", "val/miou"):
+        assert [event.value for event in events.Scalars(name)] == pytest.approx(
+            [float(row[name]) for row in rows], rel=1e-4
+        )
+
+
+def test_the_report_agrees_with_the_checkpoint_and_the_files(finished_run, camvid_root):
+    """Rebuild the model from the checkpoint alone, predict without our evaluation code, count again."""
+    run, _ = finished_run
+    report = json.loads((run / "report" / "report.json").read_text())
+    model, checkpoint = load_segmenter(run / "checkpoints" / "best.ckpt")
+    mean, std = (np.array(checkpoint["config"]["data"][key]) for key in ("mean", "std"))
+    counts, predictions = np.zeros((11, 11), np.int64), []
+    for path in sorted((camvid_root / "val" / "images").iterdir()):
+        image = (np.asarray(Image.open(path)) / 255 - mean) / std
+        truth = np.asarray(Image.open(camvid_root / "val" / "masks" / f"{path.stem}.png"))
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(image).permute(2, 0, 1)[None].float())
+        prediction = logits[0].argmax(0).numpy()
+        predictions.append(prediction)
+        np.add.at(counts, (truth[truth != 11], prediction[truth != 11]), 1)
+
+    assert report["confusion_matrix"] == counts.tolist()
+    matrix = ConfusionMatrix(11)
+    matrix.matrix += torch.from_numpy(counts)
+    assert report["miou"] == pytest.approx(matrix.compute()["miou"])
+    assert report["miou"] == pytest.approx(max(float(row["val/miou"]) for row in rows_of(run)), rel=1e-5)
+    assert report["throughput"]["forward"][0]["images_per_second"] > 0
+    assert report["attention"]["name"] == "ema"
+    assert report["config"] == checkpoint["config"]
+    assert report["seed"] == checkpoint["config"]["seed"]
+    assert report["curves"]["val/miou"] == [float(row["val/miou"]) for row in rows_of(run)]
+    kept = [np.asarray(Image.open(run / "report" / image["prediction"])) for image in report["images"]]
+    assert all(map(np.array_equal, kept, predictions))
+
+
+def test_the_saved_configuration_is_resolved(finished_run):
+    run, _ = finished_run
+    text = (run / "config.yaml").read_text()
+
+    assert "${" not in text
+    assert yaml.safe_load(text)["data"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    assert "torch" in json.loads((run / "environment.json").read_text())["packages"]
+
+
+def test_a_checkpoint_is_plain_data(finished_run):
+    for name in ("best", "last"):
+        checkpoint = torch.load(finished_run[0] / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        assert checkpoint["config"]["model"]["decoder"] == "linknet"
+        assert len(checkpoint["classes"]) == 11
+
+
+def test_a_checkpoint_is_rebuilt_as_lightning_users_do(finished_run):
+    path = finished_run[0] / "checkpoints" / "best.ckpt"
+
+    module = SegmentationModule.load_from_checkpoint(path, map_location="cpu")
+
+    assert module.training
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(module.eval()(x), load_segmenter(path)[0](x))
+    assert (module.optimizer_settings["name"], len(module.classes)) == ("adamw", 11)
+
+
+def test_eval_repeats_the_report_of_a_run(finished_run, run_script, tmp_path):
+    run, _ = finished_run
+    before = json.loads((run / "report" / "report.json").read_text())
+
+    status, out, err = run_script("eval", f"run={run}", f"report.dir={tmp_path / 'again'}")
+
+    assert status == 0, err
+    after = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert "mIoU" in out
+    for key in ("confusion_matrix", "miou", "iou", "parameters", "gmacs", "classes", "data", "attention"):
+        assert after[key] == before[key], key
+
+
+def test_eval_takes_a_lone_checkpoint_and_other_data(finished_run, run_script, tmp_path):
+    run, _ = finished_run
+    checkpoint = shutil.copy(run / "checkpoints" / "best.ckpt", tmp_path / "copied.ckpt")
+    root = write_camvid(tmp_path / "other", sizes=((50, 70), (64, 96)), train=1, val=4)
+
+    status, _, err = run_script(
+        "eval", f"ckpt={checkpoint}", f"data.root={root}", "evaluation.precision=bf16-mixed", "data.workers=1"
+    )
+
+    assert status == 0, err
+    (path,) = tmp_path.glob("report_*/report.json")  # a folder of its own, because the evaluation was changed
+    report = json.loads(path.read_text())
+    assert sum(map(sum, report["confusion_matrix"])) == 2 * 50 * 68 + 2 * 64 * 94
+    assert report["throughput"]["precision"] == "bf16-mixed"
+    assert report["throughput"]["size"] == [50, 70]
+    assert report["throughput"]["padded_size"] == [64, 96]
+
+
+def test_a_run_is_resumed_with_its_own_configuration(camvid_root, run_script, tmp_path):
+    run = tmp_path / "run"
+    common = (*QUICK, "data=camvid", f"data.root={camvid_root}", "seed=3", "model.encoder_weights=null")
+    assert run_script("train", *common, "schedule=constant", "epochs=1", f"hydra.run.dir={run}")[0] == 0
+    first = rows_of(run)
+    step = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+
+    moved = tmp_path / "moved"
+    run.rename(moved)
+    run = moved
+
+    status, out, err = run_script("train", f"resume={run}", "epochs=3")
+
+    last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert status == 0, err
+    assert [row["epoch"] for row in rows_of(run)] == ["0", "1", "2"]
+    assert rows_of(run)[0] == first[0]
+    assert last["global_step"] == 3 * step
+    assert out.rstrip().endswith(f"run: {run}")
+    assert yaml.safe_load((run / "config.yaml").read_text())["schedule"]["name"] == "constant"
+    assert (run / "report" / "report.json").is_file()
+    keeper = next(state for name, state in last["callbacks"].items() if "val/miou" in name)
+    assert keeper["best_model_path"] == str(run / "checkpoints" / "best.ckpt")
+    assert f"{keeper['best_model_score'].item():.6g}" == max((row["val/miou"] for row in rows_of(run)), key=float)
+
+
+def test_a_run_from_before_is_resumed_and_repeated_with_its_groups(camvid_root, run_script, tmp_path, monkeypatch):
+    """Of a decoder's 16 channels, attention.factor=auto once made 16 groups."""
+    run, again = tmp_path / "run", tmp_path / "again"
+    with monkeypatch.context() as before:
+        before.setattr("ema_seg.attention.ema.module._SMALLEST_AUTO_WIDTH", 1)
+        status, _, err = run_script(
+            *("train", *QUICK, "data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={run}"),
+            *("epochs=1", "attention=ema", "placement=head"),
+        )
+        assert status == 0, err
+
+    status, out, err = run_script("train", f"rerun={run}", f"hydra.run.dir={again}")
+    assert status == 0, err
+    assert "weights  identical" in out
+    status, _, err = run_script("train", f"resume={run}", "epochs=2")
+    assert status == 0, err
+    model, _ = load_segmenter(run / "checkpoints" / "last.ckpt")
+    assert model.segmentation_head.attention.gn.num_channels == 1
+    assert not (run / "train.log").exists()
+
+
+def files_of(folder):
+    """Content and time of each file but the locks."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".lock", ".log")]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.lr=1e-5"], "optimizer.lr=1e-05: must be 0.002, as in the checkpoint of resume="),
+        (["optimizer={lr: 1e-5}"], "optimizer.lr=1e-05: must be 0.002"),
+        (["+optimizer.amsgrad=true"], "optimizer.amsgrad=True: must be None"),
+        (["attention.factor=2", "attention.implementation=reference"], "attention.factor=2: must be auto"),
+        (["model.encoder=resnet18"], "model.encoder=resnet18: must be tu-test_efficientnet"),
+        (["data.name=folder", "data.root={folder}"], "was trained on 11 classes .* has 2"),
+        (["training.weight_averaging=0.9"], "training.weight_averaging=0.9: must be None, as in the checkpoint"),
+        (["epochs=3", "schedule.warmup_steps=1000"], "schedule.warmup_steps must be from 0 to 6, .* got 1000"),
+        (["epochs=3", "logger=nosuch"], "logger"),
+        (["epochs=3", "+trainer.limit_train_batches=0.01"], "trainer: Lightning refuses these settings"),
+    ],
+)
+def test_a_refused_resumption_leaves_the_run_as_it_was(overrides, message, finished_run, run_script, tmp_path):
+    run, _ = finished_run
+    folder = make_folder(tmp_path / "folder") if "folder" in overrides[0] else None
+    before = files_of(run)
+
+    filled = [text.replace("{folder}", str(folder)) for text in overrides]
+    status, _, err = run_script("train", f"resume={run}", *filled)
+
+    assert status == 1
+    assert re.search(message, err), err
+    assert "Traceback" not in err
+    assert files_of(run) == before
+
+
+def test_what_a_checkpoint_does_not_depend_on_can_change(finished_run):
+    saved = {"config": yaml.safe_load((finished_run[0] / "config.yaml").read_text())}
+    config = copy.deepcopy(saved["config"])
+    config["attention"]["implementation"] = "reference"
+    config["model"]["encoder_weights"] = "imagenet"
+    config["schedule"] = {"name": "constant", "warmup_steps": 0}
+
+    require_same_model(saved, config, finished_run[0])
+
+
+def test_a_state_that_is_none_is_one_sentence(finished_run, run_script, tmp_path):
+    run = shutil.copytree(finished_run[0], tmp_path / "run")
+    last = run / "checkpoints" / "last.ckpt"
+    saved = torch.load(last, weights_only=True)
+    saved["optimizer_states"][0]["param_groups"] = [3]
+    torch.save(saved, last)
+    before = files_of(run)
+
+    status, _, err = run_script("train", f"resume={run}", "epochs=3")
+
+    assert status == 1
+    assert err.splitlines()[-1].startswith(f"error: ckpt={last}: its state does not fit a training with these settings")
+    assert files_of(run) == before
+
+
+@pytest.fixture
+def idle(monkeypatch, tmp_path):
+    """Start commands that do nothing in their run's folder but name it; gives a function for the names so far."""
+    import ema_seg.reporting
+    import ema_seg.run
+    import train
+
+    class Noon(train.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 1, 12)
+
+    folders = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "datetime", Noon)
+    monkeypatch.setattr(ema_seg.run, "produce_run", lambda config, run, **_: folders.append(run))
+    monkeypatch.setattr(ema_seg.reporting, "print_report", lambda report: None, raising=False)
+    return lambda: [str(folder.relative_to(tmp_path / "runs")) for folder in folders]
+
+
+def test_commands_of_the_same_second_have_folders_of_their_own(idle, run_script, tmp_path):
+    import train
+
+    command = ("train", *QUICK, "data=camvid", f"data.root={tmp_path}")
+    first = tmp_path / "runs" / "2026-01-01_12-00-00_camvid_linknet_ema"
+    with lock_run(first):  # as the first command
+        assert run_script(*command)[0] == 0
+    assert idle() == [f"{first.name}_2"]
+    (first / "config.yaml").touch()
+    with ExitStack() as stack:
+        assert train._hold_unused(first, stack) == first.with_name(f"{first.name}_2")
+        assert is_running(first.with_name(f"{first.name}_2"))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.csv"])
+def test_a_folder_with_files_of_others_is_no_runs(name, idle, run_script, tmp_path):
+    (tmp_path / name).write_text("mine: 3\n")
+
+    status, _, err = run_script("train", *QUICK, "data=camvid", "data.root=/nowhere", "hydra.run.dir=.")
+
+    assert status == 1
+    assert f"{name}: was not written by train.py and would be replaced; choose another hydra.run.dir" in err
+    assert (tmp_path / name).read_text() == "mine: 3\n"
+    assert not idle()
+
+
+def test_reports_of_the_same_second_have_folders_of_their_own(tmp_path):
+    import eval
+
+    assert [eval._make_folder(tmp_path / "report").name for _ in range(3)] == ["report", "report_2", "report_3"]
+
+
+def test_an_evaluation_does_not_finish_a_run_that_can_go_on(monkeypatch, tmp_path):
+    import eval
+
+    settings = SimpleNamespace(overrides=SimpleNamespace(task=["run=x", "devices=2"]))
+    monkeypatch.setattr(eval, "HydraConfig", SimpleNamespace(get=lambda: settings))
+    assert eval._default_folder(tmp_path) == tmp_path / "report"
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    assert eval._default_folder(tmp_path).name.startswith("report_")
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").touch()
+    assert eval._default_folder(tmp_path) == tmp_path / "report"
+
+
+def test_an_epoch_without_validation_has_no_score(camvid_root, run_script, tmp_path):
+    run = tmp_path / "run"
+    options = ("epochs=3", "trainer.check_val_every_n_epoch=2", "training.progress_bar=true", "logger=tensorboard")
+
+    status, out, err = run_script(
+        "train", *QUICK, "data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={run}", *options
+    )
+
+    assert status == 0, err
+    assert [row["val/miou"] != "" for row in rows_of(run)] == [False, True, False]
+    for quantity in ("loss=", "val_miou=", "images/s="):
+        assert quantity in out  # in the progress bar
+
+
+def test_a_training_without_an_end_is_refused(camvid_root, run_script, tmp_path):
+    status, _, err = run_script(
+        "train", *QUICK, "data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={tmp_path / 'run'}", "epochs=-1"
+    )
+
+    assert status == 1
+    assert "the training has no end" in err
+
+
+def test_options_of_training_work_together(camvid_root, run_script, tmp_path):
+    run = tmp_path / "run"
+
+    status, _, err = run_script(
+        "train",
+        *QUICK,
+        "data=camvid",
+        f"data.root={camvid_root}",
+        f"hydra.run.dir={run}",
+        "epochs=5",
+        "attention=scse",
+        "placement=everywhere",
+        "loss=cross_entropy_dice",
+        "+loss.lovasz.weight=0.1",
+        "optimizer=sgd",
+        "schedule=cosine",
+        "trainer.precision=bf16-mixed",
+        "trainer.gradient_clip_val=1.0",
+        "trainer.accumulate_grad_batches=2",
+        "training.weight_averaging=0.9",
+        "training.early_stopping=1",
+        "optimizer.lr=1e-12",
+        "data.augmentation.flip=null",
+        "+data.augmentation.blur.transform=GaussianBlur",
+    )
+
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert status == 0, err
+    assert len(rows_of(run)) < 5  # nothing is learned, so training stops early
+    assert checkpoint["global_step"] == len(rows_of(run))  # two batches an epoch make one step
+    assert "current_model_state" in checkpoint
+    assert all(row["val/miou_unaveraged"] for row in rows_of(run))
+
+
+def test_a_run_that_has_stopped_early_does_not_train_on(camvid_root, run_script, tmp_path):
+    """Killed between its last epoch and its report, it goes on to the report alone."""
+    run = tmp_path / "run"
+    status, _, err = run_script(
+        "train",
+        *(*QUICK, "data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={run}"),
+        *("epochs=9", "training.early_stopping=1", "optimizer.lr=1e-12"),
+    )
+    assert status == 0, err
+    epochs, report = rows_of(run), json.loads((run / "report" / "report.json").read_text())
+    assert len(epochs) < 9
+    shutil.rmtree(run / "report")
+
+    assert run_script("train", f"resume={run}")[0] == 0
+    assert rows_of(run) == epochs
+    assert json.loads((run / "report" / "report.json").read_text())["confusion_matrix"] == report["confusion_matrix"]
+
+    assert run_script("train", f"resume={run}", "training.early_stopping=2")[0] == 0
+    assert len(rows_of(run)) > len(epochs)
+
+
+def test_a_resumed_run_reaches_its_least_number_of_epochs(camvid_root, run_script, tmp_path):
+    run = tmp_path / "run"
+    status, _, err = run_script(
+        "train",
+        *(*QUICK, "data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={run}"),
+        *("epochs=9", "training.early_stopping=1", "optimizer.lr=1e-12"),
+    )
+    assert status == 0, err
+    epochs = len(rows_of(run))
+    assert epochs < 8
+
+    assert run_script("train", f"resume={run}", "+trainer.min_epochs=8")[0] == 0
+    assert len(rows_of(run)) >= 8
+
+
+def make_cityscapes(root):
+    for split in ("train", "val"):
+        for index in range(3):
+            name = f"aachen_{index:06d}_000019"
+            for kind, suffix in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
+                path = root / kind / split / "aachen" / f"{name}_{suffix}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                array = (
+                    np.full((64, 128, 3), 90, np.uint8) if kind == "leftImg8bit" else np.full((64, 128), 7, np.uint8)
+                )
+                array[:20] = 23
+                Image.fromarray(array).save(path)
+    return root
+
+
+def make_cityscapes_zips(root):
+    folders = make_cityscapes(root / "unpacked")
+    for kind in ("leftImg8bit", "gtFine"):
+        with zipfile.ZipFile(root / f"{kind}_trainvaltest.zip", "w") as archive:
+            for path in sorted((folders / kind).rglob("*.png")):
+                archive.write(path, path.relative_to(folders))
+    shutil.rmtree(folders)
+    return root
+
+
+def make_ade20k(root):
+    for split, prefix in (("training", "train"), ("validation", "val")):
+        for index in range(1, 4):
+            for kind, suffix in (("images", "jpg"), ("annotations", "png")):
+                path = root / "ADEChallengeData2016" / kind / split / f"ADE_{prefix}_{index:08d}.{suffix}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shape = (60 + index, 80) if kind == "annotations" else (60 + index, 80, 3)
+                array = np.full(shape, 3, np.uint8)
+                array[:30] = 0
+                Image.fromarray(array).save(path)
+    return root
+
+
+def make_folder(root):
+    (root / "classes.yaml").parent.mkdir(parents=True, exist_ok=True)
+    (root / "classes.yaml").write_text("- background\n- thing\n")
+    for split in ("train", "val"):
+        for index in range(3):
+            mask = np.zeros((70, 90), np.uint8)
+            mask[20:50, 30:60] = 1
+            for kind, array in (("images", mask[..., None].repeat(3, 2) * 200), ("masks", mask)):
+                path = root / split / kind / f"{index}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(path)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("data", "make", "classes"),
+    [
+        ("cityscapes", make_cityscapes, 19),
+        ("cityscapes", make_cityscapes_zips, 19),
+        ("ade20k", make_ade20k, 150),
+        ("folder", make_folder, 2),
+    ],
+)
+def test_the_same_entry_point_trains_on_every_data_set(data, make, classes, run_script, tmp_path):
+    root = make(tmp_path / "data")
+
+    status, _, err = run_script(
+        "train", *QUICK, f"data={data}", f"data.root={root}", f"hydra.run.dir={tmp_path / 'run'}", "epochs=1"
+    )
+
+    assert status == 0, err
+    report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
+    assert len(report["classes"]) == classes
+    assert report["data"]["name"] == data
+
+
+def test_the_default_data_are_generated_and_read(run_script, tmp_path):
+    sizes = (
+        "data.height=64",
+        "data.width=128",
+        "data.train_images=2",
+        "data.val_images=1",
+        "data.test_images=1",
+    )
+
+    status, _, err = run_script(
+        "train",
+        *QUICK,
+        *sizes,
+        f"data.root={tmp_path / 'cache'}",
+        f"hydra.run.dir={tmp_path / 'run'}",
+        "epochs=1",
+    )
+
+    assert status == 0, err
+    report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
+    assert report["data"]["split"] == "test"
+    assert report["absent_classes"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("data=camvid",), "error: data.root is not set; give data.root=<value>"),
+        (("data=camvid", "data.root=/nowhere"), "/nowhere"),
+        (("model.encoder=resnet81",), "Did you mean"),
+        (("attention=ema", "attention.factor=7"), "valid factors are"),
+        (("attention=ema", "attention.implementation=fast"), "must be one of auto, reference, cpp, triton, factorised"),
+        (
+            ("loss.dise.weight=1",),
+            "there is no setting loss.dise.weight. Did you mean 'loss.dice.weight'",
+        ),
+        (("+loss.dise.weight=1",), "loss.dise: there is no such loss"),
+        (("trainer.precision=bf17", "evaluation.precision=32"), "trainer.precision='bf17' is no precision"),
+        (("+trainer.max_epoch=3",), "trainer.max_epoch: .* no such option. Did you mean 'max_epochs'"),
+        (("+trainer.callbacks=3",), "trainer: Lightning refuses"),
+        (("launcher=joblib",), r"launcher=joblib: works only in a sweep \(python train.py -m launcher=joblib"),
+        (("sweep=attention",), "sweep=attention: works only in a sweep"),
+        (("sweep.id=mine",), "sweep.id=mine: works only in a sweep"),
+        (("-m", "resume=runs/one"), "resume=runs/one: a sweep resumes its jobs when the same command"),
+        (("model=pan",), "images of 64 x 64 pixels are too small: the model downsamples"),
+        (("data.batch_size=auto",), "data.batch_size=auto: needs a CUDA GPU, got cpu"),
+        (("data.batch_size=0",), "data.batch_size=0 must be a whole number of at least 1"),
+        (("data.mean=0.5",), "data.mean=0.5 must be three numbers"),
+        (("data.augmentation.crop.height=50",), "crops must be multiples of 32, .*, got 50 x 64 pixels"),
+        (("placement.decoder=false",), "attention=ema is placed nowhere"),
+        (("placement.encoder_stages=[3]",), "has no effect without placement.encoder=true"),
+        (("+loss.lovasz=0.5",), "must be a section of settings; set loss.lovasz.weight=0.5"),
+        (("optimizer.lr=fast",), "optimizer.lr='fast' is no number"),
+        (("schedule.warmup_steps=long",), "schedule.warmup_steps must be a finite number, got 'long'"),
+        (("training.weight_averaging=2",), "training.weight_averaging=2 is no decay between 0 and 1"),
+        (
+            ("model=deeplabv3plus", "model.encoder=tu-mobilenetv3_small_050", "data.batch_size=1"),
+            "data.batch_size: must be at least 2 per process, got 1",
+        ),
+        (("attention=se", "attention.reduction=0"), "SE: reduction must be a whole number of at least 1, got 0"),
+        (("seed=-1",), "seed=-1 is no whole number"),
+        (("model.encoder=null",), "model.encoder=None is no name"),
+        (("trainer.precision=bf16-true",), "precision='bf16-true': must be one of 32-true, "),
+        (("evaluation.size=512",), r"evaluation.size=512 is no \[height,width\]"),
+        (("evaluation.batch_size=0",), "evaluation.batch_size=0 is no positive number"),
+        (("evaluation.device=tpu",), "evaluation.device=tpu: cannot be used here"),
+        (("data.batch_size=64",), "data.batch_size=64 is more than the 4 training images"),
+        (("schedule.warmup_steps=1000",), "schedule.warmup_steps must be from 0 to 4, .* got 1000"),
+        (("resume=runs/missing",), "resume=runs/missing: there is no runs/missing/config.yaml"),
+        (("model.encoder_weights=missing.pth",), "missing.pth: no such file"),
+    ],
+)
+def test_a_mistake_ends_in_one_sentence(overrides, message, camvid_root, run_script, tmp_path):
+    common = [*QUICK, f"hydra.run.dir={tmp_path / 'run'}"]
+    if not any(text.startswith("data=") for text in overrides):
+        common += ["data=camvid", f"data.root={camvid_root}"]
+
+    status, _, err = run_script("train", *common, *overrides)
+
+    assert status == 1
+    assert re.search(message, err), err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((), "run, ckpt: exactly one must be set; give run="),
+        (("run=runs/missing",), "run=runs/missing: there is no"),
+        (("ckpt=missing.ckpt",), "ckpt=missing.ckpt: no such file"),
+        (("run={run}", "data=folder", "data.root={folder}"), "was trained on 11 classes .* has 2"),
+        (("run={run}", "evaluation.device=tpu"), "evaluation.device=tpu: cannot be used here"),
+        (("run={run}", "evaluation.precision=8"), "precision="),
+        (("run={run}", "data.rooot=x"), "data.rooot"),
+    ],
+)
+def test_a_mistake_in_an_evaluation_ends_in_one_sentence(overrides, message, finished_run, run_script, tmp_path):
+    folder = make_folder(tmp_path / "folder")
+    filled = [text.format(run=finished_run[0], folder=folder) for text in overrides]
+
+    status, _, err = run_script("eval", *filled, f"report.dir={tmp_path / 'report'}")
+
+    assert status == 1
+    assert re.search(message, err), err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "empty"])
+def test_a_damaged_checkpoint_is_named(damage, finished_run, run_script, tmp_path):
+    path = tmp_path / "damaged.ckpt"
+    content = (finished_run[0] / "checkpoints" / "best.ckpt").read_bytes()
+    if damage == "foreign":
+        torch.save({"weights": torch.zeros(1)}, path)
+    else:
+        path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
+
+    status, _, err = run_script("eval", f"ckpt={path}")
+
+    assert status == 1
+    assert "damaged.ckpt" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("content", [b"data: 3", b"[1, 2]", b"\xff\x00binary", b"", b"hydra", b"report: {dir: 3}"])
+@pytest.mark.parametrize("command", [("train", "resume"), ("train", "rerun"), ("eval", "run")])
+def test_a_configuration_of_another_form_is_named(content, command, run_script, tmp_path):
+    (tmp_path / "config.yaml").write_bytes(content)
+    script, key = command
+
+    status, _, err = run_script(script, f"{key}={tmp_path}")
+
+    assert status == 1
+    assert err.startswith("error: "), err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_repetition_leaves_the_report_of_the_original(finished_run, run_script, tmp_path):
+    run = shutil.copytree(finished_run[0], tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["report"]["dir"] = str(tmp_path / "elsewhere")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+    status, out, err = run_script("train", f"rerun={run}", "--cfg", "job")
+
+    assert status == 0, err
+    assert yaml.safe_load(out)["report"] == {"dir": None}
+
+
+@pytest.fixture
+def unfinished(finished_run, monkeypatch, tmp_path):
+    """Look for the run to go on with among copies of a run, which the function makes unfinished."""
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    settings = yaml.safe_load((finished_run[0] / "config.yaml").read_text())
+
+    def copy(name, report=None):
+        run = shutil.copytree(finished_run[0], tmp_path / "runs" / name)
+        (run / "report").rename(report or run / "no_report")
+        (run / "config.yaml").write_text(yaml.safe_dump({**settings, "report": {"dir": report and str(report)}}))
+        return run
+
+    def find():
+        composed = train.OmegaConf.create({**settings, "hydra": {"run": {"dir": "runs/9"}}})
+        return train._unfinished_run(composed)
+
+    return copy, find
+
+
+def test_what_is_left_of_a_run_does_not_keep_others_from_going_on(unfinished):
+    copy, find = unfinished
+    copy("1")
+    (copy("2") / "config.yaml").unlink()
+    for name, content in {"3": "{", "4": "[1]", "5": "data: 3", "6": "attention: 3", "7": "report: {dir: 3}"}.items():
+        (copy(name) / "config.yaml").write_text(content)
+
+    assert find() == Path("runs/1")
+
+
+def test_a_run_whose_report_is_elsewhere_is_finished(unfinished, tmp_path):
+    copy, find = unfinished
+    copy("1", report=tmp_path / "report")
+
+    assert find() is None
+
+
+@pytest.mark.parametrize("override", ["~model.encoder", "data.root=3", "++attention=3"])
+def test_a_mistake_beside_an_unfinished_run_is_one_sentence(override, run_script, tmp_path):
+    command = [*QUICK, "data=camvid", "data.root=/nowhere", "resume=auto", f"hydra.run.dir={tmp_path / 'run'}"]
+
+    status, _, err = run_script("train", *command, override)
+
+    assert status == 1
+    assert err.startswith("error: "), err
+
+
+@pytest.mark.parametrize("threads", [-1, 0, 10**12, 1.5, True, "two", None])
+def test_a_number_of_threads_that_no_run_had_is_named(threads, finished_run, run_script, tmp_path):
+    run = shutil.copytree(finished_run[0], tmp_path / "run")
+    (run / "environment.json").write_text(json.dumps({"threads": threads}))
+
+    status, _, err = run_script("train", f"rerun={run}", f"hydra.run.dir={tmp_path / 'again'}")
+
+    assert status == 1
+    assert f"{run / 'environment.json'} must hold threads, a whole number from 1 to 4096" in err
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_run_without_a_sound_last_checkpoint_is_not_resumed(damage, finished_run, run_script, tmp_path):
+    run = shutil.copytree(finished_run[0], tmp_path / "run")
+    last = run / "checkpoints" / "last.ckpt"
+    (run / "checkpoints" / "previous.ckpt").unlink()
+    if damage == "truncated":
+        last.write_bytes(last.read_bytes()[:1000])
+    else:
+        last.unlink()
+
+    status, _, err = run_script("train", f"resume={run}")
+
+    assert status == 1
+    assert f"error: ckpt={last}: " in err
+    assert "Traceback" not in err
+
+
+def test_a_home_directory_is_found_as_the_shell_would(finished_run, run_script, monkeypatch, tmp_path):
+    run, _ = finished_run
+    monkeypatch.setenv("HOME", str(run.parent))
+
+    status, _, err = run_script("eval", f"run=~/{run.name}", "report.dir=~/elsewhere")
+
+    assert status == 0, err
+    assert (run.parent / "elsewhere" / "report.json").is_file()
+
+
+@pytest.mark.parametrize("path", ["a b/c,d=[e]", "a'b", r"a\b", r"a\'b", r"a\\'b", "a\\", "a\\\\"])
+def test_a_quoted_path_is_parsed_as_itself(path):
+    assert OverridesParser.create().parse_override(f"resume={quoted(Path(path))}").value() == path
+
+
+def test_a_finished_run_is_not_overwritten(finished_run, camvid_root, run_script):
+    run, _ = finished_run
+
+    status, _, err = run_script("train", *QUICK, "data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={run}")
+
+    assert status == 1
+    assert f"{run}: holds a run already; continue it with resume={run}" in err
+
+
+@pytest.mark.parametrize("arguments", [["train.py", "--help"], ["train.py", "--cfg", "job"], ["eval.py", "--help"]])
+def test_help_needs_no_heavy_library(arguments):
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = {arguments!r}\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally:\n"
+        "    heavy = {'torch', 'lightning', 'albumentations', 'cv2', 'matplotlib'} & set(sys.modules)\n"
+        "    assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=60,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "data" in done.stdout
+
+
+def test_help_names_every_group_and_every_option():
+    help_text = (ROOT / "configs" / "hydra" / "help" / "train.yaml").read_text().split("\n  and change")[0]
+    groups = [
+        path for path in (ROOT / "configs").iterdir() if path.is_dir() and path.name not in ("hydra", "__pycache__")
+    ]
+
+    for group in groups:
+        assert f"    {group.name} " in help_text, group.name
+        for option in group.glob("*.yaml"):
+            assert option.stem in re.findall(r"\w+", help_text), option
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("train", "--help", "resume=auto"), "data.root"),
+        (("eval", "-m", "--help"), "data.root"),
+        (("train", "-m", "--hydra-help"), "--hydra-help"),
+    ],
+)
+def test_help_is_given_whatever_else_is_asked(command, said, run_script):
+    status, out, err = run_script(*command)
+    assert status == 0, err
+    assert said in out
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [("python train.py +hydra.job.env_set.MODE=a see", "seed="), ("python eval.py -m rep", "report.")],
+)
+def test_a_shell_completes_what_is_typed(line, completed, run_script, monkeypatch):
+    monkeypatch.setenv("COMP_LINE", line)
+    status, out, err = run_script(line.split()[1].removesuffix(".py"), "--shell-completion", "query=bash")
+    assert status == 0, err
+    assert completed in out.split()
+
+
+def test_the_nearest_setting_of_an_evaluation_is_suggested(run_script):
+    status, _, err = run_script("eval", "report.dirr=4")
+    assert status == 1
+    assert "Did you mean 'report.dir'?" in err
+
+
+@pytest.mark.parametrize("number", PREEMPTION_SIGNALS)
+def test_a_command_that_is_asked_to_leave_while_it_starts_does_so_with_a_word(number):
+    process = subprocess.Popen([sys.executable, ROOT / "train.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not _catches(process.pid, number):
+        time.sleep(0.001)
+    libraries = Path(f"/proc/{process.pid}/maps").read_text()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+
+    assert process.returncode == 75
+    assert err.decode() == f"stopped by {number.name} while no training was running; run the same command again.\n"
+    assert "_yaml" not in libraries  # Hydra is not even imported
+
+
+def _catches(process, number):
+    """Whether a process has a handler of its own for a signal."""
+    caught = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)[1]
+    return int(caught, 16) >> (number - 1) & 1
+
+
+def test_a_command_that_is_asked_to_leave_after_its_report_ends_well(run_script, monkeypatch, camvid_root, tmp_path):
+    monkeypatch.setattr("ema_seg.run.produce_run", lambda *arguments, **named: {})
+    monkeypatch.setattr("ema_seg.reporting.print_report", lambda report: os.kill(os.getpid(), signal.SIGTERM))
+    install_exit_handlers()
+    try:
+        status, out, err = run_script(
+            "train", *QUICK, "data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={tmp_path / 'run'}"
+        )
+    finally:
+        for number in PREEMPTION_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+    assert (status, err) == (0, "")
+    assert out.endswith(f"run: {tmp_path / 'run'}\n")
+
+
+def test_what_hydra_cannot_work_with_is_told_and_what_is_wrong_here_is_shown(run_script, monkeypatch, tmp_path):
+    status, _, err = run_script("train", "hydra.verbose=nan")
+    assert status == 1
+    assert err.splitlines()[-1].startswith("error: hydra.*: Hydra rejects these settings")
+
+    monkeypatch.setattr("train._train_run", lambda *arguments: {}["missing"])
+    with pytest.raises(KeyError, match="missing"):
+        run_script("train", "data=camvid", "data.root=/nowhere", f"hydra.run.dir={tmp_path / 'run'}")
