@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +168,7 @@ def run_script(monkeypatch, capsys):
     def run(script, *overrides):
         from hydra.core.global_hydra import GlobalHydra
 
-        module = __import__(script)
+        module = import_module(f"ema_seg.cli.{script}")
         monkeypatch.setattr(sys, "argv", [str(ROOT / f"{script}.py"), *map(str, overrides)])
         GlobalHydra.instance().clear()
         status = 0

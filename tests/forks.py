@@ -151,8 +151,8 @@ def limit(limits):
 def serve():
     """Fork a process for each line of standard input."""
     sys.path.insert(0, str(ROOT))
-    for name in ("ema_seg.run", "ema_seg.comparison.files", "ema_seg.sweeps", "train", "eval"):
-        import_module(name)
+    for name in ("cli.eval", "cli.launch", "cli.train", "comparison.files", "sweeps"):
+        import_module(f"ema_seg.{name}")
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         compose("train", ["seed=1"])  # so that the parser of overrides need not be made ready each time
     subprocess.Popen, Figure.savefig = ForkedPython, leave_blank

@@ -29,7 +29,16 @@ from ema_seg.runtime.escaping import for_terminal
 from ema_seg.runtime.texts import read_yaml
 from ema_seg.settings import require_plain
 
-__all__ = ["argument", "expand_home", "plain_config", "quoted", "read_config", "reports_errors", "saved_config"]
+__all__ = [
+    "argument",
+    "expand_home",
+    "plain_config",
+    "quoted",
+    "read_config",
+    "reports_errors",
+    "run_config",
+    "saved_config",
+]
 
 # Sections that are read before the configuration is validated.
 _SECTIONS = ("attention", "data", "evaluation", "model", "report")
@@ -101,6 +110,13 @@ def argument(key: str) -> str | None:
 def quoted(path: Path) -> str:
     """Quote a path as the value of an override."""
     return QuotedString(str(path), Quote.single).with_quotes()
+
+
+def run_config(composed: DictConfig) -> dict[str, Any]:
+    """Return the resolved configuration of a run, without the ``sweep`` section."""
+    config = plain_config(composed)
+    config.pop("sweep", None)
+    return config
 
 
 def saved_config(run: Path, key: str) -> dict[str, Any]:

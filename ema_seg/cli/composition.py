@@ -30,7 +30,10 @@ from ema_seg.runtime.errors import ConfigError, EmaSegError, did_you_mean, one_l
 from ema_seg.runtime.texts import read_yaml
 from ema_seg.settings import suggest_own
 
-__all__ = ["compose", "launch"]
+__all__ = ["CONFIGS", "compose", "launch"]
+
+# The project's own configurations.
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 _MOST_BRACKETS = 50
 

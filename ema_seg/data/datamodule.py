@@ -29,7 +29,7 @@ from ema_seg.data.transforms import TensorSample, build_eval_transform, build_tr
 from ema_seg.runtime.distributed.start import rank_info
 from ema_seg.runtime.errors import ConfigError, DataError
 
-__all__ = ["SegmentationDataModule", "check_batch_divides"]
+__all__ = ["SampleSelection", "SegmentationDataModule", "check_batch_divides"]
 
 _MOST_WORKERS = 1024
 
@@ -342,3 +342,20 @@ def _require_channels(**values: Sequence[float]) -> None:
     for key, value in values.items():
         if not isinstance(value, list | tuple) or len(value) != 3 or not all(isinstance(x, int | float) for x in value):
             raise ConfigError(f"data.{key}={value!r} must be three numbers, one for each of red, green and blue.")
+
+
+class SampleSelection:
+    """Samples of a data module's test split at chosen indices.
+
+    Args:
+        data: the data module.
+        indices: positions in ``data.test_dataset``.
+    """
+
+    def __init__(self, data: SegmentationDataModule, indices: Sequence[int]) -> None:
+        self.data = data
+        self.indices = indices
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        sample: Mapping[str, Any] = self.data.read_first_readable(self.data.test_dataset, self.indices[index])
+        return sample

@@ -4,7 +4,7 @@ from ema_seg.evaluation.attention import attention_weights
 from ema_seg.evaluation.confusion import ConfusionMatrix, Scores
 from ema_seg.evaluation.cost import Cost, measure_cost
 from ema_seg.evaluation.environment import describe_environment
-from ema_seg.evaluation.evaluator import Evaluation, ImageRecord, evaluate
+from ema_seg.evaluation.evaluator import Evaluation, ImageRecord, score_images
 from ema_seg.evaluation.examples import Example, choose_examples, denormalise, predict_example, predict_examples
 from ema_seg.evaluation.strata import STRATA, count_strata, score_strata
 
@@ -21,9 +21,9 @@ __all__ = [
     "count_strata",
     "denormalise",
     "describe_environment",
-    "evaluate",
     "measure_cost",
     "predict_example",
     "predict_examples",
+    "score_images",
     "score_strata",
 ]

@@ -22,7 +22,15 @@ from ema_seg.runtime.errors import ConfigError, DataError
 from ema_seg.runtime.execution import evaluation_mode
 from ema_seg.runtime.limits import reraise_out_of_memory, reraise_size_errors
 
-__all__ = ["Cost", "count_macs", "count_parameters", "measure_cost", "measure_peak_memory", "time_end_to_end"]
+__all__ = [
+    "Cost",
+    "cost_batch_size",
+    "count_macs",
+    "count_parameters",
+    "measure_cost",
+    "measure_peak_memory",
+    "time_end_to_end",
+]
 
 _MEMORY_METHODS = {
     "cuda": "weights, buffers and input, plus the growth of torch.cuda.max_memory_allocated in a forward",
@@ -68,7 +76,7 @@ def measure_cost(
         batch_size: the second batch size to measure.
         device: device to run on.
         precision: see ``autocast``.
-        loader: the evaluation's loader, as for ``evaluate``; None skips the end-to-end measurement.
+        loader: the evaluation's loader, as for ``score_images``; None skips the end-to-end measurement.
         warmup: forward passes before the timed ones; fewer, but at least one, if they take longer than the budget.
         min_repeats: minimum number of timed forward passes, however long they take.
         budget: seconds after which no further timed pass starts, divided equally between the measurements; warm-up
@@ -324,3 +332,14 @@ def _check_positive(**numbers: float) -> None:
     for name, value in numbers.items():
         if value <= 0:
             raise ConfigError(f"{name}={value}: measuring the cost needs a positive number.")
+
+
+def cost_batch_size(batch_size: int, scored: int, images: int) -> int:
+    """Return the larger batch size to measure: at most ``images``, unless it was set for the cost alone.
+
+    Args:
+        batch_size: ``evaluation.batch_size``.
+        scored: ``data.evaluation_batch_size``, which it follows by default.
+        images: number of images of the split on this rank.
+    """
+    return batch_size if batch_size != scored else max(1, min(batch_size, images))

@@ -19,7 +19,7 @@ from ema_seg.runtime.distributed.collectives import gather, sum_in_place
 from ema_seg.runtime.errors import DataError, ModelError
 from ema_seg.runtime.execution import evaluation_mode
 
-__all__ = ["Evaluation", "ImageRecord", "evaluate"]
+__all__ = ["Evaluation", "ImageRecord", "score_images"]
 
 
 class ImageRecord(TypedDict):
@@ -38,7 +38,7 @@ class ImageRecord(TypedDict):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of ``evaluate``.
+    """Result of ``score_images``.
 
     Attributes:
         confusion: the counts over all images.
@@ -49,7 +49,7 @@ class Evaluation:
     images: list[ImageRecord]
 
 
-def evaluate(
+def score_images(
     model: nn.Module,
     loader: Iterable[Mapping[str, Any]],
     classes: Sequence[str],

@@ -72,9 +72,9 @@ def predict_examples(
         records: the evaluation's records, in the data set's order.
         mean: the mean colour that the transform subtracts, per channel, for images in [0, 1].
         std: the standard deviation that it divides by.
-        stride: see ``evaluate``.
-        device: see ``evaluate``.
-        precision: see ``evaluate``.
+        stride: see ``score_images``.
+        device: see ``score_images``.
+        precision: see ``score_images``.
     """
     device = torch.device(device)
     examples: list[Example] = []

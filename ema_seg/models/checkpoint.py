@@ -1,6 +1,6 @@
 """Reading of checkpoints, and models rebuilt from a checkpoint alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,10 @@ from torch import nn
 
 from ema_seg.models.build import segmenter_from_config
 from ema_seg.models.weights import first_not_finite
-from ema_seg.runtime.errors import CheckpointError, ConfigError, one_line
+from ema_seg.runtime.errors import CheckpointError, ConfigError, DataError, one_line
 from ema_seg.settings import REBUILDING, require_plain, require_settings
 
-__all__ = ["load_checkpoint", "load_segmenter", "model_weights"]
+__all__ = ["check_classes", "load_checkpoint", "load_segmenter", "model_weights"]
 
 _MODEL_PREFIX = "model."
 
@@ -104,3 +104,29 @@ def load_segmenter(path: Path) -> tuple[nn.Module, dict[str, Any]]:
             "checkpoint."
         ) from error
     return model.eval(), checkpoint
+
+
+def check_classes(trained: Sequence[str], found: Sequence[str], dataset: str, checkpoint: Path, advice: str) -> None:
+    """Check that a checkpoint's classes are those of the data, in the same order.
+
+    Args:
+        trained: the class names in the checkpoint.
+        found: the class names of the data.
+        dataset: name of the data set, for the message.
+        checkpoint: path of the checkpoint, for the message.
+        advice: end of the message.
+
+    Raises:
+        DataError: the classes differ.
+    """
+    if tuple(trained) == tuple(found):
+        return
+    first, other = (f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}" for names in (trained, found))
+    pairs = enumerate(zip(trained, found, strict=False))
+    differing = next(
+        (f"; class {index} is {now!r} instead of {before!r}" for index, (before, now) in pairs if before != now), ""
+    )
+    raise DataError(
+        f"{checkpoint}: was trained on {len(trained)} classes ({first}), but data={dataset} has "
+        f"{len(found)} ({other}){differing}; {advice}."
+    )

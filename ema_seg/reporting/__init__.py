@@ -4,21 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ema_seg.reporting.assessment import assess_checkpoint, check_classes, check_settings, find_device
     from ema_seg.reporting.figures import colourise, draw_class_iou, draw_confusion_matrix, draw_samples
     from ema_seg.reporting.report import build_report, load_report, write_report
     from ema_seg.reporting.tables import print_report, render_markdown
 
 __all__ = [
-    "assess_checkpoint",
     "build_report",
-    "check_classes",
-    "check_settings",
     "colourise",
     "draw_class_iou",
     "draw_confusion_matrix",
     "draw_samples",
-    "find_device",
     "load_report",
     "print_report",
     "render_markdown",
@@ -27,15 +22,11 @@ __all__ = [
 
 # Lazy imports: reading a report needs no torch, whose import takes longer than that work.
 _MODULES = {
-    "assess_checkpoint": "assessment",
     "build_report": "report",
-    "check_classes": "assessment",
-    "check_settings": "assessment",
     "colourise": "figures",
     "draw_class_iou": "figures",
     "draw_confusion_matrix": "figures",
     "draw_samples": "figures",
-    "find_device": "assessment",
     "load_report": "report",
     "print_report": "tables",
     "render_markdown": "tables",

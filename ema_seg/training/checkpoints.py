@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ema_seg.models import load_checkpoint
+from ema_seg.models import load_checkpoint, model_weights
 from ema_seg.runtime.distributed.preemption import Preemption
 from ema_seg.runtime.distributed.start import rank_info
 from ema_seg.runtime.errors import CheckpointError, ConfigError, one_line
@@ -31,6 +31,7 @@ __all__ = [
     "require_fitting_state",
     "require_same_model",
     "stopped_early",
+    "weights_to_match",
 ]
 
 _DEEPEST = 20  # levels in a checkpoint's state
@@ -114,6 +115,21 @@ class BestCheckpoint(ModelCheckpoint):
         """Restore the record of the best checkpoint, which Lightning would drop after a move of the folder."""
         super().load_state_dict(_relocate(state_dict, str(state_dict["dirpath"]), str(self.dirpath)))
         self.current_score = state_dict["current_score"]
+
+    def best_path(self) -> Path:
+        """Return the path of the best checkpoint.
+
+        Raises:
+            CheckpointError: there is none, because the training ended before its first validation.
+        """
+        best = Path(self.best_model_path)
+        if not self.best_model_path or not best.is_file():
+            run = Path(str(self.dirpath)).parent
+            raise CheckpointError(
+                f"{run}: the training ended before its first validation, so no checkpoint was chosen as the best; "
+                f"raise trainer.max_time or trainer.max_steps, and continue with resume={run}."
+            )
+        return best
 
 
 class LastCheckpoint(Checkpoint):
@@ -208,6 +224,14 @@ def load_last(run: Path) -> tuple[Path, dict[str, Any]]:
             told = f"warning: {error} Resuming from {previous.name}, step {saved['global_step']}."
             print(for_terminal(told), file=sys.stderr)
         return previous, saved
+
+
+def weights_to_match(config: Mapping[str, Any], saved: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the weights of the resumed or repeated run, if any; the model must match their shapes."""
+    if saved is None and config.get("rerun"):
+        original = Path(config["rerun"]) / "checkpoints" / "best.ckpt"
+        saved = load_checkpoint(original) if original.is_file() else None
+    return None if saved is None else model_weights(saved)
 
 
 def replace_last(path: Path) -> None:

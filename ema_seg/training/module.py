@@ -25,7 +25,10 @@ from ema_seg.training.losses import build_loss
 from ema_seg.training.optimisation import build_optimizer, build_schedule
 from ema_seg.training.parallel.sharded import full_tensor
 
-__all__ = ["SegmentationModule"]
+__all__ = ["MONITORED", "SegmentationModule"]
+
+# The score that selects the best checkpoint, stops a training early and prunes a search.
+MONITORED = "val/miou"
 
 
 class SegmentationModule(LightningModule):

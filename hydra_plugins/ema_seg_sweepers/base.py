@@ -309,7 +309,7 @@ def by_dotted_key(settings: Mapping[str, Any] | None, prefix: str = "") -> dict[
 
 def check(config: dict[str, Any]) -> None:
     """Raise an error if a job's configuration or model is invalid."""
-    from ema_seg.training import check_config, check_model  # late, for ``--help`` to answer at once
+    from ema_seg.cli.checks import check_config, check_model  # late, for ``--help`` to answer at once
 
     check_config(config)
     check_model(config)

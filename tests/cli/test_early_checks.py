@@ -31,7 +31,7 @@ for script, *arguments in {commands!r}:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            importlib.import_module(script).main()
+            importlib.import_module("ema_seg.cli." + script).main()
     except SystemExit as end:
         assert end.code == 1
     print(said.getvalue().strip())

@@ -1,7 +1,6 @@
 """The cost of models whose arithmetic and memory are known in closed form."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from ema_seg.evaluation import measure_cost
-from ema_seg.evaluation.cost import count_macs, count_parameters, measure_peak_memory, time_end_to_end
-from ema_seg.reporting.assessment import _cost_batch_size
+from ema_seg.evaluation.cost import cost_batch_size, count_macs, count_parameters, measure_peak_memory, time_end_to_end
 from ema_seg.runtime.errors import ConfigError, DataError, ModelError
 
 FLOAT = 4
@@ -214,5 +212,4 @@ def test_a_budget_that_is_spent_leaves_one_pass_for_warm_up_and_three_that_are_t
 
 @pytest.mark.parametrize(("asked", "evaluated", "expected"), [(1000, 1000, 3), (2, 2, 2), (64, 1000, 64), (3, 3, 3)])
 def test_no_batch_is_measured_that_the_split_does_not_have(asked: int, evaluated: int, expected: int) -> None:
-    module = SimpleNamespace(evaluation_batch_size=evaluated)
-    assert _cost_batch_size({"batch_size": asked}, module, 3) == expected  # type: ignore[arg-type]
+    assert cost_batch_size(asked, evaluated, 3) == expected

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ema_seg.evaluation import STRATA, ConfusionMatrix, choose_examples, denormalise, evaluate, predict_examples
+from ema_seg.evaluation import STRATA, ConfusionMatrix, choose_examples, denormalise, predict_examples, score_images
 from ema_seg.runtime.errors import DataError, ModelError
 
 CLASSES = ("road", "car", "sky")
@@ -50,7 +50,7 @@ def batches(samples: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_counts_every_pixel_once_whatever_the_batches(batch_size: int) -> None:
     samples, model = make_samples(), Brightest().train()
-    result = evaluate(model, batches(samples, batch_size), CLASSES, stride=4, device="cpu")
+    result = score_images(model, batches(samples, batch_size), CLASSES, stride=4, device="cpu")
     expected = ConfusionMatrix(3)
     for sample in samples:
         expected.update(sample["image"].argmax(0), sample["mask"])
@@ -61,7 +61,7 @@ def test_counts_every_pixel_once_whatever_the_batches(batch_size: int) -> None:
 
 def test_records_rebuild_the_whole() -> None:
     samples = make_samples()
-    result = evaluate(Brightest(), batches(samples, 2), CLASSES, stride=4, device="cpu")
+    result = score_images(Brightest(), batches(samples, 2), CLASSES, stride=4, device="cpu")
     assert [record["name"] for record in result.images] == [sample["name"] for sample in samples]
     assert np.sum([record["intersection"] for record in result.images], axis=0).tolist() == (
         result.confusion.intersection.tolist()
@@ -76,12 +76,12 @@ def test_records_rebuild_the_whole() -> None:
 def test_mistakes_are_named() -> None:
     samples = make_samples()
     with pytest.raises(ModelError, match="predicts 3 classes but the data set has 2"):
-        evaluate(Brightest(), batches(samples, 2), CLASSES[:2], stride=4, device="cpu")
+        score_images(Brightest(), batches(samples, 2), CLASSES[:2], stride=4, device="cpu")
     samples[2]["mask"][0, 0] = 9
     with pytest.raises(DataError, match=r"image_2: the target must hold .*, got 9"):
-        evaluate(Brightest(), batches(samples, 2), CLASSES, stride=4, device="cpu")
+        score_images(Brightest(), batches(samples, 2), CLASSES, stride=4, device="cpu")
     with pytest.raises(DataError, match="no image"):
-        evaluate(Brightest(), [], CLASSES, stride=4, device="cpu")
+        score_images(Brightest(), [], CLASSES, stride=4, device="cpu")
 
 
 def records(*scores: float) -> list[Any]:
@@ -103,7 +103,7 @@ def test_examples_do_not_repeat_an_image() -> None:
 def test_examples_are_predicted_again() -> None:
     samples, model = make_samples(), Brightest()
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)
-    result = evaluate(model, batches(samples, 2), CLASSES, stride=4, device="cpu")
+    result = score_images(model, batches(samples, 2), CLASSES, stride=4, device="cpu")
     examples = predict_examples(model, samples, result.images, mean=mean, std=std, stride=4, device="cpu")
     assert len(examples) == 3
     for (label, index), example in zip(choose_examples(result.images).items(), examples, strict=True):
@@ -124,7 +124,7 @@ def test_denormalising_undoes_normalising() -> None:
 def test_predictions_are_handed_over_one_by_one() -> None:
     samples = make_samples()
     handed: list[tuple[str, np.ndarray]] = []
-    result = evaluate(
+    result = score_images(
         Brightest(),
         batches(samples, 2),
         CLASSES,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import train
+from ema_seg.cli import train
 from ema_seg.training import checkpoints
 from ema_seg.training.module import SegmentationModule
 

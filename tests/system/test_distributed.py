@@ -330,7 +330,7 @@ def test_processes_that_nobody_asked_for_are_refused(root, tmp_path):
 
 
 def test_a_sweep_is_started_once(monkeypatch):
-    import train
+    from ema_seg.cli import train
 
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", "attention=none,se"])
 

@@ -320,16 +320,19 @@ def test_a_command_goes_on_with_its_own_unfinished_run(undisturbed, entry, tmp_p
     shutil.copytree(expected, parent / "4_finished")
 
     # No folder is named: the name of a new one follows from the time.
-    import train
+    from omegaconf import OmegaConf
+
+    from ema_seg.cli.composition import CONFIGS, compose
+    from ema_seg.cli.resume import _unfinished_run
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *command])
         patch.chdir(tmp_path)
-        train.OmegaConf.register_new_resolver("started", lambda pattern: "9", replace=True)
-        train.OmegaConf.register_new_resolver("parallel_jobs", lambda devices: 1, replace=True)
-        found = train._unfinished_run(train.compose(train.CONFIGS, "train"))
+        OmegaConf.register_new_resolver("started", lambda pattern: "9", replace=True)
+        OmegaConf.register_new_resolver("parallel_jobs", lambda devices: 1, replace=True)
+        found = _unfinished_run(compose(CONFIGS, "train"))
         with lock_run(parent / "2_same"):  # as another process that trains it
-            other = train._unfinished_run(train.compose(train.CONFIGS, "train"))
+            other = _unfinished_run(compose(CONFIGS, "train"))
             status, err = entry.run(*command, f"hydra.run.dir={parent / '2_same'}")
 
     assert (found, other) == (Path("runs/2_same"), None)

@@ -96,8 +96,8 @@ def reach(run_script, monkeypatch, tmp_path):
         raise Reached("reached.")
 
     monkeypatch.setattr(Trainer, "fit", stop)
-    monkeypatch.setattr("ema_seg.reporting.assessment.measure_cost", stop)
-    monkeypatch.setattr("ema_seg.run.run_together", stop)
+    monkeypatch.setattr("ema_seg.evaluate.measure_cost", stop)
+    monkeypatch.setattr("ema_seg.cli.launch.run_together", stop)
     monkeypatch.setattr("ema_seg.models.build.build_segmenter", build)
     load = remembered(ConfigLoaderImpl.load_configuration, composed)
     monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", lambda *given, **named: load(*given, **named))

@@ -16,7 +16,7 @@ from tests.conftest import QUICK
 HIDDEN = """
 import os, signal, sys
 
-own = ("ema_seg", "hydra_plugins", "train", "eval")
+own = ("ema_seg", "hydra_plugins")
 for name in [name for name in sys.modules if name.partition(".")[0] in own]:
     if not name.startswith("ema_seg.attention"):  # its operators are registered once
         del sys.modules[name]
@@ -31,7 +31,8 @@ for name in ("SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2", "pthread_sigmask", "sigw
 
 def test_a_training_and_an_evaluation_do_without_what_only_some_systems_have(entry, camvid_root, tmp_path):
     for script, called in (("one", "train"), ("two", "eval")):
-        program = f"{HIDDEN}\nfrom {called} import main\nfrom ema_seg.runtime.distributed import exit_handlers\n"
+        program = f"{HIDDEN}\nfrom ema_seg.cli.{called} import main\n"
+        program += "from ema_seg.runtime.distributed import exit_handlers\n"
         program += "assert exit_handlers.PREEMPTION_SIGNALS == (signal.SIGTERM,)\n"
         program += "exit_handlers.install_exit_handlers()\nmain()\n"
         (tmp_path / f"{script}.py").write_text(program)

@@ -20,10 +20,13 @@ import pytest
 import torch
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ema_seg.cli.command_line import quoted
+from ema_seg.cli.resume import _unfinished_run
+from ema_seg.cli.run_folder import _hold_unused
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.models import load_segmenter
 from ema_seg.runtime.distributed.exit_handlers import PREEMPTION_SIGNALS, install_exit_handlers
@@ -311,9 +314,9 @@ def test_a_state_that_is_none_is_one_sentence(finished_run, run_script, tmp_path
 @pytest.fixture
 def idle(monkeypatch, tmp_path):
     """Start commands that do nothing in their run's folder but name it; gives a function for the names so far."""
+    import ema_seg.cli.launch
     import ema_seg.reporting
-    import ema_seg.run
-    import train
+    from ema_seg.cli import train
 
     class Noon(train.datetime):
         @classmethod
@@ -323,14 +326,12 @@ def idle(monkeypatch, tmp_path):
     folders = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "datetime", Noon)
-    monkeypatch.setattr(ema_seg.run, "produce_run", lambda config, run, **_: folders.append(run))
+    monkeypatch.setattr(ema_seg.cli.launch, "produce_run", lambda config, run, **_: folders.append(run))
     monkeypatch.setattr(ema_seg.reporting, "print_report", lambda report: None, raising=False)
     return lambda: [str(folder.relative_to(tmp_path / "runs")) for folder in folders]
 
 
 def test_commands_of_the_same_second_have_folders_of_their_own(idle, run_script, tmp_path):
-    import train
-
     command = ("train", *QUICK, "data=camvid", f"data.root={tmp_path}")
     first = tmp_path / "runs" / "2026-01-01_12-00-00_camvid_linknet_ema"
     with lock_run(first):  # as the first command
@@ -338,7 +339,7 @@ def test_commands_of_the_same_second_have_folders_of_their_own(idle, run_script,
     assert idle() == [f"{first.name}_2"]
     (first / "config.yaml").touch()
     with ExitStack() as stack:
-        assert train._hold_unused(first, stack) == first.with_name(f"{first.name}_2")
+        assert _hold_unused(first, stack) == first.with_name(f"{first.name}_2")
         assert is_running(first.with_name(f"{first.name}_2"))
 
 
@@ -355,13 +356,13 @@ def test_a_folder_with_files_of_others_is_no_runs(name, idle, run_script, tmp_pa
 
 
 def test_reports_of_the_same_second_have_folders_of_their_own(tmp_path):
-    import eval
+    from ema_seg.cli import eval
 
     assert [eval._make_folder(tmp_path / "report").name for _ in range(3)] == ["report", "report_2", "report_3"]
 
 
 def test_an_evaluation_does_not_finish_a_run_that_can_go_on(monkeypatch, tmp_path):
-    import eval
+    from ema_seg.cli import eval
 
     settings = SimpleNamespace(overrides=SimpleNamespace(task=["run=x", "devices=2"]))
     monkeypatch.setattr(eval, "HydraConfig", SimpleNamespace(get=lambda: settings))
@@ -692,8 +693,6 @@ def test_a_repetition_leaves_the_report_of_the_original(finished_run, run_script
 @pytest.fixture
 def unfinished(finished_run, monkeypatch, tmp_path):
     """Look for the run to go on with among copies of a run, which the function makes unfinished."""
-    import train
-
     monkeypatch.chdir(tmp_path)
     settings = yaml.safe_load((finished_run[0] / "config.yaml").read_text())
 
@@ -704,8 +703,8 @@ def unfinished(finished_run, monkeypatch, tmp_path):
         return run
 
     def find():
-        composed = train.OmegaConf.create({**settings, "hydra": {"run": {"dir": "runs/9"}}})
-        return train._unfinished_run(composed)
+        composed = OmegaConf.create({**settings, "hydra": {"run": {"dir": "runs/9"}}})
+        return _unfinished_run(composed)
 
     return copy, find
 
@@ -876,7 +875,7 @@ def _catches(process, number):
 
 
 def test_a_command_that_is_asked_to_leave_after_its_report_ends_well(run_script, monkeypatch, camvid_root, tmp_path):
-    monkeypatch.setattr("ema_seg.run.produce_run", lambda *arguments, **named: {})
+    monkeypatch.setattr("ema_seg.cli.launch.produce_run", lambda *arguments, **named: {})
     monkeypatch.setattr("ema_seg.reporting.print_report", lambda report: os.kill(os.getpid(), signal.SIGTERM))
     install_exit_handlers()
     try:
@@ -896,6 +895,6 @@ def test_what_hydra_cannot_work_with_is_told_and_what_is_wrong_here_is_shown(run
     assert status == 1
     assert err.splitlines()[-1].startswith("error: hydra.*: Hydra rejects these settings")
 
-    monkeypatch.setattr("train._train_run", lambda *arguments: {}["missing"])
+    monkeypatch.setattr("ema_seg.cli.train._train_run", lambda *arguments: {}["missing"])
     with pytest.raises(KeyError, match="missing"):
         run_script("train", "data=camvid", "data.root=/nowhere", f"hydra.run.dir={tmp_path / 'run'}")

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from importlib import import_module
 from types import FrameType
@@ -37,6 +37,7 @@ __all__ = [
     "barrier",
     "detect_launcher",
     "is_single_process",
+    "join_launcher",
     "process_group",
     "rank_info",
     "report_first_failure",
@@ -242,6 +243,14 @@ def process_group() -> Iterator[None]:
         over.set()
         watch.join(_GRACE)
     _store = None
+
+
+@contextmanager
+def join_launcher() -> Iterator[str | None]:
+    """Join the process group if torchrun, Slurm or submitit started us; yield the launcher's name, else None."""
+    started_by = detect_launcher()
+    with process_group() if started_by else nullcontext():
+        yield started_by
 
 
 def _usable_cores() -> int:

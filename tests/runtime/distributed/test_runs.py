@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ema_seg import run
-from ema_seg.reporting import assessment
+from ema_seg.cli import launch
+from ema_seg.inference import device
 from ema_seg.runtime.distributed.start import RankInfo
 from ema_seg.runtime.errors import ConfigError, Preempted, TrainingError
 from ema_seg.training.parallel import strategy
@@ -14,7 +14,7 @@ from ema_seg.training.parallel import strategy
 def group(monkeypatch):
     """Pretends that this process is the second of two, on a machine with two GPUs."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for module in (run, strategy, assessment):
+    for module in (launch, strategy, device):
         monkeypatch.setattr(module, "rank_info", lambda: RankInfo(1, 2, 1, 2))
 
 
@@ -22,7 +22,7 @@ def group(monkeypatch):
 def test_processes_are_tested_on_the_devices_that_they_train_on(group, accelerator, expected):
     config = {"trainer": {"accelerator": accelerator, "devices": 2}, "evaluation": {"device": "auto", "budget": 1}}
 
-    assert run._evaluation(config) == {"device": expected, "budget": 1}
+    assert launch._evaluation(config) == {"device": expected, "budget": 1}
 
 
 @pytest.mark.parametrize(
@@ -36,24 +36,24 @@ def test_processes_do_not_share_a_device_of_the_evaluation(group, monkeypatch, a
     monkeypatch.setattr(torch, "empty", lambda *_, device: None)
 
     with pytest.raises(ConfigError, match=f"^{message}"):
-        run._evaluation({"trainer": {"accelerator": accelerator, "devices": 2}, "evaluation": {"device": device}})
+        launch._evaluation({"trainer": {"accelerator": accelerator, "devices": 2}, "evaluation": {"device": device}})
 
 
 def test_a_run_that_goes_on_has_the_batch_that_the_first_process_reads(group, monkeypatch, tmp_path):
     """Which writes the file, so that the others may find half of it."""
-    monkeypatch.setattr(run, "broadcast", lambda value: 6)
+    monkeypatch.setattr(launch, "broadcast", lambda value: 6)
 
-    assert run._batch_size({}, tmp_path, {"resume": True}) == 6
+    assert launch._batch_size({}, tmp_path, {"resume": True}) == 6
 
 
 @pytest.mark.parametrize("earlier", [True, False])
 def test_a_report_that_was_there_before_is_not_taken_for_the_result(monkeypatch, tmp_path, earlier):
     if earlier:
         (tmp_path / "report.json").write_text("{}")
-    monkeypatch.setattr(run, "run_together", lambda *arguments: None)
+    monkeypatch.setattr(launch, "run_together", lambda *arguments: None)
 
     with pytest.raises(TrainingError, match=r"report\.json: not written, although all 2 processes exited"):
-        run._run_and_load_report(print, 2, tmp_path)
+        launch._run_and_load_report(print, 2, tmp_path)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -64,10 +64,10 @@ def test_a_signal_that_comes_after_the_report_comes_too_late(processes, monkeypa
             (tmp_path / "new").replace(tmp_path / "report.json")
         raise Preempted("stopped by SIGTERM.")
 
-    monkeypatch.setattr(run, "run_together", lambda work, count, *arguments: work(*arguments))
+    monkeypatch.setattr(launch, "run_together", lambda work, count, *arguments: work(*arguments))
     (tmp_path / "report.json").write_text("{}")
-    monkeypatch.setattr(run, "load_report", lambda path: path.read_text())
+    monkeypatch.setattr(launch, "load_report", lambda path: path.read_text())
 
     with pytest.raises(Preempted):
-        run._run_and_load_report(work, processes, tmp_path, "")
-    assert run._run_and_load_report(work, processes, tmp_path, '{"miou": 1}') == '{"miou": 1}'
+        launch._run_and_load_report(work, processes, tmp_path, "")
+    assert launch._run_and_load_report(work, processes, tmp_path, '{"miou": 1}') == '{"miou": 1}'

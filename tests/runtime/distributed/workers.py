@@ -40,8 +40,8 @@ def train(config: dict[str, object], run: Path, folder: Path) -> None:
     """Train, the first process asked to leave before its first step; leaves the order of steps and broadcasts."""
     from torch import distributed
 
+    from ema_seg.cli.launch import produce_run
     from ema_seg.data import SegmentationDataModule
-    from ema_seg.run import produce_run
     from ema_seg.training.module import SegmentationModule
 
     load, broadcast, step = (
@@ -201,7 +201,7 @@ def score(root: Path, folder: Path) -> dict[str, object]:
     import torch
 
     from ema_seg.data import SegmentationDataModule
-    from ema_seg.evaluation import evaluate, measure_cost
+    from ema_seg.evaluation import measure_cost, score_images
     from ema_seg.reporting.predictions import PredictionWriter
 
     torch.set_num_threads(1)
@@ -220,7 +220,7 @@ def score(root: Path, folder: Path) -> dict[str, object]:
     loader, dataset = data.val_dataloader(), data.val_dataset
     names = [dataset.name(index) for index in range(len(dataset))]
     with PredictionWriter(folder / "report", names, data.palette) as writer:
-        found = evaluate(model, loader, data.classes, stride=1, device="cpu", on_prediction=writer, progress=False)
+        found = score_images(model, loader, data.classes, stride=1, device="cpu", on_prediction=writer, progress=False)
     cost = measure_cost(
         model, size=(64, 96), stride=1, batch_size=2, device="cpu", loader=loader, min_repeats=1, budget=0.01
     )

@@ -3,9 +3,9 @@ import copy
 import pytest
 from hydra import compose, initialize_config_dir
 
+from ema_seg.cli.checks import check_config, check_model
 from ema_seg.cli.command_line import plain_config
 from ema_seg.runtime.errors import CheckpointError, ConfigError, ModelError
-from ema_seg.training import check_config, check_model
 from tests.conftest import QUICK, ROOT
 
 

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from ema_seg.cli.early_checks import check_early
 from ema_seg.data import SegmentationDataModule, check_dataset
 from ema_seg.data.datamodule import check_batch_divides
+from ema_seg.evaluation.check import check_settings
 from ema_seg.models import segmenter_from_config
-from ema_seg.reporting import check_settings
 from ema_seg.runtime.distributed.start import single_process
 from ema_seg.runtime.errors import ConfigError, did_you_mean, one_line
 from ema_seg.training.loggers import check_loggers

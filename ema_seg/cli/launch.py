@@ -12,9 +12,12 @@ import torch
 from lightning import Callback, seed_everything
 from omegaconf import OmegaConf
 
+from ema_seg.cli.checks import check_config
 from ema_seg.data.datamodule import check_batch_divides
+from ema_seg.evaluate import evaluate
+from ema_seg.inference.device import find_device
 from ema_seg.models import encoder_normalisation
-from ema_seg.reporting import assess_checkpoint, find_device, load_report
+from ema_seg.reporting import load_report
 from ema_seg.reporting.report import FILES, report_manifest
 from ema_seg.runtime.distributed.collectives import broadcast, require_shared
 from ema_seg.runtime.distributed.preemption import Preemption
@@ -23,7 +26,8 @@ from ema_seg.runtime.errors import ConfigError, DataError, Preempted, TrainingEr
 from ema_seg.runtime.execution import deterministic_algorithms
 from ema_seg.runtime.files import write_file
 from ema_seg.runtime.texts import read_json, read_yaml
-from ema_seg.training import check_config, find_batch_size, fit, resolve_world_size, set_cuda_device, training_device
+from ema_seg.train import train
+from ema_seg.training import find_batch_size, resolve_world_size, set_cuda_device, training_device
 
 __all__ = ["complete_config", "evaluate_run", "produce_run"]
 
@@ -42,9 +46,9 @@ def produce_run(
 
     Args:
         config: the resolved configuration of ``train.py`` as plain data.
-        run: the run's folder; receives ``config.yaml``, the files of ``fit`` and ``report/``.
+        run: the run's folder; receives ``config.yaml``, the files of ``train`` and ``report/``.
         resume: continue from the last checkpoint in that folder.
-        job: see ``assess_checkpoint``.
+        job: see ``evaluate``.
         quiet: print no line per epoch and show no progress bar.
         callbacks: further Lightning callbacks; picklable.
         started_by: the launcher of this process's group, if any; see ``resolve_world_size``.
@@ -91,7 +95,7 @@ def _train_and_evaluate(
     with Preemption().watched() as preemption, deterministic_algorithms(wanted):
         if config["data"]["batch_size"] == "auto":
             config["data"]["batch_size"] = _batch_size(config, run, settings)
-        best = fit(
+        best = train(
             config,
             run,
             resume=settings["resume"],
@@ -100,9 +104,7 @@ def _train_and_evaluate(
             preemption=preemption,
             on_start=partial(_write_config, config, run),
         )
-        report = assess_checkpoint(
-            best, config["data"], evaluation, directory, run=str(run), job=settings["job"], quiet=quiet
-        )
+        report = evaluate(best, config["data"], evaluation, directory, run=str(run), job=settings["job"], quiet=quiet)
         _write_config(config, run)  # if nothing was left to train, only after a successful evaluation
         return report
 
@@ -175,17 +177,17 @@ def evaluate_run(
     job: Mapping[str, Any] | None = None,
     started_by: str | None = None,
 ) -> dict[str, Any]:
-    """Test a checkpoint, and write the report; see ``assess_checkpoint``.
+    """Test a checkpoint, and write the report; see ``evaluate``.
 
     Args:
-        checkpoint: see ``assess_checkpoint``.
-        data: see ``assess_checkpoint``.
-        settings: see ``assess_checkpoint``.
-        directory: see ``assess_checkpoint``.
+        checkpoint: see ``evaluate``.
+        data: see ``evaluate``.
+        settings: see ``evaluate``.
+        directory: see ``evaluate``.
         devices: number of processes, each on its own GPU if there are GPUs; "auto" for one per GPU; or a list of GPU
             indices.
-        run: see ``assess_checkpoint``.
-        job: see ``assess_checkpoint``.
+        run: see ``evaluate``.
+        job: see ``evaluate``.
         started_by: the launcher of this process's group, if any; see ``resolve_world_size``.
 
     Returns:
@@ -245,7 +247,7 @@ def _assess(
     # Each rank may have named the folder by its own clock.
     directory = broadcast(directory.absolute())
     require_shared(directory)
-    return assess_checkpoint(checkpoint, data, settings, directory, run=run, job=job)
+    return evaluate(checkpoint, data, settings, directory, run=run, job=job)
 
 
 def complete_config(config: Mapping[str, Any]) -> None:

@@ -1,0 +1,121 @@
+"""The command ``eval.py``: from its arguments to the report of one checkpoint."""
+
+import sys
+from contextlib import suppress
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from ema_seg.cli.command_line import argument, expand_home, plain_config, reports_errors, saved_config
+from ema_seg.cli.composition import CONFIGS, compose, launch
+from ema_seg.cli.early_checks import check_root
+from ema_seg.runtime.distributed.start import detect_launcher, join_launcher, rank_info
+from ema_seg.runtime.errors import CheckpointError, ConfigError, EmaSegError
+from ema_seg.runtime.host_memory import gc_frozen_imports, keep_freed_memory
+from ema_seg.settings import EVALUATION, require_settings
+from ema_seg.sweeps import read_job
+
+__all__ = ["main"]
+
+
+@reports_errors
+def main() -> None:
+    """Compose the configuration on top of the run's own, and evaluate."""
+    keep_freed_memory()
+    sys.argv = expand_home(sys.argv)
+    with join_launcher():
+        saved = _saved_config()
+        store = ConfigStore.instance()
+        for group in ("data", "evaluation"):
+            store.store("of_run", saved.get(group, {}), group=group)
+        compose(CONFIGS, "eval")
+        launch(_evaluate, CONFIGS, "eval")
+
+
+def _saved_config() -> dict[str, Any]:
+    """Read the configuration of the run or checkpoint on the command line; empty if there is none."""
+    if run := argument("run"):
+        return saved_config(Path(run), key="run")
+    if ckpt := argument("ckpt"):
+        if not Path(ckpt).is_file():  # checked before torch is imported
+            raise CheckpointError(f"ckpt={ckpt}: no such file; give the path of a checkpoint that train.py wrote.")
+        from ema_seg.models import load_checkpoint
+
+        return load_checkpoint(Path(ckpt))["config"]
+    return {}
+
+
+@reports_errors
+def _evaluate(composed: DictConfig) -> None:
+    """Score, measure and report one checkpoint."""
+    config = plain_config(composed)
+    if bool(config.get("run")) == bool(config.get("ckpt")):
+        raise ConfigError("run, ckpt: exactly one must be set; give run=<folder of a run> or ckpt=<checkpoint file>.")
+    require_settings(config, EVALUATION)
+    check_root(config["data"])
+    run = Path(config["run"]) if config["run"] else _run_of(Path(config["ckpt"]))
+    checkpoint = Path(config["ckpt"] or run / "checkpoints" / "best.ckpt")
+
+    # Heavy imports only now, so that --help and --cfg answer at once.
+    with gc_frozen_imports():
+        from ema_seg.cli.launch import evaluate_run
+        from ema_seg.reporting import print_report
+
+    directory = Path(config["report"]["dir"] or _default_folder(run))
+    try:
+        report = evaluate_run(
+            checkpoint,
+            config["data"],
+            config["evaluation"],
+            directory,
+            devices=config["devices"],
+            run=str(run),
+            job=read_job(run),
+            started_by=detect_launcher(),
+        )
+    except EmaSegError:
+        with suppress(OSError):
+            directory.rmdir()  # if it is empty
+        raise
+    if rank_info().rank == 0:
+        print_report(report)
+        print(f"report: {directory}")
+
+
+def _default_folder(run: Path) -> Path:
+    """Return ``report`` to evaluate a finished run without changes; else make a new folder.
+
+    So a changed evaluation keeps the run's own report, and an unfinished run does not pass for a finished one.
+    """
+    unchanged = ("run=", "ckpt=", "report.", "devices=")
+    changes = [text for text in HydraConfig.get().overrides.task if not text.startswith(unchanged)]
+    own = run / "report"
+    unfinished = (run / "checkpoints" / "last.ckpt").exists() and not (own / "report.json").exists()
+    return _make_folder(run / f"report_{datetime.now():%Y-%m-%d_%H-%M-%S}") if changes or unfinished else own
+
+
+def _make_folder(path: Path) -> Path:
+    """Make a new folder; append a number if the name is taken, for example by a command in the same second.
+
+    Only rank 0 makes it; the other ranks receive its name later.
+    """
+    if rank_info().rank:
+        return path
+    for number in count(1):
+        numbered = path if number == 1 else path.with_name(f"{path.name}_{number}")
+        try:
+            numbered.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return numbered
+    raise AssertionError
+
+
+def _run_of(checkpoint: Path) -> Path:
+    """Return the run's folder of a checkpoint in ``checkpoints/``; for any other, the checkpoint's own folder."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent

@@ -1,0 +1,25 @@
+"""What a training left for the report of its run: curves, and the names of skipped samples."""
+
+from pathlib import Path
+
+from ema_seg.data.loading import read_skipped
+from ema_seg.reporting.curves import read_metrics
+
+__all__ = ["read_curves", "read_skipped_names"]
+
+
+def read_curves(run: str | None) -> dict[str, list[float | None]] | None:
+    """Read the columns of a run's ``metrics.csv``; return None without a run or without the file."""
+    if run is None or not (Path(run) / "metrics.csv").is_file():
+        return None
+    rows = read_metrics(Path(run))
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return {column: [row.get(column) for row in rows] for column in columns}
+
+
+def read_skipped_names(run: str | None) -> dict[str, list[str]]:
+    """Read the names of the samples that a run skipped, by split."""
+    names: dict[str, list[str]] = {}
+    for split, name in read_skipped(Path(run) / "skipped.csv") if run is not None else ():
+        names.setdefault(split, []).append(name)
+    return names
