@@ -1,6 +1,6 @@
 # make train   set up, then train, test and report the default model
 # make test    set up with the developers' tools, then run the tests
-# make lint    style and types
+# make lint    style, types and layers
 #
 # PYTHON=python3.12 chooses the interpreter (3.11 or newer); ARGS="key=value …" goes to train.py or pytest.
 
@@ -23,6 +23,7 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
 
 # The stamps make a second call install nothing, until the requirements change.
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)

@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from ema_seg.config import require_plain
 from ema_seg.runtime.distributed.exit_handlers import exit_if_preempted
 from ema_seg.runtime.distributed.start import report_first_failure
 from ema_seg.runtime.errors import (
@@ -27,7 +28,6 @@ from ema_seg.runtime.errors import (
 )
 from ema_seg.runtime.escaping import for_terminal
 from ema_seg.runtime.texts import read_yaml
-from ema_seg.settings import require_plain
 
 __all__ = [
     "argument",

@@ -26,9 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ema_seg.cli.early_checks import options_of
 from ema_seg.cli.trust import forbid_settings_from_text, require_harmless, restrict_environment, settings_of, walk
+from ema_seg.config import suggest_own
 from ema_seg.runtime.errors import ConfigError, EmaSegError, did_you_mean, one_line, own_cause
 from ema_seg.runtime.texts import read_yaml
-from ema_seg.settings import suggest_own
 
 __all__ = ["CONFIGS", "compose", "launch"]
 

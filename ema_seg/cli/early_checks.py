@@ -8,9 +8,9 @@ from threading import Thread
 from typing import Any, NamedTuple
 
 from ema_seg.cli.sources import read_keys, read_parameters, read_source, smp_decoders, smp_encoders, timm_models
+from ema_seg.config import TRAINING, require_settings, suggest_own
 from ema_seg.data import DATASETS
 from ema_seg.runtime.errors import ConfigError, DataError, did_you_mean
-from ema_seg.settings import TRAINING, require_settings, suggest_own
 
 __all__ = ["check_early", "check_root", "options_of"]
 

@@ -14,10 +14,10 @@ from omegaconf import DictConfig
 from ema_seg.cli.command_line import argument, expand_home, plain_config, reports_errors, saved_config
 from ema_seg.cli.composition import CONFIGS, compose, launch
 from ema_seg.cli.early_checks import check_root
+from ema_seg.config import EVALUATION, require_settings
 from ema_seg.runtime.distributed.start import detect_launcher, join_launcher, rank_info
 from ema_seg.runtime.errors import CheckpointError, ConfigError, EmaSegError
 from ema_seg.runtime.host_memory import gc_frozen_imports, keep_freed_memory
-from ema_seg.settings import EVALUATION, require_settings
 from ema_seg.sweeps import read_job
 
 __all__ = ["main"]

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ema_seg.config import EVALUATION_SECTION, require_settings
 from ema_seg.inference import autocast
-from ema_seg.settings import EVALUATION_SECTION, require_settings
 
 __all__ = ["check_settings"]
 

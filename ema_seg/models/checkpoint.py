@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ema_seg.config import REBUILDING, require_plain, require_settings
 from ema_seg.models.build import segmenter_from_config
 from ema_seg.models.weights import first_not_finite
 from ema_seg.runtime.errors import CheckpointError, ConfigError, DataError, one_line
-from ema_seg.settings import REBUILDING, require_plain, require_settings
 
 __all__ = ["check_classes", "load_checkpoint", "load_segmenter", "model_weights"]
 

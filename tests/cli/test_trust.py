@@ -11,8 +11,8 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import OmegaConf
 
 from ema_seg.cli.trust import require_harmless, require_printable
+from ema_seg.config import require_plain
 from ema_seg.runtime.errors import ConfigError
-from ema_seg.settings import require_plain
 from ema_seg.sweeps import read_plan
 from tests.conftest import QUICK
 
