@@ -1,7 +1,6 @@
 """Composition and validation of the configuration, before Hydra acts on it."""
 
 import inspect
-import os
 import re
 import sys
 import traceback
@@ -10,119 +9,24 @@ from pathlib import Path
 from typing import Any, cast
 
 import hydra
-import hydra._internal.hydra as hydras_own
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
-from hydra._internal.utils import create_config_search_path, get_args_parser
-from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
-from hydra.core.object_type import ObjectType
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ema_seg.cli.early_checks import options_of
-from ema_seg.cli.trust import forbid_settings_from_text, require_harmless, restrict_environment, settings_of, walk
+from ema_seg.cli.hydra_patches import Loader, create_config_search_path, get_args_parser, validating_loader
+from ema_seg.cli.trust import forbid_settings_from_text, restrict_environment, settings_of
 from ema_seg.config import suggest_own
 from ema_seg.runtime.errors import ConfigError, EmaSegError, did_you_mean, one_line, own_cause
-from ema_seg.runtime.texts import read_yaml
 
 __all__ = ["CONFIGS", "compose", "launch"]
 
 # The project's own configurations.
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-
-_MOST_BRACKETS = 50
-
-
-class _Repository(ConfigRepository):
-    """Config repository that reads files with ``read_yaml`` and rejects paths outside the search path."""
-
-    def load_config(self, config_path: str) -> ConfigResult | None:
-        """Load a configuration file; see ConfigRepository.
-
-        Raises:
-            ConfigError: the path is outside the search path, or the file's content is not a configuration.
-            DataError: see ``read_yaml``.
-        """
-        if os.path.normpath(config_path).startswith((os.pardir, "/")):
-            raise ConfigError(
-                f"{config_path}: must be below a folder of the config search path; put the file there, or add its "
-                "folder with --config-dir."
-            )
-        source = self._find_object_source(config_path, ObjectType.CONFIG)
-        if source is None or source.scheme() != "file":
-            return super().load_config(config_path)
-        path = Path(source.path, source._normalize_file_name(config_path))
-        loaded = _read_config(path, f"file://{source.path}", source.provider)
-        defaults = self._extract_defaults_list(config_path, loaded.config)
-        loaded.defaults_list = self._create_defaults_list(config_path, defaults)
-        return loaded
-
-
-def _read_config(path: Path, place: str, provider: str) -> ConfigResult:
-    content = read_yaml(path, advice="correct the configuration")
-    content = {} if content is None else content
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a configuration must have keys with values, got {content!r:.80}; correct it.")
-    for key, _, value in walk(content, ""):
-        # OmegaConf's parser takes seconds for nested brackets, and overflows the stack for more.
-        if isinstance(value, str) and "${" in value and len(re.findall(r"[\[{(]", value)) > _MOST_BRACKETS:
-            raise ConfigError(
-                f"{path}: {key} must have at most {_MOST_BRACKETS} opening brackets in an interpolation; simplify it."
-            )
-    with path.open(encoding="utf-8-sig") as file:
-        header = ConfigSource._get_header_dict(file.read(512))
-    return ConfigResult(config=OmegaConf.create(content), path=place, provider=provider, header=header)
-
-
-class _Loader(ConfigLoaderImpl):
-    """Config loader that validates every config it composes, in this process and in those of a launcher.
-
-    Validating an earlier composition of the same command would not do: a defaults list may choose its files by time.
-    """
-
-    def __init__(self, config_search_path: ConfigSearchPath) -> None:
-        super().__init__(config_search_path)
-        self.repository = _Repository(config_search_path)
-        # Parse the command line here: the processes of a launcher do not have it.
-        options = get_args_parser().parse_args()
-        self._typed = options.overrides
-        self._completes = options.shell_completion
-        self._sweeps = options.multirun and not (options.help or options.hydra_help)
-
-    def load_configuration(
-        self, config_name: str | None, overrides: list[str], run_mode: RunMode, *options: Any, **named: Any
-    ) -> DictConfig:
-        composed = super().load_configuration(config_name, overrides, run_mode, *options, **named)
-        if not self._completes:  # completion acts on no setting
-            require_harmless(composed, self._typed)
-            _check_sweeper(composed, self._sweeps)
-        return composed
-
-    def _process_config_searchpath(
-        self, config_name: str | None, parsed_overrides: list[Override], repo: CachingConfigRepository
-    ) -> None:
-        """Add the folders and packages of ``hydra.searchpath`` if it was typed: Hydra imports the packages.
-
-        Raises:
-            ConfigError: a configuration file, or an override that was not typed, sets hydra.searchpath.
-        """
-        given = [o for o in parsed_overrides if o.get_key_element() == "hydra.searchpath"]
-        typed = all(self._completes or o.input_line in self._typed for o in given)
-        loaded = repo.load_config(config_name) if config_name is not None else None
-        primary = loaded.config if loaded is not None else OmegaConf.create()
-        named = OmegaConf.is_dict(primary) and OmegaConf.select(primary, "hydra.searchpath") is not None
-        if named or not typed:
-            raise ConfigError(
-                f"{config_name}: a configuration file must not set hydra.searchpath, because Hydra imports packages "
-                "from it; remove it, or type hydra.searchpath=[…] on the command line."
-            )
-        # Omit the file: an interpolation in it could resolve to another value the second time.
-        super()._process_config_searchpath(None, parsed_overrides, repo)
 
 
 def compose(folder: Path, config_name: str) -> DictConfig:
@@ -171,7 +75,7 @@ def compose(folder: Path, config_name: str) -> DictConfig:
             raise ConfigError(f"--config-dir {options.config_dir}: there is no such folder.")
         added = Path(options.config_dir).absolute()
         search_path.prepend("command-line", f"file://{added}", SearchPathQuery(provider="schema"))
-    loader = _Loader(search_path)
+    loader = Loader(search_path)
     mode = RunMode.MULTIRUN if options.multirun else RunMode.RUN
     name = options.config_name or config_name
     try:
@@ -207,38 +111,17 @@ def _following(argument: str) -> list[str]:
     return sys.argv[place : place + 1]
 
 
-def _check_sweeper(composed: DictConfig, multirun: bool) -> None:
-    """Reject ``-m`` unless one of our sweepers is selected: only they validate launcher settings."""
-    settings = OmegaConf.to_container(composed.hydra, resolve=False)
-    assert isinstance(settings, dict)
-    sweeps = multirun or settings["mode"] not in (None, RunMode.RUN)
-    if sweeps and not str(settings["sweeper"]["_target_"]).startswith("hydra_plugins.ema_seg_sweepers."):
-        raise ConfigError(
-            "-m (hydra.mode=MULTIRUN): works only with train.py and the sweepers of this project; run python train.py "
-            "-m sweep=grid …, or remove it."
-        )
-
-
 def launch(task: TaskFunction, folder: Path, config_name: str) -> None:
     """Run ``task`` through ``hydra.main``, and raise errors where Hydra would print them and exit."""
-    earlier = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    # Hydra has no hook to validate a composed config; mypy allows no assignment to a class's name.
-    hydras_own.ConfigLoaderImpl = _Loader  # type: ignore[misc]
     try:
-        hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
+        with validating_loader():
+            hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
     except Exception as error:
         if isinstance(error, EmaSegError | OSError) or _is_ours(error, task):
             raise
         if (own := own_cause(error)) is not None:
             raise own from error
         raise ConfigError(f"hydra.*: Hydra rejects these settings ({one_line(error)}); correct them.") from error
-    finally:
-        if earlier is None:
-            os.environ.pop("HYDRA_FULL_ERROR", None)
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = earlier
-        hydras_own.ConfigLoaderImpl = ConfigLoaderImpl  # type: ignore[misc]
 
 
 def _is_ours(error: Exception, task: TaskFunction) -> bool:
@@ -250,7 +133,7 @@ def _is_ours(error: Exception, task: TaskFunction) -> bool:
     return any(frame.f_code is getattr(inspect.unwrap(task), "__code__", None) for frame in frames)
 
 
-def _describe_hydra_error(error: Exception, loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> str:
+def _describe_hydra_error(error: Exception, loader: Loader, name: str, overrides: list[str]) -> str:
     """Describe a multi-line error of Hydra in one sentence."""
     text = str(error)
     if isinstance(error, OverrideParseException):
@@ -298,7 +181,7 @@ def _missing(error: MissingConfigException) -> str:
     return text + did_you_mean(option, known)
 
 
-def _advice(key: str, given: str, loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> str:
+def _advice(key: str, given: str, loader: Loader, name: str, overrides: list[str]) -> str:
     """Suggest a correction of ``given``, an override of an unknown key."""
     composed = _compose_unchecked(loader, name, overrides)
     paths = [] if composed is None else [path for path, _, _ in settings_of(composed)]
@@ -332,19 +215,19 @@ def _addable(section: str, composed: DictConfig) -> list[str]:
         return []
 
 
-def _compose_unchecked(loader: ConfigLoaderImpl, name: str, overrides: list[str]) -> DictConfig | None:
+def _compose_unchecked(loader: Loader, name: str, overrides: list[str]) -> DictConfig | None:
     """Compose without the overrides of single keys, with the chosen groups if possible; None if that fails."""
     chosen = [str(o.input_line) for o in _choices(loader, overrides)]
     for groups in (chosen, []):
         try:
-            # Skip validation here: only the key names are needed, for suggestions.
-            return ConfigLoaderImpl.load_configuration(loader, name, groups, RunMode.MULTIRUN)
+            # Only the key names are needed, for suggestions.
+            return loader.load_unchecked(name, groups)
         except (HydraException, OmegaConfBaseException, ValueError):
             continue
     return None
 
 
-def _choices(loader: ConfigLoaderImpl, overrides: list[str]) -> list[Override]:
+def _choices(loader: Loader, overrides: list[str]) -> list[Override]:
     """Return the overrides that choose an option of a group."""
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
     return [override for override in parsed if loader.repository.group_exists(override.key_or_group)]

@@ -20,6 +20,7 @@ from ema_seg.runtime.distributed.preemption import Preemption
 from ema_seg.runtime.distributed.start import rank_info
 from ema_seg.runtime.errors import CheckpointError, ConfigError, one_line
 from ema_seg.runtime.escaping import for_terminal
+from ema_seg.training.lightning_patches import validates_next
 
 __all__ = [
     "AtomicCheckpoints",
@@ -158,8 +159,8 @@ class LastCheckpoint(Checkpoint):
         """
         if (batch_idx + 1) % trainer.accumulate_grad_batches or batch_idx + 1 == trainer.num_training_batches:
             return
-        leaving, loop = self.preemption.is_due(), trainer.fit_loop
-        if loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]  # not None by now
+        leaving = self.preemption.is_due()
+        if validates_next(trainer):
             return
         if leaving or (self.every and trainer.global_step % self.every == 0):
             trainer.save_checkpoint(self.path)

@@ -1,10 +1,10 @@
-"""Changes of Lightning that it has no setting for: warnings and private hooks (Lightning 2.6)."""
+"""Lightning's internals that a training needs, each with its reason (Lightning 2.6)."""
 
 import warnings
 
 from lightning import Trainer
 
-__all__ = ["ignore_warnings", "patch_trainer"]
+__all__ = ["ignore_warnings", "patch_trainer", "validates_next"]
 
 # Warnings of the libraries about themselves, or about behaviour that is intended here.
 _IGNORED = (
@@ -42,3 +42,9 @@ def patch_trainer(trainer: Trainer) -> None:
     ):
         assert callable(getattr(owner, name))
         vars(owner)[name] = lambda answer=answer: answer
+
+
+def validates_next(trainer: Trainer) -> bool:
+    """Return whether a validation follows the batch that has just ended; a checkpoint before it would skip it."""
+    loop = trainer.fit_loop
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]  # not None by now

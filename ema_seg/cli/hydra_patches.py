@@ -1,0 +1,152 @@
+"""Hydra's internals that the command line needs, each with its reason (Hydra 1.3).
+
+Hydra composes a configuration and acts on it in one call: it imports packages of its search path, sets environment
+variables and instantiates plugins. There is no public hook between the two, so our own config loader takes the place
+of Hydra's.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra._internal.hydra as hydras_own
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.types import Override
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from ema_seg.cli.trust import require_harmless, walk
+from ema_seg.runtime.errors import ConfigError
+from ema_seg.runtime.texts import read_yaml
+
+__all__ = ["Loader", "create_config_search_path", "get_args_parser", "validating_loader"]
+
+_MOST_BRACKETS = 50
+
+
+@contextmanager
+def validating_loader() -> Iterator[None]:
+    """Have Hydra use ``Loader``, and raise errors that it would print; for the duration of the block."""
+    earlier = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    hydras_own.ConfigLoaderImpl = Loader  # type: ignore[misc]  # mypy allows no assignment to a class's name
+    try:
+        yield
+    finally:
+        if earlier is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = earlier
+        hydras_own.ConfigLoaderImpl = ConfigLoaderImpl  # type: ignore[misc]
+
+
+class Repository(ConfigRepository):
+    """Config repository that reads files with ``read_yaml`` and rejects paths outside the search path."""
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        """Load a configuration file; see ConfigRepository.
+
+        Raises:
+            ConfigError: the path is outside the search path, or the file's content is not a configuration.
+            DataError: see ``read_yaml``.
+        """
+        if os.path.normpath(config_path).startswith((os.pardir, "/")):
+            raise ConfigError(
+                f"{config_path}: must be below a folder of the config search path; put the file there, or add its "
+                "folder with --config-dir."
+            )
+        source = self._find_object_source(config_path, ObjectType.CONFIG)
+        if source is None or source.scheme() != "file":
+            return super().load_config(config_path)
+        path = Path(source.path, source._normalize_file_name(config_path))
+        loaded = _read_config(path, f"file://{source.path}", source.provider)
+        defaults = self._extract_defaults_list(config_path, loaded.config)
+        loaded.defaults_list = self._create_defaults_list(config_path, defaults)
+        return loaded
+
+
+def _read_config(path: Path, place: str, provider: str) -> ConfigResult:
+    content = read_yaml(path, advice="correct the configuration")
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a configuration must have keys with values, got {content!r:.80}; correct it.")
+    for key, _, value in walk(content, ""):
+        # OmegaConf's parser takes seconds for nested brackets, and overflows the stack for more.
+        if isinstance(value, str) and "${" in value and len(re.findall(r"[\[{(]", value)) > _MOST_BRACKETS:
+            raise ConfigError(
+                f"{path}: {key} must have at most {_MOST_BRACKETS} opening brackets in an interpolation; simplify it."
+            )
+    with path.open(encoding="utf-8-sig") as file:
+        header = ConfigSource._get_header_dict(file.read(512))
+    return ConfigResult(config=OmegaConf.create(content), path=place, provider=provider, header=header)
+
+
+class Loader(ConfigLoaderImpl):
+    """Config loader that validates every config it composes, in this process and in those of a launcher.
+
+    Validating an earlier composition of the same command would not do: a defaults list may choose its files by time.
+    """
+
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        super().__init__(config_search_path)
+        self.repository = Repository(config_search_path)
+        # Parse the command line here: the processes of a launcher do not have it.
+        options = get_args_parser().parse_args()
+        self._typed = options.overrides
+        self._completes = options.shell_completion
+        self._sweeps = options.multirun and not (options.help or options.hydra_help)
+
+    def load_configuration(
+        self, config_name: str | None, overrides: list[str], run_mode: RunMode, *options: Any, **named: Any
+    ) -> DictConfig:
+        """Compose a configuration, and reject settings that are not harmless."""
+        composed = super().load_configuration(config_name, overrides, run_mode, *options, **named)
+        if not self._completes:  # completion acts on no setting
+            require_harmless(composed, self._typed)
+            _check_sweeper(composed, self._sweeps)
+        return composed
+
+    def load_unchecked(self, config_name: str, overrides: list[str]) -> DictConfig:
+        """Compose a configuration that nothing acts on."""
+        return super().load_configuration(config_name, overrides, RunMode.MULTIRUN)
+
+    def _process_config_searchpath(
+        self, config_name: str | None, parsed_overrides: list[Override], repo: CachingConfigRepository
+    ) -> None:
+        """Add the folders and packages of ``hydra.searchpath`` if it was typed: Hydra imports the packages.
+
+        Raises:
+            ConfigError: a configuration file, or an override that was not typed, sets hydra.searchpath.
+        """
+        given = [o for o in parsed_overrides if o.get_key_element() == "hydra.searchpath"]
+        typed = all(self._completes or o.input_line in self._typed for o in given)
+        loaded = repo.load_config(config_name) if config_name is not None else None
+        primary = loaded.config if loaded is not None else OmegaConf.create()
+        named = OmegaConf.is_dict(primary) and OmegaConf.select(primary, "hydra.searchpath") is not None
+        if named or not typed:
+            raise ConfigError(
+                f"{config_name}: a configuration file must not set hydra.searchpath, because Hydra imports packages "
+                "from it; remove it, or type hydra.searchpath=[…] on the command line."
+            )
+        # Omit the file: an interpolation in it could resolve to another value the second time.
+        super()._process_config_searchpath(None, parsed_overrides, repo)
+
+
+def _check_sweeper(composed: DictConfig, multirun: bool) -> None:
+    """Reject ``-m`` unless one of our sweepers is selected: only they validate launcher settings."""
+    settings = OmegaConf.to_container(composed.hydra, resolve=False)
+    assert isinstance(settings, dict)
+    sweeps = multirun or settings["mode"] not in (None, RunMode.RUN)
+    if sweeps and not str(settings["sweeper"]["_target_"]).startswith("hydra_plugins.ema_seg_sweepers."):
+        raise ConfigError(
+            "-m (hydra.mode=MULTIRUN): works only with train.py and the sweepers of this project; run python train.py "
+            "-m sweep=grid …, or remove it."
+        )
