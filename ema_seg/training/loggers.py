@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 from ema_seg.runtime.errors import ConfigError, did_you_mean
+from ema_seg.runtime.extras import install_command
 
 __all__ = ["build_loggers", "check_loggers"]
 
@@ -58,6 +59,6 @@ def _build_logger(run: Path, name: str, options: dict[str, Any]) -> Logger:
     try:
         return logger_class(save_dir=str(run), **fixed, **options)
     except ModuleNotFoundError as error:
-        raise ConfigError(f"logger={name}: its package is not installed; run pip install 'ema-seg[{name}]'.") from error
+        raise ConfigError(f"logger={name}: its package is not installed; run {install_command(name)}.") from error
     except TypeError as error:
         raise ConfigError(f"logger.{name}: Lightning's {class_name} does not take these options: {error}.") from error

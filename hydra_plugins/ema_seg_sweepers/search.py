@@ -7,6 +7,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 
 from ema_seg.cli.command_line import reports_errors
 from ema_seg.runtime.errors import ConfigError, one_line
+from ema_seg.runtime.extras import install_command
 from ema_seg.sweeps import PlannedJob, job_state
 
 from .base import FolderSweeper, by_dotted_key
@@ -25,7 +26,7 @@ class SearchSweeper(FolderSweeper):
         try:
             from ema_seg.sweeps.search import OptunaStudy
         except ImportError as error:
-            raise ConfigError(f"sweep=search: needs Optuna ({error}); run pip install 'ema-seg[search]'.") from error
+            raise ConfigError(f"sweep=search: needs Optuna ({error}); run {install_command('search')}.") from error
         settings = self.settings
         for key, least in {"trials": 1, "parallel": 1, "grace": 0, "seed": 0}.items():
             if type(settings[key]) is not int or settings[key] < least:
