@@ -1,21 +1,29 @@
-"""Schema of the entry points' settings: names, types and ranges, checked before anything is built.
+"""Schema of all settings: type, range, meaning and complaint of each key, in one place.
 
-Further options of a decoder, a transform or Lightning's Trainer are accepted here and checked where they are used.
+A key is one line with its type and one with its meaning. The type carries the end of the sentence "must be …"; the
+meaning is what ``--help`` shows. Sections that accept further keys are open: options of a decoder, a transform or
+Lightning's Trainer are checked where they are used.
 """
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from ema_seg.runtime.errors import ConfigError, did_you_mean
 
 __all__ = [
-    "EVALUATION",
-    "EVALUATION_SECTION",
-    "REBUILDING",
-    "TRAINING",
+    "Data",
+    "Evaluating",
+    "Evaluation",
+    "Rebuilding",
+    "Section",
+    "Sweep",
+    "Training",
+    "check_settings",
+    "describe_settings",
     "require_plain",
-    "require_settings",
     "suggest_own",
 ]
 
@@ -53,244 +61,380 @@ _OTHER_NAMES = {
 }
 
 
-class _Setting(NamedTuple):
-    """Check of one value, with the complaint about a value that fails."""
+class Must(NamedTuple):
+    """The end of the sentence "must be …" about a value of another type or out of range."""
 
-    fits: Callable[[Any], bool]
-    complaint: str
-    optional: bool = False
-    """Whether the setting may be missing, for example in a configuration saved by an earlier version."""
+    text: str
 
 
-class _Section(NamedTuple):
-    """Settings and subsections by name; ``open`` accepts further keys unchecked."""
-
-    settings: Mapping[str, "_Setting | _Section"]
-    open: bool = False
-
-
-def _is_whole(least: int, most: float = math.inf) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _or_null(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or fits(value)
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_whole(1), value))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _whole_or_not_there(least: int, *, null: bool = False) -> _Setting:
-    fits = _is_whole(least)
-    return _Setting(_or_null(fits) if null else fits, _AT_LEAST.format(least), optional=True)
-
-
-_FLAG = _Setting(_is_flag, "is neither true nor false")
-_NAME = _Setting(_is_text, "is no name")
-_PATH = _Setting(_or_null(_is_text), "must be a path; quote a path of digits twice, as in \"'2024'\"")
-
-_NUMBER = _Setting(_is_number, "is no number")
-_COLOUR = _Setting(
-    _or_null(lambda value: isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_number, value))),
-    "must be three numbers, one for each of red, green and blue",
-)
-_AT_LEAST = "must be a whole number of at least {}"
-
-_DATA = _Section(
-    {
-        "name": _NAME,
-        "root": _PATH,
-        "batch_size": _Setting(lambda value: value == "auto" or _is_whole(1)(value), _AT_LEAST.format(1)),
-        "evaluation_batch_size": _Setting(_is_whole(1), _AT_LEAST.format(1)),
-        "workers": _Setting(_is_whole(0), _AT_LEAST.format(0)),
-        "mean": _COLOUR,
-        "std": _COLOUR,
-        "augmentation": _Section({}, open=True),
-        "evaluation_split": _NAME,
-    },
-    open=True,
-)
-EVALUATION_SECTION = _Section(
-    {
-        "device": _Setting(_is_text, "is no device, such as auto, cpu or cuda:1"),
-        "precision": _Setting(lambda value: isinstance(value, str | int), "is no precision, such as 32-true"),
-        "channels_last": _FLAG,
-        "compile": _FLAG,
-        "batch_size": _Setting(_is_whole(1), "is no positive number"),
-        "size": _Setting(_or_null(_is_size), "is no [height,width] in pixels, such as [512,1024]"),
-        "budget": _Setting(lambda value: _is_number(value) and value > 0, "is no positive number of seconds"),
-    }
-)
-"""Schema of the section ``evaluation``, which ``train.py`` and ``eval.py`` share."""
-
-_REPORT = _Section({"dir": _PATH})
-_NAMED = _Section({"name": _NAME}, open=True)
-_OPEN = _Section({}, open=True)
-
+Count = Annotated[int, Field(ge=0), Must("a whole number of at least 0")]
+OptionalCount = Annotated[int | None, Field(ge=0), Must("a whole number of at least 0, or null")]
+Positive = Annotated[int, Field(ge=1), Must("a whole number of at least 1")]
+OptionalPositive = Annotated[int | None, Field(ge=1), Must("a whole number of at least 1, or null")]
+Flag = Annotated[bool, Must("true or false")]
+Name = Annotated[str, Field(min_length=1), Must("a name")]
+OptionalName = Annotated[str | None, Field(min_length=1), Must("a name or null")]
+Path = Annotated[str | None, Field(min_length=1), Must("a path; quote a path of digits twice, as in \"'2024'\"")]
+Number = Annotated[float, Field(allow_inf_nan=False), Must("a number")]
+Colour = Annotated[
+    Annotated[list[Number], Field(min_length=3, max_length=3)] | tuple[Number, Number, Number] | None,
+    Must("three numbers, one for each of red, green and blue"),
+]
+Options = dict[str, Any]
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "16", "bf16", "32", "64")
-
-TRAINING = _Section(
-    {
-        "epochs": _Setting(_or_null(_is_whole(-1)), "is no whole number of 1 or more"),
-        "seed": _Setting(_is_whole(0, 2**32 - 1), "is no whole number from 0 to 4294967295"),
-        "resume": _PATH,
-        "rerun": _PATH._replace(optional=True),
-        "reproducible": _FLAG._replace(optional=True),
-        "data": _DATA,
-        "model": _Section({"decoder": _NAME, "encoder": _NAME, "encoder_weights": _PATH}, open=True),
-        "attention": _NAMED,
-        "placement": _Section(
-            {
-                "encoder": _FLAG,
-                "encoder_stages": _Setting(
-                    _or_null(lambda value: isinstance(value, list) and all(map(_is_whole(0), value))),
-                    "is no list of the encoder's stages, such as [1,2]",
-                ),
-                "decoder": _FLAG,
-                "head": _FLAG,
-            }
-        ),
-        "loss": _OPEN,
-        "optimizer": _Section(
-            {"name": _NAME, "lr": _NUMBER, "encoder_lr_factor": _NUMBER, "weight_decay": _NUMBER}, open=True
-        ),
-        "schedule": _NAMED,
-        "trainer": _Section(
-            {
-                "precision": _Setting(
-                    lambda value: value is None or str(value) in _PRECISIONS,
-                    f"is no precision of Lightning's; choose one of {', '.join(_PRECISIONS)}",
-                    optional=True,
-                ),
-                "accumulate_grad_batches": _whole_or_not_there(1),
-                "check_val_every_n_epoch": _whole_or_not_there(1, null=True),
-                "num_sanity_val_steps": _whole_or_not_there(-1, null=True),
-                "log_every_n_steps": _whole_or_not_there(0, null=True),
-                "min_epochs": _whole_or_not_there(0, null=True),
-                "max_steps": _whole_or_not_there(-1),
-                "min_steps": _whole_or_not_there(0, null=True),
-                "max_time": _Setting(
-                    _or_null(lambda value: isinstance(value, str | Mapping)),
-                    "is no time of the form days:hours:minutes:seconds",
-                    optional=True,
-                ),
-                "gradient_clip_val": _Setting(_or_null(_is_number), "is no number", optional=True),
-                "gradient_clip_algorithm": _Setting(_or_null(_is_text), "is neither norm nor value", optional=True),
-                "fast_dev_run": _Setting(
-                    lambda value: isinstance(value, bool) or _is_whole(0)(value),
-                    "is no number of batches",
-                    optional=True,
-                ),
-                "benchmark": _Setting(_or_null(_is_flag), "is neither true nor false", optional=True),
-                "model_registry": _Setting(_or_null(_is_text), "is no name", optional=True),
-                "profiler": _Setting(_or_null(_is_text), "is no name", optional=True),
-                "sync_batchnorm": _FLAG._replace(optional=True),
-                "deterministic": _Setting(
-                    lambda value: isinstance(value, bool) or value in (None, "warn"),
-                    "is none of true, false and warn",
-                    optional=True,
-                ),
-            },
-            open=True,
-        ),
-        # Options by logger name; with logger=[] the section is missing.
-        "logger": _Setting(
-            lambda value: isinstance(value, Mapping),
-            "must be loggers by name; choose them with logger=<name> or logger=[<name>,<name>] in a new run",
-            optional=True,
-        ),
-        "evaluation": EVALUATION_SECTION,
-        "training": _Section(
-            {
-                "channels_last": _FLAG,
-                "compile": _FLAG,
-                "weight_averaging": _Setting(
-                    lambda value: not value or (_is_number(value) and 0 < value < 1),
-                    "is no decay between 0 and 1, such as 0.999",
-                ),
-                "early_stopping": _Setting(
-                    lambda value: not value or _is_whole(1)(value), "is no number of validations, such as 10"
-                ),
-                "checkpoint_every": _Setting(
-                    _or_null(_is_whole(1)), "is no number of steps; null is once in each epoch", optional=True
-                ),
-                "pictures_every": _Setting(_or_null(_is_whole(0)), "is no number of epochs; 0 draws none"),
-                "progress_bar": _Setting(
-                    lambda value: isinstance(value, bool) or value == "auto", "is none of true, false and auto"
-                ),
-            }
-        ),
-        "report": _REPORT,
-        # Only in a sweep, which checks these settings itself.
-        "sweep": _Setting(lambda value: isinstance(value, Mapping), "must be a section of settings", optional=True),
-    }
-)
-"""Schema of ``train.py``."""
-
-REBUILDING = _Section(
-    {
-        "data": _Section({"mean": _COLOUR, "std": _COLOUR}, open=True),
-        "trainer": _OPEN,
-        **{name: TRAINING.settings[name] for name in ("model", "attention", "placement")},
-    },
-    open=True,
-)
-"""Schema of the settings in a checkpoint that rebuilding and evaluating its model needs."""
-
-EVALUATION = _Section(
-    {
-        "run": _PATH,
-        "ckpt": _PATH,
-        "devices": _Setting(lambda value: isinstance(value, str | int | list), "is no number of devices"),
-        "data": _DATA,
-        "epochs": _Setting(lambda value: True, "", optional=True),  # set by the data sets' configs
-        "evaluation": EVALUATION_SECTION,
-        "report": _REPORT,
-    }
-)
-"""Schema of ``eval.py``."""
+_Precision = Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "16", "bf16", "32", "64"]
 
 
-def require_settings(config: Mapping[str, Any], known: _Section, path: str = "") -> None:
+class Section(BaseModel):
+    """Settings by name; unknown names are errors."""
+
+    # Lightning has an option that begins with "model_", which pydantic would keep for itself.
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class OpenSection(Section):
+    """Settings by name; further names are checked elsewhere."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Data(OpenSection):
+    """Section ``data``, and the arguments of the data module."""
+
+    name: Name
+    """data set"""
+    root: Path
+    """its folder or archive"""
+    batch_size: Annotated[Literal["auto"] | Positive, Must("a whole number of at least 1, or auto")]
+    """crops in a training batch of all processes together; auto: the most that fit on a GPU"""
+    evaluation_batch_size: Positive
+    """images in an evaluation batch of one process"""
+    workers: Annotated[int, Field(ge=0, le=1024), Must("a whole number from 0 to 1024 (each worker is a process)")]
+    """processes that load data"""
+    mean: Colour
+    """mean of each RGB channel, for images in [0, 1]; null: the encoder's"""
+    std: Colour
+    """standard deviation of each RGB channel; null: the encoder's"""
+    augmentation: Annotated[Options, Must("steps by name")]
+    """steps of the training's augmentation"""
+    evaluation_split: Name
+    """split of the final test"""
+    timeout: Annotated[float, Field(gt=0, le=1_000_000), Must("a number of seconds above 0 and at most 1000000")] = (
+        300.0
+    )
+    """seconds to wait for a disk that does not respond"""
+    max_skipped: Count = 0
+    """unreadable samples that may be skipped"""
+
+
+class Model(OpenSection):
+    """Section ``model``."""
+
+    decoder: Name
+    """decoder of segmentation-models-pytorch"""
+    encoder: Name
+    """encoder of smp, or tu-<name> of timm"""
+    encoder_weights: Path
+    """packaged, imagenet, a file, or null"""
+
+
+class Attention(OpenSection):
+    """Section ``attention``."""
+
+    name: Name
+    """attention block"""
+
+
+class Placement(Section):
+    """Section ``placement``."""
+
+    encoder: Flag
+    """a block after encoder stages"""
+    encoder_stages: Annotated[list[Count] | None, Must("a list of the encoder's stages, such as [1,2]")]
+    """which of them; null: all"""
+    decoder: Flag
+    """a block after each decoder block"""
+    head: Flag
+    """a block before the segmentation head"""
+
+
+class Optimizer(OpenSection):
+    """Section ``optimizer``."""
+
+    name: Name
+    """optimiser"""
+    lr: Number
+    """highest learning rate"""
+    encoder_lr_factor: Number
+    """factor of the encoder's learning rate"""
+    weight_decay: Number
+    """weight decay"""
+
+
+class Schedule(OpenSection):
+    """Section ``schedule``."""
+
+    name: Name
+    """learning-rate schedule"""
+
+
+class Trainer(OpenSection):
+    """Section ``trainer``: options of Lightning's Trainer."""
+
+    precision: Annotated[_Precision | Literal[16, 32, 64] | None, Must(f"one of {', '.join(_PRECISIONS)}")] = None
+    """precision of the training"""
+    accumulate_grad_batches: Positive = 1
+    """batches in an optimiser step"""
+    check_val_every_n_epoch: OptionalPositive = 1
+    """epochs between validations"""
+    num_sanity_val_steps: Annotated[int | None, Field(ge=-1), Must("a whole number of at least -1, or null")] = None
+    """validation batches before the training"""
+    log_every_n_steps: OptionalCount = None
+    """steps between values of a logger"""
+    min_epochs: OptionalCount = None
+    """epochs before early stopping"""
+    max_steps: Annotated[int, Field(ge=-1), Must("a whole number of at least -1")] = -1
+    """optimiser steps after which the training ends; -1: no limit"""
+    min_steps: OptionalCount = None
+    """optimiser steps before early stopping"""
+    max_time: Annotated[str | Options | None, Must("a time of the form days:hours:minutes:seconds")] = None
+    """time after which the training ends"""
+    gradient_clip_val: Annotated[Number | None, Must("a number or null")] = None
+    """norm or value to clip gradients at"""
+    gradient_clip_algorithm: Annotated[str | None, Field(min_length=1), Must("norm or value")] = None
+    """norm or value"""
+    fast_dev_run: Annotated[bool | Count, Must("a number of batches")] = False
+    """not supported: writes no checkpoint"""
+    benchmark: Annotated[bool | None, Must("true or false")] = None
+    """cuDNN's choice of kernels by measurement"""
+    model_registry: OptionalName = None
+    """Lightning's model registry"""
+    profiler: OptionalName = None
+    """Lightning's profiler"""
+    sync_batchnorm: Flag = False
+    """batch norm over all processes"""
+    deterministic: Annotated[bool | Literal["warn"] | None, Must("true, false or warn")] = None
+    """deterministic algorithms alone; follows reproducible"""
+
+
+class Evaluation(Section):
+    """Section ``evaluation``, which ``train.py`` and ``eval.py`` share."""
+
+    device: Annotated[str, Field(min_length=1), Must("a device, such as auto, cpu or cuda:1")]
+    """device of the final test"""
+    precision: Annotated[
+        Literal["32-true", "32", "bf16-mixed", "bf16", "16-mixed", "16", 16, 32],
+        Must("32-true, bf16-mixed or 16-mixed"),
+    ]
+    """its precision"""
+    channels_last: Flag
+    """channels-last memory format"""
+    compile: Flag
+    """torch.compile"""
+    batch_size: Positive
+    """larger batch size of the cost measurement"""
+    size: Annotated[
+        Annotated[list[Positive], Field(min_length=2, max_length=2)] | None,
+        Must("[height,width] in pixels, such as [512,1024]"),
+    ]
+    """[height, width] of the cost measurement; null: those of the split's first image"""
+    budget: Annotated[float, Field(gt=0, allow_inf_nan=False), Must("a positive number of seconds")]
+    """seconds for the cost measurement"""
+
+
+class Steps(Section):
+    """Section ``training``."""
+
+    channels_last: Flag
+    """channels-last memory format"""
+    compile: Flag
+    """torch.compile"""
+    weight_averaging: Annotated[
+        Literal[False, 0] | Annotated[float, Field(ge=0, lt=1)] | None, Must("a decay between 0 and 1, such as 0.999")
+    ]
+    """decay of the moving average of the weights; null: no average"""
+    early_stopping: Annotated[Literal[False] | Count | None, Must("a number of validations, such as 10")]
+    """validations without a better mIoU after which the training stops"""
+    checkpoint_every: Annotated[Positive | None, Must("a number of steps, or null for once in each epoch")] = None
+    """optimiser steps between checkpoints within an epoch"""
+    pictures_every: Annotated[Count | None, Must("a number of epochs; 0 draws none")]
+    """epochs between pictures"""
+    progress_bar: Annotated[bool | Literal["auto"], Must("true, false or auto")]
+    """progress bar; auto: on a terminal"""
+
+
+class Report(Section):
+    """Section ``report``."""
+
+    dir: Path
+    """folder of the report; null: report/ in the run's folder"""
+
+
+class Training(Section):
+    """All settings of ``train.py``."""
+
+    epochs: Annotated[int | None, Field(ge=-1), Must("a whole number of at least 1")]
+    """length of the training"""
+    seed: Annotated[int, Field(ge=0, lt=2**32), Must("a whole number from 0 to 4294967295")]
+    """seed of all random numbers"""
+    resume: Path
+    """folder of the run to continue, or auto"""
+    rerun: Path = None
+    """folder of the run to repeat"""
+    reproducible: Flag = False
+    """deterministic algorithms alone"""
+    data: Data
+    model: Model
+    attention: Attention
+    placement: Placement
+    loss: Annotated[Options, Must("a section of terms by name")]
+    """terms by name, each with a weight"""
+    optimizer: Optimizer
+    schedule: Schedule
+    trainer: Trainer
+    # With logger=[] the section is missing.
+    logger: Annotated[
+        Options, Must("loggers by name; choose them with logger=<name> or logger=[<name>,<name>] in a new run")
+    ] = {}
+    """options by the logger's name"""
+    evaluation: Evaluation
+    training: Steps
+    report: Report
+    sweep: Annotated[Options, Must("a section of settings")] = {}
+    """see ``Sweep``"""
+
+
+class Sweep(OpenSection):
+    """Section ``sweep``, of which each sweeper uses a part."""
+
+    baseline: Annotated[
+        Annotated[Options, Field(min_length=1)] | None,
+        Must("a non-empty mapping of settings, as in 'sweep.baseline={attention: none}'"),
+    ]
+    """settings that the jobs are compared with"""
+    groups: Annotated[
+        dict[str, list[Any]], Must("a mapping of names to lists of classes, as in 'sweep.groups={thin: [pole, fence]}'")
+    ]
+    """classes by the name of a group, which the comparison scores"""
+    retry: Flag
+    """run jobs again that have failed twice"""
+    grid: Annotated[Options | None, Must("a mapping, as in 'sweep.grid={attention: [se, ema]}'")] = None
+    """values by key or group; every combination is a job"""
+    variants: Annotated[
+        dict[str, str | list[str]] | None,
+        Must("a mapping of names to overrides, as in 'sweep.variants={wide: attention.factor=8}'"),
+    ] = None
+    """overrides by name; each name is one more value"""
+    space: Annotated[Options | None, Must("a mapping, as in 'sweep.space={optimizer.lr: 'interval(1e-4,1e-2)'}'")] = (
+        None
+    )
+    """searched keys"""
+    trials: Positive = 1
+    """trials of a search"""
+    parallel: Positive = 1
+    """trials at a time"""
+    grace: Count = 0
+    """first trials, and first epochs of each trial, without pruning"""
+    seed: Count = 0
+    """seed of a search"""
+
+
+class _Normalisation(OpenSection):
+    mean: Colour
+    std: Colour
+
+
+class _Open(OpenSection):
+    pass
+
+
+class Rebuilding(OpenSection):
+    """The settings in a checkpoint that rebuilding and evaluating its model needs."""
+
+    data: _Normalisation
+    trainer: _Open
+    model: Model
+    attention: Attention
+    placement: Placement
+
+
+class Evaluating(Section):
+    """All settings of ``eval.py``."""
+
+    run: Path
+    """folder of the run to evaluate"""
+    ckpt: Path
+    """checkpoint to evaluate"""
+    devices: Annotated[str | int | list[Any], Must("a number of devices")]
+    """number of processes, each on its own GPU if there are GPUs"""
+    data: Data
+    epochs: Any = None  # set by the configurations of the data sets
+    evaluation: Evaluation
+    report: Report
+
+
+def check_settings(config: Mapping[str, Any], schema: type[Section], path: str = "") -> None:
     """Check a resolved configuration against its schema.
 
     Args:
         config: the configuration as plain data, or a section of it.
-        known: the schema: ``TRAINING``, ``EVALUATION`` or ``REBUILDING``, or a section of one.
+        schema: the schema.
         path: the dotted name of the section, with a trailing dot.
 
     Raises:
         ConfigError: a setting is missing, unknown or has an invalid value.
     """
-    for name in config:
-        if name not in known.settings and not known.open:
-            raise ConfigError(f"{path}{name}: there is no such setting; leave it out.{_near(str(name), known, path)}")
-    for name, setting in known.settings.items():
-        full = f"{path}{name}"
-        if name not in config:
-            if isinstance(setting, _Setting) and setting.optional:
-                continue
-            raise ConfigError(f"{full}: missing; every configuration must have it; restore it.")
-        value = config[name]
-        if isinstance(setting, _Section):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{full}: must be a section of settings, got {value!r}; set {full}.<name>=<value>.")
-            require_settings(value, setting, f"{full}.")
-        elif not setting.fits(value):
-            raise ConfigError(f"{full}={value!r} {setting.complaint}.")
+    try:
+        schema.model_validate(config)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False)
+        unknown = [details for details in found if details["type"] == "extra_forbidden"]
+        raise ConfigError(_complaint((unknown or found)[0]["loc"], config, schema, path)) from error
+
+
+def _complaint(where: tuple[int | str, ...], config: Mapping[str, Any], schema: type[Section], path: str) -> str:
+    """Describe an invalid setting in one sentence.
+
+    Args:
+        where: keys that lead to it; below a setting they lead into its value.
+        config: the configuration.
+        schema: its schema.
+        path: the dotted name of the configuration, with a trailing dot.
+    """
+    value: Any = config
+    for key in where:
+        full = f"{path}{key}"
+        if key not in schema.model_fields:
+            return f"{full}: there is no such setting; leave it out.{_near(full, schema, path)}"
+        if key not in value:
+            return f"{full}: missing; every configuration must have it; restore it."
+        field, value = schema.model_fields[str(key)], value[key]
+        section = _section_of(field)
+        if section is None or not isinstance(value, Mapping):
+            expected = _expected(field) or f"a section of settings; set {full}.<name>=<value>"
+            head, _, tail = expected.partition("; ")
+            return f"{full}: must be {head}, got {value!r}{'; ' if tail else ''}{tail}."
+        schema, path = section, f"{full}."
+    return f"{path.rstrip('.') or 'configuration'}: must be a section of settings, got {value!r}."
+
+
+def _section_of(field: FieldInfo) -> type[Section] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _expected(field: FieldInfo) -> str:
+    return next((item.text for item in reversed(field.metadata) if isinstance(item, Must)), "")
+
+
+def describe_settings(schema: type[Section], path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted name and the meaning of each setting that has one."""
+    for name, field in schema.model_fields.items():
+        section = _section_of(field)
+        if section is not None:
+            yield from describe_settings(section, f"{path}{name}.")
+        elif field.description:
+            yield f"{path}{name}", " ".join(field.description.split())
 
 
 def require_plain(config: object) -> None:
@@ -336,7 +480,6 @@ def suggest_own(key: str, is_known: Callable[[str], bool]) -> str:
     return f" Did you mean {' or '.join(map(repr, own))}?" if own else ""
 
 
-def _near(name: str, known: _Section, path: str) -> str:
-    full = f"{path}{name}"
-    own = suggest_own(full, lambda key: bool(path) or key.partition(".")[0] in known.settings)
-    return own or did_you_mean(full, [f"{path}{other}" for other in known.settings])
+def _near(full: str, schema: type[Section], path: str) -> str:
+    own = suggest_own(full, lambda key: bool(path) or key.partition(".")[0] in schema.model_fields)
+    return own or did_you_mean(full, [f"{path}{other}" for other in schema.model_fields])

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ema_seg.config import Evaluation, check_settings
 from ema_seg.data import SegmentationDataModule
 from ema_seg.data.datamodule import SampleSelection
 from ema_seg.evaluation import describe_environment, measure_cost, predict_examples, score_images
-from ema_seg.evaluation.check import check_settings
 from ema_seg.evaluation.cost import cost_batch_size
 from ema_seg.inference.device import find_device
 from ema_seg.models import load_segmenter, model_stride
@@ -58,7 +58,7 @@ def evaluate(
     Raises:
         EmaSegError: the settings, the checkpoint, the data or the folder have a fault that the user can correct.
     """
-    check_settings(settings)
+    check_settings(settings, Evaluation, "evaluation.")
     if rank_info().rank == 0:
         report_manifest(directory).check(FILES)
     device, precision = find_device(settings["device"]), settings["precision"]

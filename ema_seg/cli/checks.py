@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from ema_seg.cli.early_checks import check_early
 from ema_seg.data import SegmentationDataModule, check_dataset
 from ema_seg.data.datamodule import check_batch_divides
-from ema_seg.evaluation.check import check_settings
 from ema_seg.models import segmenter_from_config
 from ema_seg.runtime.distributed.start import single_process
 from ema_seg.runtime.errors import ConfigError, did_you_mean, one_line
@@ -58,7 +57,6 @@ def check_config(config: Mapping[str, Any]) -> None:
     _check_loss(config["loss"])
     build_schedule(_check_optimizer(config["optimizer"]), _STEPS, **config["schedule"])
     check_loggers(config.get("logger", {}))
-    check_settings(config["evaluation"])
 
 
 def check_model(config: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from threading import Thread
 from typing import Any, NamedTuple
 
 from ema_seg.cli.sources import read_keys, read_parameters, read_source, smp_decoders, smp_encoders, timm_models
-from ema_seg.config import TRAINING, require_settings, suggest_own
+from ema_seg.config import Training, check_settings, suggest_own
 from ema_seg.data import DATASETS
 from ema_seg.runtime.errors import ConfigError, DataError, did_you_mean
 from ema_seg.runtime.extras import install_command
@@ -53,7 +53,7 @@ def check_early(config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: a setting is missing or invalid, or names something unknown or not installed.
     """
-    require_settings(config, TRAINING)
+    check_settings(config, Training)
     for section, key, find in _NAMES:
         name, known = config[section][key], find()
         if known and name not in known:

@@ -9,12 +9,19 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from ema_seg.cli.command_line import argument, expand_home, plain_config, reports_errors, saved_config
+from ema_seg.cli.command_line import (
+    argument,
+    expand_home,
+    list_meanings,
+    plain_config,
+    reports_errors,
+    saved_config,
+)
 from ema_seg.cli.composition import CONFIGS, compose, launch
 from ema_seg.cli.early_checks import check_root
-from ema_seg.config import EVALUATION, require_settings
+from ema_seg.config import Evaluating, check_settings
 from ema_seg.runtime.distributed.start import detect_launcher, join_launcher, rank_info
 from ema_seg.runtime.errors import CheckpointError, ConfigError, EmaSegError
 from ema_seg.runtime.host_memory import gc_frozen_imports, keep_freed_memory
@@ -28,6 +35,7 @@ def main() -> None:
     """Compose the configuration on top of the run's own, and evaluate."""
     keep_freed_memory()
     sys.argv = expand_home(sys.argv)
+    OmegaConf.register_new_resolver("meanings", list_meanings, replace=True)
     with join_launcher():
         saved = _saved_config()
         store = ConfigStore.instance()
@@ -56,7 +64,7 @@ def _evaluate(composed: DictConfig) -> None:
     config = plain_config(composed)
     if bool(config.get("run")) == bool(config.get("ckpt")):
         raise ConfigError("run, ckpt: exactly one must be set; give run=<folder of a run> or ckpt=<checkpoint file>.")
-    require_settings(config, EVALUATION)
+    check_settings(config, Evaluating)
     check_root(config["data"])
     run = Path(config["run"]) if config["run"] else _run_of(Path(config["ckpt"]))
     checkpoint = Path(config["ckpt"] or run / "checkpoints" / "best.ckpt")

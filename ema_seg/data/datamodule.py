@@ -12,10 +12,10 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
+from ema_seg.config import Data, check_settings
 from ema_seg.data import build_dataset, check_dataset, find_dataset_class
 from ema_seg.data.base import Sample, SegmentationDataset
 from ema_seg.data.loading import (
-    LONGEST_TIMEOUT,
     Loader,
     RoundRobinSampler,
     Samples,
@@ -31,7 +31,6 @@ from ema_seg.runtime.errors import ConfigError, DataError
 
 __all__ = ["SampleSelection", "SegmentationDataModule", "check_batch_divides"]
 
-_MOST_WORKERS = 1024
 
 # Messages suggest only numbers of processes below this.
 _MANY_PROCESSES = 100
@@ -97,17 +96,13 @@ class SegmentationDataModule(LightningDataModule):
         **options: Any,
     ) -> None:
         super().__init__()
-        _require_at_least(1, batch_size=batch_size, evaluation_batch_size=evaluation_batch_size)
-        _require_at_least(0, workers=workers, max_skipped=max_skipped)
-        if not isinstance(timeout, int | float) or not 0 < timeout <= LONGEST_TIMEOUT:
-            raise ConfigError(
-                f"data.timeout: must be a number of seconds above 0 and at most {LONGEST_TIMEOUT}, got {timeout!r}."
-            )
-        if workers > _MOST_WORKERS:
-            raise ConfigError(
-                f"data.workers: must be at most {_MOST_WORKERS} (each worker is a process), got {workers}."
-            )
-        _require_channels(mean=mean, std=std)
+        given = {
+            **{"name": name, "root": None if root is None else str(root), "augmentation": dict(augmentation)},
+            **{"batch_size": batch_size, "evaluation_batch_size": evaluation_batch_size, "workers": workers},
+            **{"mean": mean, "std": std, "evaluation_split": evaluation_split},
+            **{"timeout": timeout, "max_skipped": max_skipped},
+        }
+        check_settings(given, Data, "data.")
         self.dataset_name = name
         self.root = root
         self.batch_size = batch_size
@@ -330,18 +325,6 @@ def check_batch_divides(batch_size: int, processes: int) -> None:
             f"{batch_size}; set {' or '.join(sizes)}, or use {' or '.join(counts)} "
             f"{'process' if counts == ['1'] else 'processes'}."
         )
-
-
-def _require_at_least(minimum: int, **values: int) -> None:
-    for key, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise ConfigError(f"data.{key}={value!r} must be a whole number of at least {minimum}.")
-
-
-def _require_channels(**values: Sequence[float]) -> None:
-    for key, value in values.items():
-        if not isinstance(value, list | tuple) or len(value) != 3 or not all(isinstance(x, int | float) for x in value):
-            raise ConfigError(f"data.{key}={value!r} must be three numbers, one for each of red, green and blue.")
 
 
 class SampleSelection:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ema_seg.config import REBUILDING, require_plain, require_settings
+from ema_seg.config import Rebuilding, check_settings, require_plain
 from ema_seg.models.build import segmenter_from_config
 from ema_seg.models.weights import first_not_finite
 from ema_seg.runtime.errors import CheckpointError, ConfigError, DataError, one_line
@@ -66,7 +66,7 @@ def _check_contents(path: Path, checkpoint: Mapping[str, Any]) -> None:
         raise CheckpointError(f"ckpt={path}: its config must hold settings by name; give one that train.py wrote.")
     try:
         require_plain(config)
-        require_settings(config, REBUILDING)
+        check_settings(config, Rebuilding)
     except ConfigError as error:
         reason = str(error).removesuffix(".")
         raise CheckpointError(

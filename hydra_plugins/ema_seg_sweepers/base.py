@@ -25,6 +25,7 @@ from rich.console import Console
 
 from ema_seg.cli.command_line import plain_config, quoted
 from ema_seg.cli.trust import require_printable
+from ema_seg.config import Sweep, check_settings
 from ema_seg.runtime.errors import ConfigError, EmaSegError, Preempted, one_line
 from ema_seg.sweeps import (
     ANY,
@@ -49,13 +50,6 @@ _UNNAMED_KEYS = (
     *("seed", "launcher", "hydra"),
     *("sweep.trials", "sweep.parallel", "sweep.retry", "sweep.baseline", "sweep.groups", "sweep.deal_devices"),
 )
-
-# Settings of the sweepers that must be mappings, with an example of each.
-_MAPPING_SETTINGS = {
-    "grid": "{attention: [se, ema]}",
-    "variants": "{wide: attention.factor=8}",
-    "space": "{optimizer.lr: 'interval(1e-4,1e-2)'}",
-}
 
 
 class FolderSweeper(Sweeper):
@@ -84,7 +78,7 @@ class FolderSweeper(Sweeper):
                     f"{override.input_line}: each job of a sweep writes its report into its own folder; remove "
                     "report.dir."
                 )
-        self._check_settings()
+        check_settings(self.settings, Sweep, "sweep.")
         self.named = sorted(str(override.input_line) for override in overrides if self._names_sweep(override))
         if self.config.sweep.id is None:
             with open_dict(self.config):
@@ -111,33 +105,6 @@ class FolderSweeper(Sweeper):
         settings = OmegaConf.to_container(self.config.sweep)
         assert isinstance(settings, dict)
         return settings  # type: ignore[return-value]  # all of its keys are texts
-
-    def _check_settings(self) -> None:
-        """Raise a ConfigError for invalid settings of the sweep, which would otherwise fail at its end."""
-        baseline, groups, retry = (self.settings[key] for key in ("baseline", "groups", "retry"))
-        if baseline is not None and not (isinstance(baseline, dict) and baseline):
-            raise ConfigError(
-                f"sweep.baseline: must be a non-empty mapping of settings, got {baseline!r}; write it as "
-                "'sweep.baseline={attention: none}'."
-            )
-        if not isinstance(groups, dict) or not all(isinstance(classes, list) for classes in groups.values()):
-            raise ConfigError(
-                f"sweep.groups: must map names to lists of classes, got {groups!r}; write it as "
-                "'sweep.groups={thin: [pole, fence]}'."
-            )
-        for key, example in _MAPPING_SETTINGS.items():
-            if not isinstance(self.settings.get(key) or {}, dict):
-                raise ConfigError(
-                    f"sweep.{key}: must be a mapping, got {self.settings[key]!r}; write it as 'sweep.{key}={example}'."
-                )
-        for name, texts in (self.settings.get("variants") or {}).items():
-            if not isinstance(texts, str) and not (isinstance(texts, list) and all(isinstance(t, str) for t in texts)):
-                raise ConfigError(
-                    f"sweep.variants.{name}: must be overrides as a text or a list of texts, such as 'attention=se', "
-                    f"got {texts!r}."
-                )
-        if not isinstance(retry, bool):
-            raise ConfigError(f"sweep.retry: must be true or false, got {retry!r}.")
 
     def _names_sweep(self, override: Override) -> bool:
         assert self.config is not None

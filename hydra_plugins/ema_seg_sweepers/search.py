@@ -28,9 +28,6 @@ class SearchSweeper(FolderSweeper):
         except ImportError as error:
             raise ConfigError(f"sweep=search: needs Optuna ({error}); run {install_command('search')}.") from error
         settings = self.settings
-        for key, least in {"trials": 1, "parallel": 1, "grace": 0, "seed": 0}.items():
-            if type(settings[key]) is not int or settings[key] < least:
-                raise ConfigError(f"sweep.{key}: must be a whole number of at least {least}, got {settings[key]!r}.")
         fixed, space = self._split(arguments, by_dotted_key(settings["space"]))
         search = OptunaStudy(self.folder, seed=settings["seed"], grace=settings["grace"])
         search.check_space(_distributions(space), self.named)

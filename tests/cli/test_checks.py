@@ -50,32 +50,44 @@ def test_what_lightning_or_a_loss_takes_is_not_refused(config, values):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"seed": -1}, "seed=-1"),
-        ({"seed": True}, "seed=True"),
+        ({"seed": -1}, "seed: must be a whole number from 0 to 4294967295, got -1"),
+        ({"seed": True}, "seed: must be a whole number from 0 to 4294967295, got True"),
         ({"data__root": None}, r"data\.root is not set"),
         ({"data__name": "camvit"}, r"data\.name='camvit'"),
         ({"data__classs": 3}, r"data\.classs=3 is not an option"),
         ({"data__batch_size": 0}, "batch_size"),
         ({"data__augmentation": {"crop": {"transform": "Cropp"}}}, "augmentation"),
-        ({"training__weight_averaging": 1.5}, r"training\.weight_averaging=1\.5"),
-        ({"training__early_stopping": 1.5}, r"training\.early_stopping=1\.5"),
-        ({"training__pictures_every": -1}, r"training\.pictures_every=-1"),
-        ({"training__compile": "maybe"}, r"training\.compile='maybe'"),
+        (
+            {"training__weight_averaging": 1.5},
+            r"training\.weight_averaging: must be a decay between 0 and 1, .* got 1\.5",
+        ),
+        (
+            {"training__early_stopping": 1.5},
+            r"training\.early_stopping: must be a number of validations, such as 10, got 1\.5",
+        ),
+        (
+            {"training__pictures_every": -1},
+            r"training\.pictures_every: must be a number of epochs, got -1; 0 draws none",
+        ),
+        ({"training__compile": "maybe"}, r"training\.compile: must be true or false, got 'maybe'"),
         ({"trainer__max_epochs": 2.5}, r"epochs=2\.5"),
         ({"trainer__max_epochs": 0}, "epochs=0"),
-        ({"trainer__accumulate_grad_batches": 0}, r"trainer\.accumulate_grad_batches=0"),
+        (
+            {"trainer__accumulate_grad_batches": 0},
+            r"trainer\.accumulate_grad_batches: must be a whole number of at least 1, got 0",
+        ),
         ({"trainer__acumulate_grad_batches": 2}, "Did you mean 'accumulate_grad_batches'"),
-        ({"trainer__precision": "bf17"}, r"trainer\.precision='bf17' is no precision of Lightning's"),
+        ({"trainer__precision": "bf17"}, r"trainer\.precision: must be one of 32-true, .*, got 'bf17'"),
         ({"trainer__val_check_interval": 1000}, r"trainer\.val_check_interval=1000: an epoch may have fewer batches"),
         ({"trainer__overfit_batches": 1}, r"trainer\.overfit_batches=1: changes the order of the samples"),
         ({"trainer__reload_dataloaders_every_n_epochs": 1}, r"trainer\.reload_dataloaders_every_n_epochs=1: changes"),
-        ({"trainer__max_time": 3}, r"trainer\.max_time=3 is no time"),
-        ({"trainer__benchmark": 1}, r"trainer\.benchmark=1 is neither true nor false"),
-        ({"trainer__gradient_clip_val": "abc"}, r"trainer\.gradient_clip_val='abc' is no number"),
-        ({"trainer__gradient_clip_algorithm": 3}, r"trainer\.gradient_clip_algorithm=3 is neither norm nor value"),
-        ({"trainer__model_registry": [1]}, r"trainer\.model_registry=\[1\] is no name"),
-        ({"trainer__profiler": [1]}, r"trainer\.profiler=\[1\] is no name"),
-        ({"trainer__fast_dev_run": 0.5}, r"trainer\.fast_dev_run=0\.5 is no number of batches"),
+        ({"trainer__max_time": 3}, r"trainer\.max_time: must be a time of the form days:hours:minutes:seconds, got 3"),
+        ({"trainer__benchmark": 1}, r"trainer\.benchmark: must be true or false, got 1"),
+        ({"trainer__gradient_clip_val": "abc"}, r"trainer\.gradient_clip_val: must be a number or null, got 'abc'"),
+        ({"trainer__gradient_clip_algorithm": 3}, r"trainer\.gradient_clip_algorithm: must be norm or value, got 3"),
+        ({"trainer__model_registry": [1]}, r"trainer\.model_registry: must be a name or null, got \[1\]"),
+        ({"trainer__profiler": [1]}, r"trainer\.profiler: must be a name or null, got \[1\]"),
+        ({"trainer__fast_dev_run": 0.5}, r"trainer\.fast_dev_run: must be a number of batches, got 0\.5"),
         ({"trainer__fast_dev_run": True}, r"trainer\.fast_dev_run=True: Lightning writes no checkpoint with it"),
         ({"trainer__fast_dev_run": 3}, r"trainer\.fast_dev_run=3: Lightning writes no checkpoint with it"),
         ({"trainer__limit_val_batches": 0}, r"trainer\.limit_val_batches=0: must be more than 0"),
@@ -86,7 +98,10 @@ def test_what_lightning_or_a_loss_takes_is_not_refused(config, values):
             {"trainer__check_val_every_n_epoch": 3},
             r"trainer\.check_val_every_n_epoch=3: no epoch up to the last one, 2",
         ),
-        ({"trainer__min_epochs": "two"}, r"trainer\.min_epochs='two' must be a whole number of at least 0"),
+        (
+            {"trainer__min_epochs": "two"},
+            r"trainer\.min_epochs: must be a whole number of at least 0, or null, got 'two'",
+        ),
         ({"optimizer__capturable": True}, "optimizer=.*'capturable': True.*torch cannot train with these"),
         ({"optimizer__differentiable": True}, "optimizer=.*'differentiable': True.*torch cannot train with these"),
         ({"optimizer__betas": [0.9]}, "optimizer: torch refuses"),
@@ -95,13 +110,13 @@ def test_what_lightning_or_a_loss_takes_is_not_refused(config, values):
         ({"loss": {"cross_entropy": {"weight": 1.0, "label_smoothing": "x"}}}, "loss=.*torch cannot compute this loss"),
         ({"loss": {"cross_entropy": {"weight": 1.0, "label_smoothing": 7}}}, "label_smoothing must be between 0"),
         ({"schedule": {"name": "poly", "power": -0.5}}, r"schedule\.power=-0\.5: poly must give a learning rate"),
-        ({"placement__encoder": "yes"}, r"placement\.encoder='yes' is neither true nor false"),
+        ({"placement__encoder": "yes"}, r"placement\.encoder: must be true or false, got 'yes'"),
         ({"training__chekpoint_every": 3}, r"training\.chekpoint_every: there is no such setting"),
         ({"report": 3}, "report: must be a section of settings, got 3; set report.<name>=<value>"),
         ({"loss": {"diec": {"weight": 1}}}, r"loss\.diec"),
         ({"optimizer__momentun": 0.9}, "optimizer"),
-        ({"optimizer__lr": "fast"}, r"optimizer\.lr='fast'"),
-        ({"optimizer__lr": float("nan")}, r"optimizer\.lr=nan is no number"),
+        ({"optimizer__lr": "fast"}, r"optimizer\.lr: must be a number, got 'fast'"),
+        ({"optimizer__lr": float("nan")}, r"optimizer\.lr: must be a number, got nan"),
         ({"schedule__power": "steep", "schedule__powr": 1}, r"schedule\.powr"),
         ({"logger__paper": {}}, r"logger\.paper: must be one of"),
         ({"attention__name": "emma"}, "must be one of none, ema, .* Did you mean 'ema'"),
@@ -109,11 +124,14 @@ def test_what_lightning_or_a_loss_takes_is_not_refused(config, values):
         ({"optimizer__name": "adam"}, r"optimizer\.name='adam': must be one of adamw, sgd.* Did you mean 'adamw'"),
         ({"schedule__name": "linear"}, r"schedule\.name='linear': must be one of poly, cosine, constant"),
         ({"trainer__gpus": 2}, r"no such option\. Did you mean 'trainer\.devices'"),
-        ({"data__workers": "two"}, r"data\.workers='two' must be a whole number of at least 0"),
-        ({"evaluation__batch_size": 2.5}, r"evaluation\.batch_size=2\.5"),
-        ({"evaluation__budget": "long"}, r"evaluation\.budget='long'"),
-        ({"evaluation__size": [4]}, r"evaluation\.size=\[4\]"),
-        ({"evaluation__precision": "8"}, "precision='8'"),
+        ({"data__workers": "two"}, r"data\.workers: must be a whole number from 0 to 1024 .*, got 'two'"),
+        ({"evaluation__batch_size": 2.5}, r"evaluation\.batch_size: must be a whole number of at least 1, got 2\.5"),
+        ({"evaluation__budget": "long"}, r"evaluation\.budget: must be a positive number of seconds, got 'long'"),
+        (
+            {"evaluation__size": [4]},
+            r"evaluation\.size: must be \[height,width\] in pixels, such as \[512,1024\], got \[4\]",
+        ),
+        ({"evaluation__precision": "8"}, r"evaluation\.precision: must be 32-true, bf16-mixed or 16-mixed, got '8'"),
     ],
 )
 def test_what_cannot_is_named_without_data_or_model(config, values, message):
@@ -124,7 +142,7 @@ def test_what_cannot_is_named_without_data_or_model(config, values, message):
 def test_a_setting_that_is_missing_is_named(config):
     config = copy.deepcopy(config)
     del config["training"]["compile"]
-    with pytest.raises(ConfigError, match=r"training\.compile is missing"):
+    with pytest.raises(ConfigError, match=r"training\.compile: missing; every configuration must have it"):
         check_config(config)
 
 

@@ -42,7 +42,7 @@ assert not heavy, heavy
 
 def test_a_refusal_that_needs_no_heavy_library_imports_none(tmp_path):
     refused = {
-        ("train", "epochs=ten"): "error: epochs='ten' is no whole number",
+        ("train", "epochs=ten"): "error: epochs: must be a whole number of at least 1, got 'ten'",
         ("train", "model.encoder=resnet81"): "error: model.encoder: neither smp nor timm has an encoder 'resnet81'",
         ("train", "data=folder", "data.root=missing"): "error: data.root=missing: no such file or folder",
         ("train", "resume=auto", "data=folder", "data.root=missing"): "error: data.root=missing: no such file",

@@ -83,9 +83,9 @@ def test_a_job_that_dies_twice_has_failed(sweep, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("sweep.grid=3", "sweep.grid: must be a mapping, got 3; write it as 'sweep.grid={"),
-        ("sweep.variants=3", "sweep.variants: must be a mapping, got 3"),
-        ("+sweep.variants.a=3", "sweep.variants.a: must be overrides as a text or a list of texts"),
+        ("sweep.grid=3", "sweep.grid: must be a mapping, as in 'sweep.grid={attention: [se, ema]}', got 3"),
+        ("sweep.variants=3", "sweep.variants: must be a mapping of names to overrides"),
+        ("+sweep.variants.a=3", "sweep.variants: must be a mapping of names to overrides"),
     ],
 )
 def test_settings_of_another_form_are_named(override, message, run_script, monkeypatch, tmp_path):

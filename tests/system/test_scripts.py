@@ -27,6 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ema_seg.cli.command_line import quoted
 from ema_seg.cli.resume import _unfinished_run
 from ema_seg.cli.run_folder import _hold_unused
+from ema_seg.config import Evaluating, Training, describe_settings
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.models import load_segmenter
 from ema_seg.runtime.distributed.exit_handlers import PREEMPTION_SIGNALS, install_exit_handlers
@@ -579,7 +580,7 @@ def test_the_default_data_are_generated_and_read(run_script, tmp_path):
             "there is no setting loss.dise.weight. Did you mean 'loss.dice.weight'",
         ),
         (("+loss.dise.weight=1",), "loss.dise: there is no such loss"),
-        (("trainer.precision=bf17", "evaluation.precision=32"), "trainer.precision='bf17' is no precision"),
+        (("trainer.precision=bf17", "evaluation.precision=32"), "trainer.precision: must be one of 32-true"),
         (("+trainer.max_epoch=3",), "trainer.max_epoch: .* no such option. Did you mean 'max_epochs'"),
         (("+trainer.callbacks=3",), "trainer: Lightning refuses"),
         (("launcher=joblib",), r"launcher=joblib: works only in a sweep \(python train.py -m launcher=joblib"),
@@ -588,25 +589,28 @@ def test_the_default_data_are_generated_and_read(run_script, tmp_path):
         (("-m", "resume=runs/one"), "resume=runs/one: a sweep resumes its jobs when the same command"),
         (("model=pan",), "images of 64 x 64 pixels are too small: the model downsamples"),
         (("data.batch_size=auto",), "data.batch_size=auto: needs a CUDA GPU, got cpu"),
-        (("data.batch_size=0",), "data.batch_size=0 must be a whole number of at least 1"),
-        (("data.mean=0.5",), "data.mean=0.5 must be three numbers"),
+        (("data.batch_size=0",), "data.batch_size: must be a whole number of at least 1, or auto, got 0"),
+        (("data.mean=0.5",), "data.mean: must be three numbers"),
         (("data.augmentation.crop.height=50",), "crops must be multiples of 32, .*, got 50 x 64 pixels"),
         (("placement.decoder=false",), "attention=ema is placed nowhere"),
         (("placement.encoder_stages=[3]",), "has no effect without placement.encoder=true"),
         (("+loss.lovasz=0.5",), "must be a section of settings; set loss.lovasz.weight=0.5"),
-        (("optimizer.lr=fast",), "optimizer.lr='fast' is no number"),
+        (("optimizer.lr=fast",), "optimizer.lr: must be a number, got 'fast'"),
         (("schedule.warmup_steps=long",), "schedule.warmup_steps must be a finite number, got 'long'"),
-        (("training.weight_averaging=2",), "training.weight_averaging=2 is no decay between 0 and 1"),
+        (("training.weight_averaging=2",), "training.weight_averaging: must be a decay between 0 and 1"),
         (
             ("model=deeplabv3plus", "model.encoder=tu-mobilenetv3_small_050", "data.batch_size=1"),
             "data.batch_size: must be at least 2 per process, got 1",
         ),
         (("attention=se", "attention.reduction=0"), "SE: reduction must be a whole number of at least 1, got 0"),
-        (("seed=-1",), "seed=-1 is no whole number"),
-        (("model.encoder=null",), "model.encoder=None is no name"),
-        (("trainer.precision=bf16-true",), "precision='bf16-true': must be one of 32-true, "),
-        (("evaluation.size=512",), r"evaluation.size=512 is no \[height,width\]"),
-        (("evaluation.batch_size=0",), "evaluation.batch_size=0 is no positive number"),
+        (("seed=-1",), "seed: must be a whole number from 0 to 4294967295, got -1"),
+        (("model.encoder=null",), "model.encoder: must be a name, got None"),
+        (
+            ("trainer.precision=bf16-true",),
+            "evaluation.precision: must be 32-true, bf16-mixed or 16-mixed, got 'bf16-true'",
+        ),
+        (("evaluation.size=512",), r"evaluation.size: must be \[height,width\] in pixels"),
+        (("evaluation.batch_size=0",), "evaluation.batch_size: must be a whole number of at least 1, got 0"),
         (("evaluation.device=tpu",), "evaluation.device=tpu: cannot be used here"),
         (("data.batch_size=64",), "data.batch_size=64 is more than the 4 training images"),
         (("schedule.warmup_steps=1000",), "schedule.warmup_steps must be from 0 to 4, .* got 1000"),
@@ -821,6 +825,14 @@ def test_help_names_every_group_and_every_option():
         assert f"    {group.name} " in help_text, group.name
         for option in group.glob("*.yaml"):
             assert option.stem in re.findall(r"\w+", help_text), option
+
+
+@pytest.mark.parametrize(("script", "schema"), [("train", Training), ("eval", Evaluating)])
+def test_help_gives_the_meaning_of_every_setting(script, schema, run_script):
+    lines = run_script(script, "--help")[1].splitlines()
+
+    for name, meaning in describe_settings(schema):
+        assert any(line.split(maxsplit=1) == [name, meaning] for line in lines), name
 
 
 @pytest.mark.parametrize(
