@@ -13,14 +13,14 @@ from ema_seg.data import SegmentationDataModule
 from ema_seg.data.datamodule import SampleSelection
 from ema_seg.evaluation import describe_environment, measure_cost, predict_examples, score_images
 from ema_seg.evaluation.cost import cost_batch_size
+from ema_seg.evaluation.evaluator import require_labels
 from ema_seg.inference.device import find_device
 from ema_seg.models import load_segmenter, model_stride
 from ema_seg.models.checkpoint import check_classes
-from ema_seg.reporting.history import read_curves, read_skipped_names
+from ema_seg.reporting.history import describe_data, read_curves
 from ema_seg.reporting.predictions import PredictionWriter, lock_report
 from ema_seg.reporting.report import FILES, build_report, report_manifest, write_report
 from ema_seg.runtime.distributed.start import rank_info
-from ema_seg.runtime.errors import DataError
 from ema_seg.runtime.execution import deterministic_algorithms, set_execution
 
 __all__ = ["evaluate"]
@@ -113,11 +113,7 @@ def evaluate(
                     on_prediction=write_prediction,
                     progress=not quiet and rank_info().rank == 0,
                 )
-                if not evaluation.confusion.matrix.any():
-                    raise DataError(
-                        f"{dataset.root}: the split {module.evaluation_split!r} has no labelled pixel (the labels of a "
-                        "test split are often withheld); choose another with data.evaluation_split."
-                    )
+                require_labels(evaluation, dataset.root, module.evaluation_split)
         module.skipped.all_gather()
         if rank_info().rank:
             return {}
@@ -137,18 +133,12 @@ def evaluate(
         )
 
         # Report: report.json, and from it the tables and figures.
-        skipped = {module.evaluation_split: sorted(name for _, name in module.skipped.samples)}
         report = build_report(
             evaluation,
             cost,
             classes=module.classes,
             palette=module.palette,
-            data={
-                "name": module.dataset_name,
-                "root": str(dataset.root),
-                "split": module.evaluation_split,
-                "skipped": {**read_skipped_names(run), **skipped},
-            },
+            data=describe_data(module, run),
             model=config["model"],
             attention={**config["attention"], "placement": config["placement"]},
             environment=describe_environment(device),

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from ema_seg.config import Evaluating, Training, describe_settings, require_plain
+from ema_seg.config import Evaluating, Section, Training, describe_settings, require_plain
 from ema_seg.runtime.distributed.exit_handlers import exit_if_preempted
 from ema_seg.runtime.distributed.start import report_first_failure
 from ema_seg.runtime.errors import (
@@ -50,6 +50,8 @@ _LINKS = {
     "trainer.deterministic": "reproducible",
     "evaluation.batch_size": "data.evaluation_batch_size",
 }
+
+_SCHEMAS: dict[str, type[Section]] = {"Training": Training, "Evaluating": Evaluating}
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -104,7 +106,7 @@ def expand_home(arguments: list[str]) -> list[str]:
 
 def list_meanings(schema: str) -> str:
     """List the settings of a schema with their meanings, a line each, for ``--help``."""
-    lines = list(describe_settings({"Training": Training, "Evaluating": Evaluating}[schema]))
+    lines = list(describe_settings(_SCHEMAS[schema]))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"  {name:{width}}  {meaning}" for name, meaning in lines)
 

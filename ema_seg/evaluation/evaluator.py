@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -19,7 +20,7 @@ from ema_seg.runtime.distributed.collectives import gather, sum_in_place
 from ema_seg.runtime.errors import DataError, ModelError
 from ema_seg.runtime.execution import evaluation_mode
 
-__all__ = ["Evaluation", "ImageRecord", "score_images"]
+__all__ = ["Evaluation", "ImageRecord", "require_labels", "score_images"]
 
 
 class ImageRecord(TypedDict):
@@ -139,3 +140,16 @@ def _record(name: str, confusion: ConfusionMatrix, prediction: NDArray[np.intege
         union=confusion.union.tolist(),
         strata=count_strata(prediction, truth, confusion.num_classes, confusion.ignore_index),
     )
+
+
+def require_labels(evaluation: Evaluation, root: Path, split: str) -> None:
+    """Check that a pixel was scored.
+
+    Raises:
+        DataError: the split has no labelled pixel.
+    """
+    if not evaluation.confusion.matrix.any():
+        raise DataError(
+            f"{root}: the split {split!r} has no labelled pixel (the labels of a test split are often withheld); "
+            "choose another with data.evaluation_split."
+        )

@@ -1,11 +1,13 @@
 """What a training left for the report of its run: curves, and the names of skipped samples."""
 
 from pathlib import Path
+from typing import Any
 
+from ema_seg.data import SegmentationDataModule
 from ema_seg.data.loading import read_skipped
 from ema_seg.reporting.curves import read_metrics
 
-__all__ = ["read_curves", "read_skipped_names"]
+__all__ = ["describe_data", "read_curves"]
 
 
 def read_curves(run: str | None) -> dict[str, list[float | None]] | None:
@@ -17,7 +19,18 @@ def read_curves(run: str | None) -> dict[str, list[float | None]] | None:
     return {column: [row.get(column) for row in rows] for column in columns}
 
 
-def read_skipped_names(run: str | None) -> dict[str, list[str]]:
+def describe_data(data: SegmentationDataModule, run: str | None) -> dict[str, Any]:
+    """Describe the data of a report: data set, folder, split, and the samples skipped here and in the run by split."""
+    skipped = {data.evaluation_split: sorted(name for _, name in data.skipped.samples)}
+    return {
+        "name": data.dataset_name,
+        "root": str(data.test_dataset.root),
+        "split": data.evaluation_split,
+        "skipped": {**_read_skipped_names(run), **skipped},
+    }
+
+
+def _read_skipped_names(run: str | None) -> dict[str, list[str]]:
     """Read the names of the samples that a run skipped, by split."""
     names: dict[str, list[str]] = {}
     for split, name in read_skipped(Path(run) / "skipped.csv") if run is not None else ():
