@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
+# Its log keeps the standard error of the time of its import, which must not be that of a single test.
+import lightning.pytorch  # noqa: F401
 import numpy as np
 import pytest
 import torch

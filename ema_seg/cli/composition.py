@@ -5,6 +5,7 @@ import re
 import sys
 import traceback
 from difflib import get_close_matches
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,8 @@ __all__ = ["CONFIGS", "compose", "launch"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # The project's own configurations: inside an installed package, beside it in a clone.
+# Its frames are Hydra's, whose methods it overrides.
+_LOADER = Loader.__module__
 CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
 
@@ -129,7 +132,8 @@ def _is_ours(error: Exception, task: TaskFunction) -> bool:
     """Return whether an error was raised in the project's code, and not in Hydra before it called the task."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     names = [str(frame.f_globals.get("__name__")) for frame in frames]
-    if any(name.startswith(("ema_seg.", "hydra_plugins.ema_seg")) for name in names):
+    called = dropwhile(lambda name: not name.startswith("hydra."), names)  # what called Hydra comes before
+    if any(name.startswith(("ema_seg.", "hydra_plugins.ema_seg")) and name != _LOADER for name in called):
         return True
     return any(frame.f_code is getattr(inspect.unwrap(task), "__code__", None) for frame in frames)
 

@@ -62,7 +62,7 @@ def test_what_cannot_run_says_why(bench, tmp_path):
     bench.main([*QUICK, "--names", "shuffle", "se", "--shapes", "1x3x2x2", "--output", str(tmp_path)])
     record = result_in(tmp_path)
 
-    assert "it needs an even number" in record["blocks"][0]["rows"]["shuffle"]["not_run"]
+    assert "needs an even number of channels" in record["blocks"][0]["rows"]["shuffle"]["not_run"]
     assert "seconds" in record["blocks"][0]["rows"]["se"]["training"]
     assert "seconds" in record["models"][0]["rows"]["shuffle"]["inference"]
 

@@ -638,7 +638,10 @@ def test_a_mistake_ends_in_one_sentence(overrides, message, camvid_root, run_scr
         (("ckpt=missing.ckpt",), "ckpt=missing.ckpt: no such file"),
         (("run={run}", "data=folder", "data.root={folder}"), "was trained on 11 classes .* has 2"),
         (("run={run}", "evaluation.device=tpu"), "evaluation.device=tpu: cannot be used here"),
-        (("run={run}", "evaluation.precision=8"), "precision="),
+        (
+            ("run={run}", "evaluation.precision=8"),
+            "evaluation.precision: must be 32-true, bf16-mixed or 16-mixed, got 8",
+        ),
         (("run={run}", "data.rooot=x"), "data.rooot"),
     ],
 )

@@ -199,7 +199,9 @@ def test_a_logger_that_is_not_installed_names_the_extra(name, tmp_path, monkeypa
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(lightning.pytorch.loggers, class_name, missing)
-    with pytest.raises(ConfigError, match=rf"logger={name}: its package is not installed.*ema-seg\[{name}\]"):
+    with pytest.raises(
+        ConfigError, match=rf"logger={name}: its package is not installed; run pip install .*\[{name}\]"
+    ):
         build_loggers(tmp_path, {name: {}})
 
 
