@@ -28,9 +28,9 @@ __all__ = ["CONFIGS", "compose", "launch"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # The project's own configurations: inside an installed package, beside it in a clone.
-# Its frames are Hydra's, whose methods it overrides.
-_LOADER = Loader.__module__
 CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+# It overrides methods of Hydra, so that its frames count as Hydra's.
+_LOADER = Loader.__module__
 
 
 def compose(folder: Path, config_name: str) -> DictConfig:
