@@ -1,6 +1,7 @@
-# make train   set up, then train, test and report the default model
-# make test    set up with the developers' tools, then run the tests
-# make lint    style, types and layers
+# make train      set up, then train, test and report the default model
+# make test       set up with the developers' tools, then run the tests
+# make test-fast  a verdict on units in a minute and a half
+# make lint       style, types and layers
 #
 # PYTHON=python3.12 chooses the interpreter (3.11 or newer); ARGS="key=value …" goes to train.py or pytest.
 
@@ -10,14 +11,19 @@ PIP := $(VENV)/bin/python -m pip
 # Python compiles what it imports; all that the libraries have would take half a minute.
 INSTALL := $(PIP) install --no-compile --constraint constraints.txt
 
-.PHONY: train test lint
+# One thread per test process: the processes are the parallelism.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
+.PHONY: train test test-fast lint
 
 train: $(VENV)/installed
 	$(VENV)/bin/python train.py $(ARGS)
 
-# One thread per test process: the processes are the parallelism.
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-fast: $(VENV)/installed-dev
+	$(PYTEST) -m "not slow" $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

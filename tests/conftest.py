@@ -34,6 +34,16 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 
+# Folders whose tests start programs.
+SLOW = ("tests/benchmarks/", "tests/runtime/distributed/", "tests/system/")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
 def write_camvid(root, sizes=((64, 96),), train=4, val=3):
     """A data set in CamVid's layout: a road below, sky above, a pole, an unlabelled strip at the left."""
     generator = np.random.default_rng(0)

@@ -165,6 +165,7 @@ def test_every_block_trains_at_every_placement(unet, name, placements, monkeypat
             assert (parameter.grad is not None) == parameter.requires_grad, parameter_name
 
 
+@pytest.mark.slow
 @every_block
 def test_a_compiled_block_is_the_block(name, options):
     torch.compiler.reset()
@@ -181,6 +182,7 @@ def test_a_compiled_block_is_the_block(name, options):
     assert_close(twin.state_dict(), block.state_dict())
 
 
+@pytest.mark.slow
 def test_compiled_code_is_the_block():
     torch.compiler.reset()
     # In double precision: EMAU's iterations make much of a difference in the last digit.
@@ -192,6 +194,7 @@ def test_compiled_code_is_the_block():
     assert_close(twin.state_dict(), block.state_dict())
 
 
+@pytest.mark.slow
 @every_block
 def test_an_exported_block_is_the_block_on_maps_of_any_size(name, options):
     block = randomised(build_attention(name, 16, **options)).eval()
@@ -207,6 +210,7 @@ def test_an_exported_block_is_the_block_on_maps_of_any_size(name, options):
 
 
 # What is among their operators and not among the others'; EMA's own tests have EMA.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["eca", "cbam", "ela", "ge", "gc", "shuffle", "triplet", "emau", "srm"])
 def test_onnx_computes_the_block(name, tmp_path):
     import onnxruntime

@@ -216,6 +216,7 @@ def problems(draw):
     return block, laid_out(x, draw(st.sampled_from(["contiguous", "channels_last", "strided"])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", FAST)
 def test_every_implementation_computes_what_the_reference_does(implementation):
     device = device_for(implementation)
@@ -294,6 +295,7 @@ DIVISIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("division", DIVISIONS)
@@ -325,6 +327,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize(("shape", "factor", "layout"), CASES)
@@ -342,6 +345,7 @@ def test_float32_is_within_1e_5_of_the_truth(block, implementation, shape, facto
         assert error <= 1e-5 * sum(truth[name].norm().item() ** 2 for name in names) ** 0.5, layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("implementation", FAST)
@@ -366,6 +370,7 @@ def test_half_precision_is_no_further_from_the_truth_than_the_reference(
         assert distance(actual[name], value) <= distance(published[name], value) + 1e-6 * value.norm().item(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_a_small_variance_beside_a_large_mean_survives_in_float32(implementation, layout):
@@ -388,6 +393,7 @@ def test_a_small_variance_beside_a_large_mean_survives_in_float32(implementation
         assert errors[implementation][tensor] ** 0.5 <= 4 * errors["reference"][tensor] ** 0.5, tensor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("implementation", ["reference", *FAST])
 def test_gradients_are_those_of_the_output_to_second_order(block, implementation):
@@ -423,6 +429,7 @@ TRANSFORMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transformed", TRANSFORMED.values(), ids=TRANSFORMED)
 @pytest.mark.parametrize("implementation", FAST)
 def test_transforms_of_torch_func_give_what_they_give_of_the_reference(implementation, transformed):
@@ -465,6 +472,7 @@ def test_frozen_parameters_get_no_gradient(implementation):
     assert block.conv1x1.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 def test_the_output_keeps_the_layout(implementation, layout):
@@ -494,6 +502,7 @@ def test_an_empty_batch_and_one_that_is_not_a_number(implementation):
     assert torch.isnan(y[1]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_results_repeat_bit_for_bit(implementation, layout, monkeypatch):
@@ -514,6 +523,7 @@ def test_results_repeat_bit_for_bit(implementation, layout, monkeypatch):
 # What is kept for the backward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [None, "inductor"])
 @pytest.mark.parametrize("implementation", FAST)
 def test_only_the_input_and_its_statistics_are_kept(implementation, backend):
@@ -543,6 +553,7 @@ def test_only_the_input_and_its_statistics_are_kept(implementation, backend):
 # Autocast, compilation, export
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", *FAST])
 def test_autocast_passes_through(implementation):
     device = device_for(implementation)
@@ -571,6 +582,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("block", "implementation", "layout", "dynamic_shapes", "backend"), COMPILED)
 def test_compiles_whole_with_static_and_dynamic_shapes(block, implementation, layout, dynamic_shapes, backend):
     device = device_for(implementation)
@@ -590,6 +602,7 @@ def test_compiles_whole_with_static_and_dynamic_shapes(block, implementation, la
         assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 @pytest.mark.parametrize("kernels", FAST)
 def test_the_operator_is_registered_as_pytorch_demands(kernels, layout):
@@ -602,6 +615,7 @@ def test_the_operator_is_registered_as_pytorch_demands(kernels, layout):
     torch.library.opcheck(torch.ops.ema_seg.ema, (x, *block._parameters_of_block(), 2, 1e-5, False, kernels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", *FAST])
 def test_the_flop_counter_counts_every_implementation(implementation):
     device = device_for(implementation)
@@ -628,6 +642,7 @@ def test_the_flop_counter_counts_every_implementation(implementation):
 EXPORTED = [*itertools.product([EMA], ["reference", *FAST]), (DynamicEMA, "factorised")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("block", "implementation"), EXPORTED)
 def test_exports_as_plain_operators_that_onnxruntime_runs(block, implementation, tmp_path):
     block = randomised(block(16, factor=4, implementation=implementation), scale=0.5).eval()

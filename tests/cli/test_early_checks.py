@@ -40,6 +40,7 @@ assert not heavy, heavy
 """
 
 
+@pytest.mark.slow
 def test_a_refusal_that_needs_no_heavy_library_imports_none(tmp_path):
     refused = {
         ("train", "epochs=ten"): "error: epochs: must be a whole number of at least 1, got 'ten'",

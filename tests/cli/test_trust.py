@@ -298,6 +298,7 @@ def test_what_hydra_acts_on_is_what_was_looked_at(turns, experiment, run_script,
     assert hydras_own.ConfigLoaderImpl is ConfigLoaderImpl  # for whoever composes next in this process
 
 
+@pytest.mark.slow
 def test_what_a_process_of_a_launcher_acts_on_is_looked_at_there(experiment, run_script, camvid_root, tmp_path):
     choice = "${oc.env:SUBMITIT_EXECUTOR,here}"
     command = experiment({"defaults": [{"/taken": choice}, "_self_"]}, here={}, local=HANDLER)

@@ -19,6 +19,7 @@ def row(label, speed, score):
     return {"label": label, "miou": summary(score), "cost": {"images_per_second": summary(speed)}}
 
 
+@pytest.mark.slow
 def test_every_figure_is_a_png_and_a_pdf(tmp_path):
     assert draw_comparison(make_comparison(tmp_path), tmp_path) == NAMES
 
@@ -28,6 +29,7 @@ def test_every_figure_is_a_png_and_a_pdf(tmp_path):
         assert (tmp_path / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.slow
 def test_the_same_comparison_gives_the_same_pdf(tmp_path):
     comparison = make_comparison(tmp_path, rows=2, classes=3)
     comparison["examples"] = []
@@ -66,6 +68,7 @@ def test_a_comparison_without_a_finished_run_has_no_figures(tmp_path):
     assert draw_comparison(comparison, tmp_path) == []
 
 
+@pytest.mark.slow
 def test_many_rows_and_classes_are_drawn(tmp_path):
     comparison = make_comparison(tmp_path, rows=25, classes=150)
     comparison["examples"] = []
@@ -81,6 +84,7 @@ def test_one_configuration_has_no_differences(tmp_path):
     assert draw_comparison(comparison, tmp_path) == ["pareto", "curves"]
 
 
+@pytest.mark.slow
 def test_one_seed_each_is_drawn_and_what_has_none_left_out(tmp_path):
     comparison = make_comparison(tmp_path)
     comparison["examples"] = []
@@ -90,6 +94,7 @@ def test_one_seed_each_is_drawn_and_what_has_none_left_out(tmp_path):
     assert draw_comparison(comparison, tmp_path) == NAMES[:-1]
 
 
+@pytest.mark.slow
 def test_names_are_written_as_they_are(tmp_path, monkeypatch):
     odd = r"_<a> $\nosuch$ b_1^ & %"  # fails if it is read as mathematics
     comparison = make_comparison(tmp_path, rows=2, classes=9)
@@ -114,6 +119,7 @@ def test_names_are_written_as_they_are(tmp_path, monkeypatch):
     assert [odd in written for written in texts.values()] == [True] * len(NAMES)
 
 
+@pytest.mark.slow
 def test_examples_without_a_photograph_are_drawn_and_unreadable_ones_named(tmp_path):
     comparison = make_comparison(tmp_path, rows=2)
     for example in comparison["examples"]:

@@ -70,6 +70,7 @@ def test_the_page_holds_the_comparison_and_loads_nothing(page_file, tmp_path):
     assert not re.search(r"""(src|href)\s*=\s*["']?https?:""", text)
 
 
+@pytest.mark.slow
 def test_a_click_sorts_and_a_second_one_turns_round(page):
     assert labels(page)[0] == "none"
     button = page.get_by_role("button", name="mIoU", exact=False).first

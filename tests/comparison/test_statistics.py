@@ -69,6 +69,7 @@ def analyse(counts, replicates=300, seed=0):
     return estimate_difference(miou[1] - miou[0], np.concatenate(drawn).var(ddof=1), len(counts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 @pytest.mark.parametrize("balance", BALANCES.values(), ids=BALANCES)
 def test_the_interval_covers_the_truth_as_often_as_it_says(seeds, balance):
@@ -80,6 +81,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(seeds, balance):
     assert 0.93 <= coverage <= (1.0 if seeds == 2 else 0.99)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize("balance", [(0.05, 0, 0.5), (0, 0, 1)])
 def test_the_same_configuration_twice_rarely_looks_different(seeds, balance):

@@ -129,6 +129,7 @@ def test_latex_is_escaped(comparison):
     assert not re.search("[–\N{MINUS SIGN}±]", text[text.index("\\begin") :])
 
 
+@pytest.mark.slow
 def test_hostile_names_stay_names_in_every_file(comparison, tmp_path):
     name = "=1+1</script><img src=x>[y](z)|\x1b[2J\udcff"
     changed = json.loads(json.dumps(comparison).replace("traffic light | sign", json.dumps(name)[1:-1]))
@@ -143,6 +144,7 @@ def test_hostile_names_stay_names_in_every_file(comparison, tmp_path):
     assert "\x1b" not in "".join(texts.values()) + printed(changed, 80)
 
 
+@pytest.mark.slow
 def test_a_sweep_is_compared_by_one_command(sweep, tmp_path, capsys):
     assert main([str(sweep), "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr()
@@ -163,6 +165,7 @@ def test_a_sweep_is_compared_by_one_command(sweep, tmp_path, capsys):
         assert path in files
 
 
+@pytest.mark.slow
 def test_the_comparison_goes_into_the_folder_of_the_sweep_and_is_no_run_of_it(tmp_path, capsys):
     write_run(tmp_path / "a", "none")
     write_run(tmp_path / "b", "ema")
@@ -172,6 +175,7 @@ def test_the_comparison_goes_into_the_folder_of_the_sweep_and_is_no_run_of_it(tm
     assert [(row["label"], row["baseline"]) for row in comparison["rows"]] == [("ema", True), ("none", False)]
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared_by_one_command(sweep, tmp_path, capsys):
     runs = [str(sweep / "none_seed0"), str(sweep / "ema_seed0")]
     assert main(["compare", *runs, "--output", str(tmp_path)]) == 0
@@ -201,6 +205,7 @@ def test_a_mistake_is_one_sentence(arguments, message, sweep, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_comparing_needs_no_torch():
     import subprocess
     import sys

@@ -24,6 +24,7 @@ def root(tmp_path: Path) -> Path:
     return write_split_folder(tmp_path, "val", ["v0", "v1"], [0, 3, 11])
 
 
+@pytest.mark.slow
 def test_a_sound_data_set_passes_with_class_frequencies(root: Path) -> None:
     command = [sys.executable, "-m", "ema_seg.data.check", "camvid", str(root), "--workers", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -107,6 +108,7 @@ def test_a_split_can_be_chosen(root: Path, capsys: pytest.CaptureFixture[str]) -
     assert "no images in test/images/; splits with images: train, val" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_disk_that_gives_nothing_is_not_waited_for(
     root: Path, capsys: pytest.CaptureFixture[str], workers: str
@@ -117,6 +119,7 @@ def test_a_disk_that_gives_nothing_is_not_waited_for(
     assert capsys.readouterr().err.splitlines()[-1].startswith(said)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_told_with_the_files_that_it_read(root: Path) -> None:
     image = root / "train/images/t1.jpg"
     image.unlink()

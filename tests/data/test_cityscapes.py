@@ -91,6 +91,7 @@ def test_prefers_the_published_label_ids(tmp_path: Path) -> None:
     assert (CityscapesDataset(tmp_path, "val")[0]["mask"] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_archives_are_read_by_workers_of_every_start_method(archives: Path, method: str) -> None:
     dataset = CityscapesDataset(archives, "train")

@@ -42,6 +42,7 @@ def test_two_generations_have_identical_bytes(tmp_path: Path) -> None:
     assert len(content(first.root)) == 2 * (3 + 2 + 1)
 
 
+@pytest.mark.slow
 def test_another_process_with_another_hash_seed_writes_identical_bytes(tmp_path: Path) -> None:
     here = StreetDataset(tmp_path / "a", **TINY)
     assert generate(tmp_path / "b", PYTHONHASHSEED="123").wait() == 0
@@ -126,6 +127,7 @@ def test_any_size_and_proportion_can_be_drawn(height: int, width: int) -> None:
         assert set(np.unique(labels)) <= set(LabelId)
 
 
+@pytest.mark.slow
 def test_every_class_occurs_often_enough_to_be_learnt(scenes: list[tuple[np.ndarray, np.ndarray]]) -> None:
     for label in LabelId:
         share = np.mean([(labels == label).any() for _, labels in scenes])
@@ -165,6 +167,7 @@ def test_the_label_edges_lie_on_the_image_edges(scenes: list[tuple[np.ndarray, n
     assert np.mean(at_edges) > 3 * np.mean(elsewhere)
 
 
+@pytest.mark.slow
 def test_processes_that_generate_at_the_same_time_end_with_one_whole_folder(tmp_path: Path) -> None:
     writers = [generate(tmp_path / "shared") for _ in range(2)]
     assert [writer.wait() for writer in writers] == [0, 0]
@@ -173,6 +176,7 @@ def test_processes_that_generate_at_the_same_time_end_with_one_whole_folder(tmp_
     assert content(tmp_path / "shared" / alone.name) == content(alone)
 
 
+@pytest.mark.slow
 def test_a_killed_generation_is_done_again(tmp_path: Path) -> None:
     writer = generate(tmp_path, train_images=40)
     while not list(tmp_path.glob(".street-*/leftImg8bit/train/*/*.png")):

@@ -208,6 +208,7 @@ def test_a_report_can_be_drawn_again_from_its_file(tmp_path: Path) -> None:
         assert (second.parent / name).read_bytes() == (first.parent / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_classes", [1, 2, 19, 150])
 def test_any_number_of_classes_can_be_reported(num_classes: int, tmp_path: Path) -> None:
     names = [f"class with a rather long name {index}" for index in range(num_classes)]

@@ -59,11 +59,13 @@ def test_the_figure_shows_the_mean_and_the_most_varied_groups():
     assert figure.axes[2].get_title() == "group 1\n0.00 to 1.00"
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_figure(checkpoint, image, tmp_path):
     assert main([str(tmp_path / "maps.png"), str(checkpoint("ema")), str(image)]) == 0
     assert Image.open(tmp_path / "maps.png").width > 1000
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_sentence(checkpoint, image, tmp_path, capsys):
     figure = str(tmp_path / "maps.png")
     missing = str(tmp_path / "missing")

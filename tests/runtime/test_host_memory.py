@@ -29,6 +29,7 @@ def faults(call):
     return done == "True", int(count)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to")
 def test_freed_memory_is_used_again_without_asking_the_system():
     _, given_back = faults("False")

@@ -64,6 +64,7 @@ def sweep(tmp_path):
             process.communicate()
 
 
+@pytest.mark.slow
 def test_jobs_that_outlive_their_launcher_are_waited_for(sweep):
     launcher = sweep({"a": 1})
 
@@ -71,6 +72,7 @@ def test_jobs_that_outlive_their_launcher_are_waited_for(sweep):
     assert launcher.finished == [set(), {"b"}]
 
 
+@pytest.mark.slow
 def test_a_job_that_dies_twice_has_failed(sweep, tmp_path):
     launcher = sweep({"a": 2})
 

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 
+import pytest
 from rich.console import Console
 
 from ema_seg.sweeps import JobState, Plan, PlannedJob, record_failure, write_plan
@@ -79,6 +80,7 @@ def test_without_a_terminal_a_change_is_a_line():
     assert file.getvalue() == "0 of 1 jobs finished, 0 running, 1 left\n"
 
 
+@pytest.mark.slow
 def test_of_a_long_sweep_a_terminal_shows_what_matters():
     jobs = [PlannedJob(str(index), f"job_{index}", {"seed": str(index)}, 4) for index in range(60)]
     done, failed = JobState("finished", epoch=4, seconds=4, miou=0.5), JobState("failed", "so it is " * 30, 1)
@@ -108,6 +110,7 @@ def test_a_sweep_can_be_looked_at_from_elsewhere(tmp_path, capsys):
     assert "give the folder of a sweep" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_watching_ends_with_the_last_job_and_sees_those_that_come_later(tmp_path, capsys):
     write_plan(tmp_path, Plan("grid", [], None, JOBS[:1]))
 

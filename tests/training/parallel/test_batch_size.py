@@ -53,6 +53,7 @@ def give_room_for(number, monkeypatch):
     monkeypatch.setattr(batch_size, "check_auto_batch_size", lambda config, device: None)
 
 
+@pytest.mark.slow
 def test_the_batch_is_the_largest_that_trains(config, monkeypatch):
     give_room_for(3, monkeypatch)
     state = torch.get_rng_state()
@@ -61,6 +62,7 @@ def test_the_batch_is_the_largest_that_trains(config, monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_the_batch_is_no_larger_than_the_data_set(config, monkeypatch):
     give_room_for(100, monkeypatch)
 
@@ -74,6 +76,7 @@ def test_no_room_for_a_single_crop_is_told(config, monkeypatch):
         find_batch_size(config, torch.device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [1, 3])
 def test_a_decoder_that_needs_two_crops_is_given_two_or_refused(config, monkeypatch, room):
     give_room_for(room, monkeypatch)
