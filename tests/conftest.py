@@ -34,8 +34,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 
-# Folders whose tests start programs.
-SLOW = ("tests/benchmarks/", "tests/runtime/distributed/", "tests/system/")
+# Where tests start programs.
+SLOW = ("tests/benchmarks/", "tests/comparison/test_repeat.py", "tests/runtime/distributed/", "tests/system/")
 
 
 def pytest_collection_modifyitems(items):

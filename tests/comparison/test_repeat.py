@@ -23,7 +23,6 @@ def original(tmp_path_factory, entry, camvid_root):
     return made_once(tmp_path_factory, "repeat", make) / "run"
 
 
-@pytest.mark.slow
 def test_the_same_command_gives_the_same_bits(original, entry, tmp_path):
     (root,) = [load_report(original / "report" / "report.json")["data"]["root"]]
 
@@ -41,7 +40,6 @@ def test_the_same_command_gives_the_same_bits(original, entry, tmp_path):
         assert json.dumps(reports[0][key]) == json.dumps(reports[1][key])
 
 
-@pytest.mark.slow
 def test_a_run_is_repeated_from_its_configuration_and_environment(original, entry, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -68,7 +66,6 @@ def test_a_run_is_repeated_from_its_configuration_and_environment(original, entr
     assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
 
 
-@pytest.mark.slow
 def test_a_run_that_comes_out_otherwise_is_told_so(original, entry, tmp_path):
     changed = shutil.copytree(original, tmp_path / "changed")
     config = yaml.safe_load((changed / "config.yaml").read_text())
