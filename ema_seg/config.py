@@ -6,7 +6,7 @@ Lightning's Trainer are checked where they are used.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -14,7 +14,9 @@ from pydantic.fields import FieldInfo
 from ema_seg.runtime.errors import ConfigError, did_you_mean
 
 __all__ = [
+    "LONGEST_TIMEOUT",
     "Data",
+    "DataArguments",
     "Evaluating",
     "Evaluation",
     "Rebuilding",
@@ -62,27 +64,38 @@ _OTHER_NAMES = {
 
 
 class Must(NamedTuple):
-    """The end of the sentence "must be …" about a value of another type or out of range."""
+    """The complaint about a value of another type or out of range: "must be <text>, got <value>; <advice>"."""
 
     text: str
+    advice: str = ""
 
 
 Count = Annotated[int, Field(ge=0), Must("a whole number of at least 0")]
 OptionalCount = Annotated[int | None, Field(ge=0), Must("a whole number of at least 0, or null")]
 Positive = Annotated[int, Field(ge=1), Must("a whole number of at least 1")]
 OptionalPositive = Annotated[int | None, Field(ge=1), Must("a whole number of at least 1, or null")]
+# System calls overflow on longer timeouts.
+LONGEST_TIMEOUT = 1_000_000
+Timeout = Annotated[
+    float,
+    Field(gt=0, le=LONGEST_TIMEOUT),
+    Must(f"a number of seconds above 0 and at most {LONGEST_TIMEOUT}"),
+]
 Flag = Annotated[bool, Must("true or false")]
 Name = Annotated[str, Field(min_length=1), Must("a name")]
 OptionalName = Annotated[str | None, Field(min_length=1), Must("a name or null")]
-Path = Annotated[str | None, Field(min_length=1), Must("a path; quote a path of digits twice, as in \"'2024'\"")]
+OptionalPath = Annotated[
+    str | None, Field(min_length=1), Must("a path", "quote a path of digits twice, as in \"'2024'\"")
+]
 Number = Annotated[float, Field(allow_inf_nan=False), Must("a number")]
 Colour = Annotated[
-    Annotated[list[Number], Field(min_length=3, max_length=3)] | tuple[Number, Number, Number] | None,
+    Annotated[list[Number], Field(min_length=3, max_length=3)] | tuple[Number, Number, Number],
     Must("three numbers, one for each of red, green and blue"),
 ]
+OptionalColour = Annotated[Colour | None, Must("three numbers, one for each of red, green and blue")]
 Options = dict[str, Any]
-_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "16", "bf16", "32", "64")
 _Precision = Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "16", "bf16", "32", "64"]
+_PRECISIONS = get_args(_Precision)
 
 
 class Section(BaseModel):
@@ -98,33 +111,42 @@ class OpenSection(Section):
     model_config = ConfigDict(extra="allow")
 
 
-class Data(OpenSection):
-    """Section ``data``, and the arguments of the data module."""
-
+class _Loading(OpenSection):
     name: Name
     """data set"""
-    root: Path
+    root: OptionalPath
     """its folder or archive"""
-    batch_size: Annotated[Literal["auto"] | Positive, Must("a whole number of at least 1, or auto")]
-    """crops in a training batch of all processes together; auto: the most that fit on a GPU"""
     evaluation_batch_size: Positive
     """images in an evaluation batch of one process"""
     workers: Annotated[int, Field(ge=0, le=1024), Must("a whole number from 0 to 1024 (each worker is a process)")]
     """processes that load data"""
-    mean: Colour
-    """mean of each RGB channel, for images in [0, 1]; null: the encoder's"""
-    std: Colour
-    """standard deviation of each RGB channel; null: the encoder's"""
     augmentation: Annotated[Options, Must("steps by name")]
     """steps of the training's augmentation"""
     evaluation_split: Name
     """split of the final test"""
-    timeout: Annotated[float, Field(gt=0, le=1_000_000), Must("a number of seconds above 0 and at most 1000000")] = (
-        300.0
-    )
+    timeout: Timeout = 300.0
     """seconds to wait for a disk that does not respond"""
     max_skipped: Count = 0
     """unreadable samples that may be skipped"""
+
+
+class Data(_Loading):
+    """Section ``data``."""
+
+    batch_size: Annotated[Literal["auto"] | Positive, Must("a whole number of at least 1, or auto")]
+    """crops in a training batch of all processes together; auto: the most that fit on a GPU"""
+    mean: OptionalColour
+    """mean of each RGB channel, for images in [0, 1]; null: the encoder's"""
+    std: OptionalColour
+    """standard deviation of each RGB channel; null: the encoder's"""
+
+
+class DataArguments(_Loading):
+    """Arguments of the data module: the section ``data``, completed."""
+
+    batch_size: Positive
+    mean: Colour
+    std: Colour
 
 
 class Model(OpenSection):
@@ -134,7 +156,7 @@ class Model(OpenSection):
     """decoder of segmentation-models-pytorch"""
     encoder: Name
     """encoder of smp, or tu-<name> of timm"""
-    encoder_weights: Path
+    encoder_weights: OptionalPath
     """packaged, imagenet, a file, or null"""
 
 
@@ -257,7 +279,7 @@ class Steps(Section):
     """validations without a better mIoU after which the training stops"""
     checkpoint_every: Annotated[Positive | None, Must("a number of steps, or null for once in each epoch")] = None
     """optimiser steps between checkpoints within an epoch"""
-    pictures_every: Annotated[Count | None, Must("a number of epochs; 0 draws none")]
+    pictures_every: Annotated[Count | None, Must("a number of epochs", "0 draws none")]
     """epochs between pictures"""
     progress_bar: Annotated[bool | Literal["auto"], Must("true, false or auto")]
     """progress bar; auto: on a terminal"""
@@ -266,7 +288,7 @@ class Steps(Section):
 class Report(Section):
     """Section ``report``."""
 
-    dir: Path
+    dir: OptionalPath
     """folder of the report; null: report/ in the run's folder"""
 
 
@@ -277,9 +299,9 @@ class Training(Section):
     """length of the training"""
     seed: Annotated[int, Field(ge=0, lt=2**32), Must("a whole number from 0 to 4294967295")]
     """seed of all random numbers"""
-    resume: Path
+    resume: OptionalPath
     """folder of the run to continue, or auto"""
-    rerun: Path = None
+    rerun: OptionalPath = None
     """folder of the run to repeat"""
     reproducible: Flag = False
     """deterministic algorithms alone"""
@@ -294,7 +316,7 @@ class Training(Section):
     trainer: Trainer
     # With logger=[] the section is missing.
     logger: Annotated[
-        Options, Must("loggers by name; choose them with logger=<name> or logger=[<name>,<name>] in a new run")
+        Options, Must("loggers by name", "choose them with logger=<name> or logger=[<name>,<name>] in a new run")
     ] = {}
     """options by the logger's name"""
     evaluation: Evaluation
@@ -340,8 +362,8 @@ class Sweep(OpenSection):
 
 
 class _Normalisation(OpenSection):
-    mean: Colour
-    std: Colour
+    mean: OptionalColour
+    std: OptionalColour
 
 
 class _Open(OpenSection):
@@ -361,9 +383,9 @@ class Rebuilding(OpenSection):
 class Evaluating(Section):
     """All settings of ``eval.py``."""
 
-    run: Path
+    run: OptionalPath
     """folder of the run to evaluate"""
-    ckpt: Path
+    ckpt: OptionalPath
     """checkpoint to evaluate"""
     devices: Annotated[str | int | list[Any], Must("a number of devices")]
     """number of processes, each on its own GPU if there are GPUs"""
@@ -411,9 +433,8 @@ def _complaint(where: tuple[int | str, ...], config: Mapping[str, Any], schema: 
         field, value = schema.model_fields[str(key)], value[key]
         section = _section_of(field)
         if section is None or not isinstance(value, Mapping):
-            expected = _expected(field) or f"a section of settings; set {full}.<name>=<value>"
-            head, _, tail = expected.partition("; ")
-            return f"{full}: must be {head}, got {value!r}{'; ' if tail else ''}{tail}."
+            must = _must(field) or Must("a section of settings", f"set {full}.<name>=<value>")
+            return f"{full}: must be {must.text}, got {value!r}{must.advice and f'; {must.advice}'}."
         schema, path = section, f"{full}."
     return f"{path.rstrip('.') or 'configuration'}: must be a section of settings, got {value!r}."
 
@@ -423,8 +444,8 @@ def _section_of(field: FieldInfo) -> type[Section] | None:
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
-def _expected(field: FieldInfo) -> str:
-    return next((item.text for item in reversed(field.metadata) if isinstance(item, Must)), "")
+def _must(field: FieldInfo) -> Must | None:
+    return next((item for item in reversed(field.metadata) if isinstance(item, Must)), None)
 
 
 def describe_settings(schema: type[Section], path: str = "") -> Iterator[tuple[str, str]]:

@@ -21,9 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from ema_seg.config import LONGEST_TIMEOUT
 from ema_seg.data import DATASETS, build_dataset, find_dataset_class
 from ema_seg.data.base import IGNORE_INDEX, MissingSplitError, SegmentationDataset
-from ema_seg.data.loading import LONGEST_TIMEOUT, Loader, RoundRobinSampler, Samples, SkippedSamples, call_with_timeout
+from ema_seg.data.loading import Loader, RoundRobinSampler, Samples, SkippedSamples, call_with_timeout
 from ema_seg.runtime.errors import DataError, EmaSegError
 from ema_seg.runtime.escaping import for_terminal
 

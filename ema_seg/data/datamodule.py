@@ -12,7 +12,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
-from ema_seg.config import Data, check_settings
+from ema_seg.config import DataArguments, check_settings
 from ema_seg.data import build_dataset, check_dataset, find_dataset_class
 from ema_seg.data.base import Sample, SegmentationDataset
 from ema_seg.data.loading import (
@@ -55,9 +55,9 @@ class SegmentationDataModule(LightningDataModule):
     Shuffling and augmentation depend only on torch's seed and the epoch: the same seed gives the same batches, for any
     number of workers, and a resumed run trains on the batches that it would have had without the interruption.
 
-    Each rank (see ``ema_seg.distributed``) loads an equal part of every training batch, so that a step has the same
-    crops for any world size. Evaluation images go to the ranks round-robin; none is repeated or dropped, so one rank
-    may have an image more than another.
+    Each rank loads an equal part of every training batch, so that a step has the same crops for any world size.
+    Evaluation images go to the ranks round-robin; none is repeated or dropped, so one rank may have an image more than
+    another.
 
     Args:
         name: The data set, a key of :data:`ema_seg.data.DATASETS`.
@@ -97,12 +97,19 @@ class SegmentationDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         given = {
-            **{"name": name, "root": None if root is None else str(root), "augmentation": dict(augmentation)},
-            **{"batch_size": batch_size, "evaluation_batch_size": evaluation_batch_size, "workers": workers},
-            **{"mean": mean, "std": std, "evaluation_split": evaluation_split},
-            **{"timeout": timeout, "max_skipped": max_skipped},
+            "name": name,
+            "root": None if root is None else str(root),
+            "batch_size": batch_size,
+            "evaluation_batch_size": evaluation_batch_size,
+            "workers": workers,
+            "augmentation": dict(augmentation),
+            "mean": mean,
+            "std": std,
+            "evaluation_split": evaluation_split,
+            "timeout": timeout,
+            "max_skipped": max_skipped,
         }
-        check_settings(given, Data, "data.")
+        check_settings(given, DataArguments, "data.")
         self.dataset_name = name
         self.root = root
         self.batch_size = batch_size

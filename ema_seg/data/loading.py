@@ -26,7 +26,6 @@ from ema_seg.runtime.escaping import for_terminal
 from ema_seg.runtime.texts import read_table
 
 __all__ = [
-    "LONGEST_TIMEOUT",
     "Loader",
     "RoundRobinSampler",
     "Samples",
@@ -39,9 +38,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-# Seconds; system calls overflow on longer timeouts.
-LONGEST_TIMEOUT = 1_000_000
 
 
 class SkippedSamples:

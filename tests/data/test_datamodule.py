@@ -129,11 +129,17 @@ def test_dataset_options_are_passed_on(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("batch_size", 0), ("evaluation_batch_size", 1.5), ("workers", -1), ("batch_size", True)],
+    [("batch_size", 0), ("evaluation_batch_size", 1.5), ("workers", -1), ("batch_size", True), ("batch_size", "auto")],
 )
 def test_a_number_out_of_range_is_named(root: Path, key: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"data\.{key}: must be a whole number .*, got {value}"):
+    with pytest.raises(ConfigError, match=rf"data\.{key}: must be a whole number .*, got {value!r}"):
         make_module(root, **{key: value})
+
+
+@pytest.mark.parametrize("key", ["mean", "std"])
+def test_a_normalisation_that_is_not_known_yet_is_named(root: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.{key}: must be three numbers, .*, got None"):
+        make_module(root, **{key: None})
 
 
 def test_a_batch_larger_than_the_data_set_is_named(root: Path) -> None:

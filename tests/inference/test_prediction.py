@@ -1,10 +1,14 @@
 """Inference on images of any size."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ema_seg.config import Evaluation
 from ema_seg.inference.prediction import (
+    PRECISIONS,
     autocast,
     memory_format_of,
     pad_to_stride,
@@ -99,3 +103,8 @@ def test_every_module_gets_its_own_mode_back() -> None:
         assert not any(module.training for module in model.modules())
         raise RuntimeError
     assert [model.training, model[0].training, model[1].training] == [True, True, False]
+
+
+def test_the_schema_takes_the_precisions_that_there_are():
+    choices = get_args(Evaluation.model_fields["precision"].annotation)
+    assert {str(choice) for choice in choices} == set(PRECISIONS)
