@@ -1,7 +1,8 @@
 """Comparison of many runs: statistics, tables, figures and a page, from their ``report.json``."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ema_seg.runtime.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from ema_seg.comparison.compare import compare_runs
@@ -19,8 +20,4 @@ _MODULES = {
     "write_comparison": "files",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_attributes(__name__, _MODULES)

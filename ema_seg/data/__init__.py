@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ema_seg.runtime.errors import ConfigError
+from ema_seg.runtime.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from ema_seg.data.ade20k import ADE20KDataset
@@ -101,7 +102,4 @@ def find_dataset_class(name: str) -> "type[SegmentationDataset]":
     return getattr(import_module(f"{__name__}.{name}"), DATASETS[name])
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_attributes(__name__, _MODULES)

@@ -1,7 +1,8 @@
 """Report of one run: ``report.json``, tables, figures, predicted masks."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ema_seg.runtime.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from ema_seg.reporting.figures import colourise, draw_class_iou, draw_confusion_matrix, draw_samples
@@ -33,8 +34,4 @@ _MODULES = {
     "write_report": "report",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_attributes(__name__, _MODULES)
