@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from ema_seg.config import Evaluating, Section, Training, describe_settings, require_plain
+from ema_seg.config import require_plain
 from ema_seg.runtime.distributed.exit_handlers import exit_if_preempted
 from ema_seg.runtime.distributed.start import report_first_failure
 from ema_seg.runtime.errors import (
@@ -32,7 +32,6 @@ from ema_seg.runtime.texts import read_yaml
 __all__ = [
     "argument",
     "expand_home",
-    "list_meanings",
     "plain_config",
     "quoted",
     "read_config",
@@ -50,8 +49,6 @@ _LINKS = {
     "trainer.deterministic": "reproducible",
     "evaluation.batch_size": "data.evaluation_batch_size",
 }
-
-_SCHEMAS: dict[str, type[Section]] = {"Training": Training, "Evaluating": Evaluating}
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -102,13 +99,6 @@ def _report(error: BaseException, sentence: str) -> None:
 def expand_home(arguments: list[str]) -> list[str]:
     """Expand ``~`` in ``key=~/…`` to the home folder, because neither the shell nor Hydra does."""
     return [re.sub(r"^([^=]+=)~(?=/|$)", lambda match: match[1] + str(Path.home()), text) for text in arguments]
-
-
-def list_meanings(schema: str) -> str:
-    """List the settings of a schema with their meanings, a line each, for ``--help``."""
-    lines = list(describe_settings(_SCHEMAS[schema]))
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"  {name:{width}}  {meaning}" for name, meaning in lines)
 
 
 def argument(key: str) -> str | None:

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ema_seg.cli.early_checks import options_of
 from ema_seg.cli.hydra_patches import Loader, create_config_search_path, get_args_parser, validating_loader
 from ema_seg.cli.trust import forbid_settings_from_text, restrict_environment, settings_of
-from ema_seg.config import suggest_own
+from ema_seg.config import Evaluating, Section, Training, describe_settings, suggest_own
 from ema_seg.runtime.errors import ConfigError, EmaSegError, did_you_mean, one_line, own_cause
 
 __all__ = ["CONFIGS", "compose", "launch"]
@@ -29,6 +29,7 @@ __all__ = ["CONFIGS", "compose", "launch"]
 _PACKAGE = Path(__file__).resolve().parents[1]
 # The project's own configurations: inside an installed package, beside it in a clone.
 CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+_SCHEMAS: dict[str, type[Section]] = {"Training": Training, "Evaluating": Evaluating}
 # It overrides methods of Hydra, so that its frames count as Hydra's.
 _LOADER = Loader.__module__
 
@@ -117,6 +118,7 @@ def _following(argument: str) -> list[str]:
 
 def launch(task: TaskFunction, folder: Path, config_name: str) -> None:
     """Run ``task`` through ``hydra.main``, and raise errors where Hydra would print them and exit."""
+    OmegaConf.register_new_resolver("meanings", _list_meanings, replace=True)
     try:
         with validating_loader():
             hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
@@ -126,6 +128,13 @@ def launch(task: TaskFunction, folder: Path, config_name: str) -> None:
         if (own := own_cause(error)) is not None:
             raise own from error
         raise ConfigError(f"hydra.*: Hydra rejects these settings ({one_line(error)}); correct them.") from error
+
+
+def _list_meanings(schema: str) -> str:
+    """List the settings of a schema with their meanings, a line each, for ``--help``."""
+    lines = list(describe_settings(_SCHEMAS[schema]))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"  {name:{width}}  {meaning}" for name, meaning in lines)
 
 
 def _is_ours(error: Exception, task: TaskFunction) -> bool:

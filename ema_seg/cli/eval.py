@@ -9,12 +9,11 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ema_seg.cli.command_line import (
     argument,
     expand_home,
-    list_meanings,
     plain_config,
     reports_errors,
     saved_config,
@@ -35,7 +34,6 @@ def main() -> None:
     """Compose the configuration on top of the run's own, and evaluate."""
     keep_freed_memory()
     sys.argv = expand_home(sys.argv)
-    OmegaConf.register_new_resolver("meanings", list_meanings, replace=True)
     with join_launcher():
         saved = _saved_config()
         store = ConfigStore.instance()

@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from ema_seg.cli.command_line import argument, expand_home, list_meanings, reports_errors, run_config
+from ema_seg.cli.command_line import argument, expand_home, reports_errors, run_config
 from ema_seg.cli.composition import CONFIGS, compose, launch
 from ema_seg.cli.early_checks import check_early, check_root
 from ema_seg.cli.job import gpus_per_job, train_job
@@ -44,7 +44,6 @@ def main() -> None:
             now = _broadcast_start_time(started_by, now)
         OmegaConf.register_new_resolver("started", now.strftime, replace=True)
         OmegaConf.register_new_resolver("parallel_jobs", _parallel_jobs, replace=True)
-        OmegaConf.register_new_resolver("meanings", list_meanings, replace=True)
         resumed, rerun = argument("resume"), argument("rerun")
         if resumed and _is_sweep():
             raise ConfigError(
