@@ -97,13 +97,13 @@ class SegmentationDataset(Dataset[Any]):
     layout: ClassVar[str]
     """Expected content of a root, which completes the message "expected ..."."""
     upright: bool = False
-    """Whether orientation tags are applied; else pixels stay as stored."""
+    """True if orientation tags are applied; else pixels stay as stored."""
     expects_all_classes: bool = False
-    """Whether a class without any pixel may be a mistake; :meth:`problem` then explains it."""
+    """True if a class without any pixel may be a mistake; :meth:`describe_problem` then explains it."""
     unlabelled_splits: ClassVar[tuple[str, ...]] = ()
     """Splits published without labels, or with dummy labels."""
     makes_files: ClassVar[bool] = False
-    """Whether missing files are generated; no timeout applies then."""
+    """True if missing files are generated; no timeout applies then."""
     train_ids: NDArray[np.uint8]
     """Train id of each of the 256 possible mask values; see :func:`train_id_table`."""
 

@@ -79,7 +79,7 @@ class ClassList:
     ignored_values: tuple[int, ...] = (IGNORE_INDEX,)
     ignored_colors: tuple[Color, ...] = ()
     ignores_by_default: bool = False
-    """Whether the file has no ``ignore``, so that its default applies."""
+    """True if the file has no ``ignore``, so that its default applies."""
 
     @classmethod
     def read(cls, path: Path) -> "ClassList":
@@ -232,7 +232,7 @@ class FolderDataset(SegmentationDataset):
     def describe_problem(self, pixels: NDArray[np.int64]) -> str | None:
         """Report also a class without pixels if pixels are ignored by default.
 
-        See :meth:`SegmentationDataset.problem`.
+        See :meth:`SegmentationDataset.describe_problem`.
         """
         absent = np.flatnonzero(pixels[: self.num_classes] == 0)
         ignored = pixels[IGNORE_INDEX]

@@ -65,7 +65,7 @@ def measure_cost(
     With a loader the end-to-end rate is measured too: read and decode the files, transform, pad, copy to the device,
     forward, argmax, and copy the masks back.
 
-    With several ranks (see ``ema_seg.distributed``), each with a device, rank 0 times the forward passes while the
+    With several ranks, each with a device, rank 0 times the forward passes while the
     others wait. The end-to-end rate is measured on all ranks at once, each with the images of its own loader, and the
     rates are summed. Every rank returns the same result.
 

@@ -63,7 +63,7 @@ def score_images(
 ) -> Evaluation:
     """Predict every image at its own size and count the pixels.
 
-    With several ranks (see ``ema_seg.distributed``), each predicts the images of its own loader, which yields every
+    With several ranks, each predicts the images of its own loader, which yields every
     world-size-th image from its rank on. Every rank returns the result for all images.
 
     The model is moved to the device and run in evaluation mode; every module's mode is restored afterwards.

@@ -1,4 +1,4 @@
-"""What a training left for the report of its run: curves, and the names of skipped samples."""
+"""Curves and skipped samples of a training, for the report of its run."""
 
 from pathlib import Path
 from typing import Any

@@ -68,7 +68,7 @@ class PredictionWriter:
     """Writer of predicted masks into ``predictions/`` of a report's folder, one at a time.
 
     A context manager: masks are written beside an earlier report's and replace them when the block ends without an
-    error; files that no report has written stay. With several ranks (see ``ema_seg.distributed``), each writes the
+    error; files that no report has written stay. With several ranks, each writes the
     masks of its share of the images.
 
     Args:

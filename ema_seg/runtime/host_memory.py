@@ -24,7 +24,7 @@ def keep_freed_memory() -> bool:
     affected; PyTorch caches it anyway.
 
     Returns:
-        Whether it was done; other C libraries are left unchanged.
+        True if it was done; other C libraries are left unchanged.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

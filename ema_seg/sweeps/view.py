@@ -38,7 +38,7 @@ class Overview(NamedTuple):
 
     @property
     def is_open(self) -> bool:
-        """Whether a job is running or still to be run."""
+        """True if a job is running or still to be run."""
         return bool(self.counts.keys() & {"running", *_LEFT})
 
     @property

@@ -84,7 +84,7 @@ class Light:
 
     @property
     def is_dark(self) -> bool:
-        """Whether windows and lamps are lit."""
+        """True if windows and lamps are lit."""
         return self.name in ("dusk", "night")
 
     def brightness(self, normal: Normal, shadow: float = 0.0) -> float:

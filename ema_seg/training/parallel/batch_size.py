@@ -41,7 +41,7 @@ def find_batch_size(config: Mapping[str, Any], device: torch.device) -> int:
     random generators are as before.
 
     Args:
-        config: see ``fit``; its ``data.batch_size`` is ignored.
+        config: see ``ema_seg.train.train``; its ``data.batch_size`` is ignored.
         device: the device that this process trains on.
 
     Raises:
@@ -93,7 +93,7 @@ def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
 
 
 class _Attempt:
-    """Trial trainings on synthetic crops, as ``fit`` would train, that leave nothing in memory.
+    """Trial trainings on synthetic crops, as ``train`` would train, that leave nothing in memory.
 
     Attributes:
         least: the smallest batch that one process can train on, as far as tried.
