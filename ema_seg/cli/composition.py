@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ema_seg.cli.early_checks import options_of
 from ema_seg.cli.hydra_patches import Loader, create_config_search_path, get_args_parser, validating_loader
-from ema_seg.cli.trust import forbid_settings_from_text, restrict_environment, settings_of
+from ema_seg.cli.trust import restrict_environment, settings_of
 from ema_seg.config import Evaluating, Section, Training, describe_settings, suggest_own
 from ema_seg.runtime.errors import ConfigError, EmaSegError, did_you_mean, one_line, own_cause
 
@@ -49,11 +49,10 @@ def compose(folder: Path, config_name: str) -> DictConfig:
         shell completion.
 
     Raises:
-        ConfigError: an option, an override or a configuration file is invalid or not harmless; see
-            ``require_harmless``.
+        ConfigError: an option, an override or a configuration file is invalid, or a file sets what only the user may
+            (see ``ema_seg.cli.trust``).
         DataError: a configuration file cannot be read; see ``read_yaml``.
     """
-    forbid_settings_from_text()
     _check_options()
     options = get_args_parser().parse_args()
     restrict_environment(options.overrides)
@@ -158,7 +157,7 @@ def _describe_hydra_error(error: Exception, loader: Loader, name: str, overrides
     if match := re.match(r"Could not (?:override|delete from config\.) '(.+?)'", text):
         key = match[1]
         composed = _compose_unchecked(loader, name, overrides)
-        known = composed is not None and key in [path for path, _, _ in settings_of(composed)]
+        known = composed is not None and key in [path for path, _ in settings_of(composed)]
         if match[0].startswith("Could not delete") and known:
             return f"{_override_of_key(key, overrides)}: {key} is null already; leave this out."
         given = _override_of_key(key, overrides)
@@ -198,7 +197,7 @@ def _missing(error: MissingConfigException) -> str:
 def _advice(key: str, given: str, loader: Loader, name: str, overrides: list[str]) -> str:
     """Suggest a correction of ``given``, an override of an unknown key."""
     composed = _compose_unchecked(loader, name, overrides)
-    paths = [] if composed is None else [path for path, _, _ in settings_of(composed)]
+    paths = [] if composed is None else [path for path, _ in settings_of(composed)]
     if own := suggest_own(key, paths.__contains__):
         return own
     section, _, option = key.rpartition(".")

@@ -14,22 +14,25 @@ from typing import Any
 
 import hydra._internal.hydra as hydras_own
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
+from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository, IConfigRepository
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.default_element import ResultDefault
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ema_seg.cli.trust import require_harmless, walk
+from ema_seg.cli.trust import require_no_hydra_settings, require_typed, walk
 from ema_seg.runtime.errors import ConfigError
 from ema_seg.runtime.texts import read_yaml
 
 __all__ = ["Loader", "create_config_search_path", "get_args_parser", "validating_loader"]
 
 _MOST_BRACKETS = 50
+# What Hydra calls the sources of --config-dir and hydra.searchpath.
+_USERS = ("command-line", "hydra.searchpath")
 
 
 @contextmanager
@@ -78,7 +81,7 @@ def _read_config(path: Path, place: str, provider: str) -> ConfigResult:
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a configuration must have keys with values, got {content!r:.80}; correct it.")
-    for key, _, value in walk(content, ""):
+    for key, value in walk(content, ""):
         # OmegaConf's parser takes seconds for nested brackets, and overflows the stack for more.
         if isinstance(value, str) and "${" in value and len(re.findall(r"[\[{(]", value)) > _MOST_BRACKETS:
             raise ConfigError(
@@ -90,9 +93,9 @@ def _read_config(path: Path, place: str, provider: str) -> ConfigResult:
 
 
 class Loader(ConfigLoaderImpl):
-    """Config loader that validates every config it composes, in this process and in those of a launcher.
+    """Config loader that checks every config it composes, in this process and in those of a launcher.
 
-    Validating an earlier composition of the same command would not do: a defaults list may choose its files by time.
+    Checking an earlier composition of the same command would not do: a defaults list may choose its files by time.
     """
 
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
@@ -107,41 +110,35 @@ class Loader(ConfigLoaderImpl):
     def load_configuration(
         self, config_name: str | None, overrides: list[str], run_mode: RunMode, *options: Any, **named: Any
     ) -> DictConfig:
-        """Compose a configuration, and reject settings that are not harmless."""
+        """Compose a configuration, and reject settings of Hydra that are neither the project's nor typed."""
+        if self._completes:  # nothing acts on what completion composes
+            return super().load_configuration(config_name, overrides, run_mode, *options, **named)
+        require_typed(overrides, self._typed)
         composed = super().load_configuration(config_name, overrides, run_mode, *options, **named)
-        if not self._completes:  # completion acts on no setting
-            require_harmless(composed, self._typed)
-            _check_sweeper(composed, self._sweeps)
+        _check_plugins(composed, self._sweeps)
         return composed
 
     def load_unchecked(self, config_name: str, overrides: list[str]) -> DictConfig:
         """Compose a configuration that nothing acts on."""
         return super().load_configuration(config_name, overrides, RunMode.MULTIRUN)
 
+    def _load_single_config(self, default: ResultDefault, repo: IConfigRepository) -> ConfigResult:
+        """Load a file and put it at its place in the configuration; reject Hydra's settings in files of the user."""
+        loaded = super()._load_single_config(default, repo)
+        if loaded.provider.startswith(_USERS):
+            assert isinstance(loaded.config, DictConfig)
+            require_no_hydra_settings(f"{loaded.path.removeprefix('file://')}/{default.config_path}", loaded.config)
+        return loaded
+
     def _process_config_searchpath(
         self, config_name: str | None, parsed_overrides: list[Override], repo: CachingConfigRepository
     ) -> None:
-        """Add the folders and packages of ``hydra.searchpath`` if it was typed: Hydra imports the packages.
-
-        Raises:
-            ConfigError: a configuration file, or an override that was not typed, sets hydra.searchpath.
-        """
-        given = [o for o in parsed_overrides if o.get_key_element() == "hydra.searchpath"]
-        typed = all(self._completes or o.input_line in self._typed for o in given)
-        loaded = repo.load_config(config_name) if config_name is not None else None
-        primary = loaded.config if loaded is not None else OmegaConf.create()
-        named = OmegaConf.is_dict(primary) and OmegaConf.select(primary, "hydra.searchpath") is not None
-        if named or not typed:
-            raise ConfigError(
-                f"{config_name}: a configuration file must not set hydra.searchpath, because Hydra imports packages "
-                "from it; remove it, or type hydra.searchpath=[…] on the command line."
-            )
-        # Omit the file: an interpolation in it could resolve to another value the second time.
+        """Follow ``hydra.searchpath`` of the command line, but not of a file: Hydra imports packages from it."""
         super()._process_config_searchpath(None, parsed_overrides, repo)
 
 
-def _check_sweeper(composed: DictConfig, multirun: bool) -> None:
-    """Reject ``-m`` unless one of our sweepers is selected: only they validate launcher settings."""
+def _check_plugins(composed: DictConfig, multirun: bool) -> None:
+    """Reject ``-m`` without one of our sweepers, which alone check jobs, and the launcher that rents machines."""
     settings = OmegaConf.to_container(composed.hydra, resolve=False)
     assert isinstance(settings, dict)
     sweeps = multirun or settings["mode"] not in (None, RunMode.RUN)
@@ -149,4 +146,9 @@ def _check_sweeper(composed: DictConfig, multirun: bool) -> None:
         raise ConfigError(
             "-m (hydra.mode=MULTIRUN): works only with train.py and the sweepers of this project; run python train.py "
             "-m sweep=grid …, or remove it."
+        )
+    if str(settings["launcher"]["_target_"]).endswith(".RayAWSLauncher"):
+        raise ConfigError(
+            "hydra/launcher=ray_aws: a launcher that rents machines is not supported; write launcher=ray, and join a "
+            "cluster with hydra.launcher.ray.init.address."
         )

@@ -39,7 +39,7 @@ def known():
     OmegaConf.register_new_resolver("parallel_jobs", lambda devices: 1, replace=True)
     with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         config = hydra.compose("train", list(QUICK), return_hydra_config=True)
-    keys = [path for path, _, _ in settings_of(config)]
+    keys = [path for path, _ in settings_of(config)]
     own = [key for key in keys if not key.startswith("hydra")]
     groups = {folder.name: [path.stem for path in folder.glob("*.yaml")] for folder in (ROOT / "configs").iterdir()}
     groups = {name: options for name, options in groups.items() if options}
