@@ -222,9 +222,6 @@ def process_group() -> Iterator[None]:
         world_size=here.size,
         timeout=_COLLECTIVE_TIMEOUT,
     )
-    over = threading.Event()
-    watch = threading.Thread(target=_watchdog, args=(_store.clone(), here, over), daemon=True)
-    watch.start()
     try:
         yield
         if _has_failed(_store):  # the barrier would wait for ranks that are gone
@@ -236,12 +233,8 @@ def process_group() -> Iterator[None]:
     except BaseException:
         if _has_failed(_store):
             _abort()
-            over.set()
             _leave_together(_store, here)
         raise
-    finally:
-        over.set()
-        watch.join(_GRACE)
     _store = None
 
 
@@ -256,23 +249,6 @@ def join_launcher() -> Iterator[str | None]:
 def _usable_cores() -> int:
     """Return the number of cores that this process may use; on macOS and Windows, the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _watchdog(store: "Store", here: RankInfo, over: threading.Event) -> None:
-    """Exit this process if another rank has failed while this one is blocked in a collective (watchdog).
-
-    A rank that waits for an NCCL collective waits inside CUDA, where neither signals nor Python exceptions arrive.
-    """
-    while not over.wait(1.0):
-        if not _has_failed(store):
-            continue
-        if _are_leaving(store) and not over.wait(_GRACE / 3):
-            _leave_together(store, here)  # the blocked collective may never return
-            os._exit(Preempted.exit_status)
-        if not over.wait(_GRACE):
-            _abort()
-        if not over.wait(3 * _GRACE):
-            os._exit(1)
 
 
 def _abort() -> None:

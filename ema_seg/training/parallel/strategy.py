@@ -2,22 +2,25 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from ema_seg.models import model_stride
 from ema_seg.runtime.distributed.start import RankInfo, rank_info
 from ema_seg.runtime.errors import ConfigError
-from ema_seg.runtime.execution import evaluation_mode
 from ema_seg.training.parallel.sharded import ShardedStrategy
 from ema_seg.training.parallel.sync_batch_norm import SyncLayers
 
-__all__ = ["requested_world_size", "resolve_world_size", "set_cuda_device", "trainer_arguments", "training_device"]
+__all__ = [
+    "replicated_strategy",
+    "requested_world_size",
+    "resolve_world_size",
+    "set_cuda_device",
+    "trainer_arguments",
+    "training_device",
+]
 
 # Limit without GPUs, where a mistyped number could fill the node with processes.
 _PROCESSES_OF_A_CORE = 4
@@ -183,7 +186,7 @@ def trainer_arguments(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list
     sharded = settings.get("strategy") == "fsdp"
     arguments |= {
         "num_nodes": here.size // here.local_size,
-        "strategy": ShardedStrategy() if sharded else _ReplicatedStrategy(),
+        "strategy": ShardedStrategy() if sharded else replicated_strategy(),
         "use_distributed_sampler": False,
     }
     if sharded:
@@ -193,37 +196,14 @@ def trainer_arguments(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list
     return arguments, [environment, *([SyncLayers(cuda=cuda)] if sync_batchnorm else [])]
 
 
-class _ReplicatedStrategy(DDPStrategy):
-    """Lightning's DDP strategy, for models that may have unused parameters."""
-
-    def __init__(self) -> None:
+def replicated_strategy() -> DDPStrategy:
+    """Return Lightning's DDP strategy, for models that may have unused parameters, such as an encoder's classifier."""
+    return DDPStrategy(
         # By default DDP broadcasts buffers in every forward pass, but the ranks may validate different numbers of
         # images. The module broadcasts them once before each validation instead.
-        super().__init__(broadcast_buffers=False, gradient_as_bucket_view=True)
-
-    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        # DDP waits for the gradients of all parameters, unless it searches for unused ones first.
-        unused = _needs_fixed_reduction_order(self.root_device) or _has_unused(
-            cast(nn.Module, model.model), self.root_device
-        )
-        self._ddp_kwargs["find_unused_parameters"] = unused
-        return super()._setup_model(model)
-
-
-def _needs_fixed_reduction_order(device: torch.device) -> bool:
-    """Return whether a resumed run must all-reduce gradients in the same order as an uninterrupted run.
-
-    After the first step DDP reorders its gradient buckets, unless it searches for unused parameters. That changes the
-    order in which three or more ranks add up a gradient.
-    """
-    return rank_info().size > 2 and (device.type == "cpu" or torch.are_deterministic_algorithms_enabled())
-
-
-def _has_unused(segmenter: nn.Module, device: torch.device) -> bool:
-    """Return whether a forward pass leaves a trainable parameter unused, such as an encoder's classifier."""
-    parameters = [parameter for parameter in segmenter.parameters() if parameter.requires_grad]
-    side = max(256, 8 * model_stride(segmenter))  # large enough for every decoder's pyramid
-    image = torch.zeros(1, 3, side, side, device=device, dtype=parameters[0].dtype)
-    with evaluation_mode(segmenter), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        gradients = torch.autograd.grad(segmenter(image).sum(), parameters, allow_unused=True)
-    return any(gradient is None for gradient in gradients)
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        # DDP would wait for the gradients of unused parameters. Without this it also reorders its gradient buckets
+        # after the first step: three or more ranks would add up a gradient in another order after a resume.
+        find_unused_parameters=True,
+    )

@@ -113,22 +113,6 @@ def test_processes_that_are_asked_to_leave_wait_for_each_other_and_end_with_the_
     assert [SecondaryFailure(error).code for error in (first, ConfigError("seed=-1 is none."), None)] == [75, 1, 1]
 
 
-def test_a_process_that_waits_for_one_that_was_asked_to_leave_ends_with_its_status(monkeypatch):
-    store, ends = HashStore(), []
-    store.set("failure", start.serialize_error(Preempted("stopped by SIGUSR1.")))
-    monkeypatch.setattr(start, "_GRACE", 0.3)
-    over = threading.Event()
-
-    def end(status):
-        ends.append((status, store.check(["leaving/1"])))
-        over.set()
-
-    monkeypatch.setattr(os, "_exit", end)
-    start._watchdog(store, RankInfo(1, 2, 0, 1), over)
-
-    assert ends == [(75, True)]
-
-
 def test_processes_end_when_the_one_that_started_them_is_killed():
     program = (
         "from ema_seg.runtime.distributed.start import run_together; from tests.runtime.distributed import workers;"
@@ -171,15 +155,6 @@ def test_whoever_had_a_signal_first_has_the_last_word(tmp_path):
         signal.signal(signal.SIGUSR2, earlier)
 
     assert alive == [False, False]
-
-
-def test_a_process_that_cannot_be_told_of_a_failure_ends_too():
-    """Started by others than this project, and busy where neither an exception nor a signal reaches it."""
-    codes, words = start_two("busy")
-
-    assert codes == [1, 1]
-    assert "seed=-1 is none." in words[1]
-    assert words[0] == ""
 
 
 def test_the_end_of_the_first_process_is_quiet_in_the_others():

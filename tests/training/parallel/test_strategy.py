@@ -78,19 +78,6 @@ def test_a_gpu_without_a_number_is_the_one_of_the_training(machine, monkeypatch,
     assert taken == [torch.device(expected)]
 
 
-@pytest.mark.parametrize(
-    ("processes", "device", "deterministic", "expected"),
-    [(3, "cpu", False, True), (2, "cpu", True, False), (3, "cuda", False, False), (3, "cuda", True, True)],
-)
-def test_gradients_keep_their_order_where_the_same_bits_are_promised(
-    machine, monkeypatch, processes, device, deterministic, expected
-):
-    machine(4, RankInfo(0, processes, 0, processes))
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
-
-    assert strategy._needs_fixed_reduction_order(torch.device(device)) is expected
-
-
 def test_a_process_by_itself_is_the_first_whatever_rank_the_environment_has(monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 3)  # as Lightning takes it from RANK when it is imported
 
