@@ -1,6 +1,6 @@
 """Fused CPU kernels of EMA's short form, compiled at their first use.
 
-The system's C++ compiler compiles ``kernels.cpp`` for exactly this processor. The library is cached in a folder of the
+The system's C++ compiler compiles ``kernels/kernels.cpp`` for exactly this processor. The library is cached in a folder of the
 user, under a hash of the source, the command and the compiler's macros. The kernels use the OpenMP runtime that PyTorch
 has loaded, with as many threads as PyTorch.
 """
@@ -28,7 +28,7 @@ __all__ = ["CACHE_VARIABLE", "backward", "forward", "unavailable"]
 
 CACHE_VARIABLE = "EMA_SEG_CACHE"
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+_SOURCE = Path(__file__).parent / "kernels" / "kernels.cpp"
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = (
     "-std=c++17",
@@ -40,8 +40,8 @@ _FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
 )
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # the numbers in kernels.cpp
-_CALL = struct.Struct("=9qd17Q")  # struct Call in kernels.cpp
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # the numbers in kernels/kernels.cpp
+_CALL = struct.Struct("=9qd17Q")  # struct Call in kernels/layout.h
 
 
 def unavailable(x: Tensor) -> str | None:
@@ -115,7 +115,7 @@ def _load_library() -> _Library:
         return _Library(None, f"there is no C++ compiler (none of {', '.join(_COMPILERS)} is installed)")
     command += _FLAGS
     try:
-        source = _SOURCE.read_bytes()
+        source = b"".join(file.read_bytes() for file in sorted([_SOURCE, *_SOURCE.parent.glob("*.h")]))
         # The macros identify the compiler, its version and the features of the native processor.
         macros = _run_command([*command, "-dM", "-E", "-x", "c++", os.devnull])
         build_hash = hashlib.sha256(b"\0".join([source, shlex.join(command).encode(), macros])).hexdigest()
