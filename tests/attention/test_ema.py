@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ema_seg.attention import EMA, AblatedEMA, DynamicEMA, build_attention
-from ema_seg.attention.ema import choice, factorised, module, triton_kernels
+from ema_seg.attention.ema import choice, factorised, module, triton_launch
 from ema_seg.runtime.errors import ConfigError, ModelError
 
 SHAPES = [(2, 32, 6, 9), (1, 64, 1, 7), (3, 8, 5, 1), (1, 16, 1, 1)]
@@ -301,14 +301,14 @@ DIVISIONS = [
 @pytest.mark.parametrize("division", DIVISIONS)
 def test_triton_kernels_compute_the_same_however_the_work_is_divided(block, layout, division, monkeypatch):
     """Large maps are divided into strips, and each phase of the computation is a launch of its own."""
-    plan = triton_kernels._plan
+    plan = triton_launch.plan_work
 
     def divided(x, *arguments, **options):
         columns = min(division.get("tile_columns", 32), 32)
         tiles = {"tile_columns": columns, "tiled": x.shape[3] > columns, "fold": 1}
         return dataclasses.replace(plan(x, *arguments, **options), **{**tiles, **division})
 
-    monkeypatch.setattr(triton_kernels, "_plan", divided)
+    monkeypatch.setattr(triton_launch, "plan_work", divided)
     block = randomised(block(6, factor=2).double(), scale=0.5)
     x, dy = random((1, 6, 9, 17)), random((1, 6, 9, 17), seed=2)
 

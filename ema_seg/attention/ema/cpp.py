@@ -1,8 +1,8 @@
 """Fused CPU kernels of EMA's short form, compiled at their first use.
 
-The system's C++ compiler compiles ``kernels/kernels.cpp`` for exactly this processor. The library is cached in a folder of the
-user, under a hash of the source, the command and the compiler's macros. The kernels use the OpenMP runtime that PyTorch
-has loaded, with as many threads as PyTorch.
+The system's C++ compiler compiles ``kernels/kernels.cpp`` for exactly this processor. The library is cached in a folder
+of the user, under a hash of the sources, the command and the compiler's macros. The kernels use the OpenMP runtime that
+PyTorch has loaded, with as many threads as PyTorch.
 """
 
 import ctypes
@@ -40,7 +40,12 @@ _FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
 )
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # the numbers in kernels/kernels.cpp
+_DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+}  # numbers as in kernels.cpp
 _CALL = struct.Struct("=9qd17Q")  # struct Call in kernels/layout.h
 
 

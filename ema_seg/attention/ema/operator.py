@@ -14,7 +14,7 @@ from ema_seg.attention.ema.reference import Parameters
 __all__ = ["KERNELS", "apply", "apply_differentiably", "import_kernels"]
 
 # Kernel modules, the fastest for a device first; imported at their first use.
-KERNELS = {"cpp": "cpp", "triton": "triton_kernels", "factorised": "factorised"}
+KERNELS = {"cpp": "cpp", "triton": "triton_launch", "factorised": "factorised"}
 
 
 class Kernels(Protocol):

@@ -1,5 +1,5 @@
-# mypy: disallow-untyped-defs=False
-"""Triton kernels of EMA's short form for CUDA devices, listed as ``triton`` in ``operator.KERNELS``.
+# mypy: disallow-untyped-defs=False, disable-error-code="assignment,misc"
+"""Triton kernels of EMA's short form; ``triton_plan`` divides the work, ``triton_launch`` launches them.
 
 The arithmetic and the names are those of ``factorised``. The work is divided into phases. Each phase needs sums over
 whole groups of channels from the phase before it:
@@ -25,14 +25,7 @@ channels-last input has the K channels consecutive in memory, a contiguous one t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
-
-import torch
-from torch import Tensor
-
-from ema_seg.attention.ema.reference import Parameters
 
 try:
     import triton
@@ -40,9 +33,16 @@ try:
 except ImportError:  # not every platform has it
     triton = None
 
-__all__ = ["backward", "forward", "unavailable"]
+__all__ = [
+    "INTERPRETED",
+    "PLANES_OF_BACKWARD",
+    "PLANES_OF_FORWARD",
+    "backward_kernel",
+    "forward_kernel",
+    "parameters_kernel",
+]
 
-_INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
 
 def _kernel(function: Any) -> Any:
@@ -54,46 +54,18 @@ def _kernel(function: Any) -> Any:
 
 def _jit(function: Any) -> Any:
     """Apply ``triton.jit`` to a device function, except in the interpreter, which is faster without it."""
-    return function if triton is None or _INTERPRETED else triton.jit(function)
+    return function if triton is None or INTERPRETED else triton.jit(function)
 
 
 def _constant(value: int) -> Any:
     return value if triton is None else tl.constexpr(value)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Compile-time constants of a call: sizes, options, and the division of the work."""
-
-    groups: int  # per image
-    width: int  # channels per group
-    last: bool  # channels-last
-    dynamic: bool
-    eps: float
-
-    tile_groups: int
-    tile_channels: int  # per group
-    tile_columns: int
-    tile_rows: int  # at most
-    tiled: bool  # an image has more columns than a tile
-    fold: int  # columns that are consecutive in a thread's registers
-    unit: int  # power of two that divides the number of columns
-
-    fused: bool  # all phases in one launch
-    strips: int  # strips of rows, in the phases that make maps
-    parts: int  # strips of rows, in the phases that sum along columns
-
-    outputs: int  # block of channels o: width, rounded up to a power of two
-    inputs: int  # block of channels c, in products with outputs and positions
-    square: int  # block of channels c, in products with outputs and taps
-    positions: int  # block of rows and columns
-
-
 # Planes of the mixing coefficients: tensors with one number for each channel of the batch.
 _KERNEL = _constant(0)  # 3×3 kernel to a single channel: a plane for each of 9 taps
 _KAPPA = _constant(9)  # weight of the centred gated channel
 _LOGIT = _constant(10)  # constant of the logit, at the first channel of each group
-_PLANES_OF_FORWARD = 11
+PLANES_OF_FORWARD = 11
 _SHIFTED = _constant(11)  # sum of x over the window of each tap: 9 planes
 _DSHIFTED = _constant(20)
 _DKERNEL = _constant(29)
@@ -102,7 +74,7 @@ _A2 = _constant(39)
 _DM2 = _constant(40)  # gradient of the means of the 3×3 branch
 _ALPHA = _constant(41)  # the gated map's gradient is kappa · dlogit + alpha · centred + offset
 _OFFSET = _constant(42)
-_PLANES_OF_BACKWARD = 43
+PLANES_OF_BACKWARD = 43
 
 
 # ------------------------------------------------------------------------------------------- indexing and memory access
@@ -571,7 +543,7 @@ def _output(x, y, gates, moments, mixing, block, strip, shape, plan: tl.constexp
 
 
 @_kernel
-def _forward_kernel(
+def forward_kernel(
     x,
     y,
     means,
@@ -708,15 +680,9 @@ def _products(
     for c0 in range(first_channel, last_channel, plan.tile_channels):
         channel, base, valid = _channels(block, c0, shape, plan)
         mean = _load_plane(moments, 0, channel, valid, shape)
-        tap00 = tl.zeros((K, ROWS, FOLDED), acc)
-        tap01 = tl.zeros((K, ROWS, FOLDED), acc)
-        tap02 = tl.zeros((K, ROWS, FOLDED), acc)
-        tap10 = tl.zeros((K, ROWS, FOLDED), acc)
-        tap11 = tl.zeros((K, ROWS, FOLDED), acc)
-        tap12 = tl.zeros((K, ROWS, FOLDED), acc)
-        tap20 = tl.zeros((K, ROWS, FOLDED), acc)
-        tap21 = tl.zeros((K, ROWS, FOLDED), acc)
-        tap22 = tl.zeros((K, ROWS, FOLDED), acc)
+        taps = ()
+        for _ in tl.static_range(9):
+            taps += (tl.zeros((K, ROWS, FOLDED), acc),)
         correlation = tl.zeros((K, ROWS, FOLDED), acc)
         for w0 in range(0, width, COLUMNS):
             columns = w0 + tl.arange(0, COLUMNS)
@@ -725,25 +691,21 @@ def _products(
             alone = tl.zeros((K, ROWS, COLUMNS), acc)
             for h0 in range(first_row, last_row, ROWS):
                 rows = h0 + tl.arange(0, ROWS)
-                above = _load_tile(x, base, valid, rows - 1, columns, height, shape, plan, acc)
                 tile = _load_tile(x, base, valid, rows, columns, last_row, shape, plan, acc)
+                above = _load_tile(x, base, valid, rows - 1, columns, height, shape, plan, acc)
                 below = _load_tile(x, base, valid, rows + 1, columns, height, shape, plan, acc)
+                neighbours = (above, tile, below)
                 # The pixel at column w sees x at w + j - 1 through a tap in column j of the kernel.
-                dlogit = _load_map(dlogits, block, rows, columns + 1, first_row, last_row, shape, plan)
-                dlogit = _spread(dlogit, ROWS, COLUMNS, plan)
-                tap00 += _fold(dlogit * above, ROWS, COLUMNS, plan)
-                tap10 += _fold(dlogit * tile, ROWS, COLUMNS, plan)
-                tap20 += _fold(dlogit * below, ROWS, COLUMNS, plan)
-                dlogit = _load_map(dlogits, block, rows, columns - 1, first_row, last_row, shape, plan)
-                dlogit = _spread(dlogit, ROWS, COLUMNS, plan)
-                tap02 += _fold(dlogit * above, ROWS, COLUMNS, plan)
-                tap12 += _fold(dlogit * tile, ROWS, COLUMNS, plan)
-                tap22 += _fold(dlogit * below, ROWS, COLUMNS, plan)
-                dlogit = _load_map(dlogits, block, rows, columns, first_row, last_row, shape, plan)
-                dlogit = _spread(dlogit, ROWS, COLUMNS, plan)
-                tap01 += _fold(dlogit * above, ROWS, COLUMNS, plan)
-                tap11 += _fold(dlogit * tile, ROWS, COLUMNS, plan)
-                tap21 += _fold(dlogit * below, ROWS, COLUMNS, plan)
+                dlogits_seen = ()
+                for j in tl.static_range(3):
+                    dlogit = _load_map(dlogits, block, rows, columns + (1 - j), first_row, last_row, shape, plan)
+                    dlogits_seen += (_spread(dlogit, ROWS, COLUMNS, plan),)
+                added = ()
+                for tap in tl.static_range(9):
+                    product = dlogits_seen[tap % 3] * neighbours[tap // 3]
+                    added += (taps[tap] + _fold(product, ROWS, COLUMNS, plan),)
+                taps = added
+                dlogit = dlogits_seen[1]
 
                 row_gate, column_gate = _load_axes(gates, channel, valid, rows, columns, shape)
                 gated = tile * row_gate * column_gate
@@ -766,15 +728,8 @@ def _products(
             tl.store(of_columns + count * width, tl.sum(with_centred, axis=1), mask=column_mask)
             tl.store(of_columns + 2 * count * width, tl.sum(alone, axis=1), mask=column_mask)
         of_pixels = product_parts + tl.program_id(1) * 10 * count + channel
-        tl.store(of_pixels, _sum_pixels(tap00), mask=valid)
-        tl.store(of_pixels + 1 * count, _sum_pixels(tap01), mask=valid)
-        tl.store(of_pixels + 2 * count, _sum_pixels(tap02), mask=valid)
-        tl.store(of_pixels + 3 * count, _sum_pixels(tap10), mask=valid)
-        tl.store(of_pixels + 4 * count, _sum_pixels(tap11), mask=valid)
-        tl.store(of_pixels + 5 * count, _sum_pixels(tap12), mask=valid)
-        tl.store(of_pixels + 6 * count, _sum_pixels(tap20), mask=valid)
-        tl.store(of_pixels + 7 * count, _sum_pixels(tap21), mask=valid)
-        tl.store(of_pixels + 8 * count, _sum_pixels(tap22), mask=valid)
+        for tap in tl.static_range(9):
+            tl.store(of_pixels + tap * count, _sum_pixels(taps[tap]), mask=valid)
         tl.store(of_pixels + 9 * count, _sum_pixels(correlation), mask=valid)
 
         # A row of several tiles is summed in a second pass along the row, not tile by tile.
@@ -972,15 +927,10 @@ def _input_gradient(
             inside = ((rows < last_row)[:, None] & (columns < width)[None, :])[None, :, :]
             weight = _spread(_load_map(weights, block, rows, columns, 0, height, shape, plan), ROWS, COLUMNS, plan)
             # Tap (i, j) of the kernel at pixel (h + 1 - i, w + 1 - j) reads pixel (h, w).
-            tap00 = _load_map(dlogits, block, rows + 1, columns + 1, 0, height, shape, plan)
-            tap01 = _load_map(dlogits, block, rows + 1, columns, 0, height, shape, plan)
-            tap02 = _load_map(dlogits, block, rows + 1, columns - 1, 0, height, shape, plan)
-            tap10 = _load_map(dlogits, block, rows, columns + 1, 0, height, shape, plan)
-            tap11 = _load_map(dlogits, block, rows, columns, 0, height, shape, plan)
-            tap12 = _load_map(dlogits, block, rows, columns - 1, 0, height, shape, plan)
-            tap20 = _load_map(dlogits, block, rows - 1, columns + 1, 0, height, shape, plan)
-            tap21 = _load_map(dlogits, block, rows - 1, columns, 0, height, shape, plan)
-            tap22 = _load_map(dlogits, block, rows - 1, columns - 1, 0, height, shape, plan)
+            taps = ()
+            for tap in tl.static_range(9):
+                rows_of_tap, columns_of_tap = rows + (1 - tap // 3), columns + (1 - tap % 3)
+                taps += (_load_map(dlogits, block, rows_of_tap, columns_of_tap, 0, height, shape, plan),)
             for c0 in range(0, plan.width, plan.tile_channels):
                 channel, base, valid = _channels(block, c0, shape, plan)
                 offsets = base[:, None, None] + _pixels(rows, columns, shape, plan)[None, :, :]
@@ -993,26 +943,12 @@ def _input_gradient(
                 mean = _load_plane(moments, 0, channel, valid, shape)
                 dgated = _load_plane(mixing, _ALPHA, channel, valid, shape) * (tile * row_gate * column_gate - mean)
                 dgated += _load_plane(mixing, _OFFSET, channel, valid, shape)
-                dlogit = _spread(tap11, ROWS, COLUMNS, plan)
+                dlogit = _spread(taps[4], ROWS, COLUMNS, plan)
                 dgated += _load_plane(mixing, _KAPPA, channel, valid, shape) * dlogit
                 total += dgated * row_gate * column_gate
-                total += _load_plane(mixing, _KERNEL + 4, channel, valid, shape) * dlogit
-                dlogit = _spread(tap00, ROWS, COLUMNS, plan)
-                total += _load_plane(mixing, _KERNEL + 0, channel, valid, shape) * dlogit
-                dlogit = _spread(tap01, ROWS, COLUMNS, plan)
-                total += _load_plane(mixing, _KERNEL + 1, channel, valid, shape) * dlogit
-                dlogit = _spread(tap02, ROWS, COLUMNS, plan)
-                total += _load_plane(mixing, _KERNEL + 2, channel, valid, shape) * dlogit
-                dlogit = _spread(tap10, ROWS, COLUMNS, plan)
-                total += _load_plane(mixing, _KERNEL + 3, channel, valid, shape) * dlogit
-                dlogit = _spread(tap12, ROWS, COLUMNS, plan)
-                total += _load_plane(mixing, _KERNEL + 5, channel, valid, shape) * dlogit
-                dlogit = _spread(tap20, ROWS, COLUMNS, plan)
-                total += _load_plane(mixing, _KERNEL + 6, channel, valid, shape) * dlogit
-                dlogit = _spread(tap21, ROWS, COLUMNS, plan)
-                total += _load_plane(mixing, _KERNEL + 7, channel, valid, shape) * dlogit
-                dlogit = _spread(tap22, ROWS, COLUMNS, plan)
-                total += _load_plane(mixing, _KERNEL + 8, channel, valid, shape) * dlogit
+                for tap in tl.static_range(9):
+                    dlogit = _spread(taps[tap], ROWS, COLUMNS, plan)
+                    total += _load_plane(mixing, _KERNEL + tap, channel, valid, shape) * dlogit
                 if at_border:
                     # Add the corners, which a border row and a border column have both subtracted.
                     first = (columns == 0)[None, None, :]
@@ -1027,7 +963,7 @@ def _input_gradient(
 
 
 @_kernel
-def _backward_kernel(
+def backward_kernel(
     dy,
     x,
     dx,
@@ -1173,7 +1109,7 @@ def _sum_beta(shares, beta, dbeta, number, plan: tl.constexpr):
 
 
 @_kernel
-def _parameters_kernel(
+def parameters_kernel(
     mixing,
     shares,
     beta,
@@ -1202,259 +1138,3 @@ def _parameters_kernel(
         _sum_shares(shares, dw1, db1, db3, dgamma, (program - programs_of_w3) * BLOCK, number, plan, BLOCK)
     else:
         _sum_beta(shares, beta, dbeta, number, plan)
-
-
-# ------------------------------------------------------------------------------------------------------------- host
-
-# Target elements of the smallest image tile, and of a product of small matrices before it is summed. Both are larger in
-# the interpreter, which takes as long for few elements as for many.
-_SMALLEST_TILE = 65536 if _INTERPRETED else 1024
-_PRODUCT = 262144 if _INTERPRETED else 4096
-_DEFAULTS = {"TILE": _SMALLEST_TILE, "num_warps": 8, "maxnreg": 128}
-
-
-def _tuned(kernel: Any) -> Any:
-    """Autotune tile, warps and registers of a kernel, once for each phase and family of inputs."""
-    if triton is None or _INTERPRETED:
-        return kernel
-    configs = [
-        triton.Config({"TILE": tile}, num_warps=warps, maxnreg=registers)
-        for tile, warps, registers in ((1024, 8, None), (1024, 8, 128), (2048, 8, None), (2048, 16, None))
-    ]
-    return triton.autotune(configs, key=["PHASE", "family"], cache_results=True)(kernel)
-
-
-_tuned_forward_kernel = _tuned(_forward_kernel)
-_tuned_backward_kernel = _tuned(_backward_kernel)
-
-
-def _power_of_two(value: int) -> int:
-    """Round a positive number up to a power of two."""
-    return 1 << (value - 1).bit_length()
-
-
-def _cdiv(dividend: int, divisor: int) -> int:
-    return -(-dividend // divisor)
-
-
-@cache
-def _device(device: torch.device) -> tuple[int, int]:
-    """Return the number of multiprocessors, and the bytes of their L2 cache."""
-    if _INTERPRETED:
-        return 0, 0
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.L2_cache_size
-
-
-def _plan(x: Tensor, groups: int, dynamic: bool, eps: float, tensors: int) -> _Plan:
-    """Divide the work on ``x``; ``tensors`` counts the tensors of its size that are read repeatedly."""
-    layout = tuple(x.shape), x.element_size(), not x.is_contiguous()
-    return _plan_for(*layout, groups, dynamic, eps, tensors, *_device(x.device))
-
-
-@cache
-def _plan_for(
-    shape: tuple[int, int, int, int],
-    itemsize: int,
-    last: bool,
-    groups: int,
-    dynamic: bool,
-    eps: float,
-    tensors: int,
-    processors: int,
-    cache_size: int,
-) -> _Plan:
-    batch, channels, height, width = shape
-    per_group = channels // groups
-
-    # A tile reads along the contiguous axis: whole rows of up to 256 columns, or channels of 64 bytes (32 if there are
-    # few programs), the sizes of memory transactions. Tiles of small images hold more channels and groups.
-    if last:
-        tile_channels = min(_power_of_two(per_group), 64)
-        tile_groups = max(1, 64 // itemsize // tile_channels)
-        if 2 * batch * _cdiv(groups, tile_groups) < processors:
-            tile_groups = max(1, tile_groups // 2)
-        tile_columns = min(_power_of_two(width), max(1, _SMALLEST_TILE // (tile_channels * tile_groups)), 32)
-    else:
-        tile_columns = min(_power_of_two(width), 256)
-        tile_channels = min(_power_of_two(per_group), max(1, _SMALLEST_TILE // (tile_columns * _power_of_two(height))))
-        tile_groups = 1
-    filled = tile_channels * tile_columns * _power_of_two(height)
-    if filled < _SMALLEST_TILE and tile_channels >= per_group:
-        occupying = batch * groups // max(1, 4 * processors)  # more groups in a program would leave processors idle
-        tile_groups = max(tile_groups, min(_SMALLEST_TILE // filled, 1 << max(0, occupying.bit_length() - 1)))
-    tile_groups = min(tile_groups, _power_of_two(groups))
-    tile = tile_groups * tile_channels * tile_columns
-
-    # Fusing pays if launches would take longer than the work, or if the blocks in flight stay in the cache. Larger maps
-    # are better spread over more programs.
-    blocks = batch * _cdiv(groups, tile_groups)
-    pixels_of_block = tile_groups * per_group * height * width
-    at_a_time = min(blocks, 2 * processors) * pixels_of_block * itemsize * tensors
-    fused = pixels_of_block <= 32768 or (2 * blocks >= processors and at_a_time <= cache_size)
-    strips = parts = 1
-    if not fused:
-        most = _power_of_two(_cdiv(height, max(1, _SMALLEST_TILE // tile)))
-        strips = min(most, _power_of_two(_cdiv(4 * processors, blocks)))
-        chunks = _cdiv(per_group, tile_channels)
-        parts = min(most, 64, _power_of_two(_cdiv(2 * processors, blocks * chunks)))
-
-    outputs = _power_of_two(per_group)
-    positions = min(64, max(16, _PRODUCT // outputs**2))
-    return _Plan(
-        groups=groups,
-        width=per_group,
-        last=last,
-        dynamic=dynamic,
-        eps=eps,
-        tile_groups=tile_groups,
-        tile_channels=tile_channels,
-        tile_columns=tile_columns,
-        tile_rows=_power_of_two(height),
-        tiled=width > tile_columns,
-        fold=1 if last else min(tile_columns, 16 // max(itemsize, 4)),
-        unit=min(width & -width, 16),
-        fused=fused,
-        strips=strips,
-        parts=parts,
-        outputs=outputs,
-        inputs=min(outputs, max(1, _PRODUCT // (outputs * positions))),
-        square=min(outputs, max(1, _PRODUCT // (outputs * 16))),
-        positions=positions,
-    )
-
-
-@cache
-def _family(shape: tuple[int, int, int, int], plan: _Plan) -> int:
-    """Return a number shared by inputs for which one choice of tile and warps is good."""
-    family = 2 * plan.last + plan.dynamic
-    for size in (*shape[2:], plan.width, plan.tile_groups, plan.tile_channels, plan.strips, plan.parts):
-        family = 32 * family + size.bit_length()
-    return family % (1 << 31)
-
-
-@cache
-def _for_single_groups(plan: _Plan) -> _Plan:
-    return replace(plan, tile_groups=1)
-
-
-def _launch(
-    kernel: Any, tuned: Any, grids: dict[str, tuple[int, ...]], x: Tensor, tensors: tuple[Tensor, ...], plan: _Plan
-) -> None:
-    """Launch phases of a kernel, each on its grid.
-
-    Autotuning is disabled in deterministic mode and during CUDA graph capture, which its trial launches would abort.
-    """
-    batch, channels, height, width = shape = tuple(x.shape)
-    arguments = (*tensors, height, width // plan.unit, batch * channels, _family(shape, plan))
-    fixed = _INTERPRETED or torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing()
-    for phase, grid in grids.items():
-        if phase in ("gates", "mixing", "small"):  # these have one program per group, and no tile
-            kernel[grid](*arguments, plan=_for_single_groups(plan), PHASE=phase, **_DEFAULTS)
-        elif fixed:
-            kernel[grid](*arguments, plan=plan, PHASE=phase, **_DEFAULTS)
-        else:
-            tuned[grid](*arguments, plan=plan, PHASE=phase)
-
-
-def forward(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Re-weight ``x``; see ``operator.Kernels``."""
-    batch, channels, height, width = x.shape
-    plan = _plan(x, groups, dynamic, eps, tensors=1)
-    number, count = batch * groups, batch * channels
-    y = _empty_like(x)
-    new_empty = parameters.w1.new_empty
-    means = new_empty((number, plan.width, height + width))
-    moments = new_empty((2, number, plan.width))
-    gates = torch.empty_like(means)
-    mixing = new_empty((_PLANES_OF_FORWARD, count))
-    column_parts = means if plan.parts == 1 else new_empty((plan.parts, count, width))
-    moment_parts = new_empty((plan.parts, 2, count))
-
-    blocks = batch * _cdiv(groups, plan.tile_groups)
-    chunks = _cdiv(plan.width, plan.tile_channels)
-    grids = {
-        "means": (blocks, plan.parts, chunks),
-        "gates": (number, _cdiv(height + width, plan.positions)),
-        "moments": (blocks, plan.parts, chunks),
-        "mixing": (number,),
-        "output": (blocks, plan.strips),
-    }
-    if plan.fused:
-        grids = {"all": (blocks,)}
-    tensors = (x, y, means, moments, *parameters, gates, mixing, column_parts, moment_parts)
-    with torch.cuda.device_of(x):
-        _launch(_forward_kernel, _tuned_forward_kernel, grids, x, tensors, plan)
-    return y.to(x.dtype), means, moments
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    means: Tensor,
-    moments: Tensor,
-    parameters: Parameters,
-    groups: int,
-    eps: float,
-    dynamic: bool,
-) -> tuple[Tensor, Parameters]:
-    """Compute the gradients of ``x`` and of the parameters; see ``operator.Kernels``."""
-    batch, channels, height, width = x.shape
-    plan = _plan(x, groups, dynamic, eps, tensors=3)  # x, dy, and maps of the groups
-    number, count = batch * groups, batch * channels
-    dx = _empty_like(x)
-    new_empty = parameters.w1.new_empty
-    gates, dmeans = torch.empty_like(means), torch.empty_like(means)
-    mixing = new_empty((_PLANES_OF_BACKWARD, count))
-    weights, dlogits = new_empty((number, height, width)), new_empty((number, height, width))
-    dlogit_parts = new_empty((plan.strips, number))
-    row_sums = new_empty((3, count, height))
-    column_parts = new_empty((plan.parts, 3, count, width))
-    product_parts = new_empty((plan.parts, 10, count))
-    shares = new_empty((number, plan.width + 5, plan.width))
-
-    blocks = batch * _cdiv(groups, plan.tile_groups)
-    grids = {
-        "mixing": (number, 1 + _cdiv(height + width, plan.positions)),
-        "logit": (blocks, plan.strips),
-        "products": (blocks, plan.parts, _cdiv(plan.width, plan.tile_channels)),
-        "small": (number,),
-        "input": (blocks, plan.strips),
-    }
-    if plan.fused:
-        grids = {"all": (blocks,)}
-    results = (dlogit_parts, row_sums, column_parts, product_parts, dmeans, shares)
-    tensors = (dy, x, dx, means, moments, *parameters, gates, mixing, weights, dlogits, *results)
-    gradients = Parameters(*map(torch.empty_like, parameters))
-    entries = (plan.width + 3) * plan.width
-    block = min(256, _power_of_two(entries))
-    programs = 9 * _cdiv(plan.width, plan.inputs) + _cdiv(entries, block) + 1
-    with torch.cuda.device_of(x):
-        _launch(_backward_kernel, _tuned_backward_kernel, grids, x, tensors, plan)
-        arguments = (mixing, shares, parameters.beta, *gradients, number, height, width)
-        _parameters_kernel[(programs,)](*arguments, plan=_for_single_groups(plan), BLOCK=block)
-    return dx.to(x.dtype), gradients
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    """Allocate a result, in float32 for bfloat16 in the interpreter, which would truncate instead of rounding."""
-    return torch.empty_like(x, dtype=torch.float32 if _INTERPRETED and x.dtype == torch.bfloat16 else x.dtype)
-
-
-def unavailable(x: Tensor) -> str | None:
-    """Return why these kernels cannot compute ``x``, as a clause, or None if they can."""
-    dtype = str(x.dtype).removeprefix("torch.")
-    if triton is None:
-        return "triton is not installed"
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        return f"the kernels do not support {dtype}"
-    if _INTERPRETED:
-        return None if x.device.type == "cpu" else f"Triton's interpreter needs a tensor on cpu, got {x.device.type}"
-    if x.device.type != "cuda":
-        return f"the tensor is on {x.device.type}, and these kernels are for CUDA"
-    if torch.version.cuda is None:
-        return "this build of PyTorch is not for CUDA"
-    capability = torch.cuda.get_device_capability(x.device)
-    if capability < ((8, 0) if x.dtype == torch.bfloat16 else (7, 0)):
-        return f"{torch.cuda.get_device_name(x.device)} is too old for kernels in {dtype}"
-    return None
