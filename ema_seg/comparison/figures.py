@@ -566,8 +566,9 @@ def _place_labels(
 ) -> None:
     """Write each label near its point, clear of points, bars and other labels; connect distant ones with a line.
 
-    Places around the point are tried by distance, then by angle. A label without a free place is written just right of
-    its point.
+    Places around the point are tried by distance, then by angle. No other point is on the way from a label to its
+    point, because the label would be taken for that one's. A label without such a place is written just right of its
+    point.
     """
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the axes must not move any more: places are in pixels
@@ -580,20 +581,28 @@ def _place_labels(
     for (x, y), (_, _, label) in zip(points, labels, strict=True):
         text = axes.text(0, 0, label, fontsize=9, ha="center", va="center", transform=None, zorder=4, parse_math=False)
         size = text.get_window_extent(renderer)
-        box = _free_place(x, y, size.width, size.height, pixel, frame, taken)
+        others = points[np.any(points != (x, y), axis=1)]
+        box = _free_place(x, y, size.width, size.height, pixel, frame, taken, others)
         taken.append(box)
         centre = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
         text.set_transform(axes.transData)
         across, up = axes.transData.inverted().transform(centre)
         text.set_position((float(across), float(up)))
-        nearest = (float(np.clip(x, box.x0, box.x1)), float(np.clip(y, box.y0, box.y1)))
+        nearest = _nearest_in(box, x, y)
         if math.dist(nearest, (x, y)) > 12 * pixel:
             ends = axes.transData.inverted().transform([(x, y), nearest])
             axes.plot(*ends.T, color="0.6", linewidth=0.7, zorder=2)
 
 
 def _free_place(
-    x: float, y: float, width: float, height: float, pixel: float, frame: Bbox, taken: Sequence[Bbox]
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    pixel: float,
+    frame: Bbox,
+    taken: Sequence[Bbox],
+    others: np.ndarray,
 ) -> Bbox:
     for distance in (4, 7, 11, 16, 22, 30, 40, 52, 66, 82, 100):
         for angle in np.deg2rad((45, -45, 135, -135, 90, -90, 0, 180, 67, 113, 22, 158, -67, -113, -22, -158)):
@@ -602,6 +611,19 @@ def _free_place(
             bottom = y + up * (distance * pixel + height / 2) - height / 2
             box = Bbox.from_bounds(left, bottom, width, height)
             inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
-            if inside and not any(box.overlaps(other) for other in taken):
+            if not inside or any(box.overlaps(other) for other in taken):
+                continue
+            if _clearance(_nearest_in(box, x, y), (x, y), others) > 6 * pixel:
                 return box
     return Bbox.from_bounds(x + 7 * pixel, y, width, height)
+
+
+def _nearest_in(box: Bbox, x: float, y: float) -> tuple[float, float]:
+    return float(np.clip(x, box.x0, box.x1)), float(np.clip(y, box.y0, box.y1))
+
+
+def _clearance(start: tuple[float, float], end: tuple[float, float], points: np.ndarray) -> float:
+    """Return the distance from the line between two places to the nearest of these points, (N, 2)."""
+    way = np.subtract(end, start)
+    along = np.clip((points - start) @ way / max(float(way @ way), 1e-9), 0, 1)
+    return float(np.linalg.norm(start + along[:, None] * way - points, axis=1).min(initial=math.inf))

@@ -1,8 +1,11 @@
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from PIL import Image
 
+from ema_seg.comparison import figures
 from ema_seg.comparison.figures import draw_comparison, front_rows
 from ema_seg.comparison.schema import FIGURES, comparison_manifest
 from ema_seg.runtime.errors import DataError
@@ -137,3 +140,16 @@ def test_the_front_is_what_nothing_beats_in_both():
 
     assert [each["label"] for each in front_rows(rows)] == ["best", "fast"]
     assert [each["label"] for each in front_rows([row("twin", 10, 0.6), row("twin", 10, 0.6)])] == ["twin"]
+
+
+def test_no_other_point_is_between_a_point_and_its_label():
+    points = np.array([(100.0, 100.0), (112.0, 106.0), (114.0, 94.0)])
+    frame, taken = Bbox.from_extents(0, 0, 300, 200), [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in points]
+    for place, (x, y) in enumerate(points):
+        others = np.delete(points, place, axis=0)
+        box = figures._free_place(x, y, 60, 12, 1, frame, taken, others)
+        taken.append(box)
+
+        assert figures._clearance(figures._nearest_in(box, x, y), (x, y), others) > 6
+    assert figures._clearance((0, 0), (10, 0), np.array([(5.0, 2.0), (20.0, 0.0)])) == 2
+    assert figures._clearance((0, 0), (10, 0), np.array([(12.0, 0.0)])) == 2
