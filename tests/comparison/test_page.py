@@ -180,6 +180,26 @@ def test_curves_can_be_chosen(page):
     assert "training loss" in page.locator("#curves svg").text_content()
 
 
+def test_the_configuration_under_the_pointer_or_with_the_focus_is_marked_everywhere(page):
+    page.locator('#forest g[data-label="ema, encoder"] .dot').hover()
+    marked = page.locator(".marked")
+    assert {marked.nth(place).get_attribute("data-label") for place in range(marked.count())} == {"ema, encoder"}
+    for part in ("#rows tr", "#pareto g", "#forest g", "#classes tr", "#curves polyline"):
+        assert page.locator(f"{part}.marked").count() == 1, part
+    assert page.locator('#pareto g[data-label="none"]').evaluate("node => getComputedStyle(node).opacity") == "0.25"
+
+    page.locator('#pareto g[data-label="none"]').focus()
+    assert page.locator("#rows tr.marked").get_attribute("data-label") == "none"
+    page.locator("h1").hover()
+    assert page.locator(".marked").count() == 0
+
+
+def test_all_columns_fit_a_screen_of_1280_pixels(page):
+    page.set_viewport_size({"width": 1280, "height": 900})
+
+    assert page.evaluate("document.querySelector('#rows').scrollWidth <= document.querySelector('.scroll').clientWidth")
+
+
 def test_a_narrow_screen_scrolls_tables_and_not_the_page(page):
     page.set_viewport_size({"width": 360, "height": 700})
 

@@ -72,6 +72,15 @@ function explain(node, text) {
 }
 addEventListener("keydown", (event) => event.key === "Escape" && (tooltip.hidden = true));
 
+/* The configuration under the pointer or with the focus is marked in all parts of the page. */
+
+function mark(event) {
+  const label = event.target.closest?.("[data-label]")?.dataset.label;
+  document.body.classList.toggle("marking", label !== undefined);
+  for (const node of document.querySelectorAll("[data-label]")) node.classList.toggle("marked", node.dataset.label === label);
+}
+for (const event of ["pointerover", "focusin"]) addEventListener(event, mark);
+
 /* Heading and notes. */
 
 document.title = data.title;
