@@ -12,19 +12,21 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
+import torch
+
+# Without a CUDA device Triton's kernels run in its interpreter, which must be known when Triton is first imported: by
+# the libraries below.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Its log keeps the standard error of the time of its import, which must not be that of a single test.
 import lightning.pytorch  # noqa: F401
 import numpy as np
 import pytest
-import torch
 from filelock import FileLock
 from PIL import Image
 
 from tests.forks import Entry, leave_blank
-
-# Without a CUDA device Triton's kernels run in its interpreter, which must be known when Triton is first imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A shell's script ignores Ctrl-C for what it starts in the background, and so would all processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -60,24 +62,6 @@ def write_camvid(root, sizes=((64, 96),), train=4, val=3):
             Image.fromarray(image.astype(np.uint8)).save(root / split / "images" / f"{split}_{index}.jpg")
             Image.fromarray(mask).save(root / split / "masks" / f"{split}_{index}.png")
     return root
-
-
-def _call(function, arguments):
-    return function(**arguments)
-
-
-# CPython keeps the frames of its calls in pieces of 16 KiB, and a call that goes beyond the end of one takes memory of
-# the system and gives it back, 100 times as slow as any other. Triton's interpreter, deep within pytest's frames, does
-# little but call. A frame that asks for 640 KB gets a piece of 1 MiB, which those within it share.
-_call.__code__ = _call.__code__.replace(co_stacksize=80_000)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem):
-    """Call a test as pytest would, with room for the frames of all calls within it."""
-    names = pyfuncitem._fixtureinfo.argnames
-    _call(pyfuncitem.obj, {name: pyfuncitem.funcargs[name] for name in names})
-    return True
 
 
 @pytest.fixture(autouse=True)

@@ -101,16 +101,16 @@ def disturb(entry, arguments, run, number, pause):
     return entry.wait()
 
 
-def test_kills_at_ten_random_moments_change_no_bit(undisturbed, entry, tmp_path):
+def test_kills_at_random_moments_change_no_bit(undisturbed, entry, tmp_path):
     root, expected = undisturbed
     run, moments = tmp_path / "run", random.Random(0)
     command = [*TINY, f"data.root={root}", f"hydra.run.dir={run}", "resume=auto"]
 
-    statuses = [disturb(entry, command, run, signal.SIGKILL, moments.uniform(0, 0.15))[0] for _ in range(10)]
+    statuses = [disturb(entry, command, run, signal.SIGKILL, moments.uniform(0, 0.15))[0] for _ in range(6)]
     status, err = entry.run(*command)
 
     assert status == 0, err
-    assert statuses.count(-signal.SIGKILL) >= 5  # the last ones may find it finished
+    assert statuses.count(-signal.SIGKILL) >= 4  # the last ones may find it finished
     assert_same(run, expected)
 
 
