@@ -248,8 +248,8 @@ def _find_transform(name: str, class_name: str) -> type[A.BasicTransform]:
         return found
     known = [key for key, value in vars(A).items() if _is_transform(value)]
     raise ConfigError(
-        f"data.augmentation.{name}.transform={class_name!r} is neither CategoryLimitedCrop nor a transform of"
-        f" albumentations.{did_you_mean(class_name, [*known, CategoryLimitedCrop.__name__])}"
+        f"data.augmentation.{name}.transform={class_name!r}: must be CategoryLimitedCrop or a transform of "
+        f"albumentations; correct it.{did_you_mean(class_name, [*known, CategoryLimitedCrop.__name__])}"
     )
 
 

@@ -172,7 +172,7 @@ def test_steps_are_drawn_independently() -> None:
             {"transform": "HorizontalFlipp"},
             r"augmentation\.s\.transform='HorizontalFlipp'.*Did you mean 'HorizontalFlip'\?",
         ),
-        ({"transform": "Compose"}, r"augmentation\.s\.transform='Compose' is neither"),
+        ({"transform": "Compose"}, r"augmentation\.s\.transform='Compose': must be CategoryLimitedCrop or a transform"),
         ({"p": 1}, r"augmentation\.s=\{'p': 1\} must be a mapping with the key transform"),
         (
             {"transform": "HorizontalFlip", "prob": 1},
