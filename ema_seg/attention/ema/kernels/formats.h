@@ -17,7 +17,7 @@ struct Stored {  // float and double
     static void write(T* to, V v) { store(to, v); }
 };
 
-struct Narrow {  // what both 16-bit formats share
+struct Narrow {  // shared by both 16-bit formats
     using A = float;
     using V = Simd<A>::V;
     typedef uint32_t U __attribute__((vector_size(kVectorBytes)));
@@ -46,7 +46,7 @@ struct Stored<BFloat16> : Narrow {
 template <>
 struct Stored<Half> : Narrow {
     static V read(const Half* from) {
-        // 112 is the difference of the exponents' biases; zero and denormals become right by subtracting 2^-14.
+        // 112 is the difference of the exponents' biases; subtracting 2^-14 corrects zero and denormals.
         const U h = widen(from);
         const U magnitude = (h & 0x7fffu) << 13;
         const U exponent = magnitude & 0x0f800000u;
@@ -62,7 +62,7 @@ struct Stored<Half> : Narrow {
         const U u = bits<U>(v);
         const U magnitude = u & 0x7fffffffu;
         const U sign = (u >> 16) & 0x8000u;
-        const U half = U{} + (126u << 23);  // 0.5, the last bit of which is that of the smallest half
+        const U half = U{} + (126u << 23);  // 0.5: its last bit is worth the smallest half
         const U denormal = bits<U>(bits<V>(magnitude) + bits<V>(half)) - half;
         const U normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
         U h = magnitude < (113u << 23) ? denormal : normal;
@@ -72,7 +72,7 @@ struct Stored<Half> : Narrow {
     }
 };
 
-// The first n of the numbers of a vector, the rest zero. By themselves, the loops become one masked instruction.
+// Read n numbers into a vector and zero the rest. Outside of larger functions, GCC turns the loop into one masked load.
 template <class T>
 __attribute__((noinline)) typename Stored<T>::V read_some(const T* __restrict from, int n) {
     constexpr int L = Simd<typename Stored<T>::A>::L;

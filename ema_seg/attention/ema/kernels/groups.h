@@ -1,4 +1,4 @@
-// The algebra of a group's channels, between the passes: gates, moments, the mixed kernel, and their gradients.
+// Algebra of a group's channels between the passes: gates, moments, mixed kernel, and their gradients.
 
 #pragma once
 
@@ -22,7 +22,7 @@ inline void add_scaled(A* __restrict to, A scale, const A* __restrict from, int6
     for (int64_t i = 0; i < n; ++i) to[i] += scale * from[i];
 }
 
-// R rows of out (., n) = matrix (., k) @ b (k, n), where n is a multiple of L.
+// Compute R rows of out (., n) = matrix (., k) @ b (k, n); n is a multiple of L.
 template <int R, class A>
 inline void multiply_rows(A* out, const A* matrix, int64_t row, int64_t column, const A* b, int64_t k, int64_t n) {
     using V = typename Simd<A>::V;
@@ -37,7 +37,7 @@ inline void multiply_rows(A* out, const A* matrix, int64_t row, int64_t column, 
     }
 }
 
-// out (m, n) = matrix (m, k) @ b (k, n), where the matrix has these strides.
+// Compute out (m, n) = matrix (m, k) @ b (k, n), for a matrix with the strides `row` and `column`.
 template <class A>
 inline void multiply(A* out, const A* matrix, int64_t row, int64_t column, const A* b, int64_t m, int64_t k,
                      int64_t n) {
@@ -46,7 +46,7 @@ inline void multiply(A* out, const A* matrix, int64_t row, int64_t column, const
     for (; i < m; ++i) multiply_rows<1>(out + i * n, matrix + i * row, row, column, b, k, n);
 }
 
-// out (m, k) += a (m, n) @ b (k, n) transposed.
+// Compute out (m, k) += a (m, n) @ b (k, n) transposed.
 template <class A>
 inline void add_products(A* out, const A* a, const A* b, int64_t m, int64_t k, int64_t n) {
     using V = typename Simd<A>::V;
@@ -74,7 +74,7 @@ inline void softmax(A* values, int64_t n) {
     for (int64_t i = 0; i < n; ++i) values[i] /= sum;
 }
 
-// Offsets in the gradients of the parameters, one after the other, and of `da1`, which the static variant sums.
+// Offsets of each parameter's gradient in one array, and of da1, the gradient of the static variant's a1.
 struct Layout {
     int64_t w1, b1, w3, b3, gamma, beta, a1, size;
     explicit Layout(int64_t Cg)
@@ -164,7 +164,7 @@ inline void Worker<A, Lanes>::mix_group(int64_t i) const {
         double mean = 0;
         for (int64_t h = 0; h < H; ++h) mean += rows[h];
         mean /= H;
-        for (int tap = 0; tap < 9; ++tap) {  // the mean over what the tap sees, times its share of the area
+        for (int tap = 0; tap < 9; ++tap) {  // mean over the tap's window, times the window's share of the area
             const int dh = tap / 3, dw = tap % 3;
             const int64_t h = dh == 0 ? H - 1 : 0, w = dw == 0 ? W - 1 : 0;
             double value = mean;
@@ -205,7 +205,7 @@ inline void Worker<A, Lanes>::differentiate_group(int64_t i) const {
     A *dkernel = own.small, *dshifted = dkernel + 9 * Cg, *q = dshifted + 9 * Cg, *da1 = q + Cg, *da2 = da1 + Cg;
     A* grads = own.gradients;
 
-    // One number for the group, which all its lanes have if channels-last.
+    // One number per group; channels-last, all lanes of the group hold it.
     double sum = 0;
     for (int k = 0; k < size; ++k) {
         const V v = team[k]->dconstant[i / g.groups_per_bundle];
@@ -236,7 +236,7 @@ inline void Worker<A, Lanes>::differentiate_group(int64_t i) const {
         add_scaled(dshifted, dm2 / area, w3 + o * 9 * Cg, 9 * Cg);
     }
 
-    // Through the normalisation to the gated channels, and on to the gates.
+    // Backward through the normalisation to the gated channels, then to the gates.
     for (int64_t c = 0; c < Cg; ++c) {
         const A kappa = *param_of(shared.kappa, i, c);
         const A alpha = -kappa * rstd[c] * rstd[c] * q[c] / area;
@@ -266,7 +266,7 @@ inline void Worker<A, Lanes>::differentiate_group(int64_t i) const {
         grads[at.b1 + o] += fold<A, 1>(sum)[0];
     }
 
-    // What each row, column and corner adds to the gradient of the input.
+    // Terms of the input's gradient that are constant along a row or a column, or belong to a corner.
     multiply(own.gates, w1, 1, Cg, own.dgates, Cg, Cg, pitch);
     for (int64_t c = 0; c < Cg; ++c) {
         const A* dmean = own.gates + c * pitch;

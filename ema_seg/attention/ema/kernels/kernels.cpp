@@ -1,12 +1,12 @@
 // Fused CPU kernels of EMA's short form, for both memory layouts; docs/ema.md derives the formulas and the names.
 //
-// One template serves both layouts, because both are rows of SIMD vectors in which a slice is what shares parameters:
+// One template serves both layouts: both are rows of SIMD vectors, and the channels of a slice share parameters:
 //
 //   contiguous     a slice is one channel, a vector L neighbouring columns; the column to the right is one number away;
 //   channels-last  a slice is L channels, a vector one column of them; the column to the right is one vector away.
 //
-// Everything else that differs between them (Lanes == true is channels-last) is how rows are read and written, whether
-// a parameter of a slice is a number or a vector, and how a group's channels are summed.
+// The layouts (Lanes == true is channels-last) also differ in how rows are read and written, in whether a parameter of
+// a slice is a number or a vector, and in how a group's channels are summed.
 //
 // A bundle is the smallest whole number of slices and of groups. An item, the unit of work, is one group if contiguous
 // and one image (or a range of its bundles) if channels-last. Threads share the items, or all work on the same item,
@@ -17,8 +17,8 @@
 //   layout.h   items and their rows, with a picture worker.h   a thread's buffers and accessors
 //   passes.h   passes over the rows                 groups.h   the algebra of a group between them
 //
-// This file holds the driver: how items are cut to fit the caches, who works on what, and the two functions. All is
-// compiled at once, in an unnamed namespace, so that the compiler knows all callers.
+// This file is the driver: it divides items to fit the caches, assigns them to threads, and exports the two functions.
+// All files are one translation unit in an unnamed namespace, so that the compiler sees all callers.
 
 #include <cstdint>
 #include <cstdlib>
@@ -72,7 +72,7 @@ struct Plan {
     Plan(const Call& call, bool backward) : call(call), backward(backward), g(call) {
         const int64_t items = g.items(), most = max(call.threads, 1);
         const int64_t vectors = g.slices_per_item() * g.vectors * g.H;
-        // Together if that takes less time than the rounds of whole items, and is worth the waiting for each other.
+        // Work together if that is faster than rounds of whole items, and if an item is large enough for the barriers.
         together = items % most != 0 && 5 * items < 4 * most * ceil_div(items, most) && g.H >= 2 * kRows * most &&
                    vectors >= 4096 * most;
         threads = static_cast<int>(together ? most : max(min(items, most), 1));
@@ -132,7 +132,7 @@ struct Plan {
         return p;
     }
 
-    // 0, or 1 if there is not enough memory.
+    // Run the call; return 0, or 1 if there is not enough memory.
     int run(const Format<A, Lanes>& format) const {
         Arena arena;
         take_shared(arena);
@@ -165,7 +165,7 @@ struct Plan {
             const int rank = omp_get_thread_num(), size = omp_get_num_threads();
             Arena part{shareds + (together ? 0 : rank) * shared_size};
             const Shared<A> shared = take_shared(part);
-            // Lanes without a channel, columns beyond the last and rows outside the image keep these zeros.
+            // Unused lanes, columns beyond the last and rows outside the image keep these zeros.
             if (!together || rank == 0) std::memset(shareds + (together ? 0 : rank) * shared_size, 0, shared_size);
             if (together) {
 #pragma omp barrier
@@ -203,7 +203,7 @@ struct Plan {
     }
 };
 
-// Asks for large pages, which are several times faster than small ones for memory that is written for the first time.
+// Ask for large pages: first writes to them are several times faster than to small ones.
 void prefer_large_pages(void* data, size_t size) {
 #ifdef MADV_HUGEPAGE
     const uintptr_t page = uintptr_t{2} << 20, begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);

@@ -1,4 +1,4 @@
-// Where an item's channels are, and how its rows are read and written.
+// Memory layout of an item's channels; reading and writing of its rows.
 //
 // Channels-last, for float32 with vectors of L = 16 lanes and groups of Cg = 4 channels:
 //
@@ -34,7 +34,7 @@ namespace {
 
 constexpr int64_t kMaxSlices = 32;  // of a channels-last item
 
-// As packed by cpp.py: integers and addresses of 8 bytes each.
+// Arguments of a call, as packed by cpp.py: integers and addresses of 8 bytes each.
 struct Call {
     int64_t batch, channels, height, width, groups, dtype, channels_last, dynamic, threads;
     double eps;
@@ -48,12 +48,12 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// One item: the bundles from one group of an image on.
+// Unit of work: consecutive bundles of an image, from `group` on.
 struct Item {
     int64_t image, group, groups, bundles, slices;
 };
 
-// What does not change from item to item.
+// Sizes shared by all items.
 template <class A, bool Lanes>
 struct Geometry {
     static constexpr int L = Simd<A>::L;
@@ -65,7 +65,7 @@ struct Geometry {
     int64_t groups_per_bundle;  // one, unless a vector holds several
     int64_t slices_per_bundle;
     int64_t bundles_per_item, items_per_image;
-    // If groups have gaps between them: which of the numbers in memory each lane takes, if any, and the opposite.
+    // For groups with unused lanes: each lane's index in memory, the mask of the used lanes, and the inverse of the index.
     typename Simd<A>::IV spread, taken, dense;
 
     explicit Geometry(const Call& call)
@@ -94,7 +94,7 @@ struct Geometry {
     int64_t slices_per_item() const { return bundles_per_item * slices_per_bundle; }
     int64_t groups_per_item() const { return bundles_per_item * groups_per_bundle; }
     bool packed() const { return run == Cg || slices_per_bundle > 1; }  // a slice's channels are neighbours in memory
-    // How many of an item's slices are full, one after the other in memory.
+    // Number of an item's leading slices whose L channels are consecutive in memory.
     int64_t whole_slices(const Item& item) const {
         return run == Cg || Cg % L == 0 ? item.groups * Cg / L : 0;
     }
@@ -112,20 +112,20 @@ Item item_of(const Geometry<A, Lanes>& geometry, int64_t index) {
     return item;
 }
 
-// Reads and writes rows of an item in the tensors' dtype.
+// Functions that read and write rows of an item in the tensors' dtype.
 template <class A, bool Lanes>
 struct Format {
-    // Row `row`, vectors [begin, end), to `to`, which is where vector `begin` of the first slice goes.
+    // Read vectors [begin, end) of a row; vector `begin` of the first slice goes to `to`.
     void (*read)(const Geometry<A, Lanes>&, const Item&, const void*, int64_t row, int64_t begin, int64_t end, A* to,
                  int64_t slice_stride);
-    // The opposite; multiplied, if there are any, by weights, of which a bundle has one row.
+    // Write them, multiplied by `weights` (one row per bundle) unless these are null.
     void (*write)(const Geometry<A, Lanes>&, const Item&, void*, int64_t row, int64_t begin, int64_t end, const A* from,
                   const A* weights, int64_t slice_stride);
     A (*at)(const Geometry<A, Lanes>&, const void*, int64_t image, int64_t channel, int64_t row, int64_t column);
     size_t size;  // of a number in memory
 };
 
-// Where a slice's channels lie, from the item's first, and how many there are.
+// First channel of a slice, relative to the item's first, and number of its channels.
 struct Span {
     int64_t channel, count;
 };
@@ -223,7 +223,7 @@ struct Rows {
         }
     }
 
-    // Channels of a slice that is not full or has gaps between its groups.
+    // Read or write a slice with fewer than L channels or with unused lanes between its groups.
     static V gather(const Geometry& g, const T* from, int64_t count) {
         const V v = read_some(from, static_cast<int>(count));
         if (g.packed()) return v;

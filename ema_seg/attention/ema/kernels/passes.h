@@ -1,4 +1,4 @@
-// The passes over an item's rows: means, moments, weights and output; sums and gradient of the input.
+// Passes over an item's rows: means, moments, weights and output; sums and gradient of the input.
 
 #pragma once
 

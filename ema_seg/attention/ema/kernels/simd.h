@@ -50,7 +50,7 @@ inline void store(A* to, V v) {
     std::memcpy(to, &v, sizeof v);
 }
 
-// Makes the compiler keep in a register what is used several times; GCC prefers to load it each time.
+// Force a value into a register: GCC would load a value that is used several times again each time.
 template <class V>
 inline void keep(V& v) {
 #if defined(__x86_64__)
@@ -86,7 +86,7 @@ inline typename Simd<A>::V pick(typename Simd<A>::V a, typename Simd<A>::V b, st
 #endif
 }
 
-// Lane j takes lane index[j].
+// Permute: lane j takes lane index[j].
 template <class A>
 inline typename Simd<A>::V permute(typename Simd<A>::V v, typename Simd<A>::IV index) {
 #ifdef __clang__
@@ -98,20 +98,20 @@ inline typename Simd<A>::V permute(typename Simd<A>::V v, typename Simd<A>::IV i
 #endif
 }
 
-// L lanes from lane N on of a and b, one after the other.
+// Take L lanes of the concatenation of a and b, from lane N on.
 template <class A, int N, int... J>
 inline typename Simd<A>::V slide(typename Simd<A>::V a, typename Simd<A>::V b, std::integer_sequence<int, J...>) {
     return pick<A>(a, b, std::integer_sequence<int, (N + J)...>());
 }
 
-// Lanes j with bit D unset take a's lane j or j + D, those with it set b's lane j - D or j.
+// Interleave: lanes j with bit D unset take lane j (High: j + D) of a, the others lane j - D (High: j) of b.
 template <class A, int D, bool High, int... J>
 inline typename Simd<A>::V zip(typename Simd<A>::V a, typename Simd<A>::V b, std::integer_sequence<int, J...>) {
     constexpr int L = Simd<A>::L;
     return pick<A>(a, b, std::integer_sequence<int, ((J & D) ? L + J - (High ? 0 : D) : J + (High ? D : 0))...>());
 }
 
-// Sums N vectors over each run of N lanes: lane j of the result is the sum of vector j % N over the run of lane j.
+// Sum N vectors over each run of N lanes: lane j of the result is the sum of vector j % N over the run of lane j.
 template <class A, int N>
 inline typename Simd<A>::V sum_runs(const typename Simd<A>::V* v) {
     if constexpr (N == 1) {
@@ -123,7 +123,7 @@ inline typename Simd<A>::V sum_runs(const typename Simd<A>::V* v) {
     }
 }
 
-// Adds up the runs of D lanes.
+// Sum over the runs of D lanes: each lane gets the sum of all lanes at its place in a run.
 template <class A, int D>
 inline typename Simd<A>::V fold(typename Simd<A>::V v) {
     using Lane = std::make_integer_sequence<int, Simd<A>::L>;
@@ -134,7 +134,7 @@ inline typename Simd<A>::V fold(typename Simd<A>::V v) {
     }
 }
 
-// Adds v to a sum of two parts, the second of which is what rounding took from the first.
+// Compensated (two-sum) addition: sum[1] collects the rounding errors of sum[0].
 template <class V>
 inline void add_exactly(V* sum, V v) {
     const V t = sum[0] + v, z = t - sum[0];
@@ -142,7 +142,7 @@ inline void add_exactly(V* sum, V v) {
     sum[0] = t;
 }
 
-// Every lane takes what lane P of its run of N lanes holds.
+// Broadcast lane P of each run of N lanes to the run.
 template <class A, int N, int P, int... J>
 inline typename Simd<A>::V spread(typename Simd<A>::V v, std::integer_sequence<int, J...>) {
     return pick<A>(v, v, std::integer_sequence<int, ((J & ~(N - 1)) | P)...>());

@@ -1,7 +1,7 @@
-// A member of the team of threads that works on an item: its buffers, and access to parameters and sums.
+// Member of a team of threads that work on an item: buffers, and accessors of parameters and sums.
 //
-// Rows are widened as they are read, into buffers that stay in the cache: of the whole item if that fits, else rings of
-// a few rows, of a panel of columns.
+// Rows are widened as they are read, into buffers that stay in the cache. A buffer holds the whole item if that fits,
+// else a ring of a few rows of a panel of columns.
 
 #pragma once
 
@@ -9,11 +9,11 @@
 
 namespace {
 
-constexpr int kRows = 4;           // rows computed together, so that each row read serves three of them
+constexpr int kRows = 4;           // rows computed together: each row that is read serves three of them
 constexpr int kRing = 2 * kRows;   // rows in a ring
 constexpr int64_t kMargin = 2;     // vectors that neighbouring panels share, on each side
 
-// Hands out aligned parts of a block of memory; without a block it only counts.
+// Allocator of aligned parts of a block of memory; without a block it only counts bytes.
 struct Arena {
     char* base = nullptr;
     size_t used = 0;
@@ -38,7 +38,7 @@ struct Buffer {
     A* row(int64_t h) const { return data + ((h + 2) & mask) * row_stride; }
 };
 
-// How an item is cut to fit the caches.
+// Division of an item that fits the caches.
 struct Tiling {
     bool resident;    // all rows stay in the buffers
     int64_t panels;   // of columns
@@ -48,8 +48,8 @@ struct Tiling {
     int64_t slots;    // rows in a buffer
 };
 
-// What the members of a team share: the small numbers of the item in work. Per slice a number (contiguous) or a
-// vector (channels-last), but vectors where columns are involved.
+// Coefficients of the current item, shared by a team: a number (contiguous) or a vector (channels-last) per slice, but
+// vectors for values by column.
 template <class A>
 struct Shared {
     A *row_gate, *column_gate;
@@ -58,7 +58,7 @@ struct Shared {
     A *a1, *a2, *rstd, *shifted;  // by group and channel
 };
 
-// What each thread has for itself.
+// Buffers and sums of one thread.
 template <class A>
 struct Private {
     using V = typename Simd<A>::V;
@@ -175,7 +175,7 @@ struct Worker {
         return columns + slice_of(i, c) * g.vectors * L + lane_of(i, c);
     }
 
-    // A sum of channel c over all threads' vectors, of which there are `count` for each slice.
+    // Sum over all threads of channel c in `values`, which holds `count` vectors per slice.
     double sum_of(V* Private<A>::*values, int64_t i, int64_t c, int64_t count = 1, int64_t index = 0) const {
         double sum = 0;
         for (int k = 0; k < size; ++k) {
@@ -189,12 +189,12 @@ struct Worker {
         return sum;
     }
 
-    // The same of sums in two parts.
+    // The same for compensated sums.
     double exact_sum_of(V* Private<A>::*values, int64_t i, int64_t c, int64_t count = 1, int64_t index = 0) const {
         return sum_of(values, i, c, 2 * count, 2 * index) + sum_of(values, i, c, 2 * count, 2 * index + 1);
     }
 
-    // A gated value, rounded before anything is done with it, so that a constant channel is exactly equal to its mean.
+    // Gate a value. Rounding the product before it is used makes a constant channel exactly equal to its mean.
     static V gated(V value, V column_gate, V row_gate) {
         V product = value * column_gate * row_gate;
         keep(product);
@@ -205,7 +205,7 @@ struct Worker {
         V left, mid, right;
     };
 
-    // The vectors one column to the left, here, and one column to the right.
+    // Load the vectors one column to the left, here, and one column to the right.
     static Three neighbours(const A* at) {
         V left = load<V>(at - L), mid = load<V>(at), right = load<V>(at + L);
         keep(left), keep(mid), keep(right);
@@ -213,8 +213,8 @@ struct Worker {
         return {slide<A, L - 1>(left, mid, Lane()), mid, slide<A, 1>(mid, right, Lane())};
     }
 
-    // Calls `visit(r, tap, neighbours)` for rows 0 to 3 and what lies one row above (tap 0), there (1) and one row below.
-    // Each row is read once.
+    // Call `visit(r, tap, neighbours)` for rows r = 0 to 3 and the row above (tap 0), the row itself (1) and the row
+    // below (2). Each row is read once.
     template <class Visit>
     static void for_taps(const A* const* rows, int64_t at, Visit visit) {
 #pragma GCC unroll 6
@@ -226,7 +226,7 @@ struct Worker {
         }
     }
 
-    // Adds the totals of four rows of a slice.
+    // Add the totals of four rows of a slice.
     void add_rows(A* rows, int64_t slice, int64_t h, const V* sums) const {
         A* to = row_of(rows, slice, h);
         if constexpr (Lanes) {
@@ -271,7 +271,7 @@ struct Worker {
 
     // ------------------------------------------------------------------------------------------- passes over the rows
 
-    // For the sums that need no neighbours, x need not pass through the buffer, unless to stay there.
+    // Sums without neighbours read x in place, unless the buffer must keep it or its rows need widening.
     bool direct() const {
         const bool whole = Lanes ? g.whole_slices(item) == item.slices : g.tail == L;
         return !tiling.resident && whole && format.size == sizeof(A);
@@ -285,7 +285,7 @@ struct Worker {
 
     int64_t input_step() const { return Lanes && direct() ? g.C : L; }
 
-    // Calls `work` for each slice of four rows at a time, and for what is left row by row.
+    // Call `work` for each slice of four rows at a time, and row by row for the rest.
     template <class Work>
     void for_rows(Work work) {
         for (int64_t h = top; h < bottom;) {
@@ -306,20 +306,20 @@ struct Worker {
     template <int R>
     void add_means(int64_t s, int64_t h) const;
 
-    // Sums of (gated - shift) and of its square, where the shift is near the mean, so that nothing cancels.
+    // Sum (gated - shift) and its square. The shift is near the mean, so that the variance does not cancel.
     void add_moments();
     template <int R>
     void add_moments(int64_t s, int64_t h);
 
-    // The weights of rows [h, h + 4), vectors [begin, end), and from them in the backward the logit's gradient.
+    // Compute the weights of rows [h, h + 4), vectors [begin, end); in the backward also the gradient of the logits.
     template <bool Backward>
     void weigh(int64_t h, int64_t begin, int64_t end);
     static constexpr int min_lane(int n) { return n < L ? n : L; }
-    // Adds one slice to the logits without their constant, and to the sum of x * dy.
+    // Add one slice to the logits (without their constant) and, in the backward, to the sum of x * dy.
     template <bool Backward, bool First>
     void mix(int64_t s, int64_t h, int64_t begin, int64_t end);
     int64_t logit_stride() const { return (tiling.width + 2 * kMargin + L) * L; }
-    // Sums over the N lanes of each group, takes the sigmoid and gives it to the lanes again.
+    // Sum over the N lanes of each group, take the sigmoid, and broadcast it to the lanes.
     template <bool Backward, int N>
     void activate(int64_t b, int64_t h, int64_t begin, int64_t end);
     template <int N, int... P>
@@ -333,7 +333,7 @@ struct Worker {
 
     void write_output();
 
-    // All the sums over the map that the backward needs.
+    // Compute all sums over the map that the backward needs.
     void add_sums();
     void clear_rows(A* rows) const {
         for (int64_t s = 0; s < item.slices; ++s)
@@ -346,13 +346,13 @@ struct Worker {
     void write_input_gradient();
     void weigh_with_margins(int64_t h);
 
-    // Turns dy of rows [h, h + 4) of a slice, in its buffer, into dx.
+    // Replace dy by dx in the buffer, for rows [h, h + 4) of a slice.
     void differentiate(int64_t s, int64_t h) const;
     void add_corners(int64_t h) const;
 
-    // ---------------------------------------------------------------------------------------- what is small: by group
+    // ---------------------------------------------------------------------------------------- algebra of a group
 
-    // Calls `work` for this member's share of the item's groups, whole bundles of them.
+    // Call `work` for this member's share of the item's groups, in whole bundles.
     template <class Work>
     void for_groups(Work work) const {
         for (int64_t b = rank; b < item.bundles; b += size) {
@@ -361,21 +361,21 @@ struct Worker {
         }
     }
 
-    // Adds up the members' sums of columns, for this member's share of the bundles, in the first member's.
+    // Sum the members' column sums into the first member's, for this member's share of the bundles.
     void join_columns(int count) const;
     int64_t index_of(int64_t i) const { return item.image * g.G + item.group + i; }
     A* means_of(int64_t i) const { return means + index_of(i) * Cg * positions; }
     void finish_means(int64_t i) const;
     void open_gates(int64_t i) const;
     static int64_t padded_positions(int64_t positions) { return ceil_div(positions, L) * L; }
-    // Near the mean of the gated channel: exact if x is a sum of a function of the row and one of the column.
+    // Estimate the gated channels' means; exact if x is a function of the row plus one of the column.
     void guess_moments(int64_t i) const;
     void finish_moments(int64_t i) const;
 
-    // How the weight map is mixed from the channels.
+    // Compute the coefficients that mix the weight map from the channels.
     void mix_group(int64_t i) const;
 
-    // The gradients of the parameters, and what the gradient of the input needs, from the sums over the map.
+    // Compute the gradients of the parameters and the coefficients of the input's gradient from the sums over the map.
     void differentiate_group(int64_t i) const;
 
     // ----------------------------------------------------------------------------------------------- the two functions
