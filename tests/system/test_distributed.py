@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -53,28 +52,18 @@ def assert_same(run, other):
 
 
 @pytest.fixture(scope="module")
-def together(root, tmp_path_factory):
+def together(root, tmp_path_factory, entry):
     """Two processes that train.py has started itself, for 20 steps: their folder, and what they have printed."""
 
     def make(folder):
         (folder / "cwd").mkdir()
-        done = train(folder / "cwd", root, *EVEN, "trainer=ddp_cpu", "epochs=5")
-        assert done.returncode == 0, done.stderr
-        (folder / "out").write_text(done.stdout)
-        (folder / "err").write_text(done.stderr)
+        status, err = entry.run(*TINY, f"data.root={root}", *EVEN, "trainer=ddp_cpu", "epochs=5", cwd=folder / "cwd")
+        assert status == 0, err
+        for name in ("out", "err"):
+            shutil.copy(entry.folder / name, folder)
 
     folder = made_once(tmp_path_factory, "together", make)
     return folder / "cwd", (folder / "out").read_text(), (folder / "err").read_text()
-
-
-def train(folder, root, *overrides, program=(sys.executable,)):
-    return subprocess.run(
-        [*program, str(ROOT / "train.py"), *TINY, f"data.root={root}", *overrides],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        timeout=200,
-    )
 
 
 def only_run(folder):
@@ -320,13 +309,15 @@ def test_mistakes_are_named_before_anything_starts(overrides, message, root, tmp
     assert not (run / "config.yaml").exists()
 
 
-def test_processes_that_nobody_asked_for_are_refused(root, tmp_path):
+def test_processes_that_nobody_asked_for_are_refused(root, tmp_path, entry):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    command = [*torchrun, str(ROOT / "train.py"), *TINY, f"data.root={root}"]
 
-    done = train(tmp_path, root, program=torchrun)
+    entry.run(entry.folder, json.dumps([(command, {})]), script="tests/system/started", cwd=tmp_path)
 
-    assert done.returncode == 1
-    assert done.stderr.count("error: devices=1: must be 2, the number of processes that torchrun has started") == 1
+    assert json.loads(entry.out) == [1]
+    err = (entry.folder / "0.err").read_text()
+    assert err.count("error: devices=1: must be 2, the number of processes that torchrun has started") == 1
 
 
 def test_a_sweep_is_started_once(monkeypatch):
