@@ -7,7 +7,7 @@ For each shape, dtype and memory layout, the published form ("reference") and it
 in turns in one process: the forward (in inference mode), and the forward and backward (gradients of the input and of
 all parameters, which have the dtype of the input). A copy of the input is timed in the same rounds. A forward at least
 reads x and writes y, like a copy; a backward reads x and dy and writes dx. So the floor is one copy, and two and a half
-with the backward. Nothing is estimated; the tables say why something could not run.
+with the backward. Nothing is estimated; if an implementation cannot run, the tables give the reason.
 """
 
 import ctypes
@@ -75,7 +75,7 @@ PEAK_METHODS = {
     "cuda": "growth of torch.cuda.max_memory_allocated",
     "cpu": "growth of the process's peak resident set, on Linux with glibc and for x of 1 MiB or more",
 }
-SMALLEST_FOR_RESIDENT = 2**20  # bytes of x; a smaller one is lost among the process's other allocations
+SMALLEST_FOR_RESIDENT = 2**20  # bytes of x; the process's other allocations would hide a smaller one
 
 # Okabe and Ito's palette, distinguishable with every kind of colour vision; and a marker each.
 STYLES = {
@@ -95,8 +95,8 @@ class Aim:
     device: str
     dtype: str
     implementation: str
-    which: str  # of PASSES
-    quantity: str  # of QUANTITIES
+    which: str  # key of PASSES
+    quantity: str  # key of QUANTITIES
     bound: float
     bound_of_worst: float | None = None  # bound at every single input
 
@@ -115,7 +115,7 @@ class Aim:
 AIMS = (
     *(
         Aim("cpu", "float32", implementation, which, quantity, bound)
-        for implementation in ("factorised-compiled", "cpp")  # one of them has to reach it
+        for implementation in ("factorised-compiled", "cpp")  # one of the two must reach each bound
         for which, quantity, bound in (
             ("forward", "reference", 4.0),
             ("forward", "reference-compiled", 2.0),
@@ -150,7 +150,7 @@ class Shape:
     height: int
     width: int
     groups: int
-    kind: str = "decoder"  # or "awkward", which no aim counts
+    kind: str = "decoder"  # or "awkward", which the aims exclude
 
     @property
     def size(self) -> tuple[int, int, int, int]:

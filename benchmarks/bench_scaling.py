@@ -69,7 +69,7 @@ def measure(config: dict[str, Any], cuda: bool, steps: int, rounds: int, path: s
         _time(call, steps, device)  # warms up
     ahead = loader.num_workers * (loader.prefetch_factor or 0)
     samples = {"data": time_with_data(batches, together, loader.num_workers, ahead, steps, rounds, device)}
-    del data, loader, batches  # ends the workers, too
+    del data, loader, batches  # also stops the workers
     samples |= {way: [] for way in calls}
     for _ in range(rounds):
         for way, call in calls.items():

@@ -71,7 +71,7 @@ def measure(folder: Path, attention: Sequence[str], seeds: int) -> dict[str, Any
     """Measure wall time, time of the epochs and overhead per job, of the sweep and of single runs."""
     jobs = [(block, seed) for seed in range(seeds) for block in attention]
     data = f"data.root={folder / 'data'}"
-    train(data, f"hydra.run.dir={folder / 'first'}")  # draws the data set, and fills the system's caches
+    train(data, f"hydra.run.dir={folder / 'first'}")  # generates the data set, and fills the system's caches
     swept = train(
         "-m", data, f"hydra.sweep.dir={folder / 'sweep'}", f"attention={','.join(attention)}",
         f"seed={','.join(map(str, range(seeds)))}",

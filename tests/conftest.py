@@ -1,6 +1,6 @@
 import os
 
-# Several test processes run side by side; more than one thread each would make them wait for each other.
+# Test processes run in parallel; with more than one thread each they would compete for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-# Without a CUDA device Triton's kernels run in its interpreter, which must be known when Triton is first imported: by
+# Without a CUDA device Triton's kernels run in its interpreter. Triton reads the variable when it is first imported, by
 # the libraries below.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Its log keeps the standard error of the time of its import, which must not be that of a single test.
+# Lightning's log handler keeps the sys.stderr of its import, which must not be the captured one of a single test.
 import lightning.pytorch  # noqa: F401
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ from PIL import Image
 
 from tests.forks import Entry, leave_blank
 
-# A shell's script ignores Ctrl-C for what it starts in the background, and so would all processes that tests interrupt.
+# A shell starts background processes with SIGINT ignored; the processes that tests interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 
-# Where tests start programs.
+# Tests that start programs.
 SLOW = ("tests/benchmarks/", "tests/comparison/test_repeat.py", "tests/runtime/distributed/", "tests/system/")
 
 
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items):
 
 
 def write_camvid(root, sizes=((64, 96),), train=4, val=3):
-    """A data set in CamVid's layout: a road below, sky above, a pole, an unlabelled strip at the left."""
+    """Write a data set in CamVid's layout: a road below, sky above, a pole, an unlabelled strip at the left."""
     generator = np.random.default_rng(0)
     for split, count in {"train": train, "val": val}.items():
         for folder in ("images", "masks"):
@@ -66,7 +66,7 @@ def write_camvid(root, sizes=((64, 96),), train=4, val=3):
 
 @pytest.fixture(autouse=True)
 def _seed():
-    # What a test draws is the same each time: so are the digits in which two ways to compute a thing differ.
+    # The same random numbers, and so the same rounding errors, each time that a test runs.
     torch.manual_seed(0)
 
 
@@ -75,7 +75,7 @@ def camvid_root(tmp_path_factory):
     return write_camvid(tmp_path_factory.mktemp("camvid") / "data")
 
 
-# The smallest model and the shortest training that still pass every station.
+# The smallest model and the shortest training that still include validation, evaluation and report.
 QUICK = (
     "model=linknet",
     "model.encoder=tu-test_efficientnet",
@@ -91,19 +91,19 @@ QUICK = (
     "evaluation.budget=0.1",
     "trainer=cpu",
 )
-# A decoder that has dropout, as small as it can be.
+# A small decoder that has dropout.
 FPN = ("model=fpn", "+model.decoder_segmentation_channels=32", "+model.decoder_pyramid_channels=32")
 
 
 @pytest.fixture(scope="session")
 def entry(tmp_path_factory):
-    """Runs entry points in processes of their own; see tests/forks.py."""
+    """Start the server that runs entry points in forked processes; see tests/forks.py."""
     with Entry(tmp_path_factory.mktemp("entry")) as entry:
         yield entry
 
 
 def is_alive(process):
-    """Whether the process of this number runs; one that has ended and only waits to be noticed does not."""
+    """Return whether the process with this ID runs; a zombie does not."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
     except OSError:
@@ -112,15 +112,15 @@ def is_alive(process):
 
 @contextmanager
 def silent(path):
-    """A file or folder in whose place is a disk that never answers, as of a server that is gone.
+    """Replace a file or folder by a disk that never answers, as on a dead server, for the duration of the block.
 
-    It takes root's rights to be such a disk; others get a pipe that nobody writes to.
+    Mounting the disk takes root's rights; without them a pipe without a writer replaces the file.
     """
     try:
         device = os.open("/dev/fuse", os.O_RDWR)
     except OSError:
         device = None
-    # Nobody answers even the first question, and so all who come after it wait, whatever signal they get.
+    # Nobody answers even FUSE's first request, so all later requests wait, even after signals that have a handler.
     options = f"fd={device},rootmode={path.stat().st_mode:o},user_id=0,group_id=0"
     libc = ctypes.CDLL(None)
     if device is None or libc.mount(b"silent", bytes(path), b"fuse.silent", 0, options.encode()):
@@ -136,14 +136,14 @@ def silent(path):
 
 
 def free_port():
-    """A port of this machine that nothing listens at."""
+    """Return a port of this machine on which nothing listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
 def made_once(tmp_path_factory, name, make):
-    """A folder of this name that ``make`` fills, once for all test processes."""
+    """Return a folder of this name; call ``make`` to fill it once for all test processes."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
@@ -158,7 +158,7 @@ def made_once(tmp_path_factory, name, make):
 
 @pytest.fixture
 def run_script(monkeypatch, capsys):
-    """Run ``train`` or ``eval`` in this process, pictures left blank; gives exit status, output and error."""
+    """Return a function that runs ``train`` or ``eval`` here, with blank figures: exit status, output and error."""
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", leave_blank)
 
     def run(script, *overrides):

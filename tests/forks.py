@@ -1,9 +1,9 @@
-"""Starts Python in processes that do not have to import anything first.
+"""Server that forks Python processes, in which the libraries are imported already.
 
-A line of JSON on standard input holds a command, the folder for its output, the folder that it is started in, what it
-has in its environment besides, and limits in bytes: of a file that it may write as RLIMIT_FSIZE, and of the address
-space beyond what is taken already as RLIMIT_AS. A line of output holds the process's number, and a second one, when it
-has ended, its exit status, negative for a signal.
+Each line of JSON on standard input holds a command, the folder for its output, the working directory, additional
+environment variables, and resource limits in bytes: RLIMIT_FSIZE for a file that the process writes, RLIMIT_AS for the
+address space beyond what is in use already. For each process, standard output has one line with its ID and, after its
+end, one with its exit status, negative for a signal.
 """
 
 import json
@@ -25,19 +25,19 @@ ROOT = Path(__file__).parents[1]
 
 
 class Entry:
-    """Runs entry points in processes that are forked from one that has imported everything."""
+    """Client of the server: runs entry points in processes forked from one that has imported everything."""
 
     def __init__(self, folder):
         self.folder = folder
-        self.process = None  # that is not waited for yet
-        # What tests have Triton's kernels run in is not for benchmarks.
+        self.process = None  # started, but not waited for yet
+        # Benchmarks must not run Triton's kernels in its interpreter.
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         self.server = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
     def start(self, *arguments, script="train", cwd=ROOT, env=(), **limits):
-        """Start it; gives the number of its process. One that a failed test has left behind is ended."""
+        """Start an entry point and return its process ID; first kill a process that a failed test has left running."""
         if self.process is not None:
             os.kill(self.process, signal.SIGKILL)
             self.wait()
@@ -49,18 +49,18 @@ class Entry:
         return self.process
 
     def wait(self):
-        """Exit status and standard error."""
+        """Wait for the end of the process; return exit status and standard error."""
         status, self.process = int(self.server.stdout.readline()), None
         return status, (self.folder / "err").read_text()
 
     def run(self, *arguments, **options):
-        """Start it and wait for its end."""
+        """Start an entry point and wait for its end; return exit status and standard error."""
         self.start(*arguments, **options)
         return self.wait()
 
     @property
     def out(self):
-        """Standard output."""
+        """Standard output of the last process."""
         return (self.folder / "out").read_text()
 
     def __enter__(self):
@@ -71,7 +71,7 @@ class Entry:
 
 
 class ForkedPython(subprocess.Popen):
-    """A process for a command that starts Python, forked instead: the same but for what is imported already."""
+    """Popen that forks this process for a command that would start Python; the child has the imported libraries."""
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         if not isinstance(args, list) or args[0] != sys.executable:
@@ -102,7 +102,7 @@ class ForkedPython(subprocess.Popen):
 
 
 def interpret(arguments):
-    """What Python does with these arguments, in a process of its own; never returns."""
+    """Run Python's command-line arguments in this forked process as Python would, and exit; never return."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -134,14 +134,14 @@ def interpret(arguments):
 
 
 def leave_blank(figure, file, **options):
-    """Save a figure without drawing it, which is half of a short run's report; tests of figures have them drawn."""
+    """Save a blank image instead of the figure: drawing takes half of the time of a short run's report."""
     suffix = options.get("format") or Path(file).suffix[1:]
     width, height = figure.get_size_inches() * options.get("dpi", figure.dpi)
     Image.new("L", (int(width), int(height))).save(file, suffix)
 
 
 def limit(limits):
-    """Have the system give this process no more."""
+    """Set the resource limits of this process; see the module for their units."""
     for name, most in limits.items():
         if name == "RLIMIT_AS":
             most += int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -154,7 +154,7 @@ def serve():
     for name in ("cli.eval", "cli.launch", "cli.train", "comparison.files", "sweeps"):
         import_module(f"ema_seg.{name}")
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        compose("train", ["seed=1"])  # so that the parser of overrides need not be made ready each time
+        compose("train", ["seed=1"])  # initialises the parser of overrides once for all forks
     subprocess.Popen, Figure.savefig = ForkedPython, leave_blank
     for line in sys.stdin:
         command, folder, cwd, env, limits = json.loads(line)

@@ -1,4 +1,4 @@
-"""The commands and the links of the documentation, against the program as it is."""
+"""Commands, links and code blocks of the documentation, checked against the program."""
 
 import re
 import shlex
@@ -27,7 +27,7 @@ HELP = [ROOT / "configs" / "hydra" / "help" / f"{script}.yaml" for script in ("t
 def commands():
     for page in (*PAGES, *HELP):
         for script, arguments in COMMAND.findall(page.read_text()):
-            if "--config-dir" in arguments:  # of a folder that the page has the user write, see below
+            if "--config-dir" in arguments:  # needs files that the user writes; tested below
                 continue
             yield pytest.param(script, shlex.split(arguments), id=f"{page.name}: {script} {arguments.strip()}")
 
@@ -48,7 +48,7 @@ def test_every_command_is_one_that_the_program_takes(script, arguments):
 
 
 def _first(text):
-    """The override with the first of the values that it sweeps over."""
+    """Return the override with the first value of its sweep."""
     (override,) = OverridesParser.create().parse_overrides([text])
     if override.is_interval_sweep():
         return f"{override.get_key_element()}={override.value().start}"
@@ -94,7 +94,7 @@ def test_tests_that_the_documentation_names_are_there():
 
 
 def written_files():
-    """The files that docs/extending.md has its reader write, by their names."""
+    """Return the files that the reader of docs/extending.md writes, content by path."""
     files = {}
     page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     for told, indent, code in re.findall(r"^([^\n]+)\n\n( *)```\w+\n(.*?)\n *```$", page, re.MULTILINE | re.DOTALL):
@@ -104,7 +104,7 @@ def written_files():
 
 
 def imported(name, monkeypatch):
-    """The module of this name that the page has its reader write."""
+    """Import the module of this name from the code blocks of docs/extending.md."""
     module = ModuleType(name)
     exec(written_files()[f"{name.replace('.', '/')}.py"], vars(module))  # noqa: S102
     monkeypatch.setitem(sys.modules, name, module)

@@ -23,12 +23,12 @@ def randomised(module, seed=0):
 
 
 def config_of(name):
-    """The text of a block's configuration."""
+    """Read the text of a block's configuration file."""
     return (ROOT / "configs" / "attention" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def options_of(name):
-    """The options that a block's configuration has."""
+    """Read the options of a block from its configuration file."""
     options = yaml.safe_load(config_of(name))
     assert options.pop("name") == name
     return options
@@ -37,12 +37,12 @@ def options_of(name):
 def value_and_gradient(block, x):
     x = x.detach().requires_grad_()
     y = block(x)
-    # The square, because the plain sum of a softmax or of normalised values has no gradient but rounding.
+    # The square: the gradient of a plain sum of softmax or normalised values is zero up to rounding.
     y.square().sum().backward()
     return y.detach(), x.grad
 
 
-# Every row of the table as its configuration has it, and what its options can make of it.
+# Every block with the options of its configuration file, and some blocks with other options.
 BLOCKS = [
     *((name, options_of(name)) for name in attention_names()),
     *(("ema_ablated", {"branches": branches}) for branches in ("pointwise", "spatial")),
@@ -82,7 +82,7 @@ def test_every_block_keeps_shape_and_dtype_and_trains(name, options, dtype):
     assert x.grad is not None
     assert torch.isfinite(x.grad).all()
     for parameter_name, parameter in block.named_parameters():
-        # EMAU's first convolution is frozen, as it is published.
+        # EMAU's first convolution is frozen, as published.
         assert (parameter.grad is not None) == parameter.requires_grad, parameter_name
         assert parameter.requires_grad or name == "emau"
 
@@ -94,7 +94,7 @@ def test_autocast_leaves_the_dtype_and_every_gradient(name, options, dtype):
     x = torch.randn(2, 16, 5, 7, dtype=dtype, requires_grad=True)
 
     with torch.autocast("cpu", torch.bfloat16):
-        # Twice, because autocast keeps its casts of the weights.
+        # Twice, because autocast caches its casts of the weights.
         y = block(block(x))
     y.square().mean().backward()
 
@@ -145,7 +145,7 @@ def unet():
 @pytest.mark.parametrize("placements", [("encoder",), ("decoder",), ("head",), PLACEMENTS], ids="+".join)
 @pytest.mark.parametrize("name", [name for name in attention_names() if name != "none"])
 def test_every_block_trains_at_every_placement(unet, name, placements, monkeypatch):
-    # The placement probes with an image that is large enough for all decoders; for this one a small one will do.
+    # The image that probes the model must suit every decoder; for this one a small image is enough, and faster.
     monkeypatch.setattr(placement, "_small_image", lambda _: torch.zeros(1, 3, 64, 64))
     model = deepcopy(unet)
     built = []
@@ -165,7 +165,7 @@ def test_every_block_trains_at_every_placement(unet, name, placements, monkeypat
             assert (parameter.grad is not None) == parameter.requires_grad, parameter_name
 
 
-# To compile or export takes as long as all else of a block, and its options consist of the same operators.
+# Compilation and export take as long as all other tests of a block, and its options use the same operators.
 every_configuration = pytest.mark.parametrize("name", [name for name in attention_names() if name != "none"])
 
 
@@ -178,7 +178,7 @@ def test_a_compiled_block_is_the_block(name):
     x = torch.randn(2, 16, 5, 7)
 
     expected, expected_gradient = value_and_gradient(block, x)
-    # The whole way of a compiler but for the code it writes at the end, which costs seconds.
+    # aot_eager runs the whole compiler except code generation, which takes seconds.
     actual, gradient = value_and_gradient(torch.compile(twin, backend="aot_eager", fullgraph=True), x)
 
     assert_close(actual, expected)
@@ -189,7 +189,7 @@ def test_a_compiled_block_is_the_block(name):
 @pytest.mark.slow
 def test_compiled_code_is_the_block():
     torch.compiler.reset()
-    # In double precision: EMAU's iterations make much of a difference in the last digit.
+    # In double precision, because EMAU's iterations amplify rounding errors.
     block = nn.Sequential(*(randomised(build_attention(name, 8)) for name in ("cbam", "shuffle", "emau"))).double()
     twin = deepcopy(block)
     x = torch.randn(2, 8, 5, 7, dtype=torch.float64)
@@ -213,7 +213,7 @@ def test_an_exported_block_is_the_block_on_maps_of_any_size(name):
         assert_close(program.module()(x), block(x))
 
 
-# What is among their operators and not among the others'; EMA's own tests have EMA.
+# These blocks use operators that the omitted ones lack; EMA has its own tests.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["eca", "cbam", "ela", "ge", "gc", "shuffle", "triplet", "emau", "srm"])
 def test_onnx_computes_the_block(name, tmp_path):

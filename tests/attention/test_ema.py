@@ -1,4 +1,4 @@
-"""Every implementation of EMA against the published form, and the published form against the paper's equations."""
+"""Tests of EMA: every implementation against the published form, and that form against the paper's equations."""
 
 import copy
 import dataclasses
@@ -27,7 +27,7 @@ BLOCKS = (EMA, DynamicEMA)
 
 
 def device_for(implementation):
-    """CUDA where there is a CUDA device; elsewhere Triton's kernels run in its interpreter, on the CPU."""
+    """Return "cuda" if available, except for C++ kernels; else "cpu", where Triton's kernels run in its interpreter."""
     return "cuda" if torch.cuda.is_available() and implementation != "cpp" else "cpu"
 
 
@@ -43,7 +43,7 @@ def random(shape, seed=1, dtype=torch.float64):
 
 
 def laid_out(x, layout):
-    """The same values in another layout: ``channels_last``, or ``strided`` with gaps between the elements."""
+    """Return the values in another layout: ``channels_last``, or ``strided`` with gaps between the elements."""
     if layout == "channels_last":
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "strided":
@@ -53,10 +53,10 @@ def laid_out(x, layout):
 
 
 def run(block, implementation, x, dy, *, device="cpu", dtype=None):
-    """Forward and backward on a copy of the block: the output, then the gradients of x and of the parameters."""
+    """Run a copy of the block forward and backward; return the output and the gradients of x and of the parameters."""
     block = copy.deepcopy(block).to(device=device, dtype=dtype or x.dtype)
     block.implementation = implementation
-    # Detaching keeps the strides, unlike a copy to another dtype.
+    # detach() keeps the strides; a conversion to another dtype would not.
     x = (x if dtype in (None, x.dtype) else x.to(dtype)).to(device).detach().requires_grad_()
     y = block(x)
     y.backward(dy.to(y))
@@ -81,7 +81,7 @@ def softmax(x):
 
 
 def ema_by_hand(x, state, factor, dynamic):
-    """The paper's equations for one image (C, H, W), group by group and pixel by pixel, in float64."""
+    """Compute the paper's equations for one image (C, H, W), group by group and pixel by pixel, in float64."""
     channels, height, width = x.shape
     cg = channels // factor
     w1, b1 = state["conv1x1.weight"][:, :, 0, 0], state["conv1x1.bias"]
@@ -121,7 +121,7 @@ def test_the_reference_follows_the_papers_equations(block, shape, factor):
 
 
 def test_the_descriptor_of_the_published_1x1_branch_is_a_constant():
-    """Averaged over the map, a channel that was normalised over the map is the bias of the normalisation."""
+    """The mean over the map of a channel that is normalised over the map is the bias of the normalisation."""
     ema = randomised(EMA(12, factor=3, implementation="reference").double())
     descriptors = []
     softmax_of = torch.Tensor.softmax
@@ -135,7 +135,7 @@ def test_the_descriptor_of_the_published_1x1_branch_is_a_constant():
         ema(random((2, 12, 5, 7)))
         ema(100 * random((2, 12, 6, 4), seed=2))
 
-    first, other, second, _ = descriptors  # of the 1×1 and of the 3×3 branch, for either input
+    first, other, second, _ = descriptors  # of the 1×1 and the 3×3 branch, for each input
     assert_close(first, ema.gn.bias.expand(6, 4))
     assert_close(second, ema.gn.bias.expand(6, 4))
     assert other.std(dim=0).min() > 1e-3
@@ -195,12 +195,12 @@ def test_a_softmax_over_one_channel_is_dead_and_the_choice_of_it_gives_one_warni
 
 @st.composite
 def problems(draw):
-    """A block and an input, small enough for the reference in float64."""
+    """Draw a block and an input, small enough for the reference in float64."""
     batch = draw(st.integers(1, 4))
     factor = draw(st.sampled_from([1, 2, 3, 4, 8, 16]))
     width = draw(st.sampled_from([1, 2, 3, 4, 5, 8, 10, 16, 31, 64]))
     height, breadth = draw(st.integers(1, 70)), draw(st.integers(1, 70))
-    while batch * factor * width * height * breadth > 10_000:  # shrink what is largest
+    while batch * factor * width * height * breadth > 10_000:  # shrink the map, then batch and groups, then the width
         if height * breadth > 256:
             height, breadth = (height + 1) // 2, breadth - breadth // 3
         elif batch * factor > 2:
@@ -220,7 +220,7 @@ def problems(draw):
 @pytest.mark.parametrize("implementation", FAST)
 def test_every_implementation_computes_what_the_reference_does(implementation):
     device = device_for(implementation)
-    examples = 12 if (implementation, device) == ("triton", "cpu") else 30  # the interpreter takes its time
+    examples = 12 if (implementation, device) == ("triton", "cpu") else 30  # Triton's interpreter is slow
 
     @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
     @given(problem=problems())
@@ -232,7 +232,7 @@ def test_every_implementation_computes_what_the_reference_does(implementation):
         actual = run(block, implementation, x, dy, device=device)
 
         for name, truth in expected.items():
-            # Gradients that cancel to nothing are known up to the rounding of their summands.
+            # A gradient whose summands cancel is exact only up to the rounding of the summands.
             scale = truth.norm().item() + x.abs().max().item() * dy.norm().item()
             assert distance(actual[name], truth) <= 1e-9 * scale, name
 
@@ -243,7 +243,7 @@ def test_every_implementation_computes_what_the_reference_does(implementation):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 @pytest.mark.parametrize("size", [1, 2**13, 2**15])
 def test_pytorch_operations_compute_the_same_in_parts_of_any_size(block, layout, size, monkeypatch):
-    """A group of an image, some groups of an image, and several images at a time."""
+    """A chunk is one group of an image, some groups of an image, or several images."""
     monkeypatch.setattr(factorised, "_CHUNK_BYTES_CPU", size)
     block = randomised(block(12, factor=3).double(), scale=0.5)
     x, dy = laid_out(random((5, 12, 9, 11)), layout), random((5, 12, 9, 11), seed=2)
@@ -256,7 +256,7 @@ def test_pytorch_operations_compute_the_same_in_parts_of_any_size(block, layout,
 
 
 class LargeResults(TorchDispatchMode):
-    """Notes the operators that make a tensor of so many elements at least."""
+    """Dispatch mode that records the operators that allocate a result of at least ``size`` elements."""
 
     def __init__(self, size):
         super().__init__()
@@ -293,7 +293,7 @@ DIVISIONS = [
     {"fused": False, "strips": 4, "parts": 2, "tile_channels": 1, "tile_columns": 8, "tile_rows": 4},
     {"fused": True, "tile_groups": 2, "tile_columns": 16, "tile_rows": 8},
 ]
-# How the work is divided is the same for both blocks.
+# Both blocks divide the work alike, so two cases are enough for DynamicEMA.
 DIVIDED = [
     *itertools.product([EMA], ["contiguous", "channels_last"], DIVISIONS),
     (DynamicEMA, "channels_last", DIVISIONS[2]),
@@ -304,7 +304,7 @@ DIVIDED = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("block", "layout", "division"), DIVIDED)
 def test_triton_kernels_compute_the_same_however_the_work_is_divided(block, layout, division, monkeypatch):
-    """Large maps are divided into strips, and each phase of the computation is a launch of its own."""
+    """The test forces plans on a small map: strips and parts with a launch per phase, or tiles in a fused launch."""
     plan = triton_launch.plan_work
 
     def divided(x, *arguments, **options):
@@ -329,7 +329,7 @@ CASES = [
     ((2, 4, 30, 31), 4, "channels_last"),
     ((2, 20, 13, 9), 2, "channels_last"),
 ]
-# The blocks differ in one vector for each group, whatever the shape.
+# The blocks differ in one vector per group, whatever the shape, so two cases are enough for DynamicEMA.
 CASES = [*((EMA, *case) for case in CASES), *((DynamicEMA, *case) for case in CASES[:2])]
 
 
@@ -343,7 +343,7 @@ def test_float32_is_within_1e_5_of_the_truth(block, implementation, shape, facto
     truth = run(block, "reference", x.double(), dy.double())
     actual = run(block, implementation, laid_out(x, layout), dy, device=device_for(implementation))
 
-    # A layer's weight and bias together: the gradient of a bias may be what is left of large summands that cancel.
+    # Weight and bias of a layer together: the summands of a bias gradient may be large and cancel.
     for layer in ("y", "x", "gn", "conv1x1", "conv3x3"):
         names = [name for name in truth if name.partition(".")[0] == layer]
         error = sum(distance(actual[name], truth[name]) ** 2 for name in names) ** 0.5
@@ -380,9 +380,9 @@ def test_half_precision_is_no_further_from_the_truth_than_the_reference(
 def test_a_small_variance_beside_a_large_mean_survives_in_float32(implementation, layout):
     names = ("y", "x", "gn.weight", "gn.bias")
     errors = {"reference": dict.fromkeys(names, 0.0), implementation: dict.fromkeys(names, 0.0)}
-    for seed in range(4):  # how the rounding of large summands falls is a matter of luck
+    for seed in range(4):  # several seeds, because the rounding error of large summands is random
         block = randomised(EMA(16, factor=4), scale=0.5, seed=seed)
-        block.conv1x1.bias.data += 30  # open gates: the variance is that of the input
+        block.conv1x1.bias.data += 30  # saturates the gates: the variance is that of the input
         block.conv3x3.weight.data -= block.conv3x3.weight.data.mean(dim=(1, 2, 3), keepdim=True)
         x = 1000 + random((2, 16, 20, 24), seed=seed, dtype=torch.float32)
         dy = random(x.shape, seed=seed + 100, dtype=torch.float32)
@@ -450,7 +450,7 @@ def test_transforms_of_torch_func_give_what_they_give_of_the_reference(implement
 
 @pytest.mark.parametrize("implementation", FAST)
 def test_transforms_of_torch_func_keep_the_precision(implementation):
-    """Half precision is computed in float32, with autocast or without, and dtypes mix."""
+    """A bfloat16 input is computed in float32, even under autocast and with float32 parameters."""
     device = device_for(implementation)
     block = randomised(EMA(16, factor=4, implementation=implementation), scale=0.5).to(device)
     x = random((2, 16, 12, 9), dtype=torch.bfloat16).to(device)
@@ -469,7 +469,7 @@ def test_frozen_parameters_get_no_gradient(implementation):
     block.conv3x3.requires_grad_(False)
     x = random((1, 8, 5, 6), dtype=torch.float32).to(device_for(implementation))
 
-    block(x).sum().backward()  # the input needs no gradient either
+    block(x).sum().backward()  # the input requires no gradient either
 
     assert block.conv3x3.weight.grad is None
     assert x.grad is None
@@ -486,7 +486,7 @@ def test_the_output_keeps_the_layout(implementation, layout):
     y = block(x)
     y.square().sum().backward()
 
-    assert y.stride() == torch.empty_like(x).stride()  # the same, where x has no gaps
+    assert y.stride() == torch.empty_like(x).stride()  # equal to x.stride() unless x has gaps
     assert layout == "strided" or y.stride() == x.stride() == x.grad.stride()
 
 
@@ -524,7 +524,7 @@ def test_results_repeat_bit_for_bit(implementation, layout, monkeypatch):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# What is kept for the backward
+# Tensors saved for the backward
 
 
 @pytest.mark.slow
@@ -544,13 +544,13 @@ def test_only_the_input_and_its_statistics_are_kept(implementation, backend):
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    block(x)  # a graph is made without the hooks, which it would not take
+    block(x)  # compiles, if at all, outside the hooks
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         block(x)
 
     parameters = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
-    # Every row and column mean of a 48 × 64 map is 1/27 of it.
+    # The row and column means of a 48 × 64 map have 1/27 of its size.
     assert sum(size for pointer, size in kept.items() if pointer not in parameters) <= 1.05 * x.nbytes
 
 
@@ -575,7 +575,7 @@ def test_autocast_passes_through(implementation):
     assert block.conv3x3.weight.grad.dtype == torch.float32
 
 
-# What PyTorch's compiler sees does not depend on its backend, so most cases leave out the slow generation of code.
+# PyTorch traces the same graph for every backend, so half of the cases skip the slow code generation.
 COMPILED = [
     (EMA, "factorised", "contiguous", False, "inductor"),
     (EMA, "factorised", "channels_last", True, "inductor"),
@@ -638,11 +638,11 @@ def test_the_flop_counter_counts_every_implementation(implementation):
     else:  # one output channel of it, and the weighted sum of the normalised channels
         expected = gates + groups * cg * (9 + 1) * height * width
     assert counter.get_total_flops() == 2 * expected
-    # Both factors of each product, for which the short form computes its products again.
+    # The gradients of both factors of each product; the short form also recomputes the products.
     assert backward.get_total_flops() == counter.get_total_flops() * (2 if implementation == "reference" else 3)
 
 
-# What is exported is the same of all implementations that are not the reference, so one of the variant is enough.
+# Every implementation exports the same graph, so one case is enough for DynamicEMA.
 EXPORTED = [*itertools.product([EMA], ["reference", *FAST]), (DynamicEMA, "factorised")]
 
 
@@ -662,7 +662,7 @@ def test_exports_as_plain_operators_that_onnxruntime_runs(block, implementation,
     assert operators == {"aten"}
     session = onnxruntime.InferenceSession(tmp_path / "ema.onnx")
     other = random((3, 16, 7, 5), seed=5, dtype=torch.float32)
-    block.implementation = "factorised"  # which computes on any device
+    block.implementation = "factorised"  # runs on every device
     for images in (x, other):
         expected = block(images).detach()
         assert_close(program.module()(images), expected)
@@ -673,7 +673,7 @@ def test_exports_as_plain_operators_that_onnxruntime_runs(block, implementation,
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("implementation", ["reference", *FAST])
 def test_traces_as_plain_operators(implementation, tmp_path):
-    """What the older ways of deployment, TorchScript and the ONNX exporter before torch.export, are given."""
+    """TorchScript and the ONNX exporter without torch.export, the older ways of deployment, need plain operators."""
     block = randomised(EMA(16, factor=4, implementation=implementation), scale=0.5).eval()
     x, other = random((2, 16, 9, 12), dtype=torch.float32), random((3, 16, 9, 12), seed=5, dtype=torch.float32)
 
@@ -682,13 +682,13 @@ def test_traces_as_plain_operators(implementation, tmp_path):
     names = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": sizes}
     torch.onnx.export(block, (x,), tmp_path / "ema.onnx", dynamo=False, **names)
 
-    block.implementation = "factorised"  # which computes on any device
+    block.implementation = "factorised"  # runs on every device
     assert_close(torch.jit.load(tmp_path / "ema.pt")(other), block(other))
     (y,) = onnxruntime.InferenceSession(tmp_path / "ema.onnx").run(None, {"x": other.numpy()})
     assert_close(torch.from_numpy(y), block(other).detach(), rtol=1e-4, atol=1e-5)
 
 
-# Which implementation
+# Selection of the implementation
 
 
 def test_auto_takes_kernels_and_says_which():
@@ -697,7 +697,7 @@ def test_auto_takes_kernels_and_says_which():
 
 
 def test_auto_takes_the_first_kernels_that_compute_the_input(monkeypatch):
-    """As on a CUDA device, for which there are no C++ kernels."""
+    """On a CUDA device the C++ kernels are not available, and Triton's come next."""
     monkeypatch.setattr(choice, "_reason_unavailable", lambda kernels, *_: "not here" if kernels == "cpp" else None)
 
     assert EMA(8, factor=2).implementation_for(torch.zeros(1, 8, 2, 2)) == "triton"
@@ -740,7 +740,7 @@ def test_kernels_that_cannot_compute_the_input_say_why():
         EMA(8, factor=2, implementation="triton").to("meta")(torch.zeros(1, 8, 2, 2, device="meta"))
 
 
-# Mistakes
+# Invalid arguments and inputs
 
 
 @pytest.mark.parametrize("factor", [32, 5, 0, -1, 8.0, True, "many"])

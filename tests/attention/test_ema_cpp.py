@@ -1,4 +1,4 @@
-"""Compiling the C++ kernels of EMA: where it cannot be done the reason is a clause, and nothing half-made is kept."""
+"""Tests of compiling the C++ kernels of EMA: a failure is reported as a clause and leaves no partial file."""
 
 import re
 import stat
@@ -18,7 +18,7 @@ extern "C" int ema_backward(const char*) { return 0; }
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache folder, and a source that is compiled in no time."""
+    """Use a tiny source and a cache folder that does not exist yet; return the folder."""
     source = tmp_path / "kernels.cpp"
     source.write_text(SOURCE)
     monkeypatch.setattr(cpp, "_SOURCE", source)
@@ -26,7 +26,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-library = cpp._load_library.__wrapped__  # what a process finds that asks for the kernels for the first time
+library = cpp._load_library.__wrapped__  # without functools.cache, as at the first call in a process
 
 
 def compiler(folder, name, script):
@@ -41,7 +41,7 @@ def test_the_kernels_are_compiled_once_and_then_found(cache, monkeypatch):
     (made,) = cache.iterdir()
     written = made.stat().st_mtime_ns
 
-    monkeypatch.setattr(cpp, "_compile", None)  # would fail if it were called
+    monkeypatch.setattr(cpp, "_compile", None)  # a call would fail
 
     assert library().problem is None
     assert made.stat().st_mtime_ns == written
@@ -57,7 +57,7 @@ def test_another_source_is_compiled_anew(cache):
 
 def test_a_damaged_library_is_made_again(cache):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpp, "_load", lambda path: None)  # what a process has loaded it finds without the file
+        patch.setattr(cpp, "_load", lambda path: None)  # a loaded library would be found without reading the file
         library()
     (made,) = cache.iterdir()
     made.write_bytes(b"half a file")

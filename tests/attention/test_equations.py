@@ -1,4 +1,4 @@
-"""Each block against its paper's equations, in plain NumPy."""
+"""Tests of each block against its paper's equations in plain NumPy."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def x():
 
 
 def built(name, **options):
-    """A block in double precision and training mode whose parameters are all random."""
+    """Build a block in double precision and training mode, with random parameters."""
     block = build_attention(name, CHANNELS, **options).double()
     generator = torch.Generator().manual_seed(0)
     for parameter in block.parameters():
@@ -48,18 +48,18 @@ def softmax(values, axis):
 
 
 def linear(vectors, layer):
-    """A 1×1 convolution as the matrix that it is, on (..., C)."""
+    """Apply a 1×1 convolution to vectors (..., C), as a matrix product."""
     matrix = array(layer.weight).reshape(layer.weight.shape[:2])
     return vectors @ matrix.T + (0 if layer.bias is None else array(layer.bias))
 
 
 def pointwise(maps, layer):
-    """A 1×1 convolution of maps (B, C, H, W)."""
+    """Apply a 1×1 convolution to maps (B, C, H, W)."""
     return np.moveaxis(linear(np.moveaxis(maps, 1, -1), layer), -1, 1)
 
 
 def convolve(maps, layer, dilation=1, stride=1):
-    """A convolution of maps (B, C, H, W), padded so that with stride 1 the size stays, by its definition."""
+    """Convolve maps (B, C, H, W) by the definition, padded so that stride 1 keeps the size."""
     kernel = array(layer.weight)
     outputs, per_group, rows, columns = kernel.shape
     groups = maps.shape[1] // per_group
@@ -87,13 +87,13 @@ def standardise(values, axes, eps=1e-5):
 
 
 def batch_norm(maps, layer):
-    """In training mode, by the statistics of the batch."""
+    """Normalise by the statistics of the batch, as BatchNorm does in training mode."""
     scale, shift = (array(parameter)[:, None, None] for parameter in (layer.weight, layer.bias))
     return scale * standardise(maps, (0, 2, 3)) + shift
 
 
 def per_pixel(vectors):
-    """Vectors (B, C) as maps of one pixel."""
+    """Reshape vectors (B, C) to maps of one pixel."""
     return vectors[:, :, None, None]
 
 
@@ -218,7 +218,7 @@ def test_ela_convolves_and_normalises_rows_and_columns_with_shared_weights(x, va
             for place in range(means.shape[2]):
                 seen = padded[:, first : first + per_group, place : place + kernel_size]
                 convolved[:, channel, place] = (seen * kernel).sum((1, 2))
-        # As many groups as channels here, the largest divisor of 8 up to 16.
+        # GroupNorm with one group per channel: the largest divisor of 8 up to 16 is 8.
         return sigmoid(scale * standardise(convolved, 2) + shift)
 
     expected = array(x) * gates(array(x).mean(3))[:, :, :, None] * gates(array(x).mean(2))[:, :, None, :]
@@ -235,7 +235,7 @@ def test_ela_takes_the_largest_divisor_where_a_number_does_not_divide_the_channe
 
     assert block.gn.num_groups == groups
     if variant == "large":
-        assert block.conv.groups == 2  # of 6 channels, the largest divisor of 12 up to 8
+        assert block.conv.groups == 2  # 6 channels per group, the largest divisor of 12 up to 8
 
 
 def test_strip_pooling_gates_by_the_row_and_the_column(x):
@@ -252,7 +252,7 @@ def test_strip_pooling_gates_by_the_row_and_the_column(x):
 
 
 def nearest(maps):
-    """Maps (B, C, h, w) resized to the size of the input by the nearest neighbour."""
+    """Resize maps (B, C, h, w) to the size of the input by the nearest neighbour."""
     rows = np.arange(HEIGHT) * maps.shape[2] // HEIGHT
     columns = np.arange(WIDTH) * maps.shape[3] // WIDTH
     return maps[:, :, rows][:, :, :, columns]
@@ -262,7 +262,7 @@ def test_gather_excite_without_parameters(x):
     around = np.empty((BATCH, CHANNELS, 3, 3))
     for row in range(3):
         for column in range(3):
-            # 3×3 pixels about every second one, as far as there are any.
+            # The 3×3 window around every second pixel, cropped at the border.
             window = array(x)[:, :, max(0, 2 * row - 1) : 2 * row + 2, max(0, 2 * column - 1) : 2 * column + 2]
             around[:, :, row, column] = window.mean((2, 3))
 
@@ -312,7 +312,7 @@ def test_simam_gates_by_the_inverse_of_the_energy(x):
     target, others = array(x), HEIGHT * WIDTH - 1
     mean = target.mean((2, 3), keepdims=True)
     variance = ((target - mean) ** 2).sum((2, 3), keepdims=True) / others
-    # The paper's least energy of a neuron, equation 5.
+    # The minimal energy of a neuron, equation 5 of the paper.
     energy = 4 * (variance + 1e-4) / ((target - mean) ** 2 + 2 * variance + 2 * 1e-4)
 
     agrees(build_attention("simam", CHANNELS), x, target * sigmoid(1 / energy))
@@ -345,7 +345,7 @@ def test_triplet_attention_averages_the_copies_of_three_rotations(x, parts):
     block = built("triplet", kernel_size=3, parts=parts)
 
     def attend(maps, gate):
-        """Gate (B, K, ·, ·) across its last two dimensions."""
+        """Gate maps (B, K, ·, ·) by a convolution of their maximum and mean over K."""
         convolved = convolve(np.stack([maps.max(1), maps.mean(1)], axis=1), gate[0])
         return maps * sigmoid(batch_norm(convolved, gate[1]))
 
@@ -402,14 +402,14 @@ def test_emau_reconstructs_each_image_from_bases_of_its_own(x):
     for image in range(BATCH):
         bases = start
         for _ in range(2):
-            responsibilities = softmax(pixels[image].T @ bases, axis=1)  # a row for each pixel
+            responsibilities = softmax(pixels[image].T @ bases, axis=1)  # one row per pixel
             bases = pixels[image] @ (responsibilities / responsibilities.sum(0))
             bases = bases / np.linalg.norm(bases, axis=0)
         reconstruction[image] = bases @ responsibilities.T
         ends.append(bases)
     answer = batch_norm(pointwise(relu(reconstruction.reshape(x.shape)), block.conv2[0]), block.conv2[1])
 
-    # The published divisions have 1e-6 in their denominators.
+    # The published code adds 1e-6 to its denominators, which the equations here leave out.
     assert_close(array(block(x)), relu(answer + array(x)), rtol=1e-4, atol=1e-4)
     assert_close(array(block.mu)[0], 0.7 * start + 0.3 * np.mean(ends, axis=0), rtol=1e-5, atol=1e-5)
 
@@ -436,7 +436,7 @@ def test_the_bases_of_emau_are_the_same_on_every_process(x, monkeypatch):
     for block, images in zip(blocks, (x[:1], x[1:]), strict=True):
         block.mu = start.clone()
         block(images)
-        alone.append(2 * block.mu - start)  # what the momentum mixed with the start
+        alone.append(2 * block.mu - start)  # the new bases: mu is the mean of start and new bases
         block.mu = start.clone()
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)

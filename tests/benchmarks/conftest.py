@@ -2,13 +2,13 @@ import pytest
 
 from tests.conftest import ROOT
 
-# What the tests of the kernels set, and benchmarks refuse.
+# Environment variables that the kernels' tests set and benchmarks refuse.
 DISTORTING_VARIABLES = ("EMA_SEG_IMPLEMENTATION", "TRITON_INTERPRET")
 
 
 @pytest.fixture(autouse=True)
 def benchmarks_importable(monkeypatch):
-    """As for a script, whose folder Python searches first."""
+    """Make the benchmarks importable, as for a script in their folder, and unset the variables that they refuse."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     for variable in DISTORTING_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
@@ -16,7 +16,7 @@ def benchmarks_importable(monkeypatch):
 
 @pytest.fixture
 def run_benchmark(entry):
-    """Run a benchmark as a user does; gives its standard output."""
+    """Return a function that runs a benchmark as a user does and returns its standard output."""
 
     def run(script, *arguments):
         status, err = entry.run(*arguments, script=f"benchmarks/{script}")
@@ -28,7 +28,7 @@ def run_benchmark(entry):
 
 @pytest.fixture
 def refusal(capsys):
-    """What a benchmark says to a command line that it does not accept."""
+    """Return a function that runs a benchmark with an invalid command line and returns its error output."""
 
     def run(main, *arguments):
         with pytest.raises(SystemExit) as exit:

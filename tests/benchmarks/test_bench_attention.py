@@ -1,4 +1,4 @@
-"""The benchmark of the attention blocks, on inputs and a model so small that it takes seconds."""
+"""Tests of bench_attention.py on inputs and a model small enough to take seconds."""
 
 import importlib
 import json

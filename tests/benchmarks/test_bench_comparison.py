@@ -1,4 +1,4 @@
-"""The benchmark of comparisons on tiny sweeps: that it measures what it says, not how fast that is."""
+"""Test of bench_comparison.py on a tiny sweep: the structure of its result, not the times."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The benchmark of the block on inputs so small that it takes seconds; no test looks at how long anything takes."""
+"""Tests of bench_ema.py on inputs small enough to take seconds; no test checks a time."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ def bench():
 
 @pytest.fixture
 def quick_compile(monkeypatch):
-    """Trace as for compilation, but leave the C++ compiler out."""
+    """Compile with the backend aot_eager, which traces but needs no C++ compiler."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
@@ -46,12 +46,12 @@ def test_a_run_measures_what_can_run_here_and_says_why_the_rest_cannot(run_bench
     assert record["schema"] == 1
     assert torch.__version__.startswith(record["run"]["packages"]["torch"])
     assert {"date", "command", "cpu", "device", "git", "python", "threads"} <= set(record["run"])
-    assert all(aim["reached"] is None for aim in record["aims"])  # they are about the shapes of decoders
+    assert all(aim["reached"] is None for aim in record["aims"])  # aims cover the shapes of decoders only
 
     assert shown.startswith((tmp_path / "bench_ema.md").read_text(encoding="utf-8"))
     for name in names:
         lines = [line for line in shown.splitlines() if line.startswith(f"| tiny | 2×64×7×5 /32 | {name} |")]
-        assert len(lines) == 2  # one for each pass
+        assert len(lines) == 2  # one per pass
     for header, *lines in tables(shown):
         assert all(line.count(" | ") == header.count(" | ") for line in lines)
     assert Image.open(tmp_path / "bench_ema_float32.png").width > 1000
@@ -123,7 +123,7 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter(bench):
     inputs = bench.InputSet(x, x.detach().requires_grad_(), x, x)
     candidate = bench.Candidate("reference", bench.Shape("", 2, 8, 3, 5, 4), "float32", [inputs])
     weight = candidate.parameters[0]
-    candidate.function = lambda x: (x * weight[0]).sin() * x[:1]  # keeps x, the product and the sine
+    candidate.function = lambda x: (x * weight[0]).sin() * x[:1]  # saves x, the product and the sine
 
     assert candidate.saved_bytes() == 3 * x.nbytes
 

@@ -1,4 +1,4 @@
-"""The benchmark of whole models, on a model so small that it takes seconds."""
+"""Tests of bench_ema_model.py on a model small enough to take seconds."""
 
 import importlib
 import json

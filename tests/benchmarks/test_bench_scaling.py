@@ -35,7 +35,7 @@ def test_steps_are_timed_with_data_without_and_alone(run_benchmark, camvid_root,
 
 
 class Workers:
-    """Batches of a worker that takes ``loading`` seconds for each and has two of them ready; by a clock of its own."""
+    """Simulated loader with its own clock: a worker takes ``loading`` seconds per batch and prefetches two batches."""
 
     def __init__(self, loading):
         self.loading, self.now, self.ready = loading, 0.0, [loading, 2 * loading]
@@ -54,7 +54,7 @@ class Workers:
 @pytest.mark.parametrize(("loading", "expected"), [(0.0, 1.0), (0.5, 1.0), (1.5, 1.5), (5.0, 5.0)])
 def test_what_workers_have_ready_does_not_hide_that_they_are_slow(bench, monkeypatch, loading, expected):
     batches = Workers(loading)
-    batches.pass_time(100)  # for which nobody has asked for a batch
+    batches.pass_time(100)  # the worker prefetches during a pause
     monkeypatch.setattr(bench.time, "perf_counter", lambda: batches.now)
 
     def step(batch):
@@ -66,7 +66,7 @@ def test_what_workers_have_ready_does_not_hide_that_they_are_slow(bench, monkeyp
 
 
 def test_a_process_that_steps_alone_exchanges_nothing(bench, monkeypatch):
-    """In a group that is only told of, of which this process counts the exchanges."""
+    """The process group of two ranks is faked, and its all-reduces are recorded."""
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         config = plain_config(compose("train", [*QUICK, "attention=emau", "data=camvid", "data.root=none"]))
     exchanged = []

@@ -1,4 +1,4 @@
-"""How things are timed in turns, whatever the times are."""
+"""Tests of measuring.py: timing in turns, ratios, number format and input sets."""
 
 import importlib
 from collections import Counter
@@ -18,7 +18,7 @@ def test_each_call_gets_a_number_of_its_own_and_each_round_a_sample_of_all(measu
     def call(name, number):
         numbers.append(number)
         order.append(name)
-        for _ in range(10**6):  # longer than a sample, so that a sample is one call
+        for _ in range(10**6):  # longer than a sample's minimum duration, so that a sample is one call
             pass
 
     calls = {name: lambda number, name=name: call(name, number) for name in "abc"}

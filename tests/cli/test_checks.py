@@ -155,4 +155,4 @@ def test_a_model_that_cannot_be_built_is_named(config):
         check_model(changed(config, attention__factor=7))
     with pytest.raises(CheckpointError, match=r"model\.encoder_weights=/nowhere\.pth: no such file"):
         check_model(changed(config, model__encoder_weights="/nowhere.pth"))
-    check_model(changed(config, model__encoder_weights="imagenet"))  # which are on the hub
+    check_model(changed(config, model__encoder_weights="imagenet"))  # not downloaded by the check

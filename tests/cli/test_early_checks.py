@@ -1,4 +1,4 @@
-"""What a mistake costs a person: seconds, and one sentence that leads on."""
+"""Early refusal of a user's mistake: within seconds, in one sentence that says how to correct it."""
 
 import inspect
 import os

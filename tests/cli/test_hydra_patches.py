@@ -1,4 +1,4 @@
-"""The private names of Hydra that ours takes over are there and are called."""
+"""Private names of Hydra that ``hydra_patches`` overrides or calls: they exist, and Hydra uses them."""
 
 import hydra._internal.hydra as hydras_own
 import pytest

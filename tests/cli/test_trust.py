@@ -1,4 +1,4 @@
-"""Shared files: what a configuration of somebody else may decide."""
+"""Configuration files from somebody else: they cannot run code, read the environment or read other files."""
 
 import itertools
 import re
@@ -18,13 +18,13 @@ from tests.conftest import QUICK
 
 CALLBACK = {"hydra": {"callbacks": {"mine": {"_target_": "os.system", "command": "touch mark"}}}}
 HANDLER = {"hydra": {"job_logging": {"handlers": {"console": {"class": "logging.os.system", "command": "touch mark"}}}}}
-# Every "class" of the settings of logging may be a factory of any kind instead.
+# The settings of logging accept a factory under the key "()" in place of a "class".
 FACTORY = {"hydra": {"job_logging": {"formatters": {"simple": {"()": "os.system", "command": "touch mark"}}}}}
 
 
 @pytest.fixture
 def experiment(tmp_path, monkeypatch):
-    """Write an experiment file, and the options of a group "taken" of theirs; gives the command line that takes it."""
+    """Return a function that writes an experiment file and options of a group "taken", and returns the arguments."""
     monkeypatch.chdir(tmp_path)
 
     def write(settings, **taken):
@@ -38,7 +38,7 @@ def experiment(tmp_path, monkeypatch):
     return write
 
 
-# What logging follows to an object, to an attribute of one, and to a file.
+# Settings that logging resolves to an object, to an attribute of an object, and to a file.
 OBJECT = {"hydra": {"job_logging": {"evil": {"write": "ext://os.system"}}}}
 ATTRIBUTE = {"hydra": {"job_logging": {"handlers": {"console": {".": {"stream": "mark"}}}}}}
 FILE = {"hydra": {"job_logging": {"handlers": {"file": {"filename": "mark", "mode": "w"}}}}}
@@ -117,7 +117,7 @@ POINTED_AT = {"defaults": ["train", "_self_"], "hydra": "${x}", "x": {"searchpat
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package ``theirs`` with a module ``code`` that leaves a file ``mark`` when it is imported."""
+    """Make a package ``theirs.code`` importable that creates the file ``mark`` when it is imported."""
     code = tmp_path / "packages" / "theirs" / "code" / "__init__.py"
     code.parent.mkdir(parents=True)
     code.write_text(f"open({str(tmp_path / 'mark')!r}, 'w').close()")
@@ -126,7 +126,7 @@ def package(tmp_path, monkeypatch):
 
 
 def test_a_file_cannot_have_a_package_imported(experiment, package, run_script, tmp_path):
-    # Of a search path, which Hydra follows before anything else, and of a defaults list.
+    # A file may name a package in a search path, which Hydra follows before anything else, or in a defaults list.
     experiment({"epochs": 1})
     for content in (SEARCHED, POINTED_AT):
         (tmp_path / "shared" / "theirs.yaml").write_text(yaml.safe_dump(content))
@@ -304,7 +304,7 @@ def test_no_machines_are_rented(experiment, run_script):
 
 @pytest.mark.parametrize("turns", range(2))
 def test_what_hydra_acts_on_is_what_was_looked_at(turns, experiment, run_script, tmp_path):
-    # A defaults list that chooses by the time, which is another one each time that it is read.
+    # A defaults list whose choice changes after it has been resolved ``turns`` + 1 times.
     read = itertools.count()
     OmegaConf.register_new_resolver("clock", lambda: "late" if next(read) > turns else "soon", replace=True)
     command = experiment({"defaults": [{"/taken": "${clock:}"}, "_self_"]}, soon={}, late=HANDLER)
@@ -315,7 +315,7 @@ def test_what_hydra_acts_on_is_what_was_looked_at(turns, experiment, run_script,
     assert "shared/taken/late: a configuration file must not set hydra.job_logging" in err
     assert next(read) > turns + 1
     assert not (tmp_path / "mark").exists()
-    assert hydras_own.ConfigLoaderImpl is ConfigLoaderImpl  # for whoever composes next in this process
+    assert hydras_own.ConfigLoaderImpl is ConfigLoaderImpl  # restored for later compositions in this process
 
 
 @pytest.mark.slow

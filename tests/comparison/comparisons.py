@@ -1,6 +1,6 @@
-"""A comparison as a finished sweep gives it: most rows complete, one lacks a seed, one has but one, one has none.
+"""Synthetic comparison of a finished sweep: most rows are complete, one lacks a seed, one has one seed, one has none.
 
-Names hold what breaks careless pages and figures: ``<``, ``&``, quotes, ``$``, and JavaScript's own keys.
+Its names hold strings that break pages and figures without escaping: ``<``, ``&``, quotes, ``$``, ``__proto__``.
 """
 
 from pathlib import Path
@@ -40,12 +40,12 @@ ROWS = (
 
 
 def make_comparison(directory: Path, *, rows: int = len(ROWS), classes: int = len(CLASSES)) -> Comparison:
-    """The comparison, with the pictures of its examples in ``directory``.
+    """Make the comparison, and write the pictures of its examples.
 
     Args:
-        directory: where comparison.json would lie.
-        rows: the first of ``ROWS`` and, if they are not enough, invented ones.
-        classes: the same of ``CLASSES``.
+        directory: the folder of the comparison, to which the pictures' paths are relative.
+        rows: number of rows: the first of ``ROWS``, then random ones.
+        classes: number of classes: the first of ``CLASSES``, then numbered ones.
     """
     generator = np.random.default_rng(7)
     names = [*CLASSES, *(f"thing number {index}" for index in range(len(CLASSES), classes))][:classes]
@@ -136,7 +136,7 @@ def _summary(values: NDArray[np.floating]) -> Summary:
 def _contrast(
     effect: float | None, seeds: int, spread: float, generator: np.random.Generator, holm: bool = False
 ) -> Contrast | None:
-    """The effect in points with an interval of about its own size, wider of few seeds."""
+    """Make a contrast of ``effect`` points; its half-width is about ``spread``, more for two seeds, less for one."""
     if effect is None or not seeds:
         return None
     half = (spread + abs(generator.normal(0, spread / 3))) * (1.5 if seeds == 2 else 0.8 if seeds == 1 else 1) / 100
@@ -180,7 +180,7 @@ def _curves(base: float, generator: np.random.Generator) -> dict[str, Curve]:
 
 
 def _make_examples(rows: list[Row], directory: Path, generator: np.random.Generator) -> list[Disagreement]:
-    """Best and worst of each row with a difference; the pictures of an image are shared between rows."""
+    """Make the best and the worst example of each row with a difference; rows share the pictures of an image."""
     examples = []
     for kind, name, difference in (("best", "0016E5_07959", 0.123), ("worst", "night/<0001>&", -0.087)):
         truth = _street(generator)
@@ -214,7 +214,7 @@ def _make_examples(rows: list[Row], directory: Path, generator: np.random.Genera
 
 
 def _street(generator: np.random.Generator) -> NDArray[np.uint8]:
-    """Class ids of a street: sky above houses, a road with cars, poles and a tree."""
+    """Draw the class ids of a street: sky above houses, a road with cars, poles and a tree."""
     mask = np.zeros((160, 240), np.uint8)
     for left in range(0, 240, 30):
         mask[int(generator.integers(25, 70)) :, left : left + 30] = 1
@@ -230,7 +230,7 @@ def _street(generator: np.random.Generator) -> NDArray[np.uint8]:
 
 
 def _err(mask: NDArray[np.uint8], patches: int, generator: np.random.Generator) -> NDArray[np.uint8]:
-    """The mask with wrong patches and shifted outlines."""
+    """Return the mask with wrong patches and shifted outlines."""
     wrong = np.roll(mask, generator.integers(-2, 3, 2), (0, 1))
     for top, left in zip(generator.integers(20, 130, patches), generator.integers(0, 210, patches), strict=True):
         wrong[top : top + 18, left : left + 26] = generator.integers(0, 9)

@@ -1,4 +1,4 @@
-"""Runs and sweeps on disk as ``train.py`` leaves them, without a training."""
+"""Builders of runs and sweeps on disk, in the format of ``train.py``, without a training."""
 
 import json
 from pathlib import Path
@@ -59,7 +59,7 @@ def write_run(
     batch_sizes: tuple[int, ...] = (1, 8),
     **config: Any,
 ) -> Path:
-    """A finished run that takes a share ``wrong`` of the pixels for another class."""
+    """Write a finished run that predicts a random class for a share ``wrong`` of the pixels."""
     rng = np.random.default_rng([seed, sum(map(ord, attention)), int(1000 * wrong)])
     total, records = ConfusionMatrix(len(CLASSES)), []
     names = [f"ride/{index:03d}" for index in range(IMAGES)]
@@ -115,7 +115,7 @@ def write_plan(folder: Path, jobs: list[dict[str, Any]], baseline: dict[str, str
 
 
 def write_sweep(folder: Path, seeds: int = 3) -> Path:
-    """Three blocks by ``seeds`` seeds, of which "cbam" has lost a seed and "se" never ran."""
+    """Write a sweep of four blocks with ``seeds`` seeds each; seed 1 of "cbam" failed, and "se" never ran."""
     jobs = []
     for attention, wrong in {"none": 0.3, "ema": 0.2, "cbam": 0.29, "se": 0.3}.items():
         for seed in range(seeds):

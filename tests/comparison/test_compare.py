@@ -1,4 +1,4 @@
-"""From runs on disk to a comparison: what is a row, what is compared with what, and what a reader is told."""
+"""Tests of comparisons of runs on disk: rows, baselines, statistics, examples and notes."""
 
 import itertools
 import json
@@ -317,7 +317,7 @@ def test_a_report_that_lacks_something_is_named(tmp_path):
 
 
 def write_street_like(root):
-    """A data set in the layout of data=folder with the images that ``write_run`` predicts."""
+    """Write a data set in the layout of data=folder, with the images that ``write_run`` predicts."""
     from PIL import Image
 
     for kind in ("images", "masks"):
@@ -517,7 +517,7 @@ def test_groups_of_classes_that_a_sweep_names_are_scored_apart(tmp_path):
 
 
 def drawn_differences(sweep, seeds, replicates=2000):
-    """mIoU of "ema" less that of "none" for every seed: of all images, and of each of some drawn N - 1 of N times."""
+    """Return the mIoU of "ema" minus that of "none" for each seed, and the variance of its mean over replicates."""
     counts = np.array(
         [
             [
@@ -563,7 +563,7 @@ def test_a_class_of_few_images_has_no_more_certainty_than_these_give(images, tmp
     write_run(tmp_path / "ema0", "ema", 0, wrong=0.2)
     for path in tmp_path.glob("*/report/report.json"):
         report = json.loads(path.read_text())
-        for image in report["images"][images:]:  # "car" is in the first images alone
+        for image in report["images"][images:]:  # only the first images have "car"
             for counts in (image, *image["strata"].values()):
                 counts["intersection"][1] = counts["union"][1] = 0
         path.write_text(json.dumps(report))

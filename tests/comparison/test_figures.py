@@ -99,7 +99,7 @@ def test_one_seed_each_is_drawn_and_what_has_none_left_out(tmp_path):
 
 @pytest.mark.slow
 def test_names_are_written_as_they_are(tmp_path, monkeypatch):
-    odd = r"_<a> $\nosuch$ b_1^ & %"  # fails if it is read as mathematics
+    odd = r"_<a> $\nosuch$ b_1^ & %"  # matplotlib's mathtext cannot parse it
     comparison = make_comparison(tmp_path, rows=2, classes=9)
     comparison["data"]["name"] = odd
     comparison["classes"][0] = odd

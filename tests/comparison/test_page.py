@@ -1,4 +1,4 @@
-"""The page, in a real browser where there is one."""
+"""Tests of the page of a comparison, most of them in Chromium or Chrome."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def browser():
 
 @pytest.fixture
 def page(browser, page_file):
-    """The page as it opens from the disk, without a network; whatever it complains about fails the test."""
+    """Open the page from disk, offline; fail the test on console messages, errors and requests beyond the page."""
     context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900})
     page = context.new_page()
     complaints, requests = [], []
@@ -78,7 +78,7 @@ def test_a_click_sorts_and_a_second_one_turns_round(page):
     button.click()
     downwards = labels(page)
     assert downwards[0] == "ema, encoder"
-    assert downwards[-1] == "gam, encoder"  # has none: last, in either direction
+    assert downwards[-1] == "gam, encoder"  # has no score: last in both directions
     assert page.locator("#rows th[aria-sort=descending]").count() == 1
 
     page.keyboard.press("Enter")  # the button keeps the focus

@@ -1,4 +1,4 @@
-"""Runs that are to come to the same bits, and what says whether they have."""
+"""Tests of ``reproducible=true`` and ``rerun``: a repeated run is bitwise identical, or the difference is reported."""
 
 import json
 import shutil

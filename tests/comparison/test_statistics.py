@@ -1,7 +1,7 @@
-"""The statistics, on simulated runs whose truth is known.
+"""Tests of the statistics on simulated runs with a known true difference.
 
-The simulation is at the level of the counts that reports hold: per image, class, seed and configuration the pixels of
-intersection and union, so that the non-linear mIoU with classes that come and go is what is tested.
+The simulation draws the counts that reports hold: pixels of intersection and union per image, class, seed and
+configuration. So the tests cover the non-linear mIoU, with classes that are absent from some images.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from ema_seg.comparison.statistics import (
 from ema_seg.evaluation import ConfusionMatrix
 
 IMAGES = 120
-# The deviation of the effects of seeds, of images, and of their interaction on the share of pixels that is found.
+# Standard deviations of the difference in logit of the configurations: over seeds, over images, of the interaction.
 BALANCES = {
     "seeds": (0.1, 0.0, 0.0),
     "seeds and a little of all": (0.1, 0.3, 0.3),
@@ -33,7 +33,7 @@ BALANCES = {
 
 
 def simulate(rng, seeds, effect, balance, images=IMAGES):
-    """Counts (images, 2 configurations, seeds, 2, 5 classes), of which the last is in 40 % of the images."""
+    """Simulate counts (images, 2 configurations, seeds, 2, 5 classes); the last class is in 40 % of the images."""
     seed_effect, image_effect, interaction = balance
     classes = 5
     size = np.floor(rng.gamma(2, 400, (images, classes)) * (rng.random((images, classes)) < [1, 1, 0.9, 0.7, 0.4]))
@@ -45,13 +45,13 @@ def simulate(rng, seeds, effect, balance, images=IMAGES):
         share = 1 / (1 + np.exp(-ease - (configuration - 0.5) * shift - noise / math.sqrt(2)))
         found = np.floor(size * share)
         counts[:, configuration, seed, 0] = found
-        # What was missed of a class is taken for the next one.
+        # Missed pixels of a class are predicted as the next class.
         counts[:, configuration, seed, 1] = size + np.roll(size - found, 1, axis=1)
     return counts
 
 
 def true_difference(effect, balance):
-    """The expected difference of mIoU, over many images and seeds."""
+    """Estimate the expected difference of mIoU from many images and seeds."""
     rng = np.random.default_rng(99)
     differences = []
     for _ in range(20):
@@ -77,7 +77,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(seeds, balance):
     rng = np.random.default_rng(1)
     estimates = [analyse(simulate(rng, seeds, 0.1, balance), seed=index) for index in range(500)]
     coverage = np.mean([estimate.low <= truth <= estimate.high for estimate in estimates])
-    # Two seeds say so little about training that the interval has to be too wide where training matters least.
+    # Two seeds estimate their variance so poorly that the interval must be too wide where that variance is small.
     assert 0.93 <= coverage <= (1.0 if seeds == 2 else 0.99)
 
 
@@ -110,7 +110,7 @@ def test_seeds_make_the_interval_narrower():
 def test_pairing_removes_what_both_configurations_share():
     counts = simulate(np.random.default_rng(5), 3, 0.1, (0.02, 0.1, 0.1))
     paired = analyse(counts)
-    # Other images for the second configuration: the same scores, but no image in common.
+    # Permute the images of the second configuration: its scores stay the same, but the pairing is lost.
     apart = counts.copy()
     apart[:, 1] = np.random.default_rng(0).permutation(counts[:, 1])
     unpaired = analyse(apart)
@@ -119,7 +119,7 @@ def test_pairing_removes_what_both_configurations_share():
 
 
 def literal_replicate(rng, counts, seeds=True):
-    """One replicate of the hierarchical bootstrap, drawn and summed one by one."""
+    """Compute one replicate of the hierarchical bootstrap, drawing and summing image by image."""
     images, _, n = counts.shape[:3]
     chosen = rng.integers(n, size=n - 1) if seeds else range(n)
     sums = np.zeros(counts.shape[1:])
@@ -143,7 +143,7 @@ def test_the_image_bootstrap_equals_a_literal_one():
     for weights in draw_weights(12, 4000, seed=1):
         scores = score_sums(weigh_counts(weights, counts))[..., 0]
         drawn.append((scores[:, 1] - scores[:, 0]).mean(axis=1))
-    # A variance of 4,000 replicates is known to 2 to 3 %.
+    # The variance of 4,000 replicates has a standard error of 2 to 3 %.
     assert np.concatenate(drawn).var(ddof=1) == pytest.approx(literal, rel=0.1)
 
 
@@ -216,7 +216,7 @@ def test_the_interval_is_never_narrower_than_the_t_test_over_seeds():
     test = stats.ttest_1samp(values, 0)
     assert alone.p == pytest.approx(test.pvalue)
     assert (alone.low, alone.high) == pytest.approx(tuple(test.confidence_interval()))
-    # A little variance of the images would let Satterthwaite's approximation shrink it.
+    # With a small image variance, Satterthwaite's approximation alone would narrow the interval.
     more = estimate_difference(values, 0.004**2, 500)
     assert more.low <= alone.low
     assert more.p >= alone.p

@@ -1,4 +1,4 @@
-"""The tables of a comparison, and the command that writes them."""
+"""Tests of the tables of a comparison, and of the command that writes them."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Small data sets in the formats of the real ones, written to disk."""
+"""Builders of small data sets on disk, in the formats of the real ones."""
 
 import zipfile
 from pathlib import Path
@@ -15,7 +15,7 @@ def random_image(seed: int, height: int = HEIGHT, width: int = WIDTH) -> NDArray
 
 
 def random_mask(values: list[int], seed: int = 0, height: int = HEIGHT, width: int = WIDTH) -> NDArray[np.uint8]:
-    """A mask in which each of ``values`` occurs."""
+    """Draw a mask in which each of ``values`` occurs."""
     mask = np.random.default_rng(seed).choice(np.array(values, dtype=np.uint8), (height, width))
     mask.ravel()[: len(values)] = values
     return mask
@@ -28,7 +28,7 @@ def save(path: Path, array: NDArray[np.uint8]) -> Path:
 
 
 def write_split_folder(root: Path, split: str, names: list[str], values: list[int], suffix: str = ".jpg") -> Path:
-    """``<split>/images/<name>.jpg`` with ``<split>/masks/<name>.png``."""
+    """Write ``<split>/images/<name>.jpg``, or with another suffix, and ``<split>/masks/<name>.png``."""
     for seed, name in enumerate(names):
         save(root / split / "images" / f"{name}{suffix}", random_image(seed))
         save(root / split / "masks" / f"{name}.png", random_mask(values, seed))
@@ -44,7 +44,7 @@ def write_cityscapes(
     labels: str = "gtFine",
     kind: str = "labelIds",
 ) -> Path:
-    """``leftImg8bit/<split>/<city>/<name>_leftImg8bit.png`` with its labels."""
+    """Write ``leftImg8bit/<split>/<city>/<name>_leftImg8bit.png`` and its labels."""
     for seed, name in enumerate(names):
         city = name.split("_")[0]
         save(root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png", random_image(seed))

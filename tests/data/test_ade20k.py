@@ -13,7 +13,7 @@ VALUES = list(range(151))
 
 @pytest.fixture
 def release(tmp_path: Path) -> Path:
-    """A folder that holds ``ADEChallengeData2016``."""
+    """Write ``ADEChallengeData2016`` into a folder, and return the folder."""
     parent = tmp_path / "release"
     write_ade20k(parent / "ADEChallengeData2016", "training", ["ADE_train_00000001"], VALUES)
     write_ade20k(parent / "ADEChallengeData2016", "validation", ["ADE_val_00000001", "ADE_val_00000002"], VALUES)

@@ -97,7 +97,7 @@ def test_names_do_not_act_on_the_terminal(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_labels_that_are_withheld_are_no_defect(tmp_path: Path) -> None:
-    write_cityscapes(tmp_path, "test", ["berlin_000000_000019"], [0])  # dummies, as published
+    write_cityscapes(tmp_path, "test", ["berlin_000000_000019"], [0])  # dummy labels, as in the published test split
     assert main(["cityscapes", str(tmp_path), "--workers", "0"]) == 0
 
 
@@ -126,7 +126,7 @@ def test_a_killed_worker_is_told_with_the_files_that_it_read(root: Path) -> None
     os.mkfifo(image)
     command = [sys.executable, "-m", "ema_seg.data.check", "camvid", str(root), "--workers", "1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as check:
-        writer = os.open(image, os.O_WRONLY)  # waits until the worker reads, which then waits for what never comes
+        writer = os.open(image, os.O_WRONLY)  # returns when the worker opens the pipe; the worker then blocks
         (worker,) = Path(f"/proc/{check.pid}/task/{check.pid}/children").read_text().split()
         os.kill(int(worker), signal.SIGKILL)
         _, err = check.communicate(timeout=60)

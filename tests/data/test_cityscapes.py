@@ -28,7 +28,7 @@ def folders(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def archives(folders: Path, tmp_path: Path) -> Path:
-    """The official archives, with the members' names as published."""
+    """Pack the official archives, with the members' names as published."""
     root = tmp_path / "archives"
     root.mkdir()
     extra = tmp_path / "extra"
@@ -46,7 +46,7 @@ def root(request: pytest.FixtureRequest) -> Path:
 
 
 def official_train_ids(label_ids: np.ndarray) -> np.ndarray:
-    """What the benchmark's own tools make of a label image, where a byte of 255 is the id -1."""
+    """Map label ids to train ids by the benchmark's own table; a byte of 255 is the id -1."""
     table = [id2label[value].trainId if value < 34 else 255 for value in range(256)]
     return np.array([value if value >= 0 else 255 for value in table], dtype=np.uint8)[label_ids]
 

@@ -103,7 +103,7 @@ def test_seed_and_epoch_decide_order_and_crops_for_any_number_of_workers(root: P
 
 
 def test_a_loader_that_is_made_anew_draws_as_the_first_did(root: Path) -> None:
-    """While a training runs, each process has random numbers of its own, but all draw the parts of the same batches."""
+    """In training each rank has its own random state, but all ranks must draw parts of the same batches."""
     module = make_module(root)
     first = list(module.train_dataloader().sampler)
     torch.manual_seed(1234)
@@ -173,7 +173,7 @@ def test_errors_of_workers_are_one_sentence(root: Path, workers: int) -> None:
 
 
 class Recorder(LightningModule):
-    """Records the names in the batches of each epoch."""
+    """Module that records the names in the batches of each epoch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,9 +238,7 @@ def test_what_the_module_chooses_itself_is_no_option(root: Path, option: str) ->
 
 def test_labels_that_teach_or_score_nothing_are_refused(root: Path) -> None:
     make_module(root).setup("fit")
-    (root / "classes.yaml").write_text(
-        "[ground, sky, rest]"
-    )  # of which the masks have the first two, and nothing ignored
+    (root / "classes.yaml").write_text("[ground, sky, rest]")  # the masks hold only the first two, and no ignored pixel
     make_module(root).setup("fit")
     for path in (root / "test/masks").iterdir():
         save(path, random_mask([255]))

@@ -22,7 +22,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def write_png(path: Path, bits: int, row: bytes, width: int, color_type: int = 0, extra: bytes = b"") -> None:
-    """A one-row PNG of a kind that Pillow reads but does not write."""
+    """Write a one-row PNG of a kind that Pillow can read but not write."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, color_type, 0, 0, 0))
     data = chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + extra + data)
@@ -57,7 +57,7 @@ def test_orientation_tags_are_applied_alike_in_all_formats(tmp_path: Path, suffi
     stored = np.zeros((16, 24, 3), np.uint8)
     stored[:8, :8], stored[8:, 16:] = (250, 0, 0), (0, 0, 250)
     options = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(suffix, {})
-    for orientation in range(10):  # 0 and 9 are none
+    for orientation in range(10):  # 0 and 9 are not valid tags
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = orientation
         path = tmp_path / f"{orientation}.{suffix}"
@@ -146,7 +146,7 @@ def test_what_is_no_image_is_named(tmp_path: Path, content: bytes) -> None:
 
 
 def test_an_image_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
-    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")  # 50 kB
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")  # a file of 50 kB
     for decode in (decode_image, decode_mask):
         with pytest.raises(DataError, match=r"huge\.png: cannot be decoded .*400000000 pixels"):
             decode(as_file(tmp_path / "huge.png"))
@@ -181,7 +181,7 @@ def test_palette_masks_give_indices_or_colours(tmp_path: Path, suffix: str, tran
     stored = Image.fromarray(mask).convert("P")
     stored.putpalette([value for index in range(256) for value in (255 - index, index, 77)])
     path = tmp_path / f"a.{suffix}"
-    options = {"optimize": False} if suffix == "gif" else {}  # else Pillow renumbers the palette
+    options = {"optimize": False} if suffix == "gif" else {}  # otherwise Pillow renumbers the palette
     stored.save(path, **options | ({} if transparency is None else {"transparency": transparency}))
     np.testing.assert_array_equal(decode_mask(as_file(path)), mask)
     if transparency is not None and suffix in {"png", "gif"}:
@@ -227,7 +227,7 @@ def test_masks_with_lossy_compression_are_refused(
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / name, **options)
     with pytest.raises(DataError, match=rf"{name}: the mask is {said}, a lossy compression"):
         decode_mask(as_file(tmp_path / name))
-    (tmp_path / "mask.png").write_bytes((tmp_path / name).read_bytes())  # the content counts, not the name
+    (tmp_path / "mask.png").write_bytes((tmp_path / name).read_bytes())  # the content decides, not the suffix
     with pytest.raises(DataError, match=said):
         decode_mask(as_file(tmp_path / "mask.png"))
 
@@ -245,7 +245,7 @@ def test_lossless_webp_masks_are_exact_with_alpha_and_animation(tmp_path: Path) 
 def test_a_pgm_mask_that_would_be_rescaled_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.pgm").write_bytes(b"P5 2 1 255\n\0\1")
     assert decode_mask(as_file(tmp_path / "a.pgm")).tolist() == [[0, 1]]
-    (tmp_path / "a.pgm").write_bytes(b"P5 2 1 20\n\0\1")  # Pillow gives 0 and 13
+    (tmp_path / "a.pgm").write_bytes(b"P5 2 1 20\n\0\1")  # Pillow rescales to 0 and 13
     with pytest.raises(DataError, match=r"a\.pgm: the mask's header has the maximum value 20, .* expected 255"):
         decode_mask(as_file(tmp_path / "a.pgm"))
 

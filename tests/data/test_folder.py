@@ -53,7 +53,7 @@ def test_colours_of_colour_coded_masks_become_train_ids(tmp_path: Path) -> None:
 
 
 def write_one(root: Path, classes: str, mask: Image.Image, name: str = "a.png", **options: object) -> Path:
-    """A training split of one image with this mask."""
+    """Write a training split of one image with this mask."""
     save(root / "train/images/a.png", random_image(0, mask.height, mask.width))
     (root / "train/masks").mkdir(parents=True)
     mask.save(root / "train/masks" / name, **options)
@@ -68,7 +68,7 @@ BLACK_WHITE = "[{name: background, color: [0, 0, 0]}, {name: leaf, color: [255, 
 @pytest.mark.parametrize("suffix", ["png", "gif", "bmp", "tif"])
 def test_colours_decide_where_classes_have_them_also_through_a_palette(tmp_path: Path, suffix: str) -> None:
     train_ids = random_mask([0, 1])
-    mask = Image.fromarray(1 - train_ids)  # the palette holds leaf first, as quantising may
+    mask = Image.fromarray(1 - train_ids)  # the palette lists leaf first, as quantisation may
     mask.putpalette([255, 0, 0, 0, 0, 0])
     root = write_one(tmp_path, BLACK_RED, mask, f"a.{suffix}", **({"optimize": False} if suffix == "gif" else {}))
     for masks, expected in (("auto", train_ids), ("color", train_ids), ("index", 1 - train_ids)):
@@ -102,7 +102,7 @@ def test_a_palette_of_other_colours_is_refused_with_the_key_that_reads_it(tmp_pa
     ("classes", "values", "masks", "expected"),
     [
         (BLACK_RED, [0, 1], "auto", [0, 1]),
-        (BLACK_WHITE, [0, 255], "auto", [0, 1]),  # an image tool stores black and white without colours
+        (BLACK_WHITE, [0, 255], "auto", [0, 1]),  # an image editor saves black and white as greyscale
         (BLACK_WHITE, [0, 1], "index", [0, 1]),
         (BLACK_WHITE, [0, 255], "index", [0, 255]),
     ],

@@ -71,7 +71,7 @@ def test_a_missing_file_is_named(source: Source) -> None:
 
 def test_files_survive_pickling(source: Source) -> None:
     file = File(source, "a/x.txt")
-    file.read()  # so that an archive is open
+    file.read()  # opens the source if it is an archive
     again = pickle.loads(pickle.dumps(file))
     assert again.read() == b"one"
     assert str(again) == str(file) == str(source.path / "a/x.txt")
@@ -83,7 +83,7 @@ def test_an_archive_is_opened_once_per_process(archive: ZipSource) -> None:
     assert archive._open() is opened
     reader, writer = os.pipe()
     child = os.fork()
-    if child == 0:  # the child reports whether it opened a handle of its own, and what it read
+    if child == 0:  # the child reports whether it opened its own handle, and the bytes it read
         os.write(writer, b"%d" % (archive._open() is not opened) + archive.read("c/z.txt"))
         os._exit(0)
     os.waitpid(child, 0)
@@ -120,7 +120,7 @@ def test_an_archive_with_a_name_that_leads_out_of_it_is_refused(name: str, tmp_p
 
 @pytest.fixture(scope="module")
 def bomb(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Half a gibibyte of zeros in half a mebibyte."""
+    """Write a small zip archive that unpacks to half a gibibyte of zeros."""
     path = tmp_path_factory.mktemp("bomb") / "bomb.zip"
     with (
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed,

@@ -23,7 +23,7 @@ TINY = {"height": 48, "width": 96, "train_images": 3, "val_images": 2, "test_ima
 
 
 def content(folder: Path) -> dict[str, str]:
-    """The digest of every file, by its path inside the folder."""
+    """Return the SHA-256 digest of every file, by its path inside the folder."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -251,13 +251,13 @@ def test_a_root_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def run_lengths(mask: np.ndarray) -> np.ndarray:
-    """Lengths of the horizontal runs of a mask."""
+    """Return the lengths of the horizontal runs of a mask."""
     steps = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(int), axis=1).ravel()
     return np.flatnonzero(steps == -1) - np.flatnonzero(steps == 1)
 
 
 def generate(root: Path, train_images: int = TINY["train_images"], **environment: str) -> subprocess.Popen[bytes]:
-    """Starts another interpreter that generates the tiny data set."""
+    """Start another interpreter that generates the tiny data set."""
     options = TINY | {"train_images": train_images}
     code = f"from ema_seg.data.street import StreetDataset; StreetDataset({str(root)!r}, **{options!r})"
     package = str(Path(ema_seg.__file__).parents[1])
@@ -270,7 +270,7 @@ def generate(root: Path, train_images: int = TINY["train_images"], **environment
 
 def test_scenes_are_drawn_where_a_launcher_has_set_its_own_start_method(tmp_path: Path) -> None:
     before = multiprocessing.get_start_method(allow_none=True)
-    import_module("joblib.externals.loky.backend.context")  # registers the method of joblib's processes
+    import_module("joblib.externals.loky.backend.context")  # registers the start method "loky"
     multiprocessing.set_start_method("loky", force=True)
     try:
         assert len(StreetDataset(tmp_path, height=32, width=32, train_images=2, val_images=1, test_images=1)) == 2

@@ -33,7 +33,7 @@ def make_sample(height: int = 48, width: int = 64, values: tuple[int, ...] = (0,
 
 
 class Repeated(Dataset[TensorSample]):
-    """One sample, transformed anew at every index."""
+    """Data set of one sample, transformed anew at every index."""
 
     def __init__(self, transform: Callable[[Sample], TensorSample], length: int) -> None:
         self.transform = transform
@@ -99,7 +99,7 @@ def test_smaller_images_are_padded_at_the_right_and_the_bottom() -> None:
     outside = torch.ones(60, 80, dtype=torch.bool)
     outside[:48, :64] = False
     assert torch.equal(transformed["mask"] == IGNORE_INDEX, outside)
-    assert transformed["image"][:, outside].abs().max() < 0.01  # the mean colour, to the nearest byte
+    assert transformed["image"][:, outside].abs().max() < 0.01  # the mean colour, rounded to a byte
     np.testing.assert_array_equal(transformed["mask"][:48, :64], make_sample(values=(0, 3))["mask"])
 
 
@@ -114,7 +114,7 @@ def largest_share(mask: np.ndarray) -> float:
 
 
 def test_crops_with_too_much_of_one_class_are_drawn_again() -> None:
-    mask = np.zeros((8, 64), np.uint8)  # half of it one class alone, half of it two in stripes
+    mask = np.zeros((8, 64), np.uint8)  # left half: one class; right half: two classes in stripes
     mask[::2, 32:] = 1
     assert all(largest_share(crop_once(mask, tries=50)) <= 0.75 for _ in range(30))
     assert any(largest_share(crop_once(mask, tries=1)) > 0.75 for _ in range(30))
@@ -149,7 +149,7 @@ def test_torch_seed_decides_the_augmentation(workers: int) -> None:
     first, again, other = epochs(1), epochs(1), epochs(2)
     assert first == again
     drawn = [value for run in (first, other) for epoch in run for value in epoch]
-    assert len(set(drawn)) == len(drawn)  # no two alike in any worker, epoch or seed
+    assert len(set(drawn)) == len(drawn)  # all draws differ, across workers, epochs and seeds
 
 
 def test_steps_are_drawn_independently() -> None:
@@ -162,7 +162,7 @@ def test_steps_are_drawn_independently() -> None:
     corners = {str(round(float(corner), 4)) for corner in (image[0, 0], image[0, -1], image[-1, 0], image[-1, -1])}
     torch.manual_seed(0)
     seen = {str(round(float(transform(make_sample())["image"][0, 0, 0]), 4)) for _ in range(60)}
-    assert seen == corners  # none, either and both
+    assert seen == corners  # neither flip, either one, and both
 
 
 @pytest.mark.parametrize(

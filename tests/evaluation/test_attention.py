@@ -1,4 +1,4 @@
-"""The weights of attention blocks, as they are when a model segments an image."""
+"""Tests of the weight maps of attention blocks while a model segments an image."""
 
 import torch
 from torch import nn

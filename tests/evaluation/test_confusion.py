@@ -1,4 +1,4 @@
-"""The scores against the two benchmarks' own definitions, on random and degenerate inputs."""
+"""Tests of the scores against the two benchmarks' own definitions, on random and degenerate inputs."""
 
 import copy
 import math
@@ -20,7 +20,7 @@ from ema_seg.runtime.errors import ConfigError, DataError, ModelError
 
 
 def ade20k_scores(predictions: list[np.ndarray], truths: list[np.ndarray], num_classes: int) -> dict:
-    """The challenge's definition: labels 1..K with 0 unlabelled; areas are summed over the images."""
+    """Compute the scores by the challenge's definition: labels 1..K, 0 = unlabelled; areas are summed over images."""
     intersection, predicted, labelled = (np.zeros(num_classes) for _ in range(3))
     correct = 0
     for prediction, truth in zip(predictions, truths, strict=True):
@@ -140,7 +140,7 @@ def test_agrees_with_the_script_of_cityscapes(name: str, tmp_path: Path) -> None
 
 def test_scores_of_a_case_worked_out_by_hand() -> None:
     confusion = ConfusionMatrix(4)
-    #               truth 0: 3 pixels, truth 1: 1 pixel, 2 only predicted, 3 nowhere
+    # Truth: 3 pixels of class 0, 1 of class 1. Class 2 is only predicted; class 3 only at an ignored pixel.
     confusion.update(torch.tensor([0, 0, 2, 1, 3]), torch.tensor([0, 0, 0, 1, 255]))
     scores = confusion.compute()
     assert confusion.matrix.tolist() == [[2, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]

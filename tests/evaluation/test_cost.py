@@ -1,4 +1,4 @@
-"""The cost of models whose arithmetic and memory are known in closed form."""
+"""Tests of the cost of models whose MACs and memory are known in closed form."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def two_convolutions() -> nn.Sequential:
 
 
 class Files(Dataset):
-    """Image files on disk, read as an evaluation does."""
+    """Data set of image files that are read from disk, as in an evaluation."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self.paths = [folder / f"{index}.png" for index in range(count)]
@@ -73,7 +73,7 @@ def test_macs_of_fused_attention_are_not_missed() -> None:
 def test_peak_memory_is_the_weights_and_the_live_tensors() -> None:
     model, images = two_convolutions(), torch.randn(2, 3, 64, 64)
     weights = count_parameters(model)["total"]
-    # The input and, while the ReLU runs, its input and output of 8 channels.
+    # The peak is in the ReLU: the image of 3 channels, and the input and output of 8 channels each.
     assert measure_peak_memory(model, images) == FLOAT * (weights + 2 * 64 * 64 * (3 + 8 + 8))
 
 
@@ -86,7 +86,7 @@ def test_peak_memory_counts_what_stays_alive_and_no_view_twice() -> None:
                 late = late * 2
             return late + early
 
-    # x, early, one intermediate and its successor
+    # At the peak: x, early, one intermediate and its successor.
     images = torch.randn(1, 3, 32, 32)
     assert measure_peak_memory(Skip(), images) == 4 * FLOAT * images.numel()
 
@@ -207,7 +207,7 @@ def test_a_budget_that_is_spent_leaves_one_pass_for_warm_up_and_three_that_are_t
         "forward"
     ]
     assert (entry["warmup"], entry["repeats"]) == (1, 3)
-    assert len(calls) == 1 + 1 + 3 + 1  # the count of operations, warm-up, timed, memory
+    assert len(calls) == 1 + 1 + 3 + 1  # MACs, warm-up, timed, memory
 
 
 @pytest.mark.parametrize(("asked", "evaluated", "expected"), [(1000, 1000, 3), (2, 2, 2), (64, 1000, 64), (3, 3, 3)])

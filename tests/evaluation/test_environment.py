@@ -1,4 +1,4 @@
-"""The record of what a result was obtained with."""
+"""Tests of the record of versions, device, command and commit of a result."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def test_names_versions_device_and_command(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def checkout(folder: Path) -> Path:
-    """A git repository that tracks a file by the name of the running module."""
+    """Create a git repository that tracks a file with the name of the running module."""
     module = folder / Path(environment.__file__).name
     module.write_text("1")
     identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
@@ -50,7 +50,7 @@ def test_git_commit_and_whether_the_code_changed(tmp_path: Path, monkeypatch: py
 def test_code_that_is_no_checkout_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
     assert describe_environment()["git"] is None
-    # Installed inside another project's checkout, which does not track it.
+    # The package is installed inside the checkout of another project, which does not track it.
     checkout(tmp_path)
     site = tmp_path / "site-packages"
     site.mkdir()

@@ -1,4 +1,4 @@
-"""Evaluation of a model over a loader, and the choice of examples."""
+"""Tests of the evaluation of a model over a loader, and of the choice of examples."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ CLASSES = ("road", "car", "sky")
 
 
 class Brightest(nn.Module):
-    """Predicts the index of the brightest channel."""
+    """Model that predicts the index of the brightest channel."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Counts by the size of objects, by hand and against a plain rendering of the definition."""
+"""Tests of the counts by object size, by hand and against a naive implementation of the definition."""
 
 import math
 
@@ -13,7 +13,7 @@ IGNORED = 255
 
 
 def plain(prediction, target, num_classes, limits):
-    """The definition pixel by pixel, with a flood fill."""
+    """Compute the counts pixel by pixel, with a flood fill for the objects."""
 
     def sizes(mask):
         found = np.zeros(mask.shape, int)
@@ -59,13 +59,13 @@ def test_an_object_counts_in_the_stratum_of_its_size():
 
 def test_what_is_wrong_counts_where_it_was_missed_and_where_it_was_claimed():
     target, prediction = (np.zeros((200, 300), np.uint8) for _ in range(2))
-    target[10:20, 10:20] = 1  # small, half of it found
+    target[10:20, 10:20] = 1  # small, half of it predicted
     prediction[10:20, 10:15] = 1
-    prediction[100:140, 100:140] = 1  # claimed, of medium size
+    prediction[100:140, 100:140] = 1  # a false positive of medium size
     counts = count_strata(prediction, target, 2)
     assert counts["small"] == {"intersection": [0, 50], "union": [0, 100]}
     assert counts["medium"] == {"intersection": [0, 0], "union": [0, 1600]}
-    # The missed half was taken for background, as part of a large object of it.
+    # The missed half is predicted as background, as part of a large background object.
     background = 200 * 300 - 100
     assert counts["large"] == {"intersection": [background - 1600, 0], "union": [background + 50, 0]}
 
@@ -73,7 +73,7 @@ def test_what_is_wrong_counts_where_it_was_missed_and_where_it_was_claimed():
 def test_ignored_pixels_count_nowhere_and_cut_objects():
     target, prediction = np.zeros((100, 100), np.uint8), np.zeros((100, 100), np.uint8)
     target[:, 10:14] = IGNORED
-    prediction[:50, 8:16] = 1  # 400 pixels, of which 200 lie on ignored ones; two objects of 100 remain
+    prediction[:50, 8:16] = 1  # 400 pixels; the ignored strip removes 200 and leaves two objects of 100
     left, right = 100 * 10, 100 * 86  # background
     counts = count_strata(prediction, target, 2)
     assert sum(counts[name]["union"][1] for name in STRATA) == 200

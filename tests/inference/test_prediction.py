@@ -1,4 +1,4 @@
-"""Inference on images of any size."""
+"""Tests of inference on images of any size."""
 
 from typing import get_args
 
@@ -20,7 +20,7 @@ from ema_seg.runtime.execution import evaluation_mode
 
 
 class Recorder(nn.Module):
-    """A pointwise model that remembers what it was given."""
+    """Pointwise model that records its inputs and the dtypes of its outputs."""
 
     def __init__(self) -> None:
         super().__init__()

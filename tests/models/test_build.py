@@ -11,10 +11,10 @@ from ema_seg.models import build_segmenter, decoder_names, model_stride, segment
 from ema_seg.models.placement import PLACEMENTS, place_attention
 from ema_seg.runtime.errors import ConfigError, ModelError
 
-# The lightest encoder that each decoder takes.
+# The lightest encoder of each decoder, if it is not tu-test_resnet.
 ENCODERS = {"dpt": "tu-test_vit", "segformer": "mit_b0"}
 
-# Fewer channels than by default, where those take seconds.
+# Fewer channels for decoders whose defaults take seconds.
 LIGHT = {
     "deeplabv3": {"decoder_channels": 32},
     "dpt": {"decoder_intermediate_channels": (16, 16, 16, 16), "decoder_fusion_channels": 16},
@@ -23,7 +23,7 @@ LIGHT = {
     "upernet": {"decoder_channels": 32},
 }
 
-# Blocks that each placement adds: feature maps that the decoder reads, blocks of the decoder, always one head.
+# Blocks that the placements "encoder" (feature maps that the decoder reads) and "decoder" add; "head" adds one.
 EXPECTED_BLOCKS = {
     "unet": (5, 5),
     "unetplusplus": (5, 11),
@@ -104,7 +104,7 @@ def test_every_placement_is_in_the_graph_of_every_decoder(decoder, placement):
     for block in blocks:
         for name, parameter in block.named_parameters():
             assert parameter.grad is not None, name
-        # The 3×3 branch always gets a gradient that is not zero; a single channel per group has softmax 1.
+        # The gradient of the 3×3 branch is not zero even with one channel per group, whose softmax is constant.
         assert block.conv3x3.bias.grad.abs().sum() > 0
 
 
@@ -184,7 +184,7 @@ def test_transformer_encoders_without_a_stride_2_map_are_handled():
 
 
 def place_as_before(model, decoder, block):
-    """Place blocks with as many groups as ``factor=auto`` once had: the largest divisor of the channels up to 32."""
+    """Place blocks with the ``factor=auto`` of earlier versions: the largest divisor of the channels up to 32."""
     place_attention(
         model,
         decoder,
@@ -213,7 +213,7 @@ def test_weights_tell_the_groups_that_auto_had(decoder, block, name, options, re
 
     assert not recwarn
     assert list(model.state_dict()) == list(weights)
-    # A run that is repeated starts from the same weights, too.
+    # A repeated run must start from the same random weights.
     assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())
     now = build(decoder, **arguments, **light).state_dict()
     assert any(tensor.shape != weights[key].shape for key, tensor in now.items())

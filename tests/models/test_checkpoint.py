@@ -88,7 +88,7 @@ def test_a_signal_while_a_file_is_read_is_no_damage_of_it(saved, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:EMA's factor")
 def test_a_checkpoint_from_before_keeps_its_single_channels(tmp_path):
-    """With factor=auto, a decoder of 32 channels once had 32 groups."""
+    """In earlier versions, factor=auto gave a decoder of 32 channels 32 groups."""
     config = {
         **CHECKPOINT["config"],
         "model": {"decoder": "linknet", "encoder": "tu-test_efficientnet", "encoder_weights": None},

@@ -16,7 +16,7 @@ def test_an_operation_that_cannot_repeat_its_bits_is_named():
 
 
 def test_a_later_job_of_the_process_can_still_repeat_its_bits(monkeypatch):
-    """cuBLAS is told once in a process, at its first multiplication."""
+    """cuBLAS reads its environment variable once per process, at the first matrix multiplication."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
 
     with deterministic_algorithms(False):

@@ -27,7 +27,7 @@ def weights():
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """A hub that is out of reach, and has left nothing in the cache."""
+    """Simulate a model hub that cannot be reached, with an empty cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
@@ -68,7 +68,7 @@ def test_packaged_weights_are_for_one_encoder():
 def test_a_local_file_is_loaded_by_name(tmp_path, weights, suffix, prefix):
     path = tmp_path / f"weights{suffix}"
     tensors = {prefix + name: value for name, value in weights.items()}
-    tensors[f"{prefix}fc.weight"] = torch.zeros(10, 512)  # a classifier that the encoder does not have
+    tensors[f"{prefix}fc.weight"] = torch.zeros(10, 512)  # a classifier, which the encoder lacks
     if suffix == ".safetensors":
         save_file(tensors, path)
     else:
@@ -130,7 +130,7 @@ class Hostile:
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_encoder_weights_that_are_not_finite_are_refused(value, tmp_path, weights):
     weights["layer1.0.bn1.running_var"][3] = float(value)
-    weights["fc.weight"] = torch.full((2,), torch.nan)  # which no encoder takes
+    weights["fc.weight"] = torch.full((2,), torch.nan)  # a classifier, which the encoder lacks
     torch.save(weights, tmp_path / "weights.pth")
     with pytest.raises(CheckpointError, match=rf"weights\.pth: layer1\.0\.bn1\.running_var holds {value}; give a file"):
         resnet18(encoder_weights=str(tmp_path / "weights.pth"))
@@ -142,7 +142,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
 
     with pytest.raises(CheckpointError, match=r"hostile\.pth: the file cannot be read as weights only") as raised:
         resnet18(encoder_weights=str(path))
-    assert "False" not in str(raised.value)  # torch's advice to run it all the same
+    assert "False" not in str(raised.value)  # torch's advice to load it with weights_only=False
 
     assert not trace.exists()
 
@@ -177,7 +177,7 @@ def test_without_a_network_the_normalisation_of_smps_encoders_is_an_error_too(of
 
 
 def test_imagenet_weights_and_normalisation_come_from_the_hub(monkeypatch, tmp_path, weights):
-    """The real path but for the download itself, which finds its files in a folder."""
+    """Only the download is replaced: it returns files of a local folder."""
     settings = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_range": [0, 1], "input_space": "RGB"}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     save_file(weights, tmp_path / "model.safetensors")
@@ -190,7 +190,7 @@ def test_imagenet_weights_and_normalisation_come_from_the_hub(monkeypatch, tmp_p
 
 
 def test_timm_loads_its_own_weights_from_the_hub(monkeypatch):
-    """timm itself is asked for the weights, because it knows how its encoders rename them."""
+    """timm itself must load the weights, because its encoders rename modules."""
     create, asked = timm.create_model, []
 
     def create_model(name, pretrained=False, **arguments):

@@ -1,4 +1,4 @@
-"""What the figures show, read from their artists."""
+"""Tests of the content of the figures, read from their artists."""
 
 import numpy as np
 import pytest

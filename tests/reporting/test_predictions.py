@@ -1,4 +1,4 @@
-"""Predicted masks on disk, whatever the images are called."""
+"""Tests of predicted masks on disk: file names, manifest and lock."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""Reports on disk: strict JSON, Markdown, figures, and the way back."""
+"""Tests of reports: strict JSON that can be read again, Markdown, tables and figures."""
 
 import json
 import math
@@ -121,7 +121,7 @@ def make_panel(sizes: tuple[tuple[int, int], ...] = ((30, 40), (50, 20), (1, 1))
 
 
 def strict(text: str) -> Any:
-    """Parse JSON as other languages do, which know no NaN."""
+    """Parse JSON strictly: NaN and infinities fail the test."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -195,7 +195,7 @@ def test_json_has_a_line_for_each_row_and_image(tmp_path: Path) -> None:
 
 def test_a_report_without_panel_removes_an_older_one(tmp_path: Path) -> None:
     write_report(make_report(), tmp_path, make_panel())
-    (tmp_path / "written_files.json").unlink()  # as of an earlier version
+    (tmp_path / "written_files.json").unlink()  # earlier versions wrote none
     write_report(make_report(), tmp_path)
     assert not (tmp_path / "figures" / "panel.png").exists()
     assert "panel" not in (tmp_path / "report.md").read_text()
@@ -266,7 +266,7 @@ def test_class_names_are_no_markup() -> None:
 
 
 def test_hostile_names_lose_no_report_and_stay_names(tmp_path: Path) -> None:
-    # Half a character, as of a file name that is not UTF-8, escape sequences, HTML, and mathematics that is none.
+    # A lone surrogate, as from a file name that is not UTF-8; escape sequences; HTML; and invalid mathematics.
     name = "\udcff\x1b[2J<img src=x>$\\nothing$"
     report = make_report(
         classes=(name, "*x*", "[y](z)", "_"),

@@ -41,7 +41,7 @@ def test_the_figure_leaves_out_what_the_image_was_padded_with(checkpoint, image,
 
     assert main([str(tmp_path / "maps.png"), str(checkpoint("ema")), str(image)]) == 0
 
-    # 50 × 70 pixels are padded to 64 × 96; a cell of the finest map is 4 × 4 pixels of it, one of the coarsest 32 × 32.
+    # The image is padded to 64 × 96 pixels; the stride of the finest map is 4, that of the coarsest 32.
     sizes = [groups.shape for groups in drawn.values()]
     assert (4, 13, 18) in sizes
     assert all(rows <= 13 and columns <= 18 for _, rows, columns in sizes)

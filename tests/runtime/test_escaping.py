@@ -1,4 +1,4 @@
-"""Free texts in a terminal, Markdown, CSV, LaTeX and figures: read as they are, and nothing else."""
+"""Escaping of free text for a terminal, Markdown, CSV, LaTeX and figures, which then show it literally."""
 
 import pytest
 

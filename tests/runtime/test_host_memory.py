@@ -1,4 +1,4 @@
-"""What a process does with its memory, in processes of their own: it cannot be undone."""
+"""Host memory settings, tested in subprocesses because a process cannot undo them."""
 
 import platform
 import subprocess
@@ -36,7 +36,7 @@ def test_freed_memory_is_used_again_without_asking_the_system():
     done, kept = faults("keep_freed_memory()")
 
     assert done
-    assert given_back > 5 * 16  # at least a fault for each large page of 4 MiB
+    assert given_back > 5 * 16  # 5 steps with at least one page fault per 4 MiB
     assert kept < given_back / 5
 
 

@@ -1,4 +1,4 @@
-"""Reading texts that others have written: right, or refused in a sentence."""
+"""Readers of untrusted YAML, JSON and CSV files: the correct value, or an error of one sentence."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ def text_file(tmp_path):
     return write
 
 
-# Nine times nine times nine …: a few hundred bytes for 9**10 values.
+# A YAML bomb: a few hundred bytes that nested aliases expand to 9**10 values.
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{chr(ord(name) - 1)}'] * 9)}]\n" for name in "bcdefghij"
 )
@@ -64,7 +64,7 @@ def test_invalid_yaml_is_refused(content, found, text_file):
     ],
 )
 def test_valid_yaml_is_read(content, value, text_file):
-    # OmegaConf reads as few things as a date, and so did the project.
+    # OmegaConf's loader is the reference; it reads no dates either.
     import yaml
     from omegaconf._utils import get_yaml_loader
 
@@ -119,7 +119,7 @@ def test_only_text_files_of_some_size_are_read(tmp_path, text_file):
     for read, most in ((read_yaml, 1), (read_json, 1024), (read_rows, 256)):
         with pytest.raises(DataError, match=rf"has 2048\.0 MiB, expected .* of at most {most} MiB; "):
             read(tmp_path / "text")
-    os.mkfifo(tmp_path / "pipe")  # which nobody writes to
+    os.mkfifo(tmp_path / "pipe")  # without a writer
     with pytest.raises(DataError, match="pipe: is a pipe or a device, expected a file"):
         read_yaml(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "none"):

@@ -8,7 +8,7 @@ import pytest
 from ema_seg.runtime.errors import ConfigError
 from ema_seg.sweeps import claim_devices, devices
 
-# Devices that are not there: what torch would count is told to it.
+# The devices need not exist: the program takes their number from its arguments instead of from torch.
 PROGRAM = (
     "import os, sys; from pathlib import Path; from ema_seg.sweeps import claim_devices, devices\n"
     "devices.count_devices = lambda: int(sys.argv[2])\n"
@@ -20,7 +20,7 @@ PROGRAM = (
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a process that takes a device, tells which, and lives until it is killed."""
+    """Return a function that starts a process, which runs until it is killed, and returns it with its device."""
     with ExitStack() as stack:
 
         def run(count, visible="4,7"):
@@ -72,7 +72,7 @@ def test_devices_that_cannot_be_dealt_are_refused(tmp_path, monkeypatch, numbers
     with pytest.raises(ConfigError, match=message):
         for number in numbers:
             assert claim_devices(tmp_path, number) == "4,7"
-            assert claim_devices(tmp_path, number) == "4,7"  # of the next job
+            assert claim_devices(tmp_path, number) == "4,7"  # for the process's next job
 
 
 def test_names_that_are_no_file_names_are_dealt(start):

@@ -35,7 +35,7 @@ def test_a_plan_keeps_the_jobs_of_an_earlier_one_in_its_folder(tmp_path):
 
 
 def test_a_job_keeps_the_folder_that_an_earlier_plan_gave_it(tmp_path):
-    """Two commands that are started at once may name a job differently."""
+    """Two commands that are started at the same time may choose different folders for a job."""
     write_plan(tmp_path, Plan("grid", [], None, [ONE]))
     again = PlannedJob(ONE.identity, "one_seed-0_1a", {"attention": "ema", "seed": "0"}, 4)
 

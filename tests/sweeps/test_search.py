@@ -16,7 +16,7 @@ def search(folder, grace=1):
 
 
 def run_trials(folder, numbers):
-    """Trials whose score falls with the learning rate, each by a process of its own that knows the folder alone."""
+    """Run trials whose score falls with the learning rate; reopen the study each time, as separate processes would."""
     chosen = []
     for number in numbers:
         params = search(folder).ask(number, SPACE)
@@ -26,7 +26,7 @@ def run_trials(folder, numbers):
 
 
 def validate(folder, number, epoch, score, grace=1):
-    """Let the trial's callback see a validation."""
+    """Call the trial's pruning callback with the score of a validation."""
     trainer = SimpleNamespace(current_epoch=epoch, callback_metrics={"val/miou": score}, is_global_zero=True)
     PruningCallback(folder, number, seed=0, grace=grace).on_validation_end(trainer, None)
 
@@ -34,7 +34,7 @@ def validate(folder, number, epoch, score, grace=1):
 def test_a_search_that_was_cut_off_asks_for_what_it_would_have(tmp_path):
     undisturbed = run_trials(tmp_path / "one", range(8))
     first = run_trials(tmp_path / "two", range(3))
-    assert search(tmp_path / "two").ask(3, SPACE) == undisturbed[3]  # and killed before it was told
+    assert search(tmp_path / "two").ask(3, SPACE) == undisturbed[3]  # and killed before its result was reported
     rest = run_trials(tmp_path / "two", range(3, 8))
 
     assert [*first, *rest] == undisturbed
@@ -80,11 +80,11 @@ def test_a_failure_is_told_when_it_is_final(tmp_path):
 
     search(tmp_path).tell(0, JobState("failed", "the loss is nan", 1))
     assert search(tmp_path).study.trials[0].state is optuna.trial.TrialState.RUNNING
-    validate(tmp_path, 0, 0, 0.5)  # of the second attempt
+    validate(tmp_path, 0, 0, 0.5)  # the second attempt
     search(tmp_path).tell(0, JobState("failed", "the loss is nan", 2))
     assert search(tmp_path).study.trials[0].state is optuna.trial.TrialState.FAIL
 
-    validate(tmp_path, 0, 1, 0.5)  # of a third, which the user has asked for
+    validate(tmp_path, 0, 1, 0.5)  # a third attempt, with sweep.retry=true
     search(tmp_path).tell(0, JobState("finished", miou=0.5))
     assert search(tmp_path).study.trials[0].state is optuna.trial.TrialState.FAIL
 
@@ -97,7 +97,7 @@ def test_a_trial_below_the_median_is_given_up_after_the_grace(tmp_path):
         search(tmp_path).tell(number, JobState("finished", miou=scores[-1]))
     search(tmp_path).ask(2, SPACE)
 
-    validate(tmp_path, 2, 0, 0.1)  # within the grace
+    validate(tmp_path, 2, 0, 0.1)  # within the grace period
     with pytest.raises(Pruned, match=r"after epoch 2: best val mIoU 0\.4000 is below"):
         validate(tmp_path, 2, 1, 0.4)
     search(tmp_path).tell(2, JobState("pruned", "given up"))

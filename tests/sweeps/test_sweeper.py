@@ -1,4 +1,4 @@
-"""What a sweep does when its launcher's processes die; the launcher here is one that does nothing else."""
+"""Sweeps whose jobs' processes die, with a launcher that fails every time."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from ema_seg.runtime.errors import ConfigError
 from ema_seg.sweeps import job_state
 from hydra_plugins.ema_seg_sweepers.grid import GridSweeper
 
-# A job: says that it has started, holds its lock for a while, and leaves a report, or dies before.
+# A job: takes its lock, prints a line, waits, and then writes a report or dies.
 JOB = (
     "import os, sys, time; from pathlib import Path; from ema_seg.sweeps.folder import run_lock\n"
     "folder = Path(sys.argv[1]); folder.mkdir(exist_ok=True)\n"
@@ -22,12 +22,12 @@ JOB = (
 
 
 class DyingLauncher:
-    """Starts the jobs, and gives up at the first death, as submitit does; the others run on."""
+    """Launcher that starts the jobs and raises, as submitit does at the first death, while other jobs still run."""
 
     def __init__(self, folder, deaths):
         self.folder, self.deaths, self.processes = folder, deaths, []
         self.launched = []
-        self.finished = []  # at each launch
+        self.finished = []  # names of the finished jobs at each launch
 
     def launch(self, batch, initial_job_idx):
         names = [next(text for text in overrides if text.startswith("sweep.job=")) for overrides in batch]

@@ -33,7 +33,7 @@ def shown(renderable):
 
 
 def test_the_line_says_what_is_done_failed_and_left_and_the_best():
-    # 2 + 4 + 3 epochs at 10 seconds, one after the other.
+    # 2 + 4 + 3 epochs of 10 seconds, one job at a time.
     assert describe(Overview(JOBS, STATES)) == (
         "1 of 5 jobs finished, 1 running, 1 failed, 2 left, about 0:01:30 to go, "
         "best so far: val mIoU 0.6250, attention=b seed=0"

@@ -1,4 +1,4 @@
-"""``train.py`` in a process that is killed at a moment: tests/system/killed.py <moment> <overrides of train.py>."""
+"""``train.py`` with a SIGKILL at a given moment: tests/system/killed.py <moment> <overrides of train.py>."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from ema_seg.training.module import SegmentationModule
 
 
 def kill_at(owner: Any, name: str, moment: Callable[..., bool]) -> None:
-    """Have a function of a class or module be the end of its process, where the moment says so of its arguments."""
+    """Patch a function to kill the process after the first call for whose arguments ``moment`` returns True."""
     function = getattr(owner, name)
 
     def fatal(*arguments: Any, **keywords: Any) -> Any:
@@ -25,7 +25,7 @@ def kill_at(owner: Any, name: str, moment: Callable[..., bool]) -> None:
 
 
 def after_step(epoch: int, step: int) -> None:
-    """Of an epoch, when the step has had its chance of a checkpoint."""
+    """Kill after a step of an epoch, when its checkpoint, if one is due, has been written."""
 
     def reached(callback: Any, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> bool:
         return (trainer.current_epoch, batch_index) == (epoch, step)
@@ -44,7 +44,7 @@ def in_validation(epoch: int) -> None:
 
 
 def in_checkpoint(number: int) -> None:
-    """After the last one has become the one before, and before the new one is the last."""
+    """Kill at the ``number``-th replacement of ``last.ckpt``, right after it has been linked as ``previous.ckpt``."""
     written = iter(range(1, 1000))
     kill_at(checkpoints, "_link", lambda *_: next(written) == number)
 

@@ -1,4 +1,4 @@
-"""Random overrides: what a user may type, from sound to senseless."""
+"""Random overrides that a user may type, from valid to senseless."""
 
 import string
 
@@ -12,7 +12,7 @@ VALUES = (
 
 
 def draw(random, keys, groups, options):
-    """One override of a configuration with these keys (dotted), groups (names of options by group), further options."""
+    """Draw an override from dotted keys, from groups (names of options by group), and from options to add with +."""
     kind = random.random()
     if kind > 0.85:
         return f"+{random.choice(options)}={random.choice(VALUES)}"

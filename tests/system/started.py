@@ -1,7 +1,8 @@
-"""Runs commands at once, which stand as JSON on the command line: arguments, and what they have in their environment.
+"""Runner of several commands at the same time: tests/system/started.py <folder> <commands as JSON>.
 
-Each is a file of standard output and one of standard error in the folder that comes before them, by its number. The
-exit statuses are printed as JSON. Run by ``Entry``, it forks those that are Python, and so are their own in turn.
+A command is a list of arguments and a mapping of additional environment variables. The folder receives the standard
+output and the standard error of command n as ``n.out`` and ``n.err``. The exit statuses are printed as JSON. Under
+``Entry``, Python commands are forked, and so are the Python processes that they start.
 """
 
 import json

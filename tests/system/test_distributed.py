@@ -1,4 +1,4 @@
-"""Several processes through the entry points, whoever starts them."""
+"""Runs in several processes through the entry points, with every launcher."""
 
 import json
 import os
@@ -23,14 +23,14 @@ from tests.conftest import FPN, QUICK, ROOT, free_port, is_alive, made_once, wri
 from tests.runtime.distributed import workers
 
 TINY = (*QUICK, *FPN, "data=camvid")
-# Nothing that a process draws at random by itself; and double precision, because in float32 these steps, which
-# normalise over a few pixels, blow a difference in the last digit up to one in the second within 20 of them.
+# No dropout, because its random numbers differ between ranks. Double precision, because in float32 these steps, with
+# batch norm over a few pixels, amplify a difference in the last digit to one in the second digit within 20 steps.
 EVEN = ("+model.decoder_dropout=0", "trainer.precision=64-true", "evaluation.precision=32-true", "optimizer=sgd")
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Numbers of images that no number of processes divides."""
+    """Write a data set with odd numbers of images, 9 and 7, which two ranks cannot share equally."""
     return made_once(tmp_path_factory, "odd", lambda folder: write_camvid(folder / "data", train=9, val=7)) / "data"
 
 
@@ -39,13 +39,13 @@ def weights(run):
 
 
 def scores(run):
-    """What a report says of the predictions."""
+    """Return the parts of a report that follow from the predictions."""
     report = load_report(run / "report" / "report.json")
     return {key: report[key] for key in ("confusion_matrix", "images", "miou", "size_miou")}
 
 
 def assert_same(run, other):
-    """To the last bit."""
+    """Check that the weights and scores of two runs are equal bit by bit."""
     expected = weights(other)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(run).items())
     assert scores(run) == scores(other)
@@ -53,7 +53,7 @@ def assert_same(run, other):
 
 @pytest.fixture(scope="module")
 def together(root, tmp_path_factory, entry):
-    """Two processes that train.py has started itself, for 20 steps: their folder, and what they have printed."""
+    """Train 20 steps in two processes that train.py starts; return folder, standard output and standard error."""
 
     def make(folder):
         (folder / "cwd").mkdir()
@@ -67,7 +67,7 @@ def together(root, tmp_path_factory, entry):
 
 
 def only_run(folder):
-    """The folder of a run, beside which nothing else has been made."""
+    """Return the folder of the only run, and check that nothing else is beside it."""
     assert [path.name for path in folder.iterdir()] == ["runs"]
     (run,) = (folder / "runs").iterdir()
     return run
@@ -113,7 +113,7 @@ def test_two_processes_repeat_the_report_of_a_run(together, tmp_path, entry):
 
 
 def test_a_model_in_pieces_learns_the_same_and_goes_on_in_pieces_or_as_a_whole(together, root, tmp_path, entry):
-    """Of the optimiser's state, the momentum is in pieces, too."""
+    """FSDP shards the weights and the optimiser's momentum; the run is resumed with FSDP and in a single process."""
     runs = {name: tmp_path / name for name in ("pieces", "whole")}
     alone = {"pieces": (), "whole": ("trainer.strategy=auto", "trainer.devices=1")}
     overrides = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "epochs=5")
@@ -137,7 +137,7 @@ def assert_close_weights(run, other):
 
 
 def run_at_once(entry, folder, commands):
-    """Standard output and standard error of commands that all end well."""
+    """Run commands at the same time, check that all succeed, and return their standard outputs and standard errors."""
     status, err = entry.run(entry.folder, json.dumps(commands), script="tests/system/started", cwd=folder)
     files = [[entry.folder / f"{number}.{name}" for name in ("out", "err")] for number in range(len(commands))]
     outputs = [tuple(file.read_text() for file in pair) for pair in files]
@@ -150,7 +150,7 @@ def test_torchrun_on_two_machines_does_the_same(together, root, tmp_path, entry)
     port = free_port()
     machines = [
         [
-            # Which one is the host each finds out by its address, were that not the same.
+            # torchrun finds the host by its address, but both machines have the same one here.
             *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--rdzv-conf=is_host={1 - machine}"),
             *("--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"),
             *(str(ROOT / "train.py"), *TINY, *EVEN, f"data.root={root}"),
@@ -220,20 +220,20 @@ def test_a_job_whose_process_fails_is_told_by_its_reason(tmp_path, entry):
 
 
 def broken_for_the_second(folder):
-    """A data set of which the second process reads a file that is no image."""
+    """Write a data set in which rank 1 reads a file that is not an image."""
     root = write_camvid(folder / "broken", val=3)
     (root / "val" / "images" / "val_1.jpg").write_bytes(b"no image")
     return root
 
 
 def members(process):
-    """The processes that train, in the order of their ranks."""
+    """Return the process IDs of the ranks, in rank order."""
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 @pytest.fixture
 def training(root, tmp_path, entry):
-    """The folder of a run in two processes that has trained an epoch of many, and the number of what started them."""
+    """Start a long training in two processes, wait for its first epoch, and return its folder and process ID."""
     run = tmp_path / "run"
     process = entry.start(*TINY, f"data.root={root}", "trainer=ddp_cpu", "epochs=500", f"hydra.run.dir={run}")
     while not (run / "metrics.csv").exists() and is_alive(process):
@@ -259,7 +259,7 @@ def test_a_killed_process_ends_all_within_seconds(training, entry):
 def test_processes_that_are_asked_to_leave_end_with_one_checkpoint(training, entry):
     run, process = training
 
-    os.kill(members(process)[1], signal.SIGUSR1)  # one of them is enough
+    os.kill(members(process)[1], signal.SIGUSR1)  # a signal to one rank is enough
     status, err = entry.wait()
 
     assert status == 75

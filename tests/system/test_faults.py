@@ -1,4 +1,4 @@
-"""What really happens to runs: kills, signals, full or silent disks, files that are not what they should be."""
+"""Faults of runs: kills, signals, full or unresponsive disks, and damaged files."""
 
 import csv
 import os
@@ -25,7 +25,7 @@ TINY = (
     *FPN,
     "epochs=4",
     "data.workers=1",
-    # All that a training keeps from step to step; the model has dropout.
+    # Every kind of state that a training keeps from step to step; the model has dropout, which adds random numbers.
     "training.weight_averaging=0.9",
     "training.early_stopping=5",
     "training.checkpoint_every=1",
@@ -35,7 +35,7 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, entry):
-    """A data set, and a run on it."""
+    """Write a data set, and train on it without a fault; return the folders of both."""
 
     def make(folder):
         root = write_camvid(folder / "data", train=9, val=3)
@@ -47,7 +47,7 @@ def undisturbed(tmp_path_factory, entry):
 
 
 def state(run, name="last"):
-    """All of a checkpoint but the names of files and folders."""
+    """Return the content of a checkpoint without its configuration, timings and paths."""
     return _plain(torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True), run)
 
 
@@ -72,7 +72,7 @@ def rows(run):
 
 
 def assert_same(run, other):
-    """To the last bit."""
+    """Check that checkpoints, metrics and scores of two runs are equal bit by bit."""
     for name in ("best", "last"):
         assert state(run, name) == state(other, name)
     assert rows(run) == rows(other)
@@ -89,7 +89,7 @@ def changed(path, since):
 
 
 def disturb(entry, arguments, run, number, pause):
-    """Start a command, send its process a signal a while after its next checkpoint, and wait for its end."""
+    """Start a command, send it a signal ``pause`` seconds after its next checkpoint, and wait for its end."""
     last = run / "checkpoints" / "last.ckpt"
     since = last.stat().st_mtime_ns if last.exists() else None
     process = entry.start(*arguments)
@@ -110,7 +110,7 @@ def test_kills_at_random_moments_change_no_bit(undisturbed, entry, tmp_path):
     status, err = entry.run(*command)
 
     assert status == 0, err
-    assert statuses.count(-signal.SIGKILL) >= 4  # the last ones may find it finished
+    assert statuses.count(-signal.SIGKILL) >= 4  # the last ones may find the run finished
     assert_same(run, expected)
 
 
@@ -255,7 +255,7 @@ def test_an_unreadable_checkpoint_does_not_become_the_one_before(undisturbed, tm
 
     path, saved = load_last(run)
     step = saved["global_step"]
-    assert len(last.read_bytes()) == 5000  # nothing changes before all is checked
+    assert len(last.read_bytes()) == 5000  # load_last changes no file
     replace_last(path)
     previous.unlink()
 
@@ -319,7 +319,7 @@ def test_a_command_goes_on_with_its_own_unfinished_run(undisturbed, entry, tmp_p
         assert disturb(entry, arguments, run, signal.SIGTERM, 0.0)[0] == 75
     shutil.copytree(expected, parent / "4_finished")
 
-    # No folder is named: the name of a new one follows from the time.
+    # Without hydra.run.dir, resume=auto searches the siblings of a new run's folder, which is named by the time.
     from omegaconf import OmegaConf
 
     from ema_seg.cli.composition import CONFIGS, compose
@@ -331,7 +331,7 @@ def test_a_command_goes_on_with_its_own_unfinished_run(undisturbed, entry, tmp_p
         OmegaConf.register_new_resolver("started", lambda pattern: "9", replace=True)
         OmegaConf.register_new_resolver("parallel_jobs", lambda devices: 1, replace=True)
         found = _unfinished_run(compose(CONFIGS, "train"))
-        with lock_run(parent / "2_same"):  # as another process that trains it
+        with lock_run(parent / "2_same"):  # as if another process trained it
             other = _unfinished_run(compose(CONFIGS, "train"))
             status, err = entry.run(*command, f"hydra.run.dir={parent / '2_same'}")
 
@@ -344,7 +344,7 @@ def test_a_command_goes_on_with_its_own_unfinished_run(undisturbed, entry, tmp_p
 
 
 def children(process):
-    """The processes that one has started, such as those that load data."""
+    """Return the process IDs of a process's children, such as its loader workers."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -377,7 +377,7 @@ def test_a_signal_to_all_processes_of_a_job_lets_the_last_step_be_saved(number, 
 
 @pytest.fixture
 def damaged(undisturbed, tmp_path):
-    """A data set of its own, to be damaged, and an image and a mask of it."""
+    """Copy the data set, for the test to damage; return its folder, a training image and a validation mask."""
     root = shutil.copytree(undisturbed[0], tmp_path / "data")
     return root, root / "train" / "images" / "train_1.jpg", root / "val" / "masks" / "val_1.png"
 
@@ -415,7 +415,7 @@ def test_a_disk_that_gives_nothing_is_not_waited_for(workers, damaged, entry, tm
 
 def test_a_killed_worker_that_has_read_nothing_is_told(undisturbed, entry, tmp_path):
     run = tmp_path / "run"
-    options = ("data.workers=3", "epochs=200", f"hydra.run.dir={run}")  # for two batches of a validation
+    options = ("data.workers=3", "epochs=200", f"hydra.run.dir={run}")  # a validation has two batches
     process = entry.start(*TINY, f"data.root={undisturbed[0]}", *options)
     while not (run / "metrics.csv").exists():
         time.sleep(0.01)
@@ -436,10 +436,10 @@ def test_a_killed_worker_is_told_with_the_file_that_it_read(damaged, entry, tmp_
     writer = None
     while writer is None and is_alive(process):
         time.sleep(0.01)
-        with suppress(OSError):  # until there is a reader, who then waits for what never comes
+        with suppress(OSError):  # until a worker opens the pipe; its read then waits forever
             writer = os.open(image, os.O_WRONLY | os.O_NONBLOCK)
     readers = []
-    while not readers and is_alive(process):  # which may still be opening it
+    while not readers and is_alive(process):  # the worker may still be opening it
         readers = [worker for worker in children(process) if has_open(worker, image)]
     (reading,) = readers
     os.kill(reading, signal.SIGKILL)

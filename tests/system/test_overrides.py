@@ -1,4 +1,4 @@
-"""Three hundred random overrides at both entry points: each ends in success or in one sentence."""
+"""Three hundred random overrides at both entry points: each ends in success or in an error of one sentence."""
 
 import inspect
 import random
@@ -22,19 +22,19 @@ from ema_seg.runtime.errors import EmaSegError
 from tests.conftest import QUICK, ROOT, made_once
 from tests.system.overrides import draw
 
-# Of 50 overrides each, so that the test processes share them.
+# Parts of 50 overrides each, which the test processes share.
 TRAINING_PARTS, EVALUATION_PARTS = range(4), range(2)
 
 
 class Reached(EmaSegError):
-    """A training, or the measuring of a model, was about to begin."""
+    """Error in place of a training or of the measurement of a model."""
 
     exit_status = 0
 
 
 @pytest.fixture(scope="module")
 def known():
-    """All keys, the project's own more often than Hydra's, and the options of the groups."""
+    """Return all keys, the project's own more often than Hydra's, and the options of the groups."""
     OmegaConf.register_new_resolver("started", lambda pattern: "", replace=True)
     OmegaConf.register_new_resolver("parallel_jobs", lambda devices: 1, replace=True)
     with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
@@ -43,13 +43,13 @@ def known():
     own = [key for key in keys if not key.startswith("hydra")]
     groups = {folder.name: [path.stem for path in folder.glob("*.yaml")] for folder in (ROOT / "configs").iterdir()}
     groups = {name: options for name, options in groups.items() if options}
-    groups["data"].remove("street")  # it would draw its scenes each time
+    groups["data"].remove("street")  # it would generate its images each time
     return own * 5 + [key for key in keys if key.startswith("hydra")], groups
 
 
 @pytest.fixture(scope="module")
 def options():
-    """What the configuration does not name but its parts take, by the signatures of their libraries."""
+    """Return options from the libraries' signatures, most of them not listed in the configuration."""
     taken = {
         "trainer": [Trainer],
         "model": [*smp.MODEL_ARCHITECTURES_MAPPING.values(), timm.create_model],
@@ -67,7 +67,7 @@ def parameters(part):
 
 
 def remembered(function, key):
-    """What a function has given before for the same key of its arguments, and would take most of the time."""
+    """Cache a function's results by ``key`` of its arguments; its calls would take most of the time."""
     known = {}
 
     def call(*arguments, **keywords):
@@ -79,18 +79,18 @@ def remembered(function, key):
     return call
 
 
-# The same model in nearly every command.
+# Nearly every command builds the same model.
 build = remembered(build_segmenter, lambda *arguments, **keywords: repr((arguments, keywords)))
 
 
 def composed(loader, config_name, overrides, run_mode, **options):
-    """A command, whose configuration Hydra composes three times."""
+    """Return the cache key of a command, whose configuration is composed three times."""
     return (config_name, *(text for text in overrides if text != "hydra.mode=RUN"))
 
 
 @pytest.fixture
 def reach(run_script, monkeypatch, tmp_path):
-    """Run an entry point up to its work."""
+    """Return ``run_script``, patched to stop where the training or measurement would begin."""
 
     def stop(*arguments, **keywords):
         raise Reached("reached.")
@@ -117,7 +117,7 @@ def complaints(status, err):
 
 
 def throw(reach, script, common, known, seed):
-    """Statuses of commands with one random override each."""
+    """Run 50 commands with one random override each, check how they end, and return their exit statuses."""
     generator, found, statuses = random.Random(seed), [], set()
     for number in range(50):
         override = draw(generator, *known)

@@ -1,4 +1,4 @@
-"""What only some systems have is done without elsewhere: hidden here, for these tests run on Linux."""
+"""The project without features that only some systems have; the tests run on Linux and hide them."""
 
 import os
 
@@ -11,8 +11,8 @@ from ema_seg.runtime.distributed.start import _usable_cores
 from ema_seg.sweeps import folder, is_running
 from tests.conftest import QUICK
 
-# Modules, and names of os and signal, that Windows or macOS lack. The project is imported anew without them; the
-# libraries, which have ways of their own for each system, are not.
+# Modules, and names of os and signal, that Windows or macOS lack. The project is imported again without them; the
+# libraries are not, because they support each system in ways of their own.
 HIDDEN = """
 import os, signal, sys
 

@@ -39,7 +39,7 @@ from tests.conftest import QUICK, ROOT, write_camvid
 
 @pytest.fixture(scope="module")
 def finished_run(camvid_root, tmp_path_factory):
-    """One run in a process of its own, with everything switched on that a run can leave behind."""
+    """Train in a subprocess, with the default logger and pictures; return the run's folder and the ended process."""
     run = tmp_path_factory.mktemp("runs") / "run"
     overrides = [
         *(text for text in QUICK if not text.startswith(("logger", "training.pictures"))),
@@ -118,7 +118,7 @@ def test_tensorboard_shows_each_score_and_no_number_of_its_own(finished_run):
 
 
 def test_the_report_agrees_with_the_checkpoint_and_the_files(finished_run, camvid_root):
-    """Rebuild the model from the checkpoint alone, predict without our evaluation code, count again."""
+    """The reference rebuilds the model from the checkpoint alone and counts pixels without the evaluation code."""
     run, _ = finished_run
     report = json.loads((run / "report" / "report.json").read_text())
     model, checkpoint = load_segmenter(run / "checkpoints" / "best.ckpt")
@@ -197,7 +197,7 @@ def test_eval_takes_a_lone_checkpoint_and_other_data(finished_run, run_script, t
     )
 
     assert status == 0, err
-    (path,) = tmp_path.glob("report_*/report.json")  # a folder of its own, because the evaluation was changed
+    (path,) = tmp_path.glob("report_*/report.json")  # a new folder, because the evaluation was changed
     report = json.loads(path.read_text())
     assert sum(map(sum, report["confusion_matrix"])) == 2 * 50 * 68 + 2 * 64 * 94
     assert report["throughput"]["precision"] == "bf16-mixed"
@@ -232,7 +232,7 @@ def test_a_run_is_resumed_with_its_own_configuration(camvid_root, run_script, tm
 
 
 def test_a_run_from_before_is_resumed_and_repeated_with_its_groups(camvid_root, run_script, tmp_path, monkeypatch):
-    """Of a decoder's 16 channels, attention.factor=auto once made 16 groups."""
+    """In an earlier version, attention.factor=auto chose 16 groups for the decoder's 16 channels."""
     run, again = tmp_path / "run", tmp_path / "again"
     with monkeypatch.context() as before:
         before.setattr("ema_seg.attention.ema.module._SMALLEST_AUTO_WIDTH", 1)
@@ -253,7 +253,7 @@ def test_a_run_from_before_is_resumed_and_repeated_with_its_groups(camvid_root, 
 
 
 def files_of(folder):
-    """Content and time of each file but the locks."""
+    """Return content and modification time of each file, except locks and logs."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".lock", ".log")]
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
@@ -314,7 +314,7 @@ def test_a_state_that_is_none_is_one_sentence(finished_run, run_script, tmp_path
 
 @pytest.fixture
 def idle(monkeypatch, tmp_path):
-    """Start commands that do nothing in their run's folder but name it; gives a function for the names so far."""
+    """Replace each training by a record of its folder, at a fixed time; return a function that lists the records."""
     import ema_seg.cli.launch
     import ema_seg.reporting
     from ema_seg.cli import train
@@ -335,7 +335,7 @@ def idle(monkeypatch, tmp_path):
 def test_commands_of_the_same_second_have_folders_of_their_own(idle, run_script, tmp_path):
     command = ("train", *QUICK, "data=camvid", f"data.root={tmp_path}")
     first = tmp_path / "runs" / "2026-01-01_12-00-00_camvid_linknet_ema"
-    with lock_run(first):  # as the first command
+    with lock_run(first):  # as the first command does
         assert run_script(*command)[0] == 0
     assert idle() == [f"{first.name}_2"]
     (first / "config.yaml").touch()
@@ -387,7 +387,7 @@ def test_an_epoch_without_validation_has_no_score(camvid_root, run_script, tmp_p
     assert status == 0, err
     assert [row["val/miou"] != "" for row in rows_of(run)] == [False, True, False]
     for quantity in ("loss=", "val_miou=", "images/s="):
-        assert quantity in out  # in the progress bar
+        assert quantity in out  # from the progress bar
 
 
 def test_a_training_without_an_end_is_refused(camvid_root, run_script, tmp_path):
@@ -434,7 +434,7 @@ def test_options_of_training_work_together(camvid_root, run_script, tmp_path):
 
 
 def test_a_run_that_has_stopped_early_does_not_train_on(camvid_root, run_script, tmp_path):
-    """Killed between its last epoch and its report, it goes on to the report alone."""
+    """A run that was killed between its last epoch and its report resumes with the report alone."""
     run = tmp_path / "run"
     status, _, err = run_script(
         "train",
@@ -699,7 +699,7 @@ def test_a_repetition_leaves_the_report_of_the_original(finished_run, run_script
 
 @pytest.fixture
 def unfinished(finished_run, monkeypatch, tmp_path):
-    """Look for the run to go on with among copies of a run, which the function makes unfinished."""
+    """Return two functions: one copies a run without its report, one finds the run that resume=auto continues."""
     monkeypatch.chdir(tmp_path)
     settings = yaml.safe_load((finished_run[0] / "config.yaml").read_text())
 
@@ -884,7 +884,7 @@ def test_a_command_that_is_asked_to_leave_while_it_starts_does_so_with_a_word(nu
 
 
 def _catches(process, number):
-    """Whether a process has a handler of its own for a signal."""
+    """Return whether a process has installed a handler for a signal."""
     caught = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)[1]
     return int(caught, 16) >> (number - 1) & 1
 

@@ -43,7 +43,7 @@ def reports(folder):
 
 
 def comparison_rows(folder):
-    """What the comparison says of each configuration with the seeds 0 and 1, drawn up anew."""
+    """Compare the runs with seeds 0 and 1 again; return the comparison's rows by label."""
     runs = read_folder(folder)
     chosen = [run for run in runs.runs if run.seed in (0, 1)]
     comparison = compare_runs(dataclasses.replace(runs, runs=chosen), replicates=100)
@@ -52,7 +52,7 @@ def comparison_rows(folder):
 
 @pytest.fixture(scope="module")
 def undisturbed(camvid_root, tmp_path_factory, entry):
-    """A sweep, and what it has printed and said."""
+    """Run a sweep without a fault; return its folder, standard output and standard error."""
 
     def make(folder):
         status, err = entry.run(*command(camvid_root, folder / "sweep", "attention=none,se", "seed=0,1", "epochs=3"))
@@ -101,13 +101,13 @@ def test_more_seeds_add_to_a_sweep(undisturbed, camvid_root, run_script, tmp_pat
 
 
 def test_kills_at_any_moment_change_nothing_in_the_result(undisturbed, camvid_root, tmp_path, entry):
-    """Kill job and launcher, which are one process here, again and again; then let it finish."""
+    """Job and launcher, which are one process here, are killed three times before the sweep finishes."""
     folder = tmp_path / "sweep"
     arguments = command(camvid_root, folder, "attention=none,se", "seed=0,1", "epochs=3")
     moments = torch.rand(3, generator=torch.Generator().manual_seed(0)).tolist()
     for moment in moments:
         process = entry.start(*arguments)
-        # From within the start-up to within a later job, whatever the machine's speed: counted in files, then in time.
+        # Wait for a job's first epoch, then for a random time, so that the machine's speed matters little.
         known = len(list(folder.glob("*/metrics.csv")))
         while len(list(folder.glob("*/metrics.csv"))) == known and is_alive(process):
             time.sleep(0.02)
@@ -223,7 +223,7 @@ def assert_ran_the_same_jobs(folder, undisturbed, launcher):
     assert any(f"launcher {launcher}" in note for note in comparison["notes"])
 
 
-# With a worker for the data, which each launcher's processes have to be able to start.
+# With a loader worker, which the processes of every launcher must be able to start.
 LAUNCHED = ("attention=none,se", "epochs=3", "data.workers=1")
 
 
@@ -275,7 +275,7 @@ def test_a_search_gives_up_what_is_hopeless_and_goes_on_where_it_was_left(camvid
 
     plan = read_plan(folder).jobs
     assert [job for job in plan if job in first] == first
-    # Two values for six trials: one job each, whatever the number of trials that chose it.
+    # Six trials choose among two values: trials with the same value are one job.
     assert set(names(folder)) <= {"0.001", "1e-09"}
     assert set(names(folder).values()) <= {"finished", "pruned"}
     trials = OptunaStudy(folder, seed=0, grace=1).study.trials
@@ -303,7 +303,7 @@ def test_a_search_that_cannot_be_is_refused(camvid_root, tmp_path, run_script, o
 
 
 def test_trials_that_mean_the_same_are_one_job(camvid_root, tmp_path, run_script):
-    """The plain model is the same wherever no block sits; here all trials are it, two at a time."""
+    """Without a block the placement makes no difference, so all trials, two in parallel, are the same job."""
     folder = tmp_path / "sweep"
     arguments = command(
         *(camvid_root, folder, "sweep=search", "sweep.space=null", "attention=none", "epochs=1"),
@@ -381,7 +381,7 @@ def test_one_place_for_the_reports_of_all_jobs_is_refused(camvid_root, tmp_path,
 
 
 def test_combinations_that_mean_the_same_are_one_job_and_one_row(camvid_root, tmp_path, run_script):
-    """The plain model is the same whatever block it does not have, and is the baseline of all of them."""
+    """The variant without a block is the same job for every block, and the baseline of all of them."""
     folder = tmp_path / "sweep"
     arguments = command(camvid_root, folder, "sweep=placement", "attention=se,eca", "epochs=1")
     variants = "+sweep.variants={none: 'attention=none', head: 'placement=head'}"

@@ -1,4 +1,4 @@
-"""The wheel, installed without the source tree in sight: a training, an evaluation and a sweep in an empty folder."""
+"""The wheel, installed without the source tree: a training, an evaluation and a sweep in an empty folder."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import QUICK, ROOT
 
-# The packages are those of this environment, but for the project itself. One process imports them once.
+# All packages but the project's are those of this environment. One process runs all commands and imports them once.
 PROGRAM = """
 import sys
 

@@ -1,4 +1,4 @@
-"""The average of the weights: how fast it follows them, and that both are scored."""
+"""Tests of the average of the weights: its growing decay, and the scores of averaged and plain weights."""
 
 import copy
 
@@ -102,5 +102,5 @@ def test_the_average_and_the_plain_weights_are_both_scored_by_name(tmp_path):
             loss = module.loss(scored(samples[9]["image"][None]), samples[9]["mask"][None])
             assert logged["val/loss"].item() == pytest.approx(loss.item(), rel=1e-5)
     assert logged["val/miou"] != logged[UNAVERAGED]
-    # What goes on training is the plain weights.
+    # Training continues with the plain weights.
     assert all(torch.equal(tensor, recorder.after[key]) for key, tensor in recorder.plain.state_dict().items())

@@ -1,4 +1,4 @@
-"""Checkpoints that a training goes on from: whole, or refused in a sentence."""
+"""Tests of the checkpoints to resume from: a damaged one is refused with a sentence that names the damage."""
 
 import copy
 
@@ -50,7 +50,7 @@ def make_checkpoint():
 
 @pytest.fixture
 def run(tmp_path):
-    """Save ``last.ckpt`` with some values changed, or deleted by ``...``, in the folder of a run."""
+    """Return a function that saves ``last.ckpt`` of a run with one value replaced, or deleted if it is ``...``."""
     (tmp_path / "checkpoints").mkdir()
 
     def save(path=(), value=None, name="last"):
@@ -148,6 +148,6 @@ def test_ctrl_c_within_a_checkpoint_does_not_abort_the_process(monkeypatch, tmp_
     monkeypatch.setattr(torch._C, "PyTorchFileWriter", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         AtomicCheckpoints().save_checkpoint({"global_step": 1}, tmp_path / "last.ckpt")
-    archives.clear()  # aborts, if the archive may not write its end
+    archives.clear()  # frees the archive, which aborts the process if it cannot write its end
 
     assert not (tmp_path / "last.ckpt").exists()

@@ -1,4 +1,4 @@
-"""The private names of Lightning that ours replaces are there, and are replaced."""
+"""Tests that the private names of Lightning that we override exist, and are replaced."""
 
 import pytest
 from lightning import Trainer

@@ -60,7 +60,7 @@ def test_a_checkpoint_carries_the_configuration_and_the_classes():
 
 
 class Failing(checkpoints._ArchiveFile):
-    """A file of which a write fails, as at Ctrl-C or on a full disk."""
+    """File whose write number ``writes`` fails, as after Ctrl-C or on a full disk."""
 
     def __init__(self, file, writes, failure):
         super().__init__(file)
@@ -108,7 +108,7 @@ def test_the_attention_map_is_the_last_blocks_at_the_images_size():
 
     weights = attention_map(model, image, stride=32)
 
-    # Both branches are constant, so that the weight is the sigmoid of their sum everywhere.
+    # Both branches are constant, so the weight is the sigmoid of their sum everywhere.
     assert weights.shape == (50, 70)
     assert torch.allclose(weights, torch.tensor(1.0).sigmoid())
 
@@ -119,7 +119,7 @@ def test_a_compiled_model_has_the_same_attention_map():
     expected = attention_map(model, image, stride=32)
     model.compile(backend="eager", dynamic=False)
     with torch.inference_mode():
-        model(image[None])  # compiled for this size, before any hook
+        model(image[None])  # compiles for this size, before any hook is registered
 
     assert torch.allclose(attention_map(model, image, stride=32), expected)
 
@@ -163,12 +163,12 @@ def test_the_bar_counts_epochs_as_the_lines_do_and_shares_no_line_with_them(tmp_
 
     bar.on_train_epoch_start(trainer)
     assert bar.train_progress_bar.desc == "epoch 3/7: "
-    assert bar.get_metrics(trainer, lightning_module) == {}  # no v_num
+    assert bar.get_metrics(trainer, lightning_module) == {}  # without Lightning's v_num
     log._start = time.perf_counter()
     log.on_train_epoch_end(trainer, lightning_module)
     captured = capsys.readouterr()
     assert captured.err == "epoch 3/7  loss 0.500  not validated  0.0 images/s  0 s\n"
-    assert captured.out.rpartition("\r")[2].startswith("epoch 3/7: ")  # drawn again below the line
+    assert captured.out.rpartition("\r")[2].startswith("epoch 3/7: ")  # redrawn below the line
 
     bar.on_exception(trainer, lightning_module, KeyboardInterrupt())
     assert capsys.readouterr().out.endswith("\r")

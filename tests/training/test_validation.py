@@ -1,4 +1,4 @@
-"""Whether a training reaches a validation, from its numbers alone."""
+"""Tests of predicting, from numbers of epochs, batches and steps, whether a training reaches a validation."""
 
 import itertools
 
@@ -45,12 +45,12 @@ def test_a_training_without_a_validation_is_known(course, obstacle):
 
 
 def test_what_is_known_is_what_happens():
-    """Every small training, run through batch by batch as Lightning does."""
+    """The prediction holds for every small training, simulated batch by batch as Lightning runs it."""
     for batches, interval, every, epochs, steps, accumulate in itertools.product(
         (1, 3, 4), (1, 2, 3, 5), (None, 1, 2, 3), (1, 2, 4), (None, 1, 3, 6), (1, 2)
     ):
         if every is not None and interval > batches:
-            continue  # Lightning has no such interval
+            continue  # Lightning rejects such an interval
         course = TrainingPlan(batches, interval, every, epochs, steps, accumulate)
         assert (explain_missing_validation(course) is None) == validates(course), course
 

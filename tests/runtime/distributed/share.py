@@ -1,4 +1,4 @@
-"""``workers.share`` in 1, 2 and 3 processes: python tests/runtime/distributed/share.py <data> <folder>."""
+"""Run of ``workers.share`` in 1, 2 and 3 processes: python tests/runtime/distributed/share.py <data> <folder>."""
 
 import sys
 from pathlib import Path

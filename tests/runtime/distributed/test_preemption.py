@@ -1,4 +1,4 @@
-"""Being asked to leave: what becomes of the signal, whatever runs when it comes."""
+"""Preemption signals: the exception that their handler raises is lost, or another handler was installed before."""
 
 import signal
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-# Python drops what is raised here, as in all that frees an object.
+# Python drops exceptions that are raised in a destructor.
 DROPPED = """
 import os, signal, time
 from ema_seg.runtime.distributed import exit_handlers, preemption
@@ -29,7 +29,7 @@ def run(earlier, seconds):
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
 
 
-# Within a training the last word is its own, also where the process would have left before.
+# Inside ``watched`` the training's handler replaces the exit handlers that were installed before.
 @pytest.mark.parametrize("earlier", ["", "exit_handlers.install_exit_handlers()"])
 def test_a_process_leaves_also_where_what_its_handler_raises_is_dropped(earlier):
     done = run(earlier, 60)
@@ -38,7 +38,7 @@ def test_a_process_leaves_also_where_what_its_handler_raises_is_dropped(earlier)
     assert done.stderr.splitlines()[-1] == "error: stopped by SIGTERM; the run has not lost anything."
 
 
-# A library may make an exception of its own of what the signal has raised, and may go on.
+# A library may replace the SystemExit by an exception of its own, or catch it and continue.
 SWALLOWED = """
 import os, signal, time
 from ema_seg.runtime.distributed import exit_handlers
@@ -65,7 +65,7 @@ def test_a_process_that_is_asked_to_leave_ends_so_whatever_is_made_of_it(then):
 
 @pytest.mark.parametrize("later", ["", "; exit_handlers.install_exit_handlers()"])
 def test_a_process_goes_on_where_an_earlier_handler_has_it_go_on(later):
-    """As submitit's, which leaves the decision to another signal."""
+    """An earlier handler, such as submitit's for SIGTERM, may let the process continue."""
     done = run(f"signal.signal(signal.SIGTERM, lambda number, frame: print('passed over', number)){later}", 0.5)
 
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What a run does as one of several processes, which are only told of."""
+"""Behaviour of a run in one of several ranks; rank and world size are patched, and no process is started."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from ema_seg.training.parallel import strategy
 
 @pytest.fixture
 def group(monkeypatch):
-    """Pretends that this process is the second of two, on a machine with two GPUs."""
+    """Pretend that this process is rank 1 of 2, on a machine with two GPUs."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for module in (launch, strategy, device):
         monkeypatch.setattr(module, "rank_info", lambda: RankInfo(1, 2, 1, 2))
@@ -40,7 +40,7 @@ def test_processes_do_not_share_a_device_of_the_evaluation(group, monkeypatch, a
 
 
 def test_a_run_that_goes_on_has_the_batch_that_the_first_process_reads(group, monkeypatch, tmp_path):
-    """Which writes the file, so that the others may find half of it."""
+    """The other ranks must not read the batch size from the file, because rank 0 rewrites it."""
     monkeypatch.setattr(launch, "broadcast", lambda value: 6)
 
     assert launch._batch_size({}, tmp_path, {"resume": True}) == 6

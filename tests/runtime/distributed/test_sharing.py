@@ -1,4 +1,4 @@
-"""What several processes compute of the parts of a batch or a data set, against what one computes of all of it."""
+"""Results of 2 and 3 ranks on parts of a batch or data set, compared with those of one process on the whole."""
 
 import json
 
@@ -13,7 +13,7 @@ from tests.conftest import made_once, write_camvid
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, entry):
-    """What each of 1, 2 and 3 processes has left, by their number, and the folders."""
+    """Return the results of all ranks by world size (1, 2 and 3), and the folder with a folder for each world size."""
 
     def make(folder):
         root = write_camvid(folder / "data", sizes=((64, 96), (32, 64), (50, 70)), val=7)
@@ -71,7 +71,7 @@ def test_losses_of_parts_have_the_mean_and_the_gradient_of_the_whole(results, na
     parts = [part["lose"][name] for part in results[0][count]]
 
     assert np.mean([part[0] for part in parts]) == pytest.approx(value, rel=1e-5)
-    # Of the weights' gradients, which add up those of the pixels, the mean over the processes is taken.
+    # DDP averages the weights' gradients over the ranks, so each rank's gradient counts with 1 / world size.
     own = torch.cat([torch.tensor(part[1]) for part in parts]) / count
     assert_close(own, torch.tensor(gradient))
 
@@ -90,7 +90,7 @@ def test_normalisation_over_processes_is_that_of_the_whole_batch(results, count)
 
 
 def test_three_processes_add_up_gradients_in_an_order_that_a_break_does_not_change(results):
-    """After which DDP takes a first step again, and would put them into another order after it."""
+    """By default DDP reorders its gradient buckets after the first step, so a resumed run would sum differently."""
     assert [part["repeats"] for part in results[0][3]] == [True] * 3
 
 

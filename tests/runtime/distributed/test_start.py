@@ -30,7 +30,7 @@ def test_processes_know_their_place_and_exchange_values(tmp_path):
 
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert (first.pop("place"), second.pop("place")) == ([0, 2, 0, 2], [1, 2, 1, 2])
-    # The processes count the sum once and twice, and have put in what they have once and twice.
+    # Rank r scales its tensor by r + 1 before the sum, and the sum by r + 1 after it.
     assert (first.pop("gradient"), second.pop("gradient")) == ([3.0, 3.0], [6.0, 6.0])
     assert not list((tmp_path / "disk").iterdir())
     for rank, result in enumerate((first, second)):
@@ -52,7 +52,7 @@ def test_processes_know_their_place_and_exchange_values(tmp_path):
     ],
 )
 def test_a_process_that_fails_ends_the_others_with_its_word(how, kind, message, monkeypatch, tmp_path):
-    """Also in a folder with a module of a library's name, and with variables that an earlier torchrun has left."""
+    """The current folder shadows a library's module, and variables of an earlier torchrun are set."""
     (tmp_path / "json.py").write_text("raise SystemExit(4)")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -134,7 +134,7 @@ def test_processes_end_when_the_one_that_started_them_is_killed():
 
 
 def test_whoever_had_a_signal_first_has_the_last_word(tmp_path):
-    """As submitit, which queues a job again, after the processes have kept what they have."""
+    """A handler that was installed before, such as submitit's, which requeues the job, runs after the ranks' exit."""
     alive = []
 
     def queue_again(number, frame):
@@ -158,7 +158,7 @@ def test_whoever_had_a_signal_first_has_the_last_word(tmp_path):
 
 
 def test_the_end_of_the_first_process_is_quiet_in_the_others():
-    """Which has the connection that they tell failures by; whoever has started them says that it is gone."""
+    """Rank 0 hosts the store; the launcher reports its loss, so the other ranks exit without a message."""
     codes, words = start_two("first killed")
 
     assert codes == [-signal.SIGKILL, 1]
@@ -166,7 +166,7 @@ def test_the_end_of_the_first_process_is_quiet_in_the_others():
 
 
 def start_two(how):
-    """Exit statuses of two processes that are started as by torchrun or srun, and what they print as errors."""
+    """Start two ranks as torchrun or srun would; return their exit statuses and their standard errors."""
     program = (
         "from ema_seg.runtime.distributed.start import process_group, report_first_failure\n"
         "from tests.runtime.distributed import workers\n"

@@ -1,4 +1,4 @@
-"""What processes do in tests: functions that a bare interpreter imports."""
+"""Functions that the tests run in several ranks; a bare interpreter can import them."""
 
 import json
 import os
@@ -15,11 +15,11 @@ from ema_seg.runtime.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Other imports stand where they are needed: each process of each test has to make them.
+# Other imports are inside the functions that need them, because every process of every test imports this module.
 
 
 def write(folder: Path, value: object) -> None:
-    """Leave a process's result for the test."""
+    """Write this rank's result to a file for the test."""
     (folder / f"{rank_info().rank}.json").write_text(json.dumps(value))
 
 
@@ -28,7 +28,7 @@ def sleep() -> None:
 
 
 def leave(folder: Path) -> None:
-    """Leave when asked to."""
+    """Write the process ID, and sleep until a preemption signal arrives."""
     from ema_seg.runtime.distributed.preemption import Preemption
 
     with Preemption().watched():
@@ -37,7 +37,7 @@ def leave(folder: Path) -> None:
 
 
 def train(config: dict[str, object], run: Path, folder: Path) -> None:
-    """Train, the first process asked to leave before its first step; leaves the order of steps and broadcasts."""
+    """Train, with SIGTERM to rank 0 before the first step; write the order of training steps and broadcasts."""
     from torch import distributed
 
     from ema_seg.cli.launch import produce_run
@@ -97,7 +97,11 @@ def exchange(folder: Path) -> None:
 
 
 def shared(folder: Path) -> list[object]:
-    """What is said of a folder that two machines share, and of one that each has for itself; what one writes."""
+    """Check a folder that two machines share, one that each has for itself, and one on a single machine.
+
+    Returns:
+        For each folder, the error's message, or whether the folder exists after the check.
+    """
     from ema_seg.runtime.distributed import collectives
 
     rank, found = rank_info().rank, []
@@ -113,7 +117,7 @@ def shared(folder: Path) -> list[object]:
 
 
 def fail(how: str) -> None:
-    """The second process fails; the first waits for it."""
+    """Fail in one rank, in the way that ``how`` names, while the other one waits or sleeps."""
     if rank_info().rank == 1:
         if how == "mistake":
             raise ConfigError("seed=-1 is none.")
@@ -129,26 +133,26 @@ def fail(how: str) -> None:
     if how == "hang":
         raise ConfigError("seed=-1 is none.")
     if how == "first killed":
-        time.sleep(1)  # until the other one waits
+        time.sleep(1)  # until rank 1 waits in the barrier
         os.kill(os.getpid(), signal.SIGKILL)
     barrier()
 
 
 def share(root: Path, folder: Path, values: "Tensor") -> None:
-    """All that is shared, because starting a process takes longer than any of it."""
+    """Write all results that the tests compare, from one start: starting a process takes longer than any of them."""
     found = {"score": score(root, folder), "lose": lose(6), "normalise": normalise(values), "skip": skip()}
     write(folder, {**found, "repeats": step_twice() if rank_info().size == 3 else None})
 
 
 def step_twice() -> bool:
-    """Whether a model has the same gradient in a second step as in the first, to the bit."""
+    """Return whether the gradients of a model's first and second step are equal bit by bit."""
     import torch
     from torch import nn
 
     from ema_seg.training.parallel.strategy import replicated_strategy
 
     class Module(nn.Module):
-        """As much of a module of Lightning's as the strategy looks at."""
+        """Minimal module for the strategy, with a parameter that is not used."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -172,7 +176,11 @@ def step_twice() -> bool:
 
 
 def skip() -> list[object]:
-    """What all processes know to be skipped, of which each could not read one; and what is said where that is a lot."""
+    """Skip one sample in each rank, and all-gather the skipped samples with two limits: the world size, and 1.
+
+    Returns:
+        For each limit, the names of the skipped samples, or the error's message.
+    """
     from ema_seg.data.loading import SkippedSamples
     from ema_seg.runtime.errors import DataError
 
@@ -190,7 +198,7 @@ def skip() -> list[object]:
 
 
 def score(root: Path, folder: Path) -> dict[str, object]:
-    """Evaluate a model that predicts every class, and measure it."""
+    """Score a model with random weights on the validation images, and measure its costs."""
     import torch
 
     from ema_seg.data import SegmentationDataModule
@@ -221,7 +229,7 @@ def score(root: Path, folder: Path) -> dict[str, object]:
 
 
 def batch_of(size: int) -> "tuple[Tensor, Tensor]":
-    """Logits and labels, of which every image has another number; the last two have none."""
+    """Return logits and labels; image i has i unlabelled rows, and the last two images have no labels."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -234,7 +242,7 @@ def batch_of(size: int) -> "tuple[Tensor, Tensor]":
 
 
 def lose(size: int) -> dict[str, object]:
-    """The value and the gradient of every loss, of this process's part of a batch."""
+    """Return value and gradient of every loss on this rank's part of a batch."""
     from ema_seg.training.losses import build_loss, loss_names
 
     here, found = rank_info(), {}
@@ -250,7 +258,7 @@ def lose(size: int) -> dict[str, object]:
 
 
 def normalise(values: "Tensor") -> dict[str, object]:
-    """Outputs, gradients and running statistics of layers over this process's part of the values."""
+    """Return outputs, gradients and running statistics of batch norm layers on this rank's part of the values."""
     import torch
     from timm.layers import BatchNormAct2d
     from torch import nn

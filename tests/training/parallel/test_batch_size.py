@@ -38,7 +38,7 @@ def config(camvid_root):
 
 
 def give_room_for(number, monkeypatch):
-    """Models that run out of memory with more crops than that, as a GPU would say it."""
+    """Simulate a GPU that runs out of memory with more than ``number`` crops."""
 
     def build(*arguments, **keywords):
         model = segmenter_from_config(*arguments, **keywords)
@@ -92,7 +92,7 @@ def test_a_decoder_that_needs_two_crops_is_given_two_or_refused(config, monkeypa
 
 
 def test_emau_exchanges_nothing_while_a_process_tries_by_itself(monkeypatch):
-    """Each process makes as many trials as it has room for."""
+    """Ranks may make different numbers of trials, so a collective in a trial would block."""
     exchanged = []
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)

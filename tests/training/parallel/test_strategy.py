@@ -1,4 +1,4 @@
-"""Which GPUs a training takes, with GPUs that are only told of: nothing is computed on them."""
+"""Tests of the choice of GPUs for a training; the GPUs are simulated, and nothing is computed on them."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from ema_seg.training.parallel.sharded import ShardedStrategy
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretends that the machine has so many GPUs, and that this process has such a place."""
+    """Return a function that simulates a number of GPUs and the rank of this process."""
 
     def pretend(gpus, place=None):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -67,7 +67,7 @@ def test_groups_that_do_not_fit_the_machines_are_refused(machine, place, message
     ],
 )
 def test_a_gpu_without_a_number_is_the_one_of_the_training(machine, monkeypatch, place, devices, expected):
-    """So that a model is tested on the GPU that it was trained on, and each process has its own."""
+    """A model is then tested on the GPU that it was trained on, and each rank has its own GPU."""
     taken = []
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     machine(4, place)
@@ -79,7 +79,7 @@ def test_a_gpu_without_a_number_is_the_one_of_the_training(machine, monkeypatch,
 
 
 def test_a_process_by_itself_is_the_first_whatever_rank_the_environment_has(monkeypatch):
-    monkeypatch.setattr(rank_zero_only, "rank", 3)  # as Lightning takes it from RANK when it is imported
+    monkeypatch.setattr(rank_zero_only, "rank", 3)  # Lightning reads it from RANK at import
 
     strategy.trainer_arguments({"devices": 1})
 
