@@ -38,7 +38,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ema_seg.data import SegmentationDataModule
 from ema_seg.inference.prediction import autocast
 from ema_seg.models import segmenter_from_config
-from ema_seg.runtime.distributed.start import barrier, rank_info, run_together, single_process
+from ema_seg.runtime.distributed.ranks import barrier, rank_info, single_process
+from ema_seg.runtime.distributed.spawn import run_together
 from ema_seg.runtime.errors import EmaSegError, Preempted
 from ema_seg.runtime.execution import set_execution
 from ema_seg.training.losses import build_loss

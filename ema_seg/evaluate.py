@@ -20,7 +20,7 @@ from ema_seg.models.checkpoint import check_classes
 from ema_seg.reporting.history import describe_data, read_curves
 from ema_seg.reporting.predictions import PredictionWriter, lock_report
 from ema_seg.reporting.report import FILES, build_report, report_manifest, write_report
-from ema_seg.runtime.distributed.start import rank_info
+from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.execution import deterministic_algorithms, set_execution
 
 __all__ = ["evaluate"]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ema_seg.attention.checks import check_positive
-from ema_seg.runtime.distributed.start import is_single_process
+from ema_seg.runtime.distributed.ranks import is_single_process
 from ema_seg.runtime.errors import ModelError
 
 __all__ = ["EMAU"]

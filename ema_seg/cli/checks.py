@@ -15,7 +15,7 @@ from ema_seg.cli.early_checks import check_early
 from ema_seg.data import SegmentationDataModule, check_dataset
 from ema_seg.data.datamodule import check_batch_divides
 from ema_seg.models import segmenter_from_config
-from ema_seg.runtime.distributed.start import single_process
+from ema_seg.runtime.distributed.ranks import single_process
 from ema_seg.runtime.errors import ConfigError, did_you_mean, one_line
 from ema_seg.training.loggers import check_loggers
 from ema_seg.training.losses import build_loss

@@ -16,7 +16,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ema_seg.config import require_plain
 from ema_seg.runtime.distributed.exit_handlers import exit_if_preempted
-from ema_seg.runtime.distributed.start import report_first_failure
+from ema_seg.runtime.distributed.group import report_first_failure
 from ema_seg.runtime.errors import (
     ConfigError,
     DataError,

@@ -21,7 +21,9 @@ from ema_seg.cli.command_line import (
 from ema_seg.cli.composition import CONFIGS, compose, launch
 from ema_seg.cli.early_checks import check_root
 from ema_seg.config import Evaluating, check_settings
-from ema_seg.runtime.distributed.start import detect_launcher, join_launcher, rank_info
+from ema_seg.runtime.distributed.group import join_launcher
+from ema_seg.runtime.distributed.launchers import detect_launcher
+from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.errors import CheckpointError, ConfigError, EmaSegError
 from ema_seg.runtime.host_memory import gc_frozen_imports, keep_freed_memory
 from ema_seg.sweeps import read_job

@@ -10,7 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ema_seg.cli.command_line import run_config
-from ema_seg.runtime.distributed.start import SecondaryFailure, join_launcher, rank_info, report_first_failure
+from ema_seg.runtime.distributed.group import SecondaryFailure, join_launcher, report_first_failure
+from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.errors import Preempted
 from ema_seg.runtime.host_memory import gc_frozen_imports
 from ema_seg.sweeps import claim_devices, read_plan, run_job

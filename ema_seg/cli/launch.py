@@ -21,7 +21,8 @@ from ema_seg.reporting import load_report
 from ema_seg.reporting.report import FILES, report_manifest
 from ema_seg.runtime.distributed.collectives import broadcast, require_shared
 from ema_seg.runtime.distributed.preemption import Preemption
-from ema_seg.runtime.distributed.start import rank_info, run_together
+from ema_seg.runtime.distributed.ranks import rank_info
+from ema_seg.runtime.distributed.spawn import run_together
 from ema_seg.runtime.errors import ConfigError, DataError, Preempted, TrainingError
 from ema_seg.runtime.execution import deterministic_algorithms
 from ema_seg.runtime.files import write_file

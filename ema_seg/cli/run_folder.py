@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from ema_seg.cli.command_line import read_config
-from ema_seg.runtime.distributed.start import rank_info
+from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.errors import ConfigError
 from ema_seg.sweeps import lock_run, read_job
 

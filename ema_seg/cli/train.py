@@ -25,7 +25,9 @@ from ema_seg.cli.resume import (
 )
 from ema_seg.cli.run_folder import hold_folder, is_named_by_time, require_free
 from ema_seg.runtime.distributed.exit_handlers import ignore_exit_signals
-from ema_seg.runtime.distributed.start import detect_launcher, join_launcher, rank_info
+from ema_seg.runtime.distributed.group import join_launcher
+from ema_seg.runtime.distributed.launchers import detect_launcher
+from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.errors import ConfigError
 from ema_seg.runtime.host_memory import gc_frozen_imports, keep_freed_memory
 from ema_seg.sweeps import count_devices, read_job

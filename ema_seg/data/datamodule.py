@@ -26,7 +26,7 @@ from ema_seg.data.loading import (
     collate_images,
 )
 from ema_seg.data.transforms import TensorSample, build_eval_transform, build_train_transform
-from ema_seg.runtime.distributed.start import rank_info
+from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.errors import ConfigError, DataError
 
 __all__ = ["SampleSelection", "SegmentationDataModule", "check_batch_divides"]

@@ -20,7 +20,7 @@ from ema_seg.data.processes import start_method
 from ema_seg.data.transforms import TensorSample
 from ema_seg.runtime.distributed.collectives import gather
 from ema_seg.runtime.distributed.exit_handlers import PREEMPTION_SIGNALS
-from ema_seg.runtime.distributed.start import rank_info
+from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.errors import ConfigError, DataError, EmaSegError
 from ema_seg.runtime.escaping import for_terminal
 from ema_seg.runtime.texts import read_table

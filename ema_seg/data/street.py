@@ -25,7 +25,7 @@ from ema_seg.data.base import Sample
 from ema_seg.data.cityscapes import CityscapesDataset
 from ema_seg.data.processes import start_method
 from ema_seg.data.street_scene import render_scene
-from ema_seg.runtime.distributed.start import rank_info
+from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.errors import ConfigError, DataError
 
 __all__ = ["StreetDataset"]

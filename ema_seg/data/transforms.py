@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ema_seg.data.base import IGNORE_INDEX, Sample
-from ema_seg.runtime.distributed.start import rank_info
+from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.errors import ConfigError, EmaSegError, did_you_mean, one_line
 
 # Disable albumentations' check for a newer version, which uses the network on import.

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ema_seg.evaluation.environment import describe_device
 from ema_seg.inference.prediction import autocast, memory_format_of, pad_to_stride, segment
 from ema_seg.runtime.distributed.collectives import broadcast, gather
-from ema_seg.runtime.distributed.start import barrier, rank_info
+from ema_seg.runtime.distributed.ranks import barrier, rank_info
 from ema_seg.runtime.errors import ConfigError, DataError
 from ema_seg.runtime.execution import evaluation_mode
 from ema_seg.runtime.limits import reraise_out_of_memory, reraise_size_errors

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import ema_seg
-from ema_seg.runtime.distributed.start import rank_info
+from ema_seg.runtime.distributed.ranks import rank_info
 
 __all__ = ["describe_device", "describe_environment"]
 

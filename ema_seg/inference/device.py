@@ -2,7 +2,7 @@
 
 import torch
 
-from ema_seg.runtime.distributed.start import rank_info
+from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.errors import ConfigError
 
 __all__ = ["find_device"]

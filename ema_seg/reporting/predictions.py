@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ema_seg.reporting.report import report_manifest
-from ema_seg.runtime.distributed.start import barrier, rank_info
+from ema_seg.runtime.distributed.ranks import barrier, rank_info
 from ema_seg.runtime.errors import DataError
 from ema_seg.runtime.files import file_names, write_file
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ema_seg.models import load_checkpoint, model_weights
 from ema_seg.runtime.distributed.preemption import Preemption
-from ema_seg.runtime.distributed.start import rank_info
+from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.errors import CheckpointError, ConfigError, one_line
 from ema_seg.runtime.escaping import for_terminal
 from ema_seg.training.lightning_patches import validates_next

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ema_seg.data.base import IGNORE_INDEX
 from ema_seg.runtime.distributed.collectives import global_sum, sum_in_place
-from ema_seg.runtime.distributed.start import rank_info
+from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.errors import ConfigError, did_you_mean
 
 __all__ = ["WeightedSum", "build_loss", "loss_names"]

@@ -18,7 +18,7 @@ from ema_seg.evaluation.confusion import Scores
 from ema_seg.inference.prediction import LESS_MEMORY, predict
 from ema_seg.models import load_segmenter, model_stride
 from ema_seg.runtime.distributed.collectives import sum_in_place
-from ema_seg.runtime.distributed.start import rank_info, single_process
+from ema_seg.runtime.distributed.ranks import rank_info, single_process
 from ema_seg.runtime.errors import CheckpointError, ConfigError, TrainingError
 from ema_seg.runtime.limits import reraise_out_of_memory, reraise_size_errors
 from ema_seg.training.losses import build_loss

@@ -7,8 +7,8 @@ from hydra import compose, initialize_config_dir
 from torch import distributed
 
 from ema_seg.cli.command_line import plain_config
-from ema_seg.runtime.distributed import start
-from ema_seg.runtime.distributed.start import RankInfo
+from ema_seg.runtime.distributed import ranks
+from ema_seg.runtime.distributed.ranks import RankInfo
 from tests.conftest import QUICK, ROOT
 
 
@@ -73,12 +73,12 @@ def test_a_process_that_steps_alone_exchanges_nothing(bench, monkeypatch):
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(distributed, "all_reduce", exchanged.append)
-    monkeypatch.setattr(start, "_place_in_environment", lambda: RankInfo(0, 2, 0, 2))
+    monkeypatch.setattr(ranks, "rank_from_environment", lambda: RankInfo(0, 2, 0, 2))
     batch = {"image": torch.rand(2, 3, 64, 64), "mask": torch.zeros(2, 64, 64, dtype=torch.int64)}
 
     bench.stepper(config, 11, torch.device("cpu"), together=False)(batch)
 
-    assert start.rank_info().size == 2
+    assert ranks.rank_info().size == 2
     assert exchanged == []
 
 

@@ -16,7 +16,7 @@ from ema_seg.data.base import IGNORE_INDEX
 from ema_seg.data.cityscapes import CityscapesDataset
 from ema_seg.data.street import StreetDataset
 from ema_seg.data.street_scene import LabelId, render_scene
-from ema_seg.runtime.distributed.start import RankInfo
+from ema_seg.runtime.distributed.ranks import RankInfo
 from ema_seg.runtime.errors import ConfigError, DataError
 
 TINY = {"height": 48, "width": 96, "train_images": 3, "val_images": 2, "test_images": 1}

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from ema_seg.cli.command_line import plain_config
 from ema_seg.reporting import load_report
-from ema_seg.runtime.distributed.start import run_together
+from ema_seg.runtime.distributed.spawn import run_together
 from ema_seg.runtime.errors import ConfigError, Preempted
 from ema_seg.sweeps import job_state, read_plan
 from ema_seg.training.checkpoints import load_last

@@ -7,7 +7,7 @@ import torch
 from filelock import FileLock
 
 from ema_seg.runtime import limits
-from ema_seg.runtime.distributed.start import _usable_cores
+from ema_seg.runtime.distributed.group import _usable_cores
 from ema_seg.sweeps import folder, is_running
 from tests.conftest import QUICK
 

@@ -1,1 +1,1 @@
-"""Process groups on one machine or many: start, collectives, preemption, exit handlers."""
+"""Process groups on one machine or many: ranks, launchers, group, spawning, collectives, preemption, exit handlers."""

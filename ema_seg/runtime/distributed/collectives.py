@@ -8,7 +8,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor, distributed
 
-from ema_seg.runtime.distributed.start import barrier, rank_info
+from ema_seg.runtime.distributed.ranks import barrier, rank_info
 from ema_seg.runtime.errors import ConfigError
 
 __all__ = ["broadcast", "gather", "global_sum", "require_shared", "sum_in_place"]

@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any
 
 from ema_seg.runtime.distributed.exit_handlers import PREEMPTION_SIGNALS, Handler, force_exit_after, foreign_handler
-from ema_seg.runtime.distributed.start import rank_info
+from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.errors import Preempted
 
 __all__ = ["Preemption"]

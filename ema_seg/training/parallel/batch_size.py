@@ -10,7 +10,7 @@ from ema_seg.data import SegmentationDataModule
 from ema_seg.inference import autocast
 from ema_seg.models import model_stride, segmenter_from_config
 from ema_seg.runtime.distributed.collectives import gather
-from ema_seg.runtime.distributed.start import rank_info, single_process
+from ema_seg.runtime.distributed.ranks import rank_info, single_process
 from ema_seg.runtime.errors import ConfigError
 from ema_seg.runtime.limits import is_out_of_memory
 from ema_seg.training.losses import build_loss

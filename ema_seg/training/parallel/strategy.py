@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
-from ema_seg.runtime.distributed.start import RankInfo, rank_info
+from ema_seg.runtime.distributed.ranks import RankInfo, rank_info
 from ema_seg.runtime.errors import ConfigError
 from ema_seg.training.parallel.sharded import ShardedStrategy
 from ema_seg.training.parallel.sync_batch_norm import SyncLayers

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ema_seg.runtime.distributed.start import run_together
+from ema_seg.runtime.distributed.spawn import run_together
 from tests.runtime.distributed import workers
 
 if __name__ == "__main__":

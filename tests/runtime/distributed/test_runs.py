@@ -5,7 +5,7 @@ import torch
 
 from ema_seg.cli import launch
 from ema_seg.inference import device
-from ema_seg.runtime.distributed.start import RankInfo
+from ema_seg.runtime.distributed.ranks import RankInfo
 from ema_seg.runtime.errors import ConfigError, Preempted, TrainingError
 from ema_seg.training.parallel import strategy
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ema_seg.runtime.distributed.start import barrier, rank_info
+from ema_seg.runtime.distributed.ranks import barrier, rank_info
 from ema_seg.runtime.errors import ConfigError
 
 if TYPE_CHECKING:

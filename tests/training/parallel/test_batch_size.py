@@ -6,7 +6,7 @@ from ema_seg.attention import build_attention
 from ema_seg.cli.command_line import plain_config
 from ema_seg.cli.launch import complete_config
 from ema_seg.models import segmenter_from_config
-from ema_seg.runtime.distributed.start import single_process
+from ema_seg.runtime.distributed.ranks import single_process
 from ema_seg.runtime.errors import ConfigError
 from ema_seg.training import find_batch_size
 from ema_seg.training.parallel import batch_size

@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from ema_seg.runtime.distributed.start import RankInfo
+from ema_seg.runtime.distributed.ranks import RankInfo
 from ema_seg.runtime.errors import ConfigError
 from ema_seg.training import resolve_world_size, set_cuda_device
 from ema_seg.training.parallel import strategy

@@ -11,15 +11,11 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore
 
-from ema_seg.runtime.distributed import start
-from ema_seg.runtime.distributed.start import (
-    ProcessFailed,
-    RankInfo,
-    SecondaryFailure,
-    detect_launcher,
-    rank_info,
-    run_together,
-)
+from ema_seg.runtime.distributed import group, spawn
+from ema_seg.runtime.distributed.group import ProcessFailed, SecondaryFailure
+from ema_seg.runtime.distributed.launchers import detect_launcher
+from ema_seg.runtime.distributed.ranks import RankInfo, rank_info
+from ema_seg.runtime.distributed.spawn import run_together
 from ema_seg.runtime.errors import ConfigError, Preempted, TrainingError
 from tests.conftest import ROOT, free_port, is_alive
 from tests.runtime.distributed import workers
@@ -72,7 +68,7 @@ def test_a_process_that_fails_ends_the_others_with_its_word(how, kind, message, 
     ],
 )
 def test_what_the_operating_system_says_is_told_in_a_sentence(error, message):
-    told = start.deserialize_error(start.serialize_error(error))
+    told = group.deserialize_error(group.serialize_error(error))
 
     assert type(told) is TrainingError
     assert str(told).startswith(message)
@@ -92,21 +88,21 @@ def test_what_the_operating_system_says_is_told_in_a_sentence(error, message):
 def test_the_reason_is_what_failed_first(word, codes, passed, message):
     store = HashStore()
     if word is not None:
-        store.set("failure", start.serialize_error(word))
+        store.set("failure", group.serialize_error(word))
 
     with pytest.raises((Exception, Preempted), match=f"^{message}"):
-        raise start._failure(store, codes, passed)
+        raise spawn._failure(store, codes, passed)
 
 
 def test_processes_that_are_asked_to_leave_wait_for_each_other_and_end_with_the_same_status():
     store, first = HashStore(), Preempted("stopped by SIGUSR1.")
-    store.set("failure", start.serialize_error(first))
-    leaving = threading.Thread(target=start._leave_together, args=(store, RankInfo(0, 2, 0, 1)))
+    store.set("failure", group.serialize_error(first))
+    leaving = threading.Thread(target=group._leave_together, args=(store, RankInfo(0, 2, 0, 1)))
 
     leaving.start()
     leaving.join(0.2)
     assert leaving.is_alive()
-    start._leave_together(store, RankInfo(1, 2, 0, 1))
+    group._leave_together(store, RankInfo(1, 2, 0, 1))
     leaving.join(1)
 
     assert not leaving.is_alive()
@@ -115,7 +111,7 @@ def test_processes_that_are_asked_to_leave_wait_for_each_other_and_end_with_the_
 
 def test_processes_end_when_the_one_that_started_them_is_killed():
     program = (
-        "from ema_seg.runtime.distributed.start import run_together; from tests.runtime.distributed import workers;"
+        "from ema_seg.runtime.distributed.spawn import run_together; from tests.runtime.distributed import workers;"
         "run_together(workers.sleep, 2)"
     )
     starter = subprocess.Popen(
@@ -168,7 +164,7 @@ def test_the_end_of_the_first_process_is_quiet_in_the_others():
 def start_two(how):
     """Start two ranks as torchrun or srun would; return their exit statuses and their standard errors."""
     program = (
-        "from ema_seg.runtime.distributed.start import process_group, report_first_failure\n"
+        "from ema_seg.runtime.distributed.group import process_group, report_first_failure\n"
         "from tests.runtime.distributed import workers\n"
         f"with process_group(), report_first_failure(): workers.fail({how!r})"
     )
@@ -240,7 +236,7 @@ def test_machines_have_as_many_tasks_of_slurm(monkeypatch):
 
 
 def test_a_process_that_ends_without_a_word_is_named():
-    program = "from ema_seg.runtime.distributed.start import run_together; import os; run_together(os._exit, 2, 3)"
+    program = "from ema_seg.runtime.distributed.spawn import run_together; import os; run_together(os._exit, 2, 3)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
     assert done.returncode == 1
