@@ -40,7 +40,9 @@ def main() -> None:
         saved = _saved_config()
         store = ConfigStore.instance()
         for group in ("data", "evaluation"):
-            store.store("of_run", saved.get(group, {}), group=group)
+            # Hydra would follow a defaults list in them.
+            section = {key: value for key, value in saved.get(group, {}).items() if key != "defaults"}
+            store.store("of_run", section, group=group)
         compose(CONFIGS, "eval")
         launch(_evaluate, CONFIGS, "eval")
 

@@ -9,30 +9,32 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import hydra._internal.hydra as hydras_own
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository, IConfigRepository
+from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.default_element import ResultDefault
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ema_seg.cli.trust import require_no_hydra_settings, require_typed, walk
+from ema_seg.cli.trust import require_same_hydra_settings, walk
 from ema_seg.runtime.errors import ConfigError
 from ema_seg.runtime.texts import read_yaml
 
 __all__ = ["Loader", "create_config_search_path", "get_args_parser", "validating_loader"]
 
 _MOST_BRACKETS = 50
-# What Hydra calls the sources of --config-dir and hydra.searchpath.
-_USERS = ("command-line", "hydra.searchpath")
+# Hydra's name for the source of --config-dir.
+_USERS = "command-line"
+# Groups of Hydra's settings among whose options a file may choose.
+_CHOSEN = ("launcher", "hydra/launcher", "hydra/sweeper")
 
 
 @contextmanager
@@ -106,35 +108,89 @@ class Loader(ConfigLoaderImpl):
         self._typed = options.overrides
         self._completes = options.shell_completion
         self._sweeps = options.multirun and not (options.help or options.hydra_help)
+        searched = [text for text in self._typed if _key_of(text) == "hydra.searchpath"]
+        self._files = ", ".join([*filter(None, [options.config_dir]), *searched])
 
     def load_configuration(
         self, config_name: str | None, overrides: list[str], run_mode: RunMode, *options: Any, **named: Any
     ) -> DictConfig:
-        """Compose a configuration, and reject settings of Hydra that are neither the project's nor typed."""
-        if self._completes:  # nothing acts on what completion composes
-            return super().load_configuration(config_name, overrides, run_mode, *options, **named)
-        require_typed(overrides, self._typed)
+        """Compose a configuration, and reject settings of Hydra that the user's files have changed."""
         composed = super().load_configuration(config_name, overrides, run_mode, *options, **named)
-        _check_plugins(composed, self._sweeps)
+        if not self._completes:  # nothing acts on what completion composes
+            if self._files:
+                trusted = self._load_trusted(composed, config_name, overrides, run_mode)
+                require_same_hydra_settings(composed, trusted, self._files)
+            _check_plugins(composed, self._sweeps)
         return composed
 
     def load_unchecked(self, config_name: str, overrides: list[str]) -> DictConfig:
         """Compose a configuration that nothing acts on."""
         return super().load_configuration(config_name, overrides, RunMode.MULTIRUN)
 
-    def _load_single_config(self, default: ResultDefault, repo: IConfigRepository) -> ConfigResult:
-        """Load a file and put it at its place in the configuration; reject Hydra's settings in files of the user."""
-        loaded = super()._load_single_config(default, repo)
-        if loaded.provider.startswith(_USERS):
-            assert isinstance(loaded.config, DictConfig)
-            require_no_hydra_settings(f"{loaded.path.removeprefix('file://')}/{default.config_path}", loaded.config)
-        return loaded
+    def _load_trusted(
+        self, composed: DictConfig, config_name: str | None, overrides: list[str], run_mode: RunMode
+    ) -> DictConfig:
+        """Compose the same without the user's files, with Hydra's settings that were typed.
+
+        The files may choose among the launchers and sweepers of the project, so their choices are kept.
+        """
+        path = deepcopy(self.config_search_path)
+        path.get_path()[:] = [each for each in path.get_path() if each.provider != _USERS]
+        loader = ConfigLoaderImpl(path)
+        loader.repository = Repository(path)
+        chosen = [f"{group}={option}" for group, option in composed.hydra.runtime.choices.items() if group in _CHOSEN]
+        kept = {
+            _key_of(text): text
+            for text in [*chosen, *overrides]
+            if text in chosen or (_is_of_hydra(text) and (text in self._typed or _is_added(text)))
+        }
+        searched = kept.pop("hydra.searchpath", None)
+        # Without an option of the user's own the settings differ, as they must.
+        known = [text for key, text in kept.items() if not _is_group(key) or _exists(loader, text)]
+        own_primary = config_name is None or loader.repository.config_exists(config_name)
+        trusted = loader.load_configuration(config_name if own_primary else "train", known, run_mode)
+        if searched:
+            trusted.hydra.searchpath = composed.hydra.searchpath
+        return trusted
 
     def _process_config_searchpath(
         self, config_name: str | None, parsed_overrides: list[Override], repo: CachingConfigRepository
     ) -> None:
-        """Follow ``hydra.searchpath`` of the command line, but not of a file: Hydra imports packages from it."""
+        """Follow ``hydra.searchpath`` of the command line, but not of a file: Hydra imports packages from it.
+
+        Raises:
+            ConfigError: an override of a sweep's job sets it.
+        """
+        for override in parsed_overrides:
+            typed = self._completes or override.input_line in self._typed
+            if override.get_key_element() == "hydra.searchpath" and not typed:
+                raise ConfigError(
+                    f"{override.input_line}: a job of a sweep must not set hydra.searchpath, because Hydra imports "
+                    "packages from it; type it on the command line."
+                )
         super()._process_config_searchpath(None, parsed_overrides, repo)
+
+
+def _key_of(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _is_group(key: str) -> bool:
+    return key == "launcher" or "/" in key
+
+
+def _is_of_hydra(override: str) -> bool:
+    return re.match(r"hydra\b", _key_of(override)) is not None
+
+
+def _exists(loader: ConfigLoaderImpl, choice: str) -> bool:
+    """Return whether the option of a group that an override chooses is there."""
+    return bool(loader.repository.config_exists(choice.lstrip("+").replace("=", "/", 1)))
+
+
+def _is_added(override: str) -> bool:
+    """Return whether Hydra adds this override to every command, or a sweeper to every job."""
+    return _key_of(override) in ("hydra.mode", "hydra.sweep.dir", "hydra.sweep.subdir")
 
 
 def _check_plugins(composed: DictConfig, multirun: bool) -> None:

@@ -1,9 +1,9 @@
-"""What a configuration file may decide: everything but Hydra's own settings.
+"""Rule for configuration files of others: they may set everything but Hydra's own settings.
 
-Hydra calls what its callbacks and logs name, sets environment variables and runs a launcher's commands: a file with
-such settings could run code. One rule covers them all: what stands under ``hydra.`` comes from the project's own
-configurations, from Hydra and its plugins, or was typed. Environment variables must be typed, too: they may hold
-passwords and tokens, and settings are shown, logged and saved.
+Hydra calls the names in its callbacks and logs, sets environment variables and runs a launcher's commands: a file with
+such settings could run code. So everything below ``hydra`` must be as it is without the user's files: it comes from the
+project's configurations, from Hydra and its plugins, or was typed. Environment variables must be typed, too: they may
+hold passwords and tokens, and settings are shown, logged and saved.
 """
 
 import re
@@ -17,16 +17,15 @@ from omegaconf.resolvers import oc
 from ema_seg.runtime.errors import ConfigError
 
 __all__ = [
-    "require_no_hydra_settings",
     "require_printable",
-    "require_typed",
+    "require_same_hydra_settings",
     "restrict_environment",
     "settings_of",
     "walk",
 ]
 
-# Overrides that Hydra adds to every command, and the sweepers to every job.
-_ADDED = ("hydra.mode", "hydra.sweep.dir", "hydra.sweep.subdir")
+# Records of a composition below ``hydra``, which Hydra does not act on.
+_VARYING = ("overrides", "runtime", "job.config_name", "job.override_dirname")
 
 
 def restrict_environment(typed: Sequence[str]) -> None:
@@ -50,37 +49,30 @@ def _read_variable(known: frozenset[str], name: str, *default: str | None) -> st
     return oc.env(name, *default)
 
 
-def require_no_hydra_settings(file: str, content: DictConfig) -> None:
-    """Reject Hydra's settings in a file that is not the project's.
+def require_same_hydra_settings(composed: DictConfig, trusted: DictConfig, files: str) -> None:
+    """Reject settings of Hydra that the user's files have changed.
+
+    The result of the composition is compared, because files reach a setting in many ways: by keys, package headers,
+    packages in defaults lists, overrides of a sweep's jobs, and nodes that Hydra shares between files.
 
     Args:
-        file: the file, for the message.
-        content: its settings, at their place in the configuration: a defaults list or a ``@package`` header may have
-            moved them there.
+        composed: the configuration with the user's files.
+        trusted: the configuration without them, with the typed overrides of Hydra's settings.
+        files: the folders of the user's files, for the message.
 
     Raises:
-        ConfigError: the file sets ``hydra`` or a key below.
+        ConfigError: a setting below ``hydra`` differs, is missing or is added.
     """
-    keys = [path for path, _ in settings_of(content) if path == "hydra" or path.startswith("hydra.")]
-    if keys:
-        raise ConfigError(
-            f"{file}: a configuration file must not set {max(keys, key=lambda key: key.count('.'))}, because Hydra's "
-            "settings can run code; remove it, and if you trust it, type it on the command line."
-        )
-
-
-def require_typed(overrides: Sequence[str], typed: Sequence[str]) -> None:
-    """Reject overrides of Hydra's settings that come from a file, such as from the variants of a sweep.
-
-    Raises:
-        ConfigError: an override of ``hydra`` or of a key below is not among those of the command line.
-    """
-    for text in overrides:
-        key = text.lstrip("+~").partition("=")[0]
-        if re.match(r"hydra\b", key) and text not in typed and key not in _ADDED:
+    # Hydra's schema admits no interpolation in place of the whole section.
+    ours, theirs = (dict(walk(OmegaConf.to_container(each.hydra, resolve=False), "")) for each in (trusted, composed))
+    for path in [*theirs, *ours]:
+        # Sections differ where one of their values does.
+        if path.startswith(_VARYING) or all(isinstance(each.get(path), dict | list) for each in (ours, theirs)):
+            continue
+        if path not in ours or path not in theirs or ours[path] != theirs[path]:
             raise ConfigError(
-                f"{text}: a job of a sweep must not set {key}, because Hydra's settings can run code; remove it, or "
-                "type it on the command line, for all jobs."
+                f"{files}: a configuration file must not change hydra.{path}, because Hydra's settings can run code; "
+                "remove it, and if you trust it, type it on the command line."
             )
 
 

@@ -14,7 +14,6 @@ from ema_seg.cli.hydra_patches import Loader, validating_loader
     ("owner", "name"),
     [
         (ConfigLoaderImpl, "load_configuration"),
-        (ConfigLoaderImpl, "_load_single_config"),
         (ConfigLoaderImpl, "_process_config_searchpath"),
         (ConfigRepository, "_find_object_source"),
         (ConfigRepository, "_extract_defaults_list"),
@@ -36,9 +35,9 @@ def test_hydras_main_program_takes_its_loader_by_the_name_that_is_replaced():
 
 def test_the_overridden_methods_are_called(monkeypatch):
     called = []
-    for name in ("load_configuration", "_load_single_config", "_process_config_searchpath"):
+    for name in ("load_configuration", "_process_config_searchpath"):
         own = getattr(Loader, name)
         monkeypatch.setattr(Loader, name, lambda *a, own=own, name=name, **k: called.append(name) or own(*a, **k))
     monkeypatch.setattr("sys.argv", ["train.py", "seed=1"])
     compose(CONFIGS, "train")
-    assert called[:3] == ["load_configuration", "_process_config_searchpath", "_load_single_config"]
+    assert called == ["load_configuration", "_process_config_searchpath"]
