@@ -30,8 +30,10 @@ class Entry:
     def __init__(self, folder):
         self.folder = folder
         self.process = None  # started, but not waited for yet
-        # Benchmarks must not run Triton's kernels in its interpreter.
+        # Benchmarks must not run Triton's kernels in its interpreter. Ranks have the second variable from their start;
+        # torch reads it when it is imported.
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"
         self.server = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -15,12 +16,10 @@ from torch.testing import assert_close
 
 from ema_seg.cli.command_line import plain_config
 from ema_seg.reporting import load_report
-from ema_seg.runtime.distributed.spawn import run_together
-from ema_seg.runtime.errors import ConfigError, Preempted
+from ema_seg.runtime.errors import ConfigError
 from ema_seg.sweeps import job_state, read_plan
 from ema_seg.training.checkpoints import load_last
 from tests.conftest import FPN, QUICK, ROOT, free_port, is_alive, made_once, write_camvid
-from tests.runtime.distributed import workers
 
 TINY = (*QUICK, *FPN, "data=camvid")
 # No dropout, because its random numbers differ between ranks. Double precision, because in float32 these steps, with
@@ -269,14 +268,17 @@ def test_processes_that_are_asked_to_leave_end_with_one_checkpoint(training, ent
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step
 
 
-def test_no_step_waits_for_a_word_of_the_first_process_and_yet_all_leave_with_it(root, tmp_path):
+def test_no_step_waits_for_a_word_of_the_first_process_and_yet_all_leave_with_it(root, tmp_path, entry):
     run, overrides = tmp_path / "run", ("trainer=ddp_cpu", "epochs=50", f"data.root={root}")
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         config = plain_config(compose("train", [*TINY, *overrides]))
 
-    with pytest.raises(Preempted, match=r"^stopped by SIGTERM at step \d, in epoch 1; continue with "):
-        run_together(workers.train, 2, config, run, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
 
+    status, err = entry.run(tmp_path / "config.json", run, tmp_path, script="tests/system/preempted")
+
+    assert status == 75
+    assert re.match(r"error: stopped by SIGTERM at step \d, in epoch 1; continue with ", err)
     steps = load_last(run)[1]["global_step"]
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == ["step"] * steps
@@ -307,17 +309,6 @@ def test_mistakes_are_named_before_anything_starts(overrides, message, root, tmp
     assert err.startswith("error: ")
     assert message in err
     assert not (run / "config.yaml").exists()
-
-
-def test_processes_that_nobody_asked_for_are_refused(root, tmp_path, entry):
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    command = [*torchrun, str(ROOT / "train.py"), *TINY, f"data.root={root}"]
-
-    entry.run(entry.folder, json.dumps([(command, {})]), script="tests/system/started", cwd=tmp_path)
-
-    assert json.loads(entry.out) == [1]
-    err = (entry.folder / "0.err").read_text()
-    assert err.count("error: devices=1: must be 2, the number of processes that torchrun has started") == 1
 
 
 def test_a_sweep_is_started_once(monkeypatch):
