@@ -32,6 +32,7 @@ from ema_seg.runtime.texts import read_yaml
 __all__ = [
     "argument",
     "expand_home",
+    "key_of",
     "plain_config",
     "quoted",
     "read_config",
@@ -105,6 +106,11 @@ def argument(key: str) -> str | None:
     """Return the value of the last override ``key=value`` on the command line; None if missing, empty or null."""
     values = [text.removeprefix(f"{key}=").strip("'\"") for text in sys.argv[1:] if text.startswith(f"{key}=")]
     return values[-1] if values and values[-1] not in ("", "null") else None
+
+
+def key_of(override: str) -> str:
+    """Return the key or the group that an override sets, adds or deletes."""
+    return override.lstrip("+~").partition("=")[0]
 
 
 def quoted(path: Path) -> str:

@@ -18,6 +18,7 @@ from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ema_seg.cli.command_line import key_of
 from ema_seg.cli.early_checks import options_of
 from ema_seg.cli.hydra_patches import Loader, create_config_search_path, get_args_parser, validating_loader
 from ema_seg.cli.trust import restrict_environment, settings_of
@@ -79,7 +80,7 @@ def compose(folder: Path, config_name: str) -> DictConfig:
             raise ConfigError(f"--config-dir {options.config_dir}: there is no such folder.")
         added = Path(options.config_dir).absolute()
         search_path.prepend("command-line", f"file://{added}", SearchPathQuery(provider="schema"))
-    loader = Loader(search_path)
+    loader = Loader(config_name, search_path)
     mode = RunMode.MULTIRUN if options.multirun else RunMode.RUN
     name = options.config_name or config_name
     try:
@@ -119,7 +120,7 @@ def launch(task: TaskFunction, folder: Path, config_name: str) -> None:
     """Run ``task`` through ``hydra.main``, and raise errors where Hydra would print them and exit."""
     OmegaConf.register_new_resolver("meanings", _list_meanings, replace=True)
     try:
-        with validating_loader():
+        with validating_loader(config_name):
             hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
     except Exception as error:
         if isinstance(error, EmaSegError | OSError) or _is_ours(error, task):
@@ -172,7 +173,7 @@ def _describe_hydra_error(error: Exception, loader: Loader, name: str, overrides
         return f"{_quoted_in(text)}: several values are a sweep, which needs -m before the overrides."
     if text.startswith("Config group override must be"):
         wrong = [str(o.input_line) for o in _choices(loader, overrides) if not isinstance(o.value(), str | list)]
-        group = wrong[0].partition("=")[0].lstrip("+~")
+        group = key_of(wrong[0])
         return (
             f"{' '.join(wrong)}: must be the name of an option of {group}; choose from "
             f"{', '.join(loader.repository.get_group_options(group))}."
@@ -248,7 +249,7 @@ def _choices(loader: Loader, overrides: list[str]) -> list[Override]:
 
 def _override_of_key(key: str, overrides: list[str]) -> str:
     """Return the override of this key; the key itself if there is none."""
-    return next((text for text in overrides if text.lstrip("+~").partition("=")[0] == key), key)
+    return next((text for text in overrides if key_of(text) == key), key)
 
 
 def _quoted_in(text: str) -> str:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from ema_seg.cli.command_line import key_of
 from ema_seg.cli.trust import require_same_hydra_settings, walk
 from ema_seg.runtime.errors import ConfigError
 from ema_seg.runtime.texts import read_yaml
@@ -35,14 +37,20 @@ _MOST_BRACKETS = 50
 _USERS = "command-line"
 # Groups of Hydra's settings among whose options a file may choose.
 _CHOSEN = ("launcher", "hydra/launcher", "hydra/sweeper")
+# Overrides that Hydra adds to every command, and the sweepers to every job.
+_ADDED = ("hydra.mode", "hydra.sweep.dir", "hydra.sweep.subdir")
 
 
 @contextmanager
-def validating_loader() -> Iterator[None]:
-    """Have Hydra use ``Loader``, and raise errors that it would print; for the duration of the block."""
+def validating_loader(primary: str) -> Iterator[None]:
+    """Have Hydra use ``Loader``, and raise errors that it would print; for the duration of the block.
+
+    Args:
+        primary: see ``Loader``.
+    """
     earlier = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    hydras_own.ConfigLoaderImpl = Loader  # type: ignore[misc]  # mypy allows no assignment to a class's name
+    hydras_own.ConfigLoaderImpl = partial(Loader, primary)  # type: ignore[misc, assignment]  # a class's name
     try:
         yield
     finally:
@@ -98,17 +106,22 @@ class Loader(ConfigLoaderImpl):
     """Config loader that checks every config it composes, in this process and in those of a launcher.
 
     Checking an earlier composition of the same command would not do: a defaults list may choose its files by time.
+
+    Args:
+        primary: name of the command's own primary config.
+        config_search_path: see ConfigLoaderImpl.
     """
 
-    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+    def __init__(self, primary: str, config_search_path: ConfigSearchPath) -> None:
         super().__init__(config_search_path)
+        self._primary = primary
         self.repository = Repository(config_search_path)
         # Parse the command line here: the processes of a launcher do not have it.
         options = get_args_parser().parse_args()
         self._typed = options.overrides
         self._completes = options.shell_completion
         self._sweeps = options.multirun and not (options.help or options.hydra_help)
-        searched = [text for text in self._typed if _key_of(text) == "hydra.searchpath"]
+        searched = [text for text in self._typed if key_of(text) == "hydra.searchpath"]
         self._files = ", ".join([*filter(None, [options.config_dir]), *searched])
 
     def load_configuration(
@@ -139,16 +152,17 @@ class Loader(ConfigLoaderImpl):
         loader = ConfigLoaderImpl(path)
         loader.repository = Repository(path)
         chosen = [f"{group}={option}" for group, option in composed.hydra.runtime.choices.items() if group in _CHOSEN]
-        kept = {
-            _key_of(text): text
-            for text in [*chosen, *overrides]
-            if text in chosen or (_is_of_hydra(text) and (text in self._typed or _is_added(text)))
-        }
+        typed = [
+            text
+            for text in overrides
+            if re.match(r"hydra\b", key_of(text)) and (text in self._typed or key_of(text) in _ADDED)
+        ]
+        kept = {key_of(text): text for text in [*chosen, *typed]}
         searched = kept.pop("hydra.searchpath", None)
         # Without an option of the user's own the settings differ, as they must.
         known = [text for key, text in kept.items() if not _is_group(key) or _exists(loader, text)]
         own_primary = config_name is None or loader.repository.config_exists(config_name)
-        trusted = loader.load_configuration(config_name if own_primary else "train", known, run_mode)
+        trusted = loader.load_configuration(config_name if own_primary else self._primary, known, run_mode)
         if searched:
             trusted.hydra.searchpath = composed.hydra.searchpath
         return trusted
@@ -171,26 +185,13 @@ class Loader(ConfigLoaderImpl):
         super()._process_config_searchpath(None, parsed_overrides, repo)
 
 
-def _key_of(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
-
-
 def _is_group(key: str) -> bool:
     return key == "launcher" or "/" in key
-
-
-def _is_of_hydra(override: str) -> bool:
-    return re.match(r"hydra\b", _key_of(override)) is not None
 
 
 def _exists(loader: ConfigLoaderImpl, choice: str) -> bool:
     """Return whether the option of a group that an override chooses is there."""
     return bool(loader.repository.config_exists(choice.lstrip("+").replace("=", "/", 1)))
-
-
-def _is_added(override: str) -> bool:
-    """Return whether Hydra adds this override to every command, or a sweeper to every job."""
-    return _key_of(override) in ("hydra.mode", "hydra.sweep.dir", "hydra.sweep.subdir")
 
 
 def _check_plugins(composed: DictConfig, multirun: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, open_dict
 
-from ema_seg.cli.command_line import quoted, read_config, run_config, saved_config
+from ema_seg.cli.command_line import key_of, quoted, read_config, run_config, saved_config
 from ema_seg.cli.early_checks import check_early, check_root
 from ema_seg.runtime.errors import ConfigError, TrainingError
 from ema_seg.runtime.host_memory import gc_frozen_imports
@@ -79,7 +79,7 @@ def register_repeated(run: Path) -> str:
     for text in sys.argv[1:]:
         if text.startswith("-") or not ("=" in text or text.startswith("~")):
             continue  # an option of Hydra's, such as --cfg, or its value
-        key = text.lstrip("+~").partition("=")[0]
+        key = key_of(text)
         if not any(key == name or key.startswith(f"{name}.") for name in free):
             raise ConfigError(f"rerun={run}: {text} would make it a different run; remove it.")
     name = "${data.name}_${model.decoder}_${attention.name}"

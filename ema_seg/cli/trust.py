@@ -64,7 +64,7 @@ def require_same_hydra_settings(composed: DictConfig, trusted: DictConfig, files
         ConfigError: a setting below ``hydra`` differs, is missing or is added.
     """
     # Hydra's schema admits no interpolation in place of the whole section.
-    ours, theirs = (dict(walk(OmegaConf.to_container(each.hydra, resolve=False), "")) for each in (trusted, composed))
+    ours, theirs = (dict(settings_of(each.hydra)) for each in (trusted, composed))
     for path in [*theirs, *ours]:
         # Sections differ where one of their values does.
         if path.startswith(_VARYING) or all(isinstance(each.get(path), dict | list) for each in (ours, theirs)):

@@ -28,8 +28,8 @@ def test_hydra_has_the_methods_that_ours_override_or_call(owner, name):
 
 def test_hydras_main_program_takes_its_loader_by_the_name_that_is_replaced():
     assert hydras_own.ConfigLoaderImpl is ConfigLoaderImpl
-    with validating_loader():
-        assert hydras_own.Hydra.create_main_hydra2.__globals__["ConfigLoaderImpl"] is Loader
+    with validating_loader("train"):
+        assert hydras_own.Hydra.create_main_hydra2.__globals__["ConfigLoaderImpl"].func is Loader
     assert hydras_own.ConfigLoaderImpl is ConfigLoaderImpl
 
 

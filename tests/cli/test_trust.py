@@ -183,6 +183,18 @@ def test_a_primary_config_without_the_projects_is_refused(experiment, run_script
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.parametrize("script", ["train", "eval"])
+def test_a_primary_config_on_top_of_the_projects_is_taken(script, experiment, run_script, tmp_path):
+    experiment({})
+    (tmp_path / "shared" / "mine.yaml").write_text(
+        yaml.safe_dump({"defaults": [script, "_self_"], "data": {"max_skipped": 3}})
+    )
+
+    status, out, err = run_script(script, "--config-dir", "shared", "--config-name", "mine", "--cfg", "job")
+
+    assert (status, "max_skipped: 3" in out) == (0, True), err
+
+
 @pytest.mark.parametrize("source", ["run", "ckpt"])
 def test_a_defaults_list_in_a_saved_configuration_is_not_followed(source, run_script, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
