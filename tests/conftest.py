@@ -66,7 +66,7 @@ def write_camvid(root, sizes=((64, 96),), train=4, val=3):
 
 @pytest.fixture(autouse=True)
 def _seed():
-    # The same random numbers, and so the same rounding errors, each time that a test runs.
+    # A test repeats its random numbers, and so its rounding errors, in every run.
     torch.manual_seed(0)
 
 

@@ -1,8 +1,8 @@
 """Figures of a comparison: scores against speed, differences, curves, classes, and the images that differ most.
 
 They are drawn from ``comparison.json`` and the pictures beside it alone, see ``ema_seg.comparison.schema``. The page's
-plots are drawn by its own program: one Vega-Lite specification for both would place no labels (25 of them overlap), and
-Vega's label transform does not run without a browser.
+plots are drawn by its own program: one Vega-Lite specification for both would place no labels, so that some of 25
+overlap, and Vega's label transform does not run without a browser.
 """
 
 import math

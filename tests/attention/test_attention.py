@@ -69,6 +69,9 @@ every_block = pytest.mark.parametrize(
 )
 
 
+every_configuration = pytest.mark.parametrize("name", [name for name in attention_names() if name != "none"])
+
+
 @every_block
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_block_keeps_shape_and_dtype_and_trains(name, options, dtype):
@@ -143,7 +146,7 @@ def unet():
 
 
 @pytest.mark.parametrize("placements", [("encoder",), ("decoder",), ("head",), PLACEMENTS], ids="+".join)
-@pytest.mark.parametrize("name", [name for name in attention_names() if name != "none"])
+@every_configuration
 def test_every_block_trains_at_every_placement(unet, name, placements, monkeypatch):
     # The image that probes the model must suit every decoder; for this one a small image is enough, and faster.
     monkeypatch.setattr(placement, "_small_image", lambda _: torch.zeros(1, 3, 64, 64))
@@ -166,9 +169,6 @@ def test_every_block_trains_at_every_placement(unet, name, placements, monkeypat
 
 
 # Compilation and export take as long as all other tests of a block, and its options use the same operators.
-every_configuration = pytest.mark.parametrize("name", [name for name in attention_names() if name != "none"])
-
-
 @pytest.mark.slow
 @every_configuration
 def test_a_compiled_block_is_the_block(name):
@@ -229,7 +229,7 @@ def test_onnx_computes_the_block(name, tmp_path):
     assert_close(torch.from_numpy(y), block(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in attention_names() if name != "none"])
+@every_configuration
 def test_the_configuration_has_the_link_and_the_defaults_and_the_documentation_has_the_block(name):
     options = options_of(name)
     defaults = {

@@ -30,10 +30,10 @@ def experiment(tmp_path, monkeypatch):
     def write(settings, **taken):
         files = {"experiment/theirs": settings, **{f"taken/{option}": content for option, content in taken.items()}}
         for name, content in files.items():
-            file = tmp_path / "shared" / f"{name}.yaml"
+            file = tmp_path / "given" / f"{name}.yaml"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("# @package _global_\n" + yaml.safe_dump(content))
-        return "--config-dir", tmp_path / "shared", "+experiment=theirs"
+        return "--config-dir", tmp_path / "given", "+experiment=theirs"
 
     return write
 
@@ -71,7 +71,7 @@ def test_an_experiment_file_sets_nothing_of_hydra(script, settings, key, experim
     status, _, err = run_script(script, *experiment(settings))
 
     assert status == 1
-    assert f"{tmp_path / 'shared'}: a configuration file must not change {key} because Hydra's settings can run" in err
+    assert f"{tmp_path / 'given'}: a configuration file must not change {key} because Hydra's settings can run" in err
     assert err.count("\n") == 1
     assert not (tmp_path / "mark").exists()
 
@@ -86,8 +86,8 @@ def test_an_experiment_file_sets_nothing_of_hydra(script, settings, key, experim
 )
 def test_a_package_is_no_way_around(header, content, experiment, run_script, tmp_path):
     command = experiment({}, called={})
-    (tmp_path / "shared" / "taken" / "called.yaml").write_text("{_target_: os.system, command: touch mark}")
-    (tmp_path / "shared" / "experiment" / "theirs.yaml").write_text(f"{header}\n{yaml.safe_dump(content)}")
+    (tmp_path / "given" / "taken" / "called.yaml").write_text("{_target_: os.system, command: touch mark}")
+    (tmp_path / "given" / "experiment" / "theirs.yaml").write_text(f"{header}\n{yaml.safe_dump(content)}")
 
     status, _, err = run_script("train", *command)
 
@@ -144,13 +144,13 @@ ROUTES = {
 def test_no_route_leads_below_hydra(route, experiment, run_script, tmp_path):
     command = experiment({})
     for name, content in ROUTES[route].items():
-        file = tmp_path / "shared" / f"{name}.yaml"
+        file = tmp_path / "given" / f"{name}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("# @package _global_\n" + yaml.safe_dump(content).replace(": null", ""))
 
     status, _, err = run_script("train", *command, "data=camvid", "data.root=none")
 
-    assert (status, "shared: a configuration file must not change hydra." in err) == (1, True), err
+    assert (status, "given: a configuration file must not change hydra." in err) == (1, True), err
     assert not (tmp_path / "mark").exists()
 
 
@@ -175,22 +175,22 @@ def test_a_job_that_differs_from_its_plan_is_checked_where_it_runs(experiment, r
 
 def test_a_primary_config_without_the_projects_is_refused(experiment, run_script, tmp_path):
     experiment({})
-    (tmp_path / "shared" / "bare.yaml").write_text("epochs: 1")
+    (tmp_path / "given" / "bare.yaml").write_text("epochs: 1")
 
-    status, _, err = run_script("train", "--config-dir", tmp_path / "shared", "--config-name", "bare")
+    status, _, err = run_script("train", "--config-dir", tmp_path / "given", "--config-name", "bare")
 
-    assert (status, "shared: a configuration file must not change hydra." in err) == (1, True), err
+    assert (status, "given: a configuration file must not change hydra." in err) == (1, True), err
     assert not (tmp_path / "outputs").exists()
 
 
 @pytest.mark.parametrize("script", ["train", "eval"])
 def test_a_primary_config_on_top_of_the_projects_is_taken(script, experiment, run_script, tmp_path):
     experiment({})
-    (tmp_path / "shared" / "mine.yaml").write_text(
+    (tmp_path / "given" / "mine.yaml").write_text(
         yaml.safe_dump({"defaults": [script, "_self_"], "data": {"max_skipped": 3}})
     )
 
-    status, out, err = run_script(script, "--config-dir", "shared", "--config-name", "mine", "--cfg", "job")
+    status, out, err = run_script(script, "--config-dir", "given", "--config-name", "mine", "--cfg", "job")
 
     assert (status, "max_skipped: 3" in out) == (0, True), err
 
@@ -236,14 +236,14 @@ def test_a_file_chooses_among_the_launchers_and_sweepers_of_the_project(choice, 
 
 
 def test_a_users_file_in_a_group_of_hydra_is_no_way_around(run_script, tmp_path):
-    file = tmp_path / "shared" / "hydra" / "job_logging" / "mine.yaml"
+    file = tmp_path / "given" / "hydra" / "job_logging" / "mine.yaml"
     file.parent.mkdir(parents=True)
     file.write_text(yaml.safe_dump(HANDLER["hydra"]["job_logging"]))
 
-    status, _, err = run_script("train", "--config-dir", tmp_path / "shared", "hydra/job_logging=mine")
+    status, _, err = run_script("train", "--config-dir", tmp_path / "given", "hydra/job_logging=mine")
 
     assert status == 1
-    assert "shared: a configuration file must not change hydra.job_logging.handlers" in err
+    assert "given: a configuration file must not change hydra.job_logging.handlers" in err
 
 
 SEARCHED = {"defaults": ["train", "_self_"], "hydra": {"searchpath": ["pkg://theirs.code"]}}
@@ -264,12 +264,12 @@ def test_a_file_cannot_have_a_package_imported(experiment, package, run_script, 
     # A file may name a package in a search path, which Hydra follows before anything else, or in a defaults list.
     experiment({"epochs": 1})
     for content in (SEARCHED, POINTED_AT):
-        (tmp_path / "shared" / "theirs.yaml").write_text(yaml.safe_dump(content))
+        (tmp_path / "given" / "theirs.yaml").write_text(yaml.safe_dump(content))
         for options in (["--cfg", "job"], ["--help"], ["-m"], ["--info", "searchpath"]):
-            status, _, err = run_script("train", "--config-dir", "shared", "--config-name", "theirs", *options)
-            refused = "shared: a configuration file must not change hydra" if content == SEARCHED else "of HydraConf"
+            status, _, err = run_script("train", "--config-dir", "given", "--config-name", "theirs", *options)
+            refused = "given: a configuration file must not change hydra" if content == SEARCHED else "of HydraConf"
             assert (status, refused in err, err.count("\n")) == (1, True, 1), err
-        run_script("train", "--config-dir", "shared", "--config-name", "theirs", "--shell-completion", "query=bash")
+        run_script("train", "--config-dir", "given", "--config-name", "theirs", "--shell-completion", "query=bash")
     for entry in ("pkg://theirs.code/x", "/pkg://theirs.code/x", {"/taken": "pkg://theirs.code/x"}, "structured://x"):
         status, _, err = run_script("train", *experiment({"defaults": [entry, "_self_"]}), "--cfg", "job")
         assert status == 1
@@ -281,10 +281,10 @@ def test_a_file_cannot_have_a_package_imported(experiment, package, run_script, 
 
 def test_a_typed_search_path_is_followed(experiment, package, run_script, tmp_path):
     experiment({"epochs": 7})
-    status, out, _ = run_script("train", "hydra.searchpath=[file://shared]", "+experiment=theirs", "--cfg", "job")
+    status, out, _ = run_script("train", "hydra.searchpath=[file://given]", "+experiment=theirs", "--cfg", "job")
     assert (status, "epochs: 7" in out) == (0, True)
     experiment(CALLBACK)
-    status, _, err = run_script("train", "hydra.searchpath=[file://shared]", "+experiment=theirs", "--cfg", "job")
+    status, _, err = run_script("train", "hydra.searchpath=[file://given]", "+experiment=theirs", "--cfg", "job")
     assert (status, "must not change hydra.callbacks.mine" in err) == (1, True)
     run_script("train", "hydra.searchpath=[pkg://theirs.code]", "--cfg", "job")
     assert (tmp_path / "mark").exists()
@@ -298,7 +298,7 @@ def test_a_file_cannot_name_files_beyond_its_folder(experiment, run_script, tmp_
         "/../private",
         f"/{private}",
         {"/taken": "../../private"},
-        {"/../shared/..": "private"},
+        {"/../given/..": "private"},
     ):
         status, out, err = run_script("train", *experiment({"defaults": [entry, "_self_"]}), "--cfg", "job")
         assert (status, "must be below a folder of the config search path" in err) == (1, True), err
@@ -357,12 +357,12 @@ def test_a_typed_variable_is_read(experiment, run_script, monkeypatch):
 )
 def test_a_file_that_is_no_configuration_is_a_sentence(content, message, experiment, run_script, tmp_path):
     command = experiment({})
-    (tmp_path / "shared" / "experiment" / "theirs.yaml").write_text(content)
+    (tmp_path / "given" / "experiment" / "theirs.yaml").write_text(content)
 
     status, _, err = run_script("train", *command, "--cfg", "job")
 
     assert status == 1
-    assert f"shared/experiment/theirs.yaml: {message}" in err
+    assert f"given/experiment/theirs.yaml: {message}" in err
     assert err.count("\n") == 1
 
 
@@ -454,7 +454,7 @@ def test_what_hydra_acts_on_is_what_was_looked_at(turns, experiment, run_script,
     status, _, err = run_script("train", *command, "data=camvid", "data.root=none", f"hydra.run.dir={tmp_path / 'run'}")
 
     assert status == 1
-    assert "shared: a configuration file must not change hydra.job_logging" in err
+    assert "given: a configuration file must not change hydra.job_logging" in err
     assert next(read) > turns + 1
     assert not (tmp_path / "mark").exists()
     assert hydras_own.ConfigLoaderImpl is ConfigLoaderImpl  # restored for later compositions in this process
@@ -471,7 +471,7 @@ def test_what_a_process_of_a_launcher_acts_on_is_looked_at_there(experiment, run
     )
 
     assert status == 1
-    error = f"ema_seg.runtime.errors.ConfigError: {tmp_path}/shared: a configuration file must not change"
+    error = f"ema_seg.runtime.errors.ConfigError: {tmp_path}/given: a configuration file must not change"
     assert f"(FailedJobError: {error}" in err
     assert not list(tmp_path.rglob("mark"))
 

@@ -40,13 +40,9 @@ _FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
 )
-_DTYPES = {
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-}  # numbers as in kernels.cpp
-_CALL = struct.Struct("=9qd17Q")  # struct Call in kernels/layout.h
+# As in run_in of kernels.cpp and in struct Call of layout.h.
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_CALL = struct.Struct("=9qd17Q")
 
 
 def unavailable(x: Tensor) -> str | None:

@@ -40,6 +40,7 @@ __all__ = [
     "backward_kernel",
     "forward_kernel",
     "parameters_kernel",
+    "triton",
 ]
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret

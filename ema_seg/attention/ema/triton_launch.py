@@ -13,6 +13,7 @@ from ema_seg.attention.ema.triton_kernels import (
     backward_kernel,
     forward_kernel,
     parameters_kernel,
+    triton,  # None where it is not installed
 )
 from ema_seg.attention.ema.triton_plan import (
     SMALLEST_TILE,
@@ -23,11 +24,6 @@ from ema_seg.attention.ema.triton_plan import (
     plan_work,
     power_of_two,
 )
-
-try:
-    import triton
-except ImportError:  # not every platform has it
-    triton = None
 
 __all__ = ["backward", "forward", "unavailable"]
 
