@@ -10,7 +10,11 @@ template <class A, bool Lanes>
 inline void Worker<A, Lanes>::add_means() {
     std::memset(own.columns[0], 0, item.slices * g.vectors * L * sizeof(A));
     clear_rows(shared.rows[0]);
-    for_rows([&](int64_t s, int64_t h, auto rows) { add_means<rows()>(s, h); });
+    for (int64_t i = 0; i < tiling.panels; ++i) {
+        panel(i);
+        begin(x, top);
+        for_rows([&](int64_t s, int64_t h, auto rows) { add_means<rows()>(s, h); });
+    }
 }
 
 template <class A, bool Lanes>
@@ -38,7 +42,11 @@ inline void Worker<A, Lanes>::add_means(int64_t s, int64_t h) const {
 template <class A, bool Lanes>
 inline void Worker<A, Lanes>::add_moments() {
     std::memset(own.moments, 0, item.slices * 4 * sizeof(V));
-    for_rows([&](int64_t s, int64_t h, auto rows) { add_moments<rows()>(s, h); });
+    for (int64_t i = 0; i < tiling.panels; ++i) {
+        panel(i);
+        begin(x, top);
+        for_rows([&](int64_t s, int64_t h, auto rows) { add_moments<rows()>(s, h); });
+    }
 }
 
 template <class A, bool Lanes>

@@ -285,18 +285,9 @@ struct Worker {
 
     int64_t input_step() const { return Lanes && direct() ? g.C : L; }
 
-    // Call `work` in each panel for each slice of four rows at a time, and row by row for the rest.
+    // Call `work` for each slice of four rows at a time, and row by row for the rest.
     template <class Work>
     void for_rows(Work work) {
-        for (int64_t i = 0; i < tiling.panels; ++i) {
-            panel(i);
-            begin(x, top);
-            for_rows_of_panel(work);
-        }
-    }
-
-    template <class Work>
-    void for_rows_of_panel(Work work) {
         for (int64_t h = top; h < bottom;) {
             const bool four = h + kRows <= bottom;
             if (!direct()) fill(x, call.x, h + (four ? kRows : 1));
