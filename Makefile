@@ -10,6 +10,8 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip
 # Python compiles what it imports; all that the libraries have would take half a minute.
 INSTALL := $(PIP) install --no-compile --constraint constraints.txt
+# Many container images forbid Python to keep what it has compiled; a start would then take 15 s instead of 6.
+export PYTHONDONTWRITEBYTECODE :=
 
 # One thread per test process: the processes are the parallelism.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal

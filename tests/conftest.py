@@ -3,6 +3,9 @@ import os
 # Test processes run in parallel; with more than one thread each they would compete for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+# At its first use Inductor tries the compiler with each instruction set of the CPU, which takes longer than all that the
+# tests compile; scalar code serves them as well.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 import ctypes
 import signal

@@ -381,10 +381,10 @@ def test_a_small_variance_beside_a_large_mean_survives_in_float32(implementation
     names = ("y", "x", "gn.weight", "gn.bias")
     errors = {"reference": dict.fromkeys(names, 0.0), implementation: dict.fromkeys(names, 0.0)}
     for seed in range(4):  # several seeds, because the rounding error of large summands is random
-        block = randomised(EMA(16, factor=4), scale=0.5, seed=seed)
+        block = randomised(EMA(8, factor=2), scale=0.5, seed=seed)
         block.conv1x1.bias.data += 30  # saturates the gates: the variance is that of the input
         block.conv3x3.weight.data -= block.conv3x3.weight.data.mean(dim=(1, 2, 3), keepdim=True)
-        x = 1000 + random((2, 16, 20, 24), seed=seed, dtype=torch.float32)
+        x = 1000 + random((1, 8, 20, 24), seed=seed, dtype=torch.float32)
         dy = random(x.shape, seed=seed + 100, dtype=torch.float32)
         truth = run(block, "reference", x.double(), dy.double())
         for name, sums in errors.items():
@@ -397,9 +397,12 @@ def test_a_small_variance_beside_a_large_mean_survives_in_float32(implementation
         assert errors[implementation][tensor] ** 0.5 <= 4 * errors["reference"][tensor] ** 0.5, tensor
 
 
+# The kernels have no second derivative of their own, so EMA is enough for the slowest.
+DIFFERENTIATED = [*itertools.product(BLOCKS, ["reference", "factorised", "cpp"]), (EMA, "triton")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("implementation", ["reference", *FAST])
+@pytest.mark.parametrize(("block", "implementation"), DIFFERENTIATED)
 def test_gradients_are_those_of_the_output_to_second_order(block, implementation):
     ema = randomised(block(4, factor=2, implementation=implementation).double()).to(device_for(implementation))
     x = random((1, 4, 3, 4)).to(device_for(implementation)).requires_grad_()
@@ -512,8 +515,10 @@ def test_an_empty_batch_and_one_that_is_not_a_number(implementation):
 def test_results_repeat_bit_for_bit(implementation, layout, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = device_for(implementation)
-    block = randomised(EMA(32, factor=8), scale=0.5)
-    x, dy = laid_out(random((4, 32, 19, 21), dtype=torch.float32), layout), random((4, 32, 19, 21), seed=3)
+    # Triton's interpreter computes in one thread, where order cannot change.
+    shape = (1, 8, 9, 7) if (implementation, device) == ("triton", "cpu") else (4, 32, 19, 21)
+    block = randomised(EMA(shape[1], factor=shape[1] // 4), scale=0.5)
+    x, dy = laid_out(random(shape, dtype=torch.float32), layout), random(shape, seed=3)
 
     torch.use_deterministic_algorithms(True)
     try:
@@ -594,7 +599,7 @@ def test_compiles_whole_with_static_and_dynamic_shapes(block, implementation, la
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, dynamic=dynamic_shapes, backend=backend)
 
-    for shape in [(2, 16, 9, 12), (3, 16, 16, 7)] if dynamic_shapes else [(2, 16, 9, 12)]:
+    for shape in [(2, 16, 5, 6), (3, 16, 7, 4)] if dynamic_shapes else [(2, 16, 5, 6)]:
         x = laid_out(random(shape, dtype=torch.float32), layout).to(device).requires_grad_()
         dy = random(shape, seed=2, dtype=torch.float32).to(device)
         inputs = (x, *block.parameters())
@@ -606,9 +611,12 @@ def test_compiles_whole_with_static_and_dynamic_shapes(block, implementation, la
         assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-4)
 
 
+# All kernels have the same meta kernel, so one layout is enough for the slowest.
+REGISTERED = [*itertools.product(["factorised", "cpp"], ["contiguous", "channels_last", "strided"]), ("triton", "strided")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
-@pytest.mark.parametrize("kernels", FAST)
+@pytest.mark.parametrize(("kernels", "layout"), REGISTERED)
 def test_the_operator_is_registered_as_pytorch_demands(kernels, layout):
     device = device_for(kernels)
     block = randomised(EMA(8, factor=2), scale=0.5).to(device)
@@ -642,28 +650,35 @@ def test_the_flop_counter_counts_every_implementation(implementation):
     assert backward.get_total_flops() == counter.get_total_flops() * (2 if implementation == "reference" else 3)
 
 
-# Every implementation exports the same graph, so one case is enough for DynamicEMA.
-EXPORTED = [*itertools.product([EMA], ["reference", *FAST]), (DynamicEMA, "factorised")]
+def exported(block):
+    """Export a block for any batch size, height and width."""
+    free = torch.export.Dim.DYNAMIC
+    x = random((2, 16, 9, 12), dtype=torch.float32)
+    return torch.export.export(block, (x,), dynamic_shapes={"x": {0: free, 2: free, 3: free}})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("block", "implementation"), EXPORTED)
-def test_exports_as_plain_operators_that_onnxruntime_runs(block, implementation, tmp_path):
-    block = randomised(block(16, factor=4, implementation=implementation), scale=0.5).eval()
-    x = random((2, 16, 9, 12), dtype=torch.float32)
-    free = torch.export.Dim.DYNAMIC
-    sizes = {"x": {0: free, 2: free, 3: free}}
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_implementation_exports_the_same_plain_operators(block):
+    programs = [exported(block(16, factor=4, implementation=name).eval()) for name in ("reference", *FAST)]
 
-    program = torch.export.export(block, (x,), dynamic_shapes=sizes)
+    assert len({program.graph_module.code for program in programs}) == 1
+    operators = {node.target.namespace for node in programs[0].graph.nodes if hasattr(node.target, "namespace")}
+    assert operators == {"aten"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", BLOCKS)
+def test_onnxruntime_runs_the_exported_block(block, tmp_path):
+    block = randomised(block(16, factor=4, implementation="factorised"), scale=0.5).eval()
+
+    program = exported(block)
     onnx = torch.onnx.export(program, dynamo=True, verbose=False)
     onnx.save(tmp_path / "ema.onnx")
 
-    operators = {node.target.namespace for node in program.graph.nodes if hasattr(node.target, "namespace")}
-    assert operators == {"aten"}
     session = onnxruntime.InferenceSession(tmp_path / "ema.onnx")
-    other = random((3, 16, 7, 5), seed=5, dtype=torch.float32)
-    block.implementation = "factorised"  # runs on every device
-    for images in (x, other):
+    for shape in ((2, 16, 9, 12), (3, 16, 7, 5)):
+        images = random(shape, seed=5, dtype=torch.float32)
         expected = block(images).detach()
         assert_close(program.module()(images), expected)
         assert_close(torch.from_numpy(session.run(None, {"x": images.numpy()})[0]), expected, rtol=1e-4, atol=1e-5)
