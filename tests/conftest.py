@@ -3,8 +3,8 @@ import os
 # Test processes run in parallel; with more than one thread each they would compete for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-# At its first use Inductor tries the compiler with each instruction set of the CPU, which takes longer than all that the
-# tests compile; scalar code serves them as well.
+# At its first use Inductor tries the compiler with each instruction set of the CPU. That takes longer than all that the
+# tests compile, which scalar code serves as well.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 import ctypes
@@ -91,7 +91,7 @@ QUICK = (
     "epochs=2",
     "logger=none",
     "training.pictures_every=0",
-    "evaluation.budget=0.1",
+    "evaluation.budget=0.01",
     "trainer=cpu",
 )
 # A small decoder that has dropout.
@@ -160,9 +160,14 @@ def made_once(tmp_path_factory, name, make):
 
 
 @pytest.fixture
-def run_script(monkeypatch, capsys):
-    """Return a function that runs ``train`` or ``eval`` here, with blank figures: exit status, output and error."""
+def blank_figures(monkeypatch):
+    """Save blank images instead of figures; see ``leave_blank``."""
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", leave_blank)
+
+
+@pytest.fixture
+def run_script(blank_figures, monkeypatch, capsys):
+    """Return a function that runs ``train`` or ``eval`` here, with blank figures: exit status, output and error."""
 
     def run(script, *overrides):
         from hydra.core.global_hydra import GlobalHydra

@@ -69,12 +69,14 @@ def _produce_job(
 ) -> None:
     with gc_frozen_imports():
         from ema_seg.cli.launch import produce_run
+        from ema_seg.train import train
 
     callbacks = _search_callbacks(composed, run)
     config = run_config(composed)
     try:
         with report_first_failure():
-            produce_run(config, run, resume=resume, job=job, quiet=True, callbacks=callbacks, started_by=started_by)
+            options = {"resume": resume, "job": job, "quiet": True, "callbacks": callbacks, "started_by": started_by}
+            produce_run(train, config, run, **options)
     except SecondaryFailure as silent:
         if rank_info().rank or silent.first is None:
             raise

@@ -27,13 +27,13 @@ from ema_seg.runtime.errors import ConfigError, DataError, Preempted, TrainingEr
 from ema_seg.runtime.execution import deterministic_algorithms
 from ema_seg.runtime.files import write_file
 from ema_seg.runtime.texts import read_json, read_yaml
-from ema_seg.train import train
 from ema_seg.training import find_batch_size, resolve_world_size, set_cuda_device, training_device
 
 __all__ = ["complete_config", "evaluate_run", "produce_run"]
 
 
 def produce_run(
+    train: Callable[..., Path],
     config: dict[str, Any],
     run: Path,
     *,
@@ -46,6 +46,7 @@ def produce_run(
     """Train the model of a configuration, test the best checkpoint, and write the report.
 
     Args:
+        train: ``ema_seg.train.train``, which every process calls.
         config: the resolved configuration of ``train.py`` as plain data.
         run: the run's folder; receives ``config.yaml``, the files of ``train`` and ``report/``.
         resume: continue from the last checkpoint in that folder.
@@ -71,11 +72,11 @@ def produce_run(
     if rank_info().rank == 0:
         report_manifest(directory).check(FILES)  # before the training, not only after it
     settings = {"resume": resume, "job": job, "quiet": quiet, "callbacks": list(callbacks), "threads": threads}
-    return _run_and_load_report(_train_and_evaluate, processes, directory, config, run, directory, settings)
+    return _run_and_load_report(_train_and_evaluate, processes, directory, train, config, run, directory, settings)
 
 
 def _train_and_evaluate(
-    config: dict[str, Any], run: Path, directory: Path, settings: Mapping[str, Any]
+    train: Callable[..., Path], config: dict[str, Any], run: Path, directory: Path, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Train and evaluate in this process, alone or as one rank of several."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

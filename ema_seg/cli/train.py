@@ -1,7 +1,7 @@
 """The command ``train.py``: from its arguments to a run or a sweep.
 
 ``main`` composes the configuration, that of a resumed or repeated run from the run's own file, and hands it to Hydra,
-which calls ``_train`` for a run or for each job of a sweep.
+which calls ``_train`` for a run or for each job of a sweep. The training itself is ``ema_seg.train.train``.
 """
 
 import sys
@@ -117,11 +117,13 @@ def _train_run(composed: DictConfig, run: Path) -> None:
     with gc_frozen_imports():
         from ema_seg.cli.launch import produce_run
         from ema_seg.reporting import print_report
+        from ema_seg.train import train
 
     if job:
         require_same_job(config, run)
     with hold_folder(run, by_time=by_time) as run:
-        report = produce_run(config, run, resume=bool(config["resume"]), job=job, started_by=detect_launcher())
+        # Calls train in this process, or in one for each device.
+        report = produce_run(train, config, run, resume=bool(config["resume"]), job=job, started_by=detect_launcher())
     ignore_exit_signals()
     if rank_info().rank == 0:
         print_report(report)

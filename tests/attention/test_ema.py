@@ -350,10 +350,13 @@ def test_float32_is_within_1e_5_of_the_truth(block, implementation, shape, facto
         assert error <= 1e-5 * sum(truth[name].norm().item() ** 2 for name in names) ** 0.5, layer
 
 
+# The kernels compute in float32 what they load as either, so two cases are enough for float16.
+HALVES = [*((torch.bfloat16, *case) for case in CASES), *((torch.float16, *case) for case in CASES[:2])]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("implementation", FAST)
-@pytest.mark.parametrize(("block", "shape", "factor", "layout"), CASES)
+@pytest.mark.parametrize(("dtype", "block", "shape", "factor", "layout"), HALVES)
 def test_half_precision_is_no_further_from_the_truth_than_the_reference(
     dtype, block, implementation, shape, factor, layout
 ):
@@ -612,7 +615,10 @@ def test_compiles_whole_with_static_and_dynamic_shapes(block, implementation, la
 
 
 # All kernels have the same meta kernel, so one layout is enough for the slowest.
-REGISTERED = [*itertools.product(["factorised", "cpp"], ["contiguous", "channels_last", "strided"]), ("triton", "strided")]
+REGISTERED = [
+    *itertools.product(["factorised", "cpp"], ["contiguous", "channels_last", "strided"]),
+    ("triton", "strided"),
+]
 
 
 @pytest.mark.slow

@@ -366,6 +366,7 @@ def test_examples_are_the_images_of_most_gain_and_most_loss(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_pictures_of_an_earlier_comparison_go_and_nothing_else(sweep, tmp_path):
     runs = read_folder(sweep)
     report_comparison(runs, tmp_path)

@@ -6,6 +6,7 @@ configuration. So the tests cover the non-linear mIoU, with classes that are abs
 
 import itertools
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -50,6 +51,7 @@ def simulate(rng, seeds, effect, balance, images=IMAGES):
     return counts
 
 
+@cache
 def true_difference(effect, balance):
     """Estimate the expected difference of mIoU from many images and seeds."""
     rng = np.random.default_rng(99)

@@ -130,6 +130,7 @@ def test_latex_is_escaped(comparison):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_hostile_names_stay_names_in_every_file(comparison, tmp_path):
     name = "=1+1</script><img src=x>[y](z)|\x1b[2J\udcff"
     changed = json.loads(json.dumps(comparison).replace("traffic light | sign", json.dumps(name)[1:-1]))
@@ -166,6 +167,7 @@ def test_a_sweep_is_compared_by_one_command(sweep, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_the_comparison_goes_into_the_folder_of_the_sweep_and_is_no_run_of_it(tmp_path, capsys):
     write_run(tmp_path / "a", "none")
     write_run(tmp_path / "b", "ema")
@@ -176,6 +178,7 @@ def test_the_comparison_goes_into_the_folder_of_the_sweep_and_is_no_run_of_it(tm
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_two_runs_are_compared_by_one_command(sweep, tmp_path, capsys):
     runs = [str(sweep / "none_seed0"), str(sweep / "ema_seed0")]
     assert main(["compare", *runs, "--output", str(tmp_path)]) == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from ema_seg.reporting import load_report
 from ema_seg.runtime.errors import CheckpointError
@@ -313,10 +314,11 @@ def test_a_command_goes_on_with_its_own_unfinished_run(undisturbed, entry, tmp_p
     root, expected = undisturbed
     command = [*TINY, f"data.root={root}", "resume=auto"]
     parent = tmp_path / "runs"
-    for name, change in {"1_other": ["seed=1"], "2_same": [], "3_longer": ["epochs=5"]}.items():
-        run = parent / name
-        arguments = [*command, *change, f"hydra.run.dir={run}"]
-        assert disturb(entry, arguments, run, signal.SIGTERM, 0.0)[0] == 75
+    run = parent / "2_same"
+    assert disturb(entry, [*command, f"hydra.run.dir={run}"], run, signal.SIGTERM, 0.0)[0] == 75
+    for name, key, value in (("1_other", "seed", 1), ("3_longer", "epochs", 5)):
+        config = shutil.copytree(run, parent / name) / "config.yaml"
+        config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {key: value}))
     shutil.copytree(expected, parent / "4_finished")
 
     # Without hydra.run.dir, resume=auto searches the siblings of a new run's folder, which is named by the time.

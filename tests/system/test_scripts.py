@@ -34,30 +34,34 @@ from ema_seg.runtime.distributed.exit_handlers import PREEMPTION_SIGNALS, instal
 from ema_seg.sweeps import is_running, lock_run
 from ema_seg.training.checkpoints import require_same_model
 from ema_seg.training.module import SegmentationModule
-from tests.conftest import QUICK, ROOT, write_camvid
+from tests.conftest import QUICK, ROOT, made_once, write_camvid
 
 
 @pytest.fixture(scope="module")
-def finished_run(camvid_root, tmp_path_factory):
-    """Train in a subprocess, with the default logger and pictures; return the run's folder and the ended process."""
-    run = tmp_path_factory.mktemp("runs") / "run"
-    overrides = [
-        *(text for text in QUICK if not text.startswith(("logger", "training.pictures"))),
-        "data=camvid",
-        f"data.root={camvid_root}",
-        "training.pictures_every=1",
-        "data.workers=1",
-        f"hydra.run.dir={run}",
-    ]
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py", *overrides],
-        capture_output=True,
-        text=True,
-        cwd=run.parent,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return run, done
+def finished(camvid_root, tmp_path_factory):
+    """Train in a subprocess, with the default logger and pictures; return a folder with ``run``, ``out``, ``err``."""
+
+    def make(folder):
+        overrides = [
+            *(text for text in QUICK if not text.startswith(("logger", "training.pictures"))),
+            "data=camvid",
+            f"data.root={camvid_root}",
+            "training.pictures_every=1",
+            "data.workers=1",
+            f"hydra.run.dir={folder / 'run'}",
+        ]
+        with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
+            command = [sys.executable, ROOT / "train.py", *overrides]
+            status = subprocess.run(command, stdout=out, stderr=err, cwd=folder, timeout=300).returncode
+        assert status == 0, (folder / "err").read_text()
+
+    return made_once(tmp_path_factory, "finished", make)
+
+
+@pytest.fixture(scope="module")
+def finished_run(finished, tmp_path_factory):
+    """Return a copy of the run for this test process, because commands hold the runs that they work on."""
+    return shutil.copytree(finished / "run", tmp_path_factory.mktemp("runs") / "run")
 
 
 def rows_of(run):
@@ -66,8 +70,7 @@ def rows_of(run):
 
 
 def test_a_run_leaves_its_directory_as_promised(finished_run):
-    run, _ = finished_run
-    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    files = {str(path.relative_to(finished_run)) for path in finished_run.rglob("*") if path.is_file()}
 
     assert {
         "config.yaml",
@@ -86,27 +89,26 @@ def test_a_run_leaves_its_directory_as_promised(finished_run):
     assert any(name.startswith("tensorboard/events") for name in files)
 
 
-def test_a_run_prints_the_report_and_its_path(finished_run):
-    run, done = finished_run
+def test_a_run_prints_the_report_and_its_path(finished):
+    out, err = ((finished / name).read_text() for name in ("out", "err"))
 
-    assert "mIoU" in done.stdout
-    assert "images/s" in done.stdout
-    assert done.stdout.rstrip().endswith(f"run: {run}")
-    assert "epoch 2/2" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "mIoU" in out
+    assert "images/s" in out
+    assert out.rstrip().endswith(f"run: {finished / 'run'}")
+    assert "epoch 2/2" in err
+    assert "Traceback" not in err
 
 
 def test_metrics_have_a_full_row_per_epoch(finished_run):
-    rows = rows_of(finished_run[0])
+    rows = rows_of(finished_run)
 
     assert [row["epoch"] for row in rows] == ["0", "1"]
     assert all(value != "" for row in rows for value in row.values())
 
 
 def test_tensorboard_shows_each_score_and_no_number_of_its_own(finished_run):
-    run, _ = finished_run
-    events = EventAccumulator(str(run / "tensorboard")).Reload()
-    rows = rows_of(run)
+    events = EventAccumulator(str(finished_run / "tensorboard")).Reload()
+    rows = rows_of(finished_run)
 
     assert {"epoch", *rows[0]} - {"step", "seconds"} <= {*events.Tags()["scalars"]}
     assert {"val_iou/sky", "val_iou/road"} <= {*events.Tags()["scalars"]}
@@ -119,9 +121,8 @@ def test_tensorboard_shows_each_score_and_no_number_of_its_own(finished_run):
 
 def test_the_report_agrees_with_the_checkpoint_and_the_files(finished_run, camvid_root):
     """The reference rebuilds the model from the checkpoint alone and counts pixels without the evaluation code."""
-    run, _ = finished_run
-    report = json.loads((run / "report" / "report.json").read_text())
-    model, checkpoint = load_segmenter(run / "checkpoints" / "best.ckpt")
+    report = json.loads((finished_run / "report" / "report.json").read_text())
+    model, checkpoint = load_segmenter(finished_run / "checkpoints" / "best.ckpt")
     mean, std = (np.array(checkpoint["config"]["data"][key]) for key in ("mean", "std"))
     counts, predictions = np.zeros((11, 11), np.int64), []
     for path in sorted((camvid_root / "val" / "images").iterdir()):
@@ -137,34 +138,33 @@ def test_the_report_agrees_with_the_checkpoint_and_the_files(finished_run, camvi
     matrix = ConfusionMatrix(11)
     matrix.matrix += torch.from_numpy(counts)
     assert report["miou"] == pytest.approx(matrix.compute()["miou"])
-    assert report["miou"] == pytest.approx(max(float(row["val/miou"]) for row in rows_of(run)), rel=1e-5)
+    assert report["miou"] == pytest.approx(max(float(row["val/miou"]) for row in rows_of(finished_run)), rel=1e-5)
     assert report["throughput"]["forward"][0]["images_per_second"] > 0
     assert report["attention"]["name"] == "ema"
     assert report["config"] == checkpoint["config"]
     assert report["seed"] == checkpoint["config"]["seed"]
-    assert report["curves"]["val/miou"] == [float(row["val/miou"]) for row in rows_of(run)]
-    kept = [np.asarray(Image.open(run / "report" / image["prediction"])) for image in report["images"]]
+    assert report["curves"]["val/miou"] == [float(row["val/miou"]) for row in rows_of(finished_run)]
+    kept = [np.asarray(Image.open(finished_run / "report" / image["prediction"])) for image in report["images"]]
     assert all(map(np.array_equal, kept, predictions))
 
 
 def test_the_saved_configuration_is_resolved(finished_run):
-    run, _ = finished_run
-    text = (run / "config.yaml").read_text()
+    text = (finished_run / "config.yaml").read_text()
 
     assert "${" not in text
     assert yaml.safe_load(text)["data"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
-    assert "torch" in json.loads((run / "environment.json").read_text())["packages"]
+    assert "torch" in json.loads((finished_run / "environment.json").read_text())["packages"]
 
 
 def test_a_checkpoint_is_plain_data(finished_run):
     for name in ("best", "last"):
-        checkpoint = torch.load(finished_run[0] / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        checkpoint = torch.load(finished_run / "checkpoints" / f"{name}.ckpt", weights_only=True)
         assert checkpoint["config"]["model"]["decoder"] == "linknet"
         assert len(checkpoint["classes"]) == 11
 
 
 def test_a_checkpoint_is_rebuilt_as_lightning_users_do(finished_run):
-    path = finished_run[0] / "checkpoints" / "best.ckpt"
+    path = finished_run / "checkpoints" / "best.ckpt"
 
     module = SegmentationModule.load_from_checkpoint(path, map_location="cpu")
 
@@ -175,10 +175,9 @@ def test_a_checkpoint_is_rebuilt_as_lightning_users_do(finished_run):
 
 
 def test_eval_repeats_the_report_of_a_run(finished_run, run_script, tmp_path):
-    run, _ = finished_run
-    before = json.loads((run / "report" / "report.json").read_text())
+    before = json.loads((finished_run / "report" / "report.json").read_text())
 
-    status, out, err = run_script("eval", f"run={run}", f"report.dir={tmp_path / 'again'}")
+    status, out, err = run_script("eval", f"run={finished_run}", f"report.dir={tmp_path / 'again'}")
 
     assert status == 0, err
     after = json.loads((tmp_path / "again" / "report.json").read_text())
@@ -188,8 +187,7 @@ def test_eval_repeats_the_report_of_a_run(finished_run, run_script, tmp_path):
 
 
 def test_eval_takes_a_lone_checkpoint_and_other_data(finished_run, run_script, tmp_path):
-    run, _ = finished_run
-    checkpoint = shutil.copy(run / "checkpoints" / "best.ckpt", tmp_path / "copied.ckpt")
+    checkpoint = shutil.copy(finished_run / "checkpoints" / "best.ckpt", tmp_path / "copied.ckpt")
     root = write_camvid(tmp_path / "other", sizes=((50, 70), (64, 96)), train=1, val=4)
 
     status, _, err = run_script(
@@ -274,31 +272,30 @@ def files_of(folder):
     ],
 )
 def test_a_refused_resumption_leaves_the_run_as_it_was(overrides, message, finished_run, run_script, tmp_path):
-    run, _ = finished_run
     folder = make_folder(tmp_path / "folder") if "folder" in overrides[0] else None
-    before = files_of(run)
+    before = files_of(finished_run)
 
     filled = [text.replace("{folder}", str(folder)) for text in overrides]
-    status, _, err = run_script("train", f"resume={run}", *filled)
+    status, _, err = run_script("train", f"resume={finished_run}", *filled)
 
     assert status == 1
     assert re.search(message, err), err
     assert "Traceback" not in err
-    assert files_of(run) == before
+    assert files_of(finished_run) == before
 
 
 def test_what_a_checkpoint_does_not_depend_on_can_change(finished_run):
-    saved = {"config": yaml.safe_load((finished_run[0] / "config.yaml").read_text())}
+    saved = {"config": yaml.safe_load((finished_run / "config.yaml").read_text())}
     config = copy.deepcopy(saved["config"])
     config["attention"]["implementation"] = "reference"
     config["model"]["encoder_weights"] = "imagenet"
     config["schedule"] = {"name": "constant", "warmup_steps": 0}
 
-    require_same_model(saved, config, finished_run[0])
+    require_same_model(saved, config, finished_run)
 
 
 def test_a_state_that_is_none_is_one_sentence(finished_run, run_script, tmp_path):
-    run = shutil.copytree(finished_run[0], tmp_path / "run")
+    run = shutil.copytree(finished_run, tmp_path / "run")
     last = run / "checkpoints" / "last.ckpt"
     saved = torch.load(last, weights_only=True)
     saved["optimizer_states"][0]["param_groups"] = [3]
@@ -327,7 +324,7 @@ def idle(monkeypatch, tmp_path):
     folders = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "datetime", Noon)
-    monkeypatch.setattr(ema_seg.cli.launch, "produce_run", lambda config, run, **_: folders.append(run))
+    monkeypatch.setattr(ema_seg.cli.launch, "produce_run", lambda train, config, run, **_: folders.append(run))
     monkeypatch.setattr(ema_seg.reporting, "print_report", lambda report: None, raising=False)
     return lambda: [str(folder.relative_to(tmp_path / "runs")) for folder in folders]
 
@@ -647,7 +644,7 @@ def test_a_mistake_ends_in_one_sentence(overrides, message, camvid_root, run_scr
 )
 def test_a_mistake_in_an_evaluation_ends_in_one_sentence(overrides, message, finished_run, run_script, tmp_path):
     folder = make_folder(tmp_path / "folder")
-    filled = [text.format(run=finished_run[0], folder=folder) for text in overrides]
+    filled = [text.format(run=finished_run, folder=folder) for text in overrides]
 
     status, _, err = run_script("eval", *filled, f"report.dir={tmp_path / 'report'}")
 
@@ -659,7 +656,7 @@ def test_a_mistake_in_an_evaluation_ends_in_one_sentence(overrides, message, fin
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "empty"])
 def test_a_damaged_checkpoint_is_named(damage, finished_run, run_script, tmp_path):
     path = tmp_path / "damaged.ckpt"
-    content = (finished_run[0] / "checkpoints" / "best.ckpt").read_bytes()
+    content = (finished_run / "checkpoints" / "best.ckpt").read_bytes()
     if damage == "foreign":
         torch.save({"weights": torch.zeros(1)}, path)
     else:
@@ -686,7 +683,7 @@ def test_a_configuration_of_another_form_is_named(content, command, run_script, 
 
 
 def test_a_repetition_leaves_the_report_of_the_original(finished_run, run_script, tmp_path):
-    run = shutil.copytree(finished_run[0], tmp_path / "run")
+    run = shutil.copytree(finished_run, tmp_path / "run")
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["report"]["dir"] = str(tmp_path / "elsewhere")
     (run / "config.yaml").write_text(yaml.safe_dump(config))
@@ -701,10 +698,10 @@ def test_a_repetition_leaves_the_report_of_the_original(finished_run, run_script
 def unfinished(finished_run, monkeypatch, tmp_path):
     """Return two functions: one copies a run without its report, one finds the run that resume=auto continues."""
     monkeypatch.chdir(tmp_path)
-    settings = yaml.safe_load((finished_run[0] / "config.yaml").read_text())
+    settings = yaml.safe_load((finished_run / "config.yaml").read_text())
 
     def copy(name, report=None):
-        run = shutil.copytree(finished_run[0], tmp_path / "runs" / name)
+        run = shutil.copytree(finished_run, tmp_path / "runs" / name)
         (run / "report").rename(report or run / "no_report")
         (run / "config.yaml").write_text(yaml.safe_dump({**settings, "report": {"dir": report and str(report)}}))
         return run
@@ -745,7 +742,7 @@ def test_a_mistake_beside_an_unfinished_run_is_one_sentence(override, run_script
 
 @pytest.mark.parametrize("threads", [-1, 0, 10**12, 1.5, True, "two", None])
 def test_a_number_of_threads_that_no_run_had_is_named(threads, finished_run, run_script, tmp_path):
-    run = shutil.copytree(finished_run[0], tmp_path / "run")
+    run = shutil.copytree(finished_run, tmp_path / "run")
     (run / "environment.json").write_text(json.dumps({"threads": threads}))
 
     status, _, err = run_script("train", f"rerun={run}", f"hydra.run.dir={tmp_path / 'again'}")
@@ -756,7 +753,7 @@ def test_a_number_of_threads_that_no_run_had_is_named(threads, finished_run, run
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_a_run_without_a_sound_last_checkpoint_is_not_resumed(damage, finished_run, run_script, tmp_path):
-    run = shutil.copytree(finished_run[0], tmp_path / "run")
+    run = shutil.copytree(finished_run, tmp_path / "run")
     last = run / "checkpoints" / "last.ckpt"
     (run / "checkpoints" / "previous.ckpt").unlink()
     if damage == "truncated":
@@ -772,13 +769,12 @@ def test_a_run_without_a_sound_last_checkpoint_is_not_resumed(damage, finished_r
 
 
 def test_a_home_directory_is_found_as_the_shell_would(finished_run, run_script, monkeypatch, tmp_path):
-    run, _ = finished_run
-    monkeypatch.setenv("HOME", str(run.parent))
+    monkeypatch.setenv("HOME", str(finished_run.parent))
 
-    status, _, err = run_script("eval", f"run=~/{run.name}", "report.dir=~/elsewhere")
+    status, _, err = run_script("eval", f"run=~/{finished_run.name}", "report.dir=~/elsewhere")
 
     assert status == 0, err
-    assert (run.parent / "elsewhere" / "report.json").is_file()
+    assert (finished_run.parent / "elsewhere" / "report.json").is_file()
 
 
 @pytest.mark.parametrize("path", ["a b/c,d=[e]", "a'b", r"a\b", r"a\'b", r"a\\'b", "a\\", "a\\\\"])
@@ -787,12 +783,13 @@ def test_a_quoted_path_is_parsed_as_itself(path):
 
 
 def test_a_finished_run_is_not_overwritten(finished_run, camvid_root, run_script):
-    run, _ = finished_run
 
-    status, _, err = run_script("train", *QUICK, "data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={run}")
+    status, _, err = run_script(
+        "train", *QUICK, "data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={finished_run}"
+    )
 
     assert status == 1
-    assert f"{run}: holds a run already; continue it with resume={run}" in err
+    assert f"{finished_run}: holds a run already; continue it with resume={finished_run}" in err
 
 
 @pytest.mark.parametrize("arguments", [["train.py", "--help"], ["train.py", "--cfg", "job"], ["eval.py", "--help"]])

@@ -42,6 +42,7 @@ def train(config: dict[str, object], run: Path, folder: Path) -> None:
 
     from ema_seg.cli.launch import produce_run
     from ema_seg.data import SegmentationDataModule
+    from ema_seg.train import train
     from ema_seg.training.module import SegmentationModule
 
     load, broadcast, step = (
@@ -67,7 +68,7 @@ def train(config: dict[str, object], run: Path, folder: Path) -> None:
     SegmentationModule.training_step = note("step", step)
     distributed.broadcast = note("broadcast", broadcast)
     try:
-        produce_run(config, run, quiet=True, started_by="a test")
+        produce_run(train, config, run, quiet=True, started_by="a test")
     finally:
         write(folder, events)
 
