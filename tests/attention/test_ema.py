@@ -220,7 +220,7 @@ def problems(draw):
 @pytest.mark.parametrize("implementation", FAST)
 def test_every_implementation_computes_what_the_reference_does(implementation):
     device = device_for(implementation)
-    examples = 12 if (implementation, device) == ("triton", "cpu") else 30  # Triton's interpreter is slow
+    examples = 8 if (implementation, device) == ("triton", "cpu") else 30  # Triton's interpreter is slow
 
     @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
     @given(problem=problems())
@@ -314,7 +314,7 @@ def test_triton_kernels_compute_the_same_however_the_work_is_divided(block, layo
 
     monkeypatch.setattr(triton_launch, "plan_work", divided)
     block = randomised(block(6, factor=2).double(), scale=0.5)
-    x, dy = random((1, 6, 9, 17)), random((1, 6, 9, 17), seed=2)
+    x, dy = random((1, 6, 5, 13)), random((1, 6, 5, 13), seed=2)
 
     expected = run(block, "reference", x, dy)
     actual = run(block, "triton", laid_out(x, layout), dy, device=device_for("triton"))
@@ -400,12 +400,9 @@ def test_a_small_variance_beside_a_large_mean_survives_in_float32(implementation
         assert errors[implementation][tensor] ** 0.5 <= 4 * errors["reference"][tensor] ** 0.5, tensor
 
 
-# The kernels have no second derivative of their own, so EMA is enough for the slowest.
-DIFFERENTIATED = [*itertools.product(BLOCKS, ["reference", "factorised", "cpp"]), (EMA, "triton")]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("block", "implementation"), DIFFERENTIATED)
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
 def test_gradients_are_those_of_the_output_to_second_order(block, implementation):
     ema = randomised(block(4, factor=2, implementation=implementation).double()).to(device_for(implementation))
     x = random((1, 4, 3, 4)).to(device_for(implementation)).requires_grad_()
@@ -415,7 +412,9 @@ def test_gradients_are_those_of_the_output_to_second_order(block, implementation
         return torch.func.functional_call(ema, dict(zip(names, parameters, strict=True)), x)
 
     assert torch.autograd.gradcheck(output, (x, *parameters), fast_mode=True)
-    assert torch.autograd.gradgradcheck(output, (x, *parameters), fast_mode=True)
+    # The second derivative is the same PyTorch code for all kernels; Triton's interpreter would take long for it.
+    if (implementation, device_for(implementation)) != ("triton", "cpu"):
+        assert torch.autograd.gradgradcheck(output, (x, *parameters), fast_mode=True)
 
 
 def sum_of_squares(block, parameters, x):

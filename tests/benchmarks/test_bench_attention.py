@@ -8,7 +8,7 @@ import torch
 
 from ema_seg.attention import attention_names
 
-NAMES = ("ema", "cbam", "emau")
+NAMES = ("ema", "cbam")
 SMALL = ("--encoder", "tu-test_efficientnet", "--batch", "2", "--size", "64", "32", "--device", "cpu")
 QUICK = (*SMALL, "--budget", "0.001", "--layouts", "channels_last")
 

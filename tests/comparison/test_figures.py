@@ -10,8 +10,20 @@ from ema_seg.comparison.figures import draw_comparison, front_rows
 from ema_seg.comparison.schema import FIGURES, comparison_manifest
 from ema_seg.runtime.errors import DataError
 from tests.comparison.comparisons import make_comparison
+from tests.forks import leave_blank
 
 NAMES = ["pareto", "differences", "curves", "class_differences", "examples"]
+
+
+@pytest.fixture
+def blank_pdfs(monkeypatch):
+    """Save blank PDFs, which draw what the PNGs draw."""
+    save = Figure.savefig
+
+    def save_png(figure, target, **options):
+        (leave_blank if options["format"] == "pdf" else save)(figure, target, **options)
+
+    monkeypatch.setattr(Figure, "savefig", save_png)
 
 
 def summary(mean):
@@ -72,6 +84,7 @@ def test_a_comparison_without_a_finished_run_has_no_figures(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_pdfs")
 def test_many_rows_and_classes_are_drawn(tmp_path):
     comparison = make_comparison(tmp_path, rows=25, classes=150)
     comparison["examples"] = []
@@ -88,6 +101,7 @@ def test_one_configuration_has_no_differences(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_pdfs")
 def test_one_seed_each_is_drawn_and_what_has_none_left_out(tmp_path):
     comparison = make_comparison(tmp_path)
     comparison["examples"] = []
@@ -98,6 +112,7 @@ def test_one_seed_each_is_drawn_and_what_has_none_left_out(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_pdfs")
 def test_names_are_written_as_they_are(tmp_path, monkeypatch):
     odd = r"_<a> $\nosuch$ b_1^ & %"  # matplotlib's mathtext cannot parse it
     comparison = make_comparison(tmp_path, rows=2, classes=9)
@@ -123,6 +138,7 @@ def test_names_are_written_as_they_are(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_pdfs")
 def test_examples_without_a_photograph_are_drawn_and_unreadable_ones_named(tmp_path):
     comparison = make_comparison(tmp_path, rows=2)
     for example in comparison["examples"]:

@@ -107,11 +107,11 @@ def test_kills_at_random_moments_change_no_bit(undisturbed, entry, tmp_path):
     run, moments = tmp_path / "run", random.Random(0)
     command = [*TINY, f"data.root={root}", f"hydra.run.dir={run}", "resume=auto"]
 
-    statuses = [disturb(entry, command, run, signal.SIGKILL, moments.uniform(0, 0.15))[0] for _ in range(6)]
+    statuses = [disturb(entry, command, run, signal.SIGKILL, moments.uniform(0, 0.15))[0] for _ in range(4)]
     status, err = entry.run(*command)
 
     assert status == 0, err
-    assert statuses.count(-signal.SIGKILL) >= 4  # the last ones may find the run finished
+    assert statuses.count(-signal.SIGKILL) >= 3  # the last ones may find the run finished
     assert_same(run, expected)
 
 
