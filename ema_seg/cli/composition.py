@@ -116,11 +116,18 @@ def _following(argument: str) -> list[str]:
     return sys.argv[place : place + 1]
 
 
-def launch(task: TaskFunction, folder: Path, config_name: str) -> None:
-    """Run ``task`` through ``hydra.main``, and raise errors where Hydra would print them and exit."""
+def launch(task: TaskFunction, folder: Path, config_name: str, composed: DictConfig | None = None) -> None:
+    """Run ``task`` through ``hydra.main``, and raise errors where Hydra would print them and exit.
+
+    Args:
+        task: see ``hydra.main``.
+        folder: see ``compose``.
+        config_name: see ``compose``.
+        composed: the result of ``compose``, if the command line has not changed since.
+    """
     OmegaConf.register_new_resolver("meanings", _list_meanings, replace=True)
     try:
-        with validating_loader(config_name):
+        with validating_loader(config_name, composed):
             hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
     except Exception as error:
         if isinstance(error, EmaSegError | OSError) or _is_ours(error, task):

@@ -43,8 +43,7 @@ def main() -> None:
             # Hydra would follow a defaults list in them.
             section = {key: value for key, value in saved.get(group, {}).items() if key != "defaults"}
             store.store("of_run", section, group=group)
-        compose(CONFIGS, "eval")
-        launch(_evaluate, CONFIGS, "eval")
+        launch(_evaluate, CONFIGS, "eval", compose(CONFIGS, "eval"))
 
 
 def _saved_config() -> dict[str, Any]:

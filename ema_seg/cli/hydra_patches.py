@@ -21,6 +21,7 @@ from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobRuntime
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -42,15 +43,16 @@ _ADDED = ("hydra.mode", "hydra.sweep.dir", "hydra.sweep.subdir")
 
 
 @contextmanager
-def validating_loader(primary: str) -> Iterator[None]:
+def validating_loader(primary: str, checked: DictConfig | None = None) -> Iterator[None]:
     """Have Hydra use ``Loader``, and raise errors that it would print; for the duration of the block.
 
     Args:
         primary: see ``Loader``.
+        checked: see ``Loader``.
     """
     earlier = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    hydras_own.ConfigLoaderImpl = partial(Loader, primary)  # type: ignore[misc, assignment]  # a class's name
+    hydras_own.ConfigLoaderImpl = partial(Loader, primary, checked=checked)  # type: ignore[misc, assignment]  # a class's name
     try:
         yield
     finally:
@@ -105,22 +107,26 @@ def _read_config(path: Path, place: str, provider: str) -> ConfigResult:
 class Loader(ConfigLoaderImpl):
     """Config loader that checks every config it composes, in this process and in those of a launcher.
 
-    Checking an earlier composition of the same command would not do: a defaults list may choose its files by time.
+    Hydra composes a run twice more. It then receives copies of the configuration that was checked first: a defaults
+    list may choose its files by time, and a composition takes a tenth of a second.
 
     Args:
         primary: name of the command's own primary config.
         config_search_path: see ConfigLoaderImpl.
+        checked: the configuration of the command line, if it was composed and checked before.
     """
 
-    def __init__(self, primary: str, config_search_path: ConfigSearchPath) -> None:
+    def __init__(self, primary: str, config_search_path: ConfigSearchPath, checked: DictConfig | None = None) -> None:
         super().__init__(config_search_path)
         self._primary = primary
+        self._checked = checked
         self.repository = Repository(config_search_path)
         # Parse the command line here: the processes of a launcher do not have it.
         options = get_args_parser().parse_args()
         self._typed = options.overrides
         self._completes = options.shell_completion
         self._sweeps = options.multirun and not (options.help or options.hydra_help)
+        self._run = None if options.multirun else (options.config_name or primary, self._typed)
         searched = [text for text in self._typed if key_of(text) == "hydra.searchpath"]
         self._files = ", ".join([*filter(None, [options.config_dir]), *searched])
 
@@ -128,6 +134,9 @@ class Loader(ConfigLoaderImpl):
         self, config_name: str | None, overrides: list[str], run_mode: RunMode, *options: Any, **named: Any
     ) -> DictConfig:
         """Compose a configuration, and reject settings of Hydra that the user's files have changed."""
+        mode = f"hydra.mode={run_mode.name}"  # Hydra adds it to the command line
+        if self._checked and self._run == (config_name, [text for text in overrides if text != mode]):
+            return self._copy_checked(mode if mode in overrides else None)
         composed = super().load_configuration(config_name, overrides, run_mode, *options, **named)
         if not self._completes:  # nothing acts on what completion composes
             if self._files:
@@ -135,6 +144,16 @@ class Loader(ConfigLoaderImpl):
                 require_same_hydra_settings(composed, trusted, self._files)
             _check_plugins(composed, self._sweeps)
         return composed
+
+    def _copy_checked(self, mode: str | None) -> DictConfig:
+        copy = deepcopy(self._checked)
+        assert copy is not None
+        if copy.hydra.job.name == "UNKNOWN_NAME":  # composed before hydra.main was called
+            copy.hydra.job.name = JobRuntime.instance().get("name")
+        if mode:
+            copy.hydra.mode = mode.partition("=")[2]
+            copy.hydra.overrides.hydra.append(mode)
+        return copy
 
     def load_unchecked(self, config_name: str, overrides: list[str]) -> DictConfig:
         """Compose a configuration that nothing acts on."""

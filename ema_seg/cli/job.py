@@ -75,8 +75,9 @@ def _produce_job(
     config = run_config(composed)
     try:
         with report_first_failure():
-            options = {"resume": resume, "job": job, "quiet": True, "callbacks": callbacks, "started_by": started_by}
-            produce_run(train, config, run, **options)
+            produce_run(
+                train, config, run, resume=resume, job=job, quiet=True, callbacks=callbacks, started_by=started_by
+            )
     except SecondaryFailure as silent:
         if rank_info().rank or silent.first is None:
             raise

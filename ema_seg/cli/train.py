@@ -61,10 +61,11 @@ def main() -> None:
         if config_name == "train" and "--hydra-help" not in sys.argv:
             # experiment is in the defaults list, where Hydra rejects the + that other programs need.
             sys.argv = [text.replace("+experiment=", "experiment=", 1) for text in sys.argv]
-        composed = compose(CONFIGS, config_name)
+        composed: DictConfig | None = compose(CONFIGS, config_name)
         if resumed == "auto" and composed:
             resume_unfinished(composed)
-        launch(_train, CONFIGS, config_name)
+            composed = None  # the command line has changed
+        launch(_train, CONFIGS, config_name, composed)
     ignore_exit_signals()
 
 
