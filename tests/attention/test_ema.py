@@ -350,8 +350,8 @@ def test_float32_is_within_1e_5_of_the_truth(block, implementation, shape, facto
         assert error <= 1e-5 * sum(truth[name].norm().item() ** 2 for name in names) ** 0.5, layer
 
 
-# The kernels compute in float32 what they load as either, so two cases are enough for float16.
-HALVES = [*((torch.bfloat16, *case) for case in CASES), *((torch.float16, *case) for case in CASES[:2])]
+# The kernels compute in float32 what they load as either, so fewer cases are enough.
+HALVES = [*((torch.bfloat16, *case) for case in CASES[::2]), *((torch.float16, *case) for case in CASES[:2])]
 
 
 @pytest.mark.slow
@@ -582,14 +582,14 @@ def test_autocast_passes_through(implementation):
     assert block.conv3x3.weight.grad.dtype == torch.float32
 
 
-# PyTorch traces the same graph for every backend, so half of the cases skip the slow code generation.
+# PyTorch traces the same graph for every backend, so half of the cases skip the slow code generation. It sees one
+# operator for all kernels, so Triton's, slow in the interpreter, are left to the test of the operator.
 COMPILED = [
     (EMA, "factorised", "contiguous", False, "inductor"),
     (EMA, "factorised", "channels_last", True, "inductor"),
     (DynamicEMA, "factorised", "channels_last", True, "aot_eager"),
     (EMA, "cpp", "channels_last", True, "inductor"),
     (EMA, "cpp", "contiguous", False, "aot_eager"),
-    (DynamicEMA, "triton", "channels_last", True, "aot_eager"),
 ]
 
 
