@@ -10,7 +10,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip
 # Python compiles what it imports; all that the libraries have would take half a minute.
 INSTALL := $(PIP) install --no-compile --constraint constraints.txt
-# Many container images forbid Python to keep what it has compiled; a start would then take 15 s instead of 6.
+# Many container images forbid Python to keep what it has compiled, which more than doubles the time of each start.
 export PYTHONDONTWRITEBYTECODE :=
 
 # One thread per test process: the processes are the parallelism.

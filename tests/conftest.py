@@ -15,15 +15,6 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-import torch
-
-# Without a CUDA device Triton's kernels run in its interpreter. Triton reads the variable when it is first imported, by
-# the libraries below.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-# Lightning's log handler keeps the sys.stderr of its import, which must not be the captured one of a single test.
-import lightning.pytorch  # noqa: F401
 import numpy as np
 import pytest
 from filelock import FileLock
@@ -37,6 +28,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parents[1]
 # The entry points are scripts beside the package, not part of it.
 sys.path.insert(0, str(ROOT))
+
+
+def pytest_configure(config):
+    """Import the slow libraries, except in the process that only distributes tests to others."""
+    if config.getoption("numprocesses", None):
+        return
+    import torch
+
+    # Without a CUDA device Triton's kernels run in its interpreter. Triton reads the variable when it is imported.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+    # Lightning's log handler keeps the sys.stderr of its import, which must not be the captured one of a single test.
+    import lightning.pytorch  # noqa: F401
 
 
 # Tests that start programs.
@@ -70,6 +75,8 @@ def write_camvid(root, sizes=((64, 96),), train=4, val=3):
 @pytest.fixture(autouse=True)
 def _seed():
     # A test repeats its random numbers, and so its rounding errors, in every run.
+    import torch
+
     torch.manual_seed(0)
 
 

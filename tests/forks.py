@@ -20,6 +20,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from PIL import Image
+from submitit import Job
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,7 +77,7 @@ class ForkedPython(subprocess.Popen):
     """Popen that forks this process for a command that would start Python; the child has the imported libraries."""
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
-        if not isinstance(args, list) or args[0] != sys.executable:
+        if isinstance(args, str) or args[0] != sys.executable:
             super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
             return
         pipes = rest[3:9]
@@ -158,6 +159,7 @@ def serve():
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         compose("train", ["seed=1"])  # initialises the parser of overrides once for all forks
     subprocess.Popen, Figure.savefig = ForkedPython, leave_blank
+    Job._results_timeout_s = 1  # submitit waits 15 s for a killed job's result, in case the disk is slow
     for line in sys.stdin:
         command, folder, cwd, env, limits = json.loads(line)
         with (Path(folder) / "out").open("w") as out, (Path(folder) / "err").open("w") as err:
