@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from joblib.externals.loky.backend.context import set_start_method
 from matplotlib.figure import Figure
 from PIL import Image
 from submitit import Job
@@ -159,6 +160,7 @@ def serve():
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         compose("train", ["seed=1"])  # initialises the parser of overrides once for all forks
     subprocess.Popen, Figure.savefig = ForkedPython, leave_blank
+    set_start_method("fork")  # of joblib's processes
     Job._results_timeout_s = 1  # submitit waits 15 s for a killed job's result, in case the disk is slow
     for line in sys.stdin:
         command, folder, cwd, env, limits = json.loads(line)
