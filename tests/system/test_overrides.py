@@ -9,7 +9,6 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import yaml
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from lightning import Trainer
 from omegaconf import OmegaConf
 from torch.optim import SGD, AdamW
@@ -66,26 +65,15 @@ def parameters(part):
     return inspect.signature(part).parameters
 
 
-def remembered(function, key):
-    """Cache a function's results by ``key`` of its arguments; its calls would take most of the time."""
-    known = {}
-
-    def call(*arguments, **keywords):
-        this = key(*arguments, **keywords)
-        if this not in known:
-            known[this] = function(*arguments, **keywords)
-        return known[this]
-
-    return call
+models = {}
 
 
-# Nearly every command builds the same model.
-build = remembered(build_segmenter, lambda *arguments, **keywords: repr((arguments, keywords)))
-
-
-def composed(loader, config_name, overrides, run_mode, **options):
-    """Return the cache key of a command, whose configuration is composed three times."""
-    return (config_name, *(text for text in overrides if text != "hydra.mode=RUN"))
+def build(*arguments, **keywords):
+    """Return ``build_segmenter``'s result from a cache: nearly every command builds the same model."""
+    key = repr((arguments, keywords))
+    if key not in models:
+        models[key] = build_segmenter(*arguments, **keywords)
+    return models[key]
 
 
 @pytest.fixture
@@ -99,8 +87,6 @@ def reach(run_script, monkeypatch, tmp_path):
     monkeypatch.setattr("ema_seg.evaluate.measure_cost", stop)
     monkeypatch.setattr("ema_seg.cli.launch.run_together", stop)
     monkeypatch.setattr("ema_seg.models.build.build_segmenter", build)
-    load = remembered(ConfigLoaderImpl.load_configuration, composed)
-    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", lambda *given, **named: load(*given, **named))
     monkeypatch.setattr("yaml.SafeLoader", yaml.CSafeLoader)
     monkeypatch.chdir(tmp_path)
     return run_script
