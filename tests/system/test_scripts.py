@@ -783,7 +783,6 @@ def test_a_quoted_path_is_parsed_as_itself(path):
 
 
 def test_a_finished_run_is_not_overwritten(finished_run, camvid_root, run_script):
-
     status, _, err = run_script(
         "train", *QUICK, "data=camvid", f"data.root={camvid_root}", f"hydra.run.dir={finished_run}"
     )
