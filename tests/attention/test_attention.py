@@ -195,12 +195,11 @@ def test_a_compiled_block_is_the_block(name):
 @pytest.mark.slow
 def test_compiled_code_is_the_block():
     torch.compiler.reset()
-    # In double precision, because EMAU's iterations amplify rounding errors.
-    block = nn.Sequential(*(randomised(build_attention(name, 8)) for name in ("cbam", "shuffle", "emau"))).double()
+    block = nn.Sequential(*(randomised(build_attention(name, 8)) for name in ("cbam", "shuffle")))
     twin = deepcopy(block)
-    x = torch.randn(2, 8, 5, 7, dtype=torch.float64)
+    x = torch.randn(2, 8, 5, 7)
 
-    assert_close(torch.compile(twin, fullgraph=True)(x), block(x), rtol=1e-9, atol=1e-9)
+    assert_close(torch.compile(twin, fullgraph=True)(x), block(x))
     assert_close(twin.state_dict(), block.state_dict())
 
 

@@ -37,7 +37,7 @@ class DyingLauncher:
         for name in names:
             fate = "dies" if self.deaths.get(name, 0) else "lives"
             self.deaths[name] = self.deaths.get(name, 0) - 1
-            arguments = [str(self.folder / name), "0" if fate == "dies" else "2", fate]
+            arguments = [str(self.folder / name), "0" if fate == "dies" else "1", fate]
             process = subprocess.Popen([sys.executable, "-c", JOB, *arguments], stdout=subprocess.PIPE, text=True)
             assert process.stdout.readline() == "runs\n"
             self.processes.append(process)

@@ -119,10 +119,10 @@ def test_watching_ends_with_the_last_job_and_sees_those_that_come_later(tmp_path
         (tmp_path / job.folder / "report" / "report.json").write_text("{}")
 
     def go_on():
-        time.sleep(0.5)
+        time.sleep(0.2)
         write_plan(tmp_path, Plan("grid", [], None, JOBS[:2]))
         for job in JOBS[:2]:
-            time.sleep(1.5)
+            time.sleep(1.1)
             finish(job)
 
     sweep = threading.Thread(target=go_on)

@@ -1,4 +1,4 @@
-"""A hundred and fifty random overrides at both entry points: each ends in success or in an error of one sentence."""
+"""A hundred and twenty random overrides at both entry points: each ends in success or in an error of one sentence."""
 
 import inspect
 import random
@@ -21,7 +21,7 @@ from ema_seg.runtime.errors import EmaSegError
 from tests.conftest import QUICK, ROOT, made_once
 from tests.system.overrides import draw
 
-# Parts of 50 overrides each, which the test processes share.
+# Parts of 40 overrides each, which the test processes share.
 TRAINING_PARTS, EVALUATION_PARTS = range(2), range(1)
 
 
@@ -103,9 +103,9 @@ def complaints(status, err):
 
 
 def throw(reach, script, common, known, seed):
-    """Run 50 commands with one random override each, check how they end, and return their exit statuses."""
+    """Run 40 commands with one random override each, check how they end, and return their exit statuses."""
     generator, found, statuses = random.Random(seed), [], set()
-    for number in range(50):
+    for number in range(40):
         override = draw(generator, *known)
         status, _, err = reach(script, *(text.format(number=number) for text in common), override)
         found += [f"{override!r}: {complaint}" for complaint in complaints(status, err)]
