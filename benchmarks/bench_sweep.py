@@ -51,7 +51,7 @@ OVERRIDES = (
 def train(*overrides: str) -> float:
     """Run ``python train.py`` and return its wall time in seconds."""
     start = time.perf_counter()
-    command = [sys.executable, str(ROOT / "train.py"), *overrides, *OVERRIDES]  # -m comes first, if at all
+    command = [sys.executable, str(ROOT / "train.py"), *overrides]  # -m comes first, if at all
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         sys.exit(f"error: {' '.join(command)} ends with status {done.returncode}:\n{done.stderr}")
@@ -67,17 +67,17 @@ def trained_seconds(folder: Path) -> float:
     return seconds
 
 
-def measure(folder: Path, attention: Sequence[str], seeds: int) -> dict[str, Any]:
+def measure(folder: Path, attention: Sequence[str], seeds: int, overrides: Sequence[str]) -> dict[str, Any]:
     """Measure wall time, time of the epochs and overhead per job, of the sweep and of single runs."""
     jobs = [(block, seed) for seed in range(seeds) for block in attention]
-    data = f"data.root={folder / 'data'}"
-    train(data, f"hydra.run.dir={folder / 'first'}")  # generates the data set, and fills the system's caches
+    common = (*OVERRIDES, f"data.root={folder / 'data'}", *overrides)
+    train(*common, f"hydra.run.dir={folder / 'first'}")  # generates the data set, and fills the system's caches
     swept = train(
-        "-m", data, f"hydra.sweep.dir={folder / 'sweep'}", f"attention={','.join(attention)}",
+        "-m", *common, f"hydra.sweep.dir={folder / 'sweep'}", f"attention={','.join(attention)}",
         f"seed={','.join(map(str, range(seeds)))}",
     )  # fmt: skip
     single = sum(
-        train(data, f"hydra.run.dir={folder / 'single' / f'{block}{seed}'}", f"attention={block}", f"seed={seed}")
+        train(*common, f"hydra.run.dir={folder / 'single' / f'{block}{seed}'}", f"attention={block}", f"seed={seed}")
         for block, seed in jobs
     )
     ways = {"one sweep": (swept, folder / "sweep"), "one run after the other": (single, folder / "single")}
@@ -105,7 +105,7 @@ def as_markdown(record: dict[str, Any]) -> str:
     )
     return (
         f"# What a job costs beyond its training\n\n{run_as_markdown(record['run'])}\n"
-        f"{result['jobs']} jobs of two epochs.\n\n{table}\n"
+        f"{result['jobs']} jobs of two epochs{''.join(f', {text}' for text in record['overrides'])}.\n\n{table}\n"
         f"The runs one after the other take {number(result['ratio'])} times as long as the sweep. Aim: at most {AIM:g} "
         "s for a job of a sweep.\n"
     )
@@ -115,13 +115,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="What a job of a sweep costs beyond its training.")
     parser.add_argument("--attention", nargs="+", default=["none", "se", "ema"], help="default: none se ema")
     parser.add_argument("--seeds", type=positive_int, default=4, help="default: %(default)s")
+    parser.add_argument("--overrides", nargs="+", default=[], help="further overrides of train.py, such as model=fpn")
     parser.add_argument("--output", type=Path, default=Path("runs", NAME), help="default: %(default)s")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     run = describe_run(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), options.attention, options.seeds)
-    record = {"schema": SCHEMA, "run": run, "result": result}
+        result = measure(Path(folder), options.attention, options.seeds, options.overrides)
+    record = {"schema": SCHEMA, "run": run, "overrides": options.overrides, "result": result}
     write_result(options.output, NAME, record, as_markdown(record))
     print(as_markdown(record))
     print(f"Written to {options.output}.")
