@@ -36,7 +36,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_seg.data import SegmentationDataModule
-from ema_seg.inference.prediction import autocast
+from ema_seg.data.normalise import Normalise
+from ema_seg.inference.prediction import autocast, model_input
 from ema_seg.models import segmenter_from_config
 from ema_seg.runtime.distributed.ranks import barrier, rank_info, single_process
 from ema_seg.runtime.distributed.spawn import run_together
@@ -63,8 +64,8 @@ def measure(config: dict[str, Any], cuda: bool, steps: int, rounds: int, path: s
     loader = data.train_dataloader()
     batches = _endless(loader)
     batch = next(batches)
-    by_itself = stepper(config, data.num_classes, device, together=False)
-    together = stepper(config, data.num_classes, device, together=True) if here.size > 1 else by_itself
+    by_itself = stepper(config, data.num_classes, data.normalise, device, together=False)
+    together = stepper(config, data.num_classes, data.normalise, device, together=True) if here.size > 1 else by_itself
     calls = {"one batch": lambda: together(batch), "alone": lambda: by_itself(batch)}
     for call in calls.values():
         _time(call, steps, device)  # warms up
@@ -113,7 +114,7 @@ def time_with_data(
 
 
 def stepper(
-    config: Mapping[str, Any], classes: int, device: torch.device, *, together: bool
+    config: Mapping[str, Any], classes: int, normalise: Normalise, device: torch.device, *, together: bool
 ) -> Callable[[Mapping[str, Any]], None]:
     """Build a model and return its training step; ``together`` trains it with DDP, else without collectives."""
     torch.manual_seed(config["seed"])
@@ -133,7 +134,7 @@ def stepper(
         images, masks = (batch[key].to(device, non_blocking=True) for key in ("image", "mask"))
         with nullcontext() if together else single_process():
             with autocast(device, precision):
-                logits = model(images)
+                logits = model(model_input(segmenter, images, normalise))
             loss(logits, masks).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -71,6 +71,7 @@ def evaluate(
     # Data: its classes must be the model's. The normalisation belongs to the model, not to the data.
     data = {**data, **{key: data[key] or config["data"][key] for key in ("mean", "std")}}
     module = SegmentationDataModule(**data)
+    module.pin_memory = device.type == "cuda"
     module.setup("test")
     dataset = module.test_dataset
     advice = "evaluate on data with the same classes"
@@ -91,6 +92,7 @@ def evaluate(
                 model,
                 size=tuple(first_size),
                 stride=stride,
+                normalise=module.normalise,
                 batch_size=batch_size,
                 device=device,
                 precision=precision,
@@ -108,6 +110,7 @@ def evaluate(
                     loader,
                     module.classes,
                     stride=stride,
+                    normalise=module.normalise,
                     device=device,
                     precision=precision,
                     on_prediction=write_prediction,
@@ -125,8 +128,7 @@ def evaluate(
             model,
             SampleSelection(module, [positions[image["name"]] for image in evaluation.images]),
             evaluation.images,
-            mean=data["mean"],
-            std=data["std"],
+            normalise=module.normalise,
             stride=stride,
             device=device,
             precision=precision,

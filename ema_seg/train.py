@@ -92,6 +92,7 @@ def train(
     module = SegmentationModule(
         model,
         loss,
+        data.normalise,
         classes=data.classes,
         optimizer=config["optimizer"],
         schedule=config["schedule"],

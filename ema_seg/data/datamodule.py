@@ -25,7 +25,8 @@ from ema_seg.data.loading import (
     collate_crops,
     collate_images,
 )
-from ema_seg.data.transforms import TensorSample, build_eval_transform, build_train_transform
+from ema_seg.data.normalise import Normalise
+from ema_seg.data.transforms import TensorSample, build_train_transform, to_tensors
 from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.errors import ConfigError, DataError
 
@@ -50,7 +51,7 @@ class SegmentationDataModule(LightningDataModule):
 
     Training batches are ``{"image": B x 3 x H x W, "mask": B x H x W, "name": list[str]}``. Images of
     evaluation batches keep their own sizes: ``{"image": list of 3 x H x W, "mask": list of H x W, "name":
-    list[str]}``.
+    list[str]}``. Images and masks are uint8; :class:`ema_seg.inference.Normalise` normalises images on the device.
 
     Shuffling and augmentation depend only on torch's seed and the epoch: the same seed gives the same batches, for any
     number of workers, and a resumed run trains on the batches that it would have had without the interruption.
@@ -117,8 +118,8 @@ class SegmentationDataModule(LightningDataModule):
         self.workers = workers
         self.evaluation_split = evaluation_split
         self.options = options
-        self.mean = mean
-        self.std = std
+        self.normalise = Normalise(mean, std)
+        self.pin_memory = False  # set it if the batches go to a GPU; with Lightning the trainer's device decides
         self.timeout = timeout
         self.skipped = SkippedSamples(max_skipped)
         self._resume_state: dict[str, int] = {}  # see state_dict
@@ -126,8 +127,7 @@ class SegmentationDataModule(LightningDataModule):
         self._training: Loader | None = None
         self._loaders: list[Loader] = []
         self._datasets_with_labels: list[SegmentationDataset] = []
-        self.train_transform = build_train_transform(augmentation, mean, std)
-        self.eval_transform = build_eval_transform(mean, std)
+        self.train_transform = build_train_transform(augmentation, mean)
 
     @cached_property
     def train_dataset(self) -> SegmentationDataset:
@@ -137,14 +137,14 @@ class SegmentationDataModule(LightningDataModule):
     @cached_property
     def val_dataset(self) -> SegmentationDataset:
         """Val split at the images' own sizes."""
-        return self._build("val", self.eval_transform)
+        return self._build("val", to_tensors)
 
     @cached_property
     def test_dataset(self) -> SegmentationDataset:
         """Split ``evaluation_split`` at the images' own sizes."""
         if self.evaluation_split == "val":
             return self.val_dataset
-        return self._build(self.evaluation_split, self.eval_transform)
+        return self._build(self.evaluation_split, to_tensors)
 
     def _build(self, split: str, transform: Callable[[Sample], TensorSample]) -> SegmentationDataset:
         check_dataset(self.dataset_name, self.root, self.options)
@@ -307,6 +307,8 @@ class SegmentationDataModule(LightningDataModule):
             workers=self.workers,
             batch_size=batch_size,
             sampler=sampler,
+            pin_memory=self.pin_memory
+            or (self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"),
         )
         self._loaders.append(loader)
         return loader

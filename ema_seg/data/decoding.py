@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
@@ -35,6 +36,8 @@ _TURNS: Mapping[int, Callable[[Pixels], Pixels]] = {
     8: np.rot90,
 }
 _INVERSE = {6: 8, 8: 6}
+# Names of the parts of a PNG in which Pillow looks for an orientation tag.
+_PNG_METADATA = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 
 
 class Traits(NamedTuple):
@@ -48,8 +51,8 @@ class Traits(NamedTuple):
 
 def read_traits(file: File) -> Traits:
     """Read a file's traits; raise DataError if it is not an image."""
-    with _opened(file, "an image") as (image, _):
-        return Traits(_orientation(image), image.mode == "P", _is_grey(image.mode))
+    with _opened(file, "an image") as (image, data):
+        return Traits(_orientation(image, data), image.mode == "P", _is_grey(image.mode))
 
 
 def decode_image(file: File, *, upright: bool = False) -> Pixels:
@@ -68,8 +71,13 @@ def decode_image(file: File, *, upright: bool = False) -> Pixels:
     with _opened(file, "an image") as (image, data):
         if depth := _excess_depth(image):
             raise DataError(f"{file}: the image has {depth}; expected 8 bits a channel: scale its values to 0 … 255.")
-        orientation = _orientation(image)  # after the depth: it loads a PNG, and Pillow then forgets the depth
-        pixels = _decode_jpeg(image, data) if image.format in _JPEG else np.array(image.convert("RGB"))
+        orientation = _orientation(image, data)  # after the depth: it may load a PNG, and Pillow then forgets the depth
+        if image.format in _JPEG:
+            pixels = _decode_jpeg(image, data)
+        elif image.format == "PNG" and image.mode == "RGB":
+            pixels = _decode_png(image, data)
+        else:
+            pixels = np.array(image.convert("RGB"))
         return _turn(pixels, image, orientation, upright)
 
 
@@ -101,7 +109,7 @@ def decode_mask(
         if not (image.mode in {"P", "RGB", "RGBA"} or _is_grey(image.mode)):
             raise DataError(f"{file}: the mask has mode {image.mode}, expected grey, palette or RGB.")
         as_colors = palette_colors if image.mode == "P" else grey_colors if _is_grey(image.mode) else True
-        depth, scale, orientation = _excess_depth(image), _grey_scale(image, file), _orientation(image)
+        depth, scale, orientation = _excess_depth(image), _grey_scale(image, file), _orientation(image, data)
         if image.mode in {"RGBA", "LA"} or (as_colors and "transparency" in image.info):
             _require_opaque(image, file)
         if as_colors:
@@ -138,7 +146,19 @@ def _decode_jpeg(image: Image.Image, data: bytes) -> Pixels:
     return np.array(image.convert("RGB"))
 
 
-def _orientation(image: Image.Image) -> int:
+def _decode_png(image: Image.Image, data: bytes) -> Pixels:
+    """Decode an RGB PNG with OpenCV, in two thirds of Pillow's time; leave damaged ones to Pillow."""
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    if pixels is None or pixels.shape[:2] != (image.height, image.width):
+        return np.array(image.convert("RGB"))
+    return np.asarray(pixels, dtype=np.uint8)
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    # Pillow decodes a PNG as a whole to find metadata after its pixels.
+    if image.format == "PNG" and not any(name in data for name in _PNG_METADATA):
+        return 1
     try:
         tag = int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # Pillow's parser raises errors of any type; viewers, too, ignore damaged metadata

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from ema_seg.data.processes import start_method
 from ema_seg.data.transforms import TensorSample
@@ -285,6 +285,7 @@ class Loader(DataLoader[Any]):
         workers: Worker processes; 0 reads in this one.
         batch_size: Samples in a batch.
         sampler: Order of the samples.
+        pin_memory: Copy batches to page-locked memory, for a GPU to read from.
     """
 
     batches_consumed = 0  # batches of this epoch that have been read or skipped
@@ -299,6 +300,7 @@ class Loader(DataLoader[Any]):
         workers: int,
         batch_size: int,
         sampler: Sampler[Any],
+        pin_memory: bool = False,
     ) -> None:
         super().__init__(
             samples,
@@ -309,7 +311,7 @@ class Loader(DataLoader[Any]):
             # Its own generator, so that loading does not advance the one of the training.
             generator=torch.Generator(),
             persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pin_memory,
             worker_init_fn=_start_worker,
             multiprocessing_context=start_method() if workers > 0 else None,
             timeout=samples.timeout if workers > 0 else 0,
@@ -382,7 +384,9 @@ class _Collate:
 
 
 def collate_crops(samples: list[TensorSample]) -> dict[str, Any]:
-    """Stack samples of one size into ``{"image": B x 3 x H x W, "mask": B x H x W, "name": list[str]}``.
+    """Stack samples of one size into ``{"image": B x 3 x H x W, "mask": B x H x W, "name": list[str]}``, all uint8.
+
+    The image is a view of contiguous B x H x W x 3.
 
     Raises:
         ConfigError: The samples differ in size.
@@ -392,11 +396,12 @@ def collate_crops(samples: list[TensorSample]) -> dict[str, Any]:
         if other["image"].shape != first["image"].shape:
             raise ConfigError(
                 f"data.augmentation: training images differ in size: {first['name']} is {_shape(first)} pixels but "
-                f"{other['name']} {_shape(other)}; crop all to one size, as CategoryLimitedCrop does."
+                f"{other['name']} {_shape(other)}; crop all to one size, as ScaledCrop does."
             )
+    # In a worker, torch's function stacks right into the memory that it shares with the main process.
     return {
-        "image": torch.stack([sample["image"] for sample in samples]),
-        "mask": torch.stack([sample["mask"] for sample in samples]),
+        "image": default_collate([sample["image"].permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),
+        "mask": default_collate([sample["mask"] for sample in samples]),
         "name": [sample["name"] for sample in samples],
     }
 

@@ -1,8 +1,9 @@
-"""Transforms of samples to tensors: augmentation for training, and normalisation.
+"""Transforms of samples to tensors: augmentation for training, and the conversion to uint8 tensors.
 
-Augmentation is a list of named steps, each a class of albumentations or :class:`CategoryLimitedCrop`. Masks are
-always resampled with nearest-neighbour interpolation. By default, geometric steps fill the area outside the image
-with the mean colour (0 after normalisation), and outside the mask with 255 (ignored).
+Augmentation is a list of named steps, each a class of albumentations, :class:`ScaledCrop` or
+:class:`CategoryLimitedCrop`. Masks are always resampled with nearest-neighbour interpolation. By default, geometric
+steps fill the area outside the image with the mean colour (0 after normalisation), and outside the mask with 255
+(ignored). Images are normalised later, on the device; see :class:`ema_seg.inference.Normalise`.
 """
 
 import inspect
@@ -30,9 +31,9 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A
 from albumentations.core.transforms_interface import BaseTransformInitSchema
 from albumentations.core.type_definitions import Targets
-from pydantic import Field, ValidationError
+from pydantic import Field, PositiveFloat, ValidationError
 
-__all__ = ["CategoryLimitedCrop", "TensorSample", "build_eval_transform", "build_train_transform"]
+__all__ = ["CategoryLimitedCrop", "ScaledCrop", "TensorSample", "build_train_transform", "to_tensors"]
 
 # An environment variable, so that the processes of a run do not repeat the warning.
 _WARNED = "EMA_SEG_WARNED_OF_ALBUMENTATIONSX"
@@ -42,9 +43,9 @@ class TensorSample(TypedDict):
     """A sample after transforms."""
 
     image: Tensor
-    """Normalised float32, 3 x H x W, contiguous."""
+    """RGB, uint8, 3 x H x W, a view of contiguous H x W x 3."""
     mask: Tensor
-    """Train ids, int64, H x W; 255 = ignore."""
+    """Train ids, uint8, H x W; 255 = ignore."""
     name: str
 
 
@@ -102,7 +103,7 @@ class CategoryLimitedCrop(A.DualTransform):
         for _ in range(self.tries):
             top = self.py_random.randint(0, max(rows - self.height, 0))
             left = self.py_random.randint(0, max(columns - self.width, 0))
-            if self._is_acceptable(data["mask"][top : top + self.height, left : left + self.width]):
+            if _is_balanced(data["mask"][top : top + self.height, left : left + self.width], self.max_share):
                 break
         return {"top": top, "left": left}
 
@@ -114,79 +115,163 @@ class CategoryLimitedCrop(A.DualTransform):
         """Crop the mask, uint8 H x W."""
         return self._crop(mask, top, left, self.fill_mask)
 
-    def _is_acceptable(self, mask: NDArray[np.uint8]) -> bool:
-        counts = cv2.calcHist([mask], [0], None, [256], [0, 256])
-        counts[IGNORE_INDEX] = 0
-        labelled = counts.sum()
-        return bool(labelled > 0 and counts.max() <= self.max_share * labelled)
-
     def _crop(
         self, array: NDArray[np.uint8], top: int, left: int, fill: float | tuple[float, ...]
     ) -> NDArray[np.uint8]:
-        crop = array[top : top + self.height, left : left + self.width]
-        bottom, right = self.height - crop.shape[0], self.width - crop.shape[1]
-        if not bottom and not right:
-            return crop
-        padded = cv2.copyMakeBorder(crop, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=fill)
-        return np.asarray(padded, dtype=np.uint8)
+        return _pad(array[top : top + self.height, left : left + self.width], self.height, self.width, fill)
+
+
+class ScaledCrop(A.DualTransform):
+    """Random crop of the image at a random scale, in which no class takes more than ``max_share``.
+
+    It draws what ``RandomScale`` and then :class:`CategoryLimitedCrop` draw, but scale and place come first, the mask
+    alone decides whether the crop is accepted, and only the region of the crop is resampled: of a memory-mapped image,
+    no other rows are read. The region's corners are rounded to whole pixels of the image.
+
+    Args:
+        height: Height of the crop in pixels.
+        width: Width of the crop in pixels.
+        scale: Smallest and largest factor of the image's size; uniformly distributed.
+        max_share: See :class:`CategoryLimitedCrop`.
+        tries: See :class:`CategoryLimitedCrop`; the scale is drawn once.
+        fill: Colour of the padding, RGB from 0 to 255.
+        fill_mask: Train id of the padding.
+        p: Probability of applying the step.
+    """
+
+    _targets = (Targets.IMAGE, Targets.MASK)
+
+    class InitSchema(BaseTransformInitSchema):
+        """Schema of the arguments."""
+
+        height: int = Field(ge=1)
+        width: int = Field(ge=1)
+        scale: tuple[PositiveFloat, PositiveFloat]
+        max_share: float = Field(gt=0, le=1)
+        tries: int = Field(ge=1)
+        fill: tuple[float, float, float]
+        fill_mask: int = Field(ge=0, le=255)
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        scale: tuple[float, float] = (0.5, 2.0),
+        max_share: float = 0.75,
+        tries: int = 10,
+        fill: tuple[float, float, float] = (0, 0, 0),
+        fill_mask: int = IGNORE_INDEX,
+        p: float = 1.0,
+    ) -> None:
+        super().__init__(p=p)
+        self.height = height
+        self.width = width
+        self.scale = scale
+        self.max_share = max_share
+        self.tries = tries
+        self.fill = fill
+        self.fill_mask = fill_mask
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Draw scale and place; return the region of the image, and the mask's crop before padding."""
+        scale = self.py_random.uniform(*self.scale)
+        sides = [(length, max(1, int(length * scale))) for length in params["shape"][:2]]
+        for _ in range(self.tries):
+            rows, columns = (
+                self._draw(*side, most) for side, most in zip(sides, (self.height, self.width), strict=True)
+            )
+            size = (columns[1], rows[1])
+            region = (rows[0], columns[0])
+            # With pixel centres aligned, as the image's linear interpolation has them.
+            crop = cv2.resize(data["mask"][region], size, interpolation=cv2.INTER_NEAREST_EXACT)
+            if _is_balanced(crop, self.max_share):
+                break
+        return {"region": region, "size": size, "mask_crop": crop}
+
+    def _draw(self, length: int, scaled: int, most: int) -> tuple[slice, int]:
+        """Draw the crop along one side.
+
+        Args:
+            length: Pixels of the image.
+            scaled: Pixels of the scaled image.
+            most: Pixels of the crop.
+
+        Returns:
+            The range of the image's pixels, and the number of pixels to resample it to.
+        """
+        kept = min(scaled, most)
+        start = self.py_random.randint(0, scaled - kept)
+        first = min(round(start * length / scaled), length - 1)
+        end = max(round((start + kept) * length / scaled), first + 1)
+        return slice(first, end), kept
+
+    def apply(
+        self, img: NDArray[np.uint8], region: tuple[slice, slice], size: tuple[int, int], **params: Any
+    ) -> NDArray[np.uint8]:
+        """Crop the image, uint8 H x W x 3."""
+        crop = cv2.resize(img[region], size, interpolation=cv2.INTER_LINEAR)
+        return _pad(np.asarray(crop, dtype=np.uint8), self.height, self.width, self.fill)
+
+    def apply_to_mask(self, mask: NDArray[np.uint8], mask_crop: NDArray[np.uint8], **params: Any) -> NDArray[np.uint8]:
+        """Return the crop of the mask, uint8 H x W."""
+        return _pad(mask_crop, self.height, self.width, self.fill_mask)
+
+
+def _is_balanced(mask: NDArray[np.uint8], max_share: float) -> bool:
+    """Return whether a mask has labelled pixels, of which no class takes more than ``max_share``."""
+    counts = cv2.calcHist([mask], [0], None, [256], [0, 256])
+    counts[IGNORE_INDEX] = 0
+    labelled = counts.sum()
+    return bool(labelled > 0 and counts.max() <= max_share * labelled)
+
+
+def _pad(array: NDArray[np.uint8], height: int, width: int, fill: float | tuple[float, ...]) -> NDArray[np.uint8]:
+    """Pad at the right and the bottom."""
+    bottom, right = height - array.shape[0], width - array.shape[1]
+    if not bottom and not right:
+        return array
+    padded = cv2.copyMakeBorder(array, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=fill)
+    return np.asarray(padded, dtype=np.uint8)
 
 
 def build_train_transform(
-    steps: Mapping[str, Mapping[str, Any] | None], mean: Sequence[float], std: Sequence[float]
+    steps: Mapping[str, Mapping[str, Any] | None], mean: Sequence[float]
 ) -> Callable[[Sample], TensorSample]:
-    """Build the training transform: the augmentation steps in their order, then normalisation.
+    """Build the training transform: the augmentation steps in their order.
 
     Its random numbers come from torch's generator, which the data module seeds for each sample of each epoch.
 
     Args:
         steps: ``{"transform": <class>, **arguments}`` by a name of the user's choice; the class is
-            :class:`CategoryLimitedCrop` or a transform of albumentations. A step that is None is skipped.
-        mean: Mean of each RGB channel, for images in [0, 1].
-        std: Standard deviation of each RGB channel, for images in [0, 1].
+            :class:`ScaledCrop`, :class:`CategoryLimitedCrop` or a transform of albumentations. A step that is None is
+            skipped.
+        mean: Colour of the area outside the image, RGB in [0, 1].
 
     Raises:
         ConfigError: A step has no known transform, or arguments that the transform does not accept.
     """
     transforms = {name: _build_step(name, step, mean) for name, step in steps.items() if step is not None}
-    return _Augmentation(transforms, _Normalisation(mean, std))
-
-
-def build_eval_transform(mean: Sequence[float], std: Sequence[float]) -> Callable[[Sample], TensorSample]:
-    """Build the evaluation transform: normalisation, at the image's own size.
-
-    Args:
-        mean: Mean of each RGB channel, for images in [0, 1].
-        std: Standard deviation of each RGB channel, for images in [0, 1].
-    """
     _warn_of_albumentationsx()
-    return _Normalisation(mean, std)
+    return _Augmentation(transforms)
 
 
-class _Normalisation:
-    """Conversion of a sample to tensors: ``(image / 255 - mean) / std``."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ConfigError(
-                f"mean={list(mean)} and std={list(std)} must be three numbers each, for red, green and blue, and those"
-                " of std positive."
-            )
-        self.mean = torch.tensor(mean, dtype=torch.float32).mul_(255)[:, None, None]
-        self.std = torch.tensor(std, dtype=torch.float32).mul_(255)[:, None, None]
-
-    def __call__(self, sample: Sample) -> TensorSample:
-        pixels = torch.from_numpy(sample["image"]).permute(2, 0, 1)
-        image = pixels.to(torch.float32, memory_format=torch.contiguous_format).sub_(self.mean).div_(self.std)
-        return {"image": image, "mask": torch.from_numpy(sample["mask"]).long(), "name": sample["name"]}
+def to_tensors(sample: Sample) -> TensorSample:
+    """Convert a sample's arrays to tensors; the evaluation transform."""
+    # A cached image is a read-only memory map, of which torch demands a copy.
+    image, mask = (np.require(sample[key], requirements=["C", "W"]) for key in ("image", "mask"))
+    return {
+        "image": torch.from_numpy(image).permute(2, 0, 1),
+        "mask": torch.from_numpy(mask),
+        "name": sample["name"],
+    }
 
 
 class _Augmentation:
-    """Albumentations steps, seeded from torch's generator, followed by normalisation."""
+    """Albumentations steps, seeded from torch's generator."""
 
-    def __init__(self, transforms: Mapping[str, A.BasicTransform], normalise: _Normalisation) -> None:
+    def __init__(self, transforms: Mapping[str, A.BasicTransform]) -> None:
         self.names = list(transforms)
         self.compose = A.Compose(list(transforms.values()), mask_interpolation=cv2.INTER_NEAREST)
-        self.normalise = normalise
 
     def __call__(self, sample: Sample) -> TensorSample:
         self._seed()
@@ -203,9 +288,9 @@ class _Augmentation:
         if getattr(image, "dtype", None) != np.uint8 or image.shape[2:] != (3,):
             raise ConfigError(
                 "data.augmentation: a step returned an image that is not uint8 with 3 channels; remove steps that"
-                " convert or normalise (normalisation runs last by itself)."
+                " convert or normalise (the model's input is normalised on its device)."
             )
-        return self.normalise({**sample, "image": image, "mask": augmented["mask"]})
+        return to_tensors({**sample, "image": image, "mask": augmented["mask"]})
 
     def _failing_step_key(self, error: Exception) -> str:
         """Return the end of the key of the step that raised an exception; empty if none did."""
@@ -219,6 +304,9 @@ class _Augmentation:
         # always come together. So all transforms share one new generator per sample, seeded from torch's.
         seed = int(torch.randint(2**63 - 1, ()))
         self.compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
+
+
+_OWN: dict[str, type[A.BasicTransform]] = {"ScaledCrop": ScaledCrop, "CategoryLimitedCrop": CategoryLimitedCrop}
 
 
 def _build_step(name: str, step: Mapping[str, Any], mean: Sequence[float]) -> A.BasicTransform:
@@ -241,15 +329,15 @@ def _build_step(name: str, step: Mapping[str, Any], mean: Sequence[float]) -> A.
 
 
 def _find_transform(name: str, class_name: str) -> type[A.BasicTransform]:
-    if class_name == CategoryLimitedCrop.__name__:
-        return CategoryLimitedCrop
+    if class_name in _OWN:
+        return _OWN[class_name]
     found = getattr(A, class_name, None)
     if _is_transform(found):
         return found
     known = [key for key, value in vars(A).items() if _is_transform(value)]
     raise ConfigError(
-        f"data.augmentation.{name}.transform={class_name!r}: must be CategoryLimitedCrop or a transform of "
-        f"albumentations; correct it.{did_you_mean(class_name, [*known, CategoryLimitedCrop.__name__])}"
+        f"data.augmentation.{name}.transform={class_name!r}: must be {', '.join(_OWN)} or a transform of "
+        f"albumentations; correct it.{did_you_mean(class_name, [*known, *_OWN])}"
     )
 
 

@@ -5,7 +5,7 @@ from ema_seg.evaluation.confusion import ConfusionMatrix, Scores
 from ema_seg.evaluation.cost import Cost, measure_cost
 from ema_seg.evaluation.environment import describe_environment
 from ema_seg.evaluation.evaluator import Evaluation, ImageRecord, score_images
-from ema_seg.evaluation.examples import Example, choose_examples, denormalise, predict_example, predict_examples
+from ema_seg.evaluation.examples import Example, choose_examples, predict_example, predict_examples
 from ema_seg.evaluation.strata import STRATA, count_strata, score_strata
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "attention_weights",
     "choose_examples",
     "count_strata",
-    "denormalise",
     "describe_environment",
     "measure_cost",
     "predict_example",

@@ -3,18 +3,20 @@
 import torch
 from torch import Tensor, nn
 
+from ema_seg.data.normalise import Normalise
 from ema_seg.inference.prediction import segment
 
 __all__ = ["attention_weights"]
 
 
-def attention_weights(model: nn.Module, image: Tensor, stride: int) -> dict[str, Tensor]:
+def attention_weights(model: nn.Module, image: Tensor, stride: int, normalise: Normalise) -> dict[str, Tensor]:
     """Compute the weight maps of a model's attention blocks for one image.
 
     Args:
         model: a segmenter.
-        image: normalised float image (3, H, W) on the model's device.
+        image: uint8 RGB image (3, H, W).
         stride: the model's stride.
+        normalise: the normalisation that the model was trained with.
 
     Returns:
         Weights in (0, 1) by the name of the block within the model, in the order of execution: float32
@@ -36,7 +38,7 @@ def attention_weights(model: nn.Module, image: Tensor, stride: int) -> dict[str,
     try:
         # A compiled model ignores hooks that are registered after its compilation.
         with torch.compiler.set_stance("force_eager"):
-            segment(model, [image], stride)
+            segment(model, [image], stride, normalise)
     finally:
         for handle in handles:
             handle.remove()

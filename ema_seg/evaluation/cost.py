@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+from ema_seg.data.normalise import Normalise
 from ema_seg.evaluation.environment import describe_device
 from ema_seg.inference.prediction import autocast, memory_format_of, pad_to_stride, segment
 from ema_seg.runtime.distributed.collectives import broadcast, gather
@@ -55,6 +56,7 @@ def measure_cost(
     device: torch.device | str,
     precision: str | int = "32-true",
     loader: DataLoader | None = None,
+    normalise: Normalise | None = None,
     warmup: int = 3,
     min_repeats: int = 3,
     budget: float = 10.0,
@@ -77,6 +79,7 @@ def measure_cost(
         device: device to run on.
         precision: see ``autocast``.
         loader: the evaluation's loader, as for ``score_images``; None skips the end-to-end measurement.
+        normalise: the normalisation of the loader's images; needed with a loader.
         warmup: forward passes before the timed ones; fewer, but at least one, if they take longer than the budget.
         min_repeats: minimum number of timed forward passes, however long they take.
         budget: seconds after which no further timed pass starts, divided equally between the measurements; warm-up
@@ -99,7 +102,8 @@ def measure_cost(
     device = torch.device(device)
     model.to(device)
     batch_sizes = sorted({1, batch_size})
-    share = budget / (len(batch_sizes) + (loader is not None))
+    source = None if loader is None or normalise is None else (loader, normalise)
+    share = budget / (len(batch_sizes) + (source is not None))
 
     def measure_forward(batch: int) -> dict[str, Any]:
         images = _random_images(model, batch, size, stride, device)
@@ -115,7 +119,7 @@ def measure_cost(
         with reraise_size_errors(single):
             gmacs = count_macs(model, single) / 1e9
         forward = broadcast([measure_forward(batch) for batch in batch_sizes] if rank_info().rank == 0 else [])
-        end_to_end = None if loader is None else broadcast(time_end_to_end(model, loader, stride, share))
+        end_to_end = None if source is None else broadcast(time_end_to_end(model, *source, stride, share))
     return Cost(
         parameters=count_parameters(model),
         gmacs=gmacs,
@@ -283,12 +287,15 @@ def _forward_entry(batch_size: int, seconds: list[float], warmup: int, memory: i
     }
 
 
-def time_end_to_end(model: nn.Module, loader: DataLoader, stride: int, budget: float) -> dict[str, Any]:
+def time_end_to_end(
+    model: nn.Module, loader: DataLoader, normalise: Normalise, stride: int, budget: float
+) -> dict[str, Any]:
     """Time the path from files to masks, over the data set or until the budget is spent.
 
     Args:
         model: see ``measure_cost``; the caller sets its device, mode and precision.
         loader: see ``measure_cost``.
+        normalise: see ``measure_cost``.
         stride: see ``measure_cost``.
         budget: seconds after which no further batch starts.
 
@@ -306,7 +313,7 @@ def time_end_to_end(model: nn.Module, loader: DataLoader, stride: int, budget: f
     barrier()
     images, start, elapsed = 0, time.perf_counter(), 0.0
     for index, batch in enumerate(loader):
-        for mask in segment(model, batch["image"], stride):
+        for mask in segment(model, batch["image"], stride, normalise):
             mask.cpu()  # waits for the device
         if index < warmup:
             start = time.perf_counter()

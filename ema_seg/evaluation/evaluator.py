@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from ema_seg.data.normalise import Normalise
 from ema_seg.evaluation.confusion import ConfusionMatrix
 from ema_seg.evaluation.strata import StratumCounts, count_strata
 from ema_seg.inference.prediction import autocast, predict
@@ -56,6 +57,7 @@ def score_images(
     classes: Sequence[str],
     *,
     stride: int,
+    normalise: Normalise,
     device: torch.device | str,
     precision: str | int = "32-true",
     progress: bool = True,
@@ -70,9 +72,10 @@ def score_images(
 
     Args:
         model: maps float B x 3 x H x W to logits B x K x H x W.
-        loader: batches of lists ``image`` (normalised float 3 x H x W), ``mask`` (int64 H x W) and ``name``.
+        loader: batches of lists ``image`` (uint8 RGB 3 x H x W), ``mask`` (uint8 H x W) and ``name``.
         classes: the names of the K classes.
         stride: the model's stride; height and width are padded to multiples of it.
+        normalise: the normalisation that the model was trained with.
         device: device to run on.
         precision: see ``autocast``.
         progress: show a progress bar if the output is a terminal.
@@ -90,7 +93,7 @@ def score_images(
     records: list[ImageRecord] = []
     with evaluation_mode(model), autocast(device, precision):
         for batch in _tracked(loader, progress):
-            logits = predict(model, batch["image"], stride)
+            logits = predict(model, batch["image"], stride, normalise)
             for name, scores, target in zip(batch["name"], logits, batch["mask"], strict=True):
                 confusion, prediction = _count(name, scores, target, len(classes))
                 total.merge(confusion)

@@ -6,13 +6,14 @@ from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ema_seg.data.normalise import Normalise
 from ema_seg.evaluation.evaluator import ImageRecord
 from ema_seg.inference.prediction import autocast, segment
 from ema_seg.runtime.execution import evaluation_mode
 
-__all__ = ["Example", "choose_examples", "denormalise", "predict_example", "predict_examples"]
+__all__ = ["Example", "choose_examples", "predict_example", "predict_examples"]
 
 
 class Example(TypedDict):
@@ -58,8 +59,7 @@ def predict_examples(
     dataset: Samples,
     records: Sequence[ImageRecord],
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
+    normalise: Normalise,
     stride: int,
     device: torch.device | str,
     precision: str | int = "32-true",
@@ -70,8 +70,7 @@ def predict_examples(
         model: the model that was evaluated.
         dataset: the data set that was evaluated, with its evaluation transform.
         records: the evaluation's records, in the data set's order.
-        mean: the mean colour that the transform subtracts, per channel, for images in [0, 1].
-        std: the standard deviation that it divides by.
+        normalise: the normalisation that the model was trained with.
         stride: see ``score_images``.
         device: see ``score_images``.
         precision: see ``score_images``.
@@ -82,33 +81,18 @@ def predict_examples(
         for label, index in choose_examples(records).items():
             sample, score = dataset[index], records[index]["miou"]
             title = f"{label}: {sample['name']}, mIoU {100 * score:.1f}%"
-            examples.append(predict_example(model, sample, title, mean=mean, std=std, stride=stride))
+            examples.append(predict_example(model, sample, title, stride, normalise))
     return examples
 
 
 def predict_example(
-    model: nn.Module, sample: Mapping[str, Any], title: str, *, mean: Sequence[float], std: Sequence[float], stride: int
+    model: nn.Module, sample: Mapping[str, Any], title: str, stride: int, normalise: Normalise
 ) -> Example:
     """Predict one image for drawing; see ``predict_examples``. The caller sets the model's mode and precision."""
-    (prediction,) = segment(model, [sample["image"]], stride)
+    (prediction,) = segment(model, [sample["image"]], stride, normalise)
     return Example(
         title=title,
-        image=denormalise(sample["image"], mean, std),
-        truth=sample["mask"].cpu().numpy(),
+        image=sample["image"].permute(1, 2, 0).numpy(),
+        truth=sample["mask"].numpy(),
         prediction=prediction.cpu().numpy(),
     )
-
-
-def denormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Convert a normalised image back to RGB colours.
-
-    Args:
-        image: float tensor 3 x H x W.
-        mean: the mean colour that was subtracted, per channel, for images in [0, 1].
-        std: the standard deviation that was divided by.
-
-    Returns:
-        A uint8 array H x W x 3.
-    """
-    colours = image.detach().float().cpu().permute(1, 2, 0) * torch.tensor(std) + torch.tensor(mean)
-    return (colours * 255).round().clamp(0, 255).to(torch.uint8).numpy()

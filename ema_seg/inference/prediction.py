@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ema_seg.data.normalise import Normalise
 from ema_seg.runtime.errors import ConfigError, ModelError
 from ema_seg.runtime.limits import reraise_out_of_memory, reraise_size_errors
 
@@ -16,6 +17,7 @@ __all__ = [
     "autocast",
     "device_of",
     "memory_format_of",
+    "model_input",
     "pad_to_stride",
     "predict",
     "segment",
@@ -68,6 +70,21 @@ def memory_format_of(model: nn.Module) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def model_input(model: nn.Module, images: Tensor, normalise: Normalise) -> Tensor:
+    """Normalise images for a model: in the dtype that it computes in, and in its memory format.
+
+    Args:
+        model: see ``predict``.
+        images: uint8 RGB B x 3 x H x W, on the model's device.
+        normalise: the normalisation that the model was trained with.
+    """
+    if torch.is_autocast_enabled(images.device.type):
+        dtype = torch.get_autocast_dtype(images.device.type)
+    else:
+        dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+    return normalise(images, dtype, memory_format_of(model))
+
+
 def pad_to_stride(images: Tensor, stride: int) -> Tensor:
     """Pad a batch at the bottom and right with zeros up to multiples of the stride.
 
@@ -86,17 +103,18 @@ def pad_to_stride(images: Tensor, stride: int) -> Tensor:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, images: Sequence[Tensor], stride: int) -> list[Tensor]:
+def predict(model: nn.Module, images: Sequence[Tensor], stride: int, normalise: Normalise) -> list[Tensor]:
     """Compute the logits of images that may differ in size.
 
-    Images of equal size are forwarded together: each such batch is padded to the stride (see
-    ``pad_to_stride``) and its logits are cropped back. The caller sets the model's mode, its device,
+    Images of equal size are forwarded together: each such batch is normalised on the model's device and padded to the
+    stride (see ``pad_to_stride``), and its logits are cropped back. The caller sets the model's mode, its device,
     its memory layout, and the autocast context around the call.
 
     Args:
         model: maps float B x 3 x H x W, with H and W multiples of the stride, to logits B x K x H x W.
-        images: normalised float tensors 3 x H x W, on any device.
+        images: uint8 RGB tensors 3 x H x W, on any device.
         stride: the model's stride.
+        normalise: the normalisation that the model was trained with.
 
     Returns:
         One tensor K x H x W for each image, in the images' order and at their sizes, on the model's device.
@@ -105,7 +123,7 @@ def predict(model: nn.Module, images: Sequence[Tensor], stride: int) -> list[Ten
         ModelError: the model's logits have another size than its input, or the images are too small for the model or
             do not fit into memory.
     """
-    device, memory_format = device_of(model), memory_format_of(model)
+    device = device_of(model)
     by_size: dict[torch.Size, list[int]] = {}
     for index, image in enumerate(images):
         by_size.setdefault(image.shape, []).append(index)
@@ -113,7 +131,7 @@ def predict(model: nn.Module, images: Sequence[Tensor], stride: int) -> list[Ten
     logits: dict[int, Tensor] = {}
     for (_, height, width), indices in by_size.items():
         batch = torch.stack([images[index].to(device, non_blocking=True) for index in indices])
-        padded = pad_to_stride(batch, stride).contiguous(memory_format=memory_format)
+        padded = pad_to_stride(model_input(model, batch, normalise), stride)
         with reraise_size_errors(padded), reraise_out_of_memory(padded, LESS_MEMORY):
             output = model(padded)
         if output.shape[-2:] != padded.shape[-2:]:
@@ -125,10 +143,10 @@ def predict(model: nn.Module, images: Sequence[Tensor], stride: int) -> list[Ten
     return [logits[index] for index in range(len(images))]
 
 
-def segment(model: nn.Module, images: Sequence[Tensor], stride: int) -> list[Tensor]:
+def segment(model: nn.Module, images: Sequence[Tensor], stride: int, normalise: Normalise) -> list[Tensor]:
     """Predict the most likely class of every pixel; see ``predict``.
 
     Returns:
         One int64 tensor H x W for each image, on the model's device.
     """
-    return [logits.argmax(dim=0) for logits in predict(model, images, stride)]
+    return [logits.argmax(dim=0) for logits in predict(model, images, stride, normalise)]

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ema_seg.data.decoding import decode_image
+from ema_seg.data.normalise import Normalise
 from ema_seg.data.source import File, FolderSource
 from ema_seg.evaluation.attention import attention_weights
 from ema_seg.models import load_segmenter, model_stride
@@ -81,10 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model, checkpoint = load_segmenter(options.checkpoint)
         pixels = decode_image(File(FolderSource(options.image.parent), options.image.name), upright=True)
         data = checkpoint["config"]["data"]
-        scale = [torch.tensor(data[key])[:, None, None] for key in ("mean", "std")]
-        image = (torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255 - scale[0]) / scale[1]
+        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         stride = model_stride(model)
-        maps = attention_weights(model, image, stride)
+        maps = attention_weights(model, image, stride, Normalise(data["mean"], data["std"]))
         if not maps:
             raise ModelError(
                 f"{options.checkpoint}: no attention block of this model has weight maps; give a model with EMA."

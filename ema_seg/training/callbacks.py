@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ema_seg.data import SegmentationDataModule
+from ema_seg.data.normalise import Normalise
 from ema_seg.data.transforms import TensorSample
 from ema_seg.evaluation import Example, attention_weights, predict_example
 from ema_seg.reporting import draw_samples
@@ -240,25 +241,26 @@ class Pictures(Callback):
 def _row(module: LightningModule, data: SegmentationDataModule, sample: TensorSample) -> Example:
     model: nn.Module = module.model  # type: ignore[assignment]
     stride: int = module.stride  # type: ignore[assignment]
-    row = predict_example(model, sample, sample["name"], mean=data.mean, std=data.std, stride=stride)
-    weights = attention_map(model, sample["image"].to(module.device), stride)
+    row = predict_example(model, sample, sample["name"], stride, data.normalise)
+    weights = attention_map(model, sample["image"], stride, data.normalise)
     if weights is not None:
         row["weight_map"] = weights.cpu().numpy()
     return row
 
 
-def attention_map(model: nn.Module, image: Tensor, stride: int) -> Tensor | None:
+def attention_map(model: nn.Module, image: Tensor, stride: int, normalise: Normalise) -> Tensor | None:
     """Compute the weight map of the last attention block that has one, averaged over its channel groups.
 
     Args:
         model: a segmenter.
-        image: normalised float image (3, H, W) on the model's device.
+        image: uint8 RGB image (3, H, W).
         stride: the model's stride.
+        normalise: the normalisation that the model was trained with.
 
     Returns:
         Weights in (0, 1), float32 (H, W); None if no block of the model has a method ``weight_map``.
     """
-    maps = attention_weights(model, image, stride)
+    maps = attention_weights(model, image, stride, normalise)
     if not maps:
         return None
     last = list(maps.values())[-1].mean(dim=0)

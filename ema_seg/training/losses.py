@@ -1,6 +1,6 @@
 """Segmentation losses and weighted sums of them.
 
-Every loss takes logits (B, K, H, W) and int64 train ids (B, H, W), and leaves out pixels with the ignore index.
+Every loss takes logits (B, K, H, W) and train ids (B, H, W), and leaves out pixels with the ignore index.
 
 With several processes, cross-entropy, focal and Dice loss are computed over the global batch: the mean over the ranks
 has the value and the gradient of a single process. OHEM and the Lovász loss sort the pixels; they are means of the
@@ -214,7 +214,8 @@ class WeightedSum(nn.Module):
         self.losses = nn.ModuleDict({name: loss for name, (_, loss) in terms.items()})
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Compute the scalar loss of logits (B, K, H, W) against int64 train ids (B, H, W)."""
+        """Compute the scalar loss of logits (B, K, H, W) against train ids (B, H, W) of any integer dtype."""
+        target = target.long()
         labels = (target != IGNORE_INDEX).sum()
         own, all_labels = bool(labels), bool(sum_in_place(labels))
         nothing = logits.float().sum() * 0.0

@@ -13,9 +13,10 @@ from lightning import LightningModule
 from torch import Tensor, distributed, nn
 
 from ema_seg.data.base import IGNORE_INDEX
+from ema_seg.data.normalise import Normalise
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.evaluation.confusion import Scores
-from ema_seg.inference.prediction import LESS_MEMORY, predict
+from ema_seg.inference.prediction import LESS_MEMORY, model_input, predict
 from ema_seg.models import load_segmenter, model_stride
 from ema_seg.runtime.distributed.collectives import sum_in_place
 from ema_seg.runtime.distributed.ranks import rank_info, single_process
@@ -41,7 +42,8 @@ class SegmentationModule(LightningModule):
 
     Args:
         model: maps float images (B, 3, H, W) to logits (B, K, H, W).
-        loss: maps logits and int64 train ids (B, H, W) to a scalar.
+        loss: maps logits and train ids (B, H, W) to a scalar.
+        normalise: normalises the uint8 images.
         optimizer: keyword arguments of ``build_optimizer``.
         schedule: keyword arguments of ``build_schedule``.
         classes: the K class names.
@@ -56,6 +58,7 @@ class SegmentationModule(LightningModule):
         self,
         model: nn.Module,
         loss: nn.Module,
+        normalise: Normalise,
         *,
         classes: Sequence[str],
         optimizer: Mapping[str, Any],
@@ -65,6 +68,7 @@ class SegmentationModule(LightningModule):
         super().__init__()
         self.model = model
         self.loss = loss
+        self.normalise = normalise
         self.classes = list(classes)
         self.config = dict(config)
         self.optimizer_settings = dict(optimizer)
@@ -103,11 +107,12 @@ class SegmentationModule(LightningModule):
                 )
         loss = build_loss(config["loss"], len(classes))
         settings = {"optimizer": config["optimizer"], "schedule": config["schedule"], "config": config}
-        return cls(model, loss, classes=classes, **settings).train().to(torch.device(map_location or "cpu"))
+        normalise = Normalise(config["data"]["mean"], config["data"]["std"])
+        return cls(model, loss, normalise, classes=classes, **settings).train().to(torch.device(map_location or "cpu"))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the logits (B, K, H, W) of images (B, 3, H, W)."""
-        return self.model(images)
+        """Compute the logits (B, K, H, W) of uint8 RGB images (B, 3, H, W)."""
+        return self.model(model_input(self.model, images, self.normalise))
 
     def on_train_epoch_start(self) -> None:
         """Reset the sums of the epoch."""
@@ -200,7 +205,7 @@ class SegmentationModule(LightningModule):
         Returns:
             The logits K x H x W of each image.
         """
-        predicted = predict(self.model, batch["image"], self.stride)
+        predicted = predict(self.model, batch["image"], self.stride, self.normalise)
         for logits, target in zip(predicted, batch["mask"], strict=True):
             self.confusion.update(logits.argmax(dim=0), target)
         return predicted

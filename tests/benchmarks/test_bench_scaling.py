@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 from torch import distributed
 
 from ema_seg.cli.command_line import plain_config
+from ema_seg.data.normalise import Normalise
 from ema_seg.runtime.distributed import ranks
 from ema_seg.runtime.distributed.ranks import RankInfo
 from tests.conftest import QUICK, ROOT
@@ -74,9 +75,10 @@ def test_a_process_that_steps_alone_exchanges_nothing(bench, monkeypatch):
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(distributed, "all_reduce", exchanged.append)
     monkeypatch.setattr(ranks, "rank_from_environment", lambda: RankInfo(0, 2, 0, 2))
-    batch = {"image": torch.rand(2, 3, 64, 64), "mask": torch.zeros(2, 64, 64, dtype=torch.int64)}
+    batch = {"image": torch.zeros(2, 3, 64, 64, dtype=torch.uint8), "mask": torch.zeros(2, 64, 64, dtype=torch.uint8)}
+    normalise = Normalise((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
-    bench.stepper(config, 11, torch.device("cpu"), together=False)(batch)
+    bench.stepper(config, 11, normalise, torch.device("cpu"), together=False)(batch)
 
     assert ranks.rank_info().size == 2
     assert exchanged == []

@@ -45,8 +45,8 @@ def test_training_batches_are_stacked_crops(root: Path, workers: int) -> None:
     module.setup("fit")
     batches = list(module.train_dataloader())
     assert len(batches) == 2  # the seventh image does not fill a batch
-    assert batches[0]["image"].shape == (3, 3, 8, 10) and batches[0]["image"].dtype == torch.float32
-    assert batches[0]["mask"].shape == (3, 8, 10) and batches[0]["mask"].dtype == torch.int64
+    assert batches[0]["image"].shape == (3, 3, 8, 10) and batches[0]["image"].dtype == torch.uint8
+    assert batches[0]["mask"].shape == (3, 8, 10) and batches[0]["mask"].dtype == torch.uint8
     names = [name for batch in batches for name in batch["name"]]
     assert len(set(names)) == 6
 
@@ -182,7 +182,7 @@ class Recorder(LightningModule):
 
     def training_step(self, batch: dict[str, Any], index: int) -> torch.Tensor:
         self.seen.setdefault(self.current_epoch, []).extend(batch["name"])
-        return self.weight * batch["image"].mean()
+        return self.weight * batch["image"].float().mean()
 
     def validation_step(self, batch: dict[str, Any], index: int) -> None:
         assert isinstance(batch["image"], list)

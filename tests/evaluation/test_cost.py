@@ -11,11 +11,13 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+from ema_seg.data.normalise import Normalise
 from ema_seg.evaluation import measure_cost
 from ema_seg.evaluation.cost import cost_batch_size, count_macs, count_parameters, measure_peak_memory, time_end_to_end
 from ema_seg.runtime.errors import ConfigError, DataError, ModelError
 
 FLOAT = 4
+NORMALISE = Normalise((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def two_convolutions() -> nn.Sequential:
@@ -35,7 +37,7 @@ class Files(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pixels = np.array(Image.open(self.paths[index]))
-        return {"image": torch.from_numpy(pixels).permute(2, 0, 1).float() / 255}
+        return {"image": torch.from_numpy(pixels).permute(2, 0, 1)}
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -114,6 +116,7 @@ def test_measures_the_model_it_is_given(tmp_path: Path) -> None:
         batch_size=4,
         device="cpu",
         loader=loader,
+        normalise=NORMALISE,
         warmup=1,
         min_repeats=3,
         budget=0.02,
@@ -145,7 +148,7 @@ def test_measures_the_model_it_is_given(tmp_path: Path) -> None:
 )
 def test_end_to_end_covers_the_data_set(tmp_path: Path, count: int, workers: int, warmup: int, timed: int) -> None:
     loader = DataLoader(Files(tmp_path, count), batch_size=2, collate_fn=collate, num_workers=workers)
-    result = time_end_to_end(two_convolutions(), loader, stride=8, budget=60)
+    result = time_end_to_end(two_convolutions(), loader, NORMALISE, stride=8, budget=60)
     assert result["images_per_second"] > 0
     assert result["images"] == timed
     assert result["batch_size"] == 2
@@ -155,7 +158,7 @@ def test_end_to_end_covers_the_data_set(tmp_path: Path, count: int, workers: int
 
 def test_end_to_end_stops_when_the_budget_is_spent(tmp_path: Path) -> None:
     loader = DataLoader(Files(tmp_path, 9), batch_size=1, collate_fn=collate)
-    assert time_end_to_end(two_convolutions(), loader, stride=8, budget=0)["images"] == 1
+    assert time_end_to_end(two_convolutions(), loader, NORMALISE, stride=8, budget=0)["images"] == 1
 
 
 def test_without_a_loader_there_is_no_end_to_end() -> None:
@@ -196,7 +199,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         measure_cost(two_convolutions(), size=(8, 8), stride=8, batch_size=0, device="cpu")
     empty: DataLoader = DataLoader(Files(tmp_path, 0), batch_size=1, collate_fn=collate)
     with pytest.raises(DataError, match="no image"):
-        measure_cost(two_convolutions(), size=(8, 8), stride=8, batch_size=1, device="cpu", loader=empty, budget=0.01)
+        time_end_to_end(two_convolutions(), empty, NORMALISE, stride=8, budget=0.01)
 
 
 def test_a_budget_that_is_spent_leaves_one_pass_for_warm_up_and_three_that_are_timed() -> None:

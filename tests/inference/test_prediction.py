@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_seg.config import Evaluation
+from ema_seg.data.normalise import Normalise
 from ema_seg.inference.prediction import (
     PRECISIONS,
     autocast,
@@ -17,6 +18,12 @@ from ema_seg.inference.prediction import (
 )
 from ema_seg.runtime.errors import ConfigError, ModelError
 from ema_seg.runtime.execution import evaluation_mode
+
+NORMALISE = Normalise((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+
+
+def random_image(*size: int) -> Tensor:
+    return torch.randint(256, (3, *size), dtype=torch.uint8)
 
 
 class Recorder(nn.Module):
@@ -46,30 +53,30 @@ def test_padding_is_zero_at_the_bottom_and_right() -> None:
 
 def test_each_image_gets_its_own_logits_at_its_own_size() -> None:
     model = Recorder()
-    images = [torch.randn(3, *size) for size in ((5, 7), (8, 4), (5, 7), (1, 1))]
-    logits = predict(model, images, stride=4)
+    images = [random_image(*size) for size in ((5, 7), (8, 4), (5, 7), (1, 1))]
+    logits = predict(model, images, 4, NORMALISE)
     assert [tuple(batch.shape) for batch in model.inputs] == [(2, 3, 8, 8), (1, 3, 8, 4), (1, 3, 4, 4)]
     for image, output in zip(images, logits, strict=True):
-        torch.testing.assert_close(output, model.conv(image[None])[0].detach())
+        torch.testing.assert_close(output, model.conv(NORMALISE(image)[None])[0].detach())
         assert not output.requires_grad
 
 
 def test_segment_takes_the_most_likely_class() -> None:
     model = nn.Conv2d(3, 3, 1, bias=False)
     nn.init.eye_(model.weight.data.flatten(1))
-    images = [torch.randn(3, 6, 5)]
-    (mask,) = segment(model, images, stride=8)
-    assert torch.equal(mask, images[0].argmax(0))
+    images = [random_image(6, 5)]
+    (mask,) = segment(model, images, 8, NORMALISE)
+    assert torch.equal(mask, NORMALISE(images[0]).argmax(0))
     assert mask.dtype == torch.int64
 
 
 def test_no_images_give_no_logits() -> None:
-    assert predict(Recorder(), [], stride=4) == []
+    assert predict(Recorder(), [], 4, NORMALISE) == []
 
 
 def test_a_model_that_does_not_restore_the_size_is_named() -> None:
     with pytest.raises(ModelError, match=r"logits must have the input's size \(8, 8\), got \(4, 4\)"):
-        predict(nn.AvgPool2d(2), [torch.randn(3, 8, 8)], stride=8)
+        predict(nn.AvgPool2d(2), [random_image(8, 8)], 8, NORMALISE)
 
 
 def test_memory_layout_follows_the_model() -> None:
@@ -78,7 +85,7 @@ def test_memory_layout_follows_the_model() -> None:
     recorder = Recorder()
     recorder.body = model.to(memory_format=torch.channels_last)
     assert memory_format_of(recorder) == torch.channels_last
-    predict(recorder, [torch.randn(3, 4, 4)] * 2, stride=4)
+    predict(recorder, [random_image(4, 4)] * 2, 4, NORMALISE)
     assert recorder.inputs[0].is_contiguous(memory_format=torch.channels_last)
     assert not recorder.inputs[0].is_contiguous()
 
@@ -87,8 +94,9 @@ def test_memory_layout_follows_the_model() -> None:
 def test_precision_is_computed_in(precision: str, dtype: torch.dtype) -> None:
     model = Recorder()
     with autocast("cpu", precision):
-        predict(model, [torch.randn(3, 4, 4)], stride=4)
+        predict(model, [random_image(4, 4)], 4, NORMALISE)
     assert model.dtypes == [dtype]
+    assert model.inputs[0].dtype == dtype  # half of float32's bytes, where the model computes in half precision
 
 
 def test_unknown_precision_is_named() -> None:

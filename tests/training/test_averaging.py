@@ -8,6 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ema_seg.data.normalise import Normalise
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.inference.prediction import segment
 from ema_seg.models import build_segmenter
@@ -61,13 +62,19 @@ def test_the_average_and_the_plain_weights_are_both_scored_by_name(tmp_path):
     module = SegmentationModule(
         model,
         build_loss({"cross_entropy": {}}, 3),
+        Normalise((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
         classes=["road", "traffic light", "traffic_light"],
         optimizer={"name": "sgd", "lr": 0.1, "encoder_lr_factor": 1.0, "weight_decay": 0.0},
         schedule={"name": "constant"},
         config={"seed": 0},
     )
     samples = [
-        {"image": torch.randn(3, 32, 32), "mask": torch.randint(2, (32, 32)), "name": str(index)} for index in range(10)
+        {
+            "image": torch.randint(256, (3, 32, 32), dtype=torch.uint8),
+            "mask": torch.randint(2, (32, 32)),
+            "name": str(index),
+        }
+        for index in range(10)
     ]
     samples[8]["mask"][:] = 255
     recorder = _Recorder()
@@ -89,7 +96,7 @@ def test_the_average_and_the_plain_weights_are_both_scored_by_name(tmp_path):
     for name, scored in (("val/miou", recorder.averaged), (UNAVERAGED, recorder.plain)):
         confusion = ConfusionMatrix(3)
         for sample in samples[8:]:
-            (prediction,) = segment(scored.eval(), [sample["image"]], 32)
+            (prediction,) = segment(scored.eval(), [sample["image"]], 32, module.normalise)
             confusion.update(prediction, sample["mask"])
         scores = confusion.compute()
         assert logged[name].item() == pytest.approx(scores["miou"])
@@ -99,7 +106,7 @@ def test_the_average_and_the_plain_weights_are_both_scored_by_name(tmp_path):
             assert found == pytest.approx(
                 {key: iou for key, iou in zip(names, scores["iou"], strict=True) if iou == iou}
             )
-            loss = module.loss(scored(samples[9]["image"][None]), samples[9]["mask"][None])
+            loss = module.loss(scored(module.normalise(samples[9]["image"][None])), samples[9]["mask"][None])
             assert logged["val/loss"].item() == pytest.approx(loss.item(), rel=1e-5)
     assert logged["val/miou"] != logged[UNAVERAGED]
     # Training continues with the plain weights.

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from ema_seg.attention import EMA
+from ema_seg.data.normalise import Normalise
 from ema_seg.models import build_segmenter
 from ema_seg.runtime.errors import CheckpointError, ConfigError, DataError, TrainingError
 from ema_seg.runtime.files import write_file
@@ -20,6 +21,11 @@ from ema_seg.training.losses import build_loss
 from ema_seg.training.module import SegmentationModule
 
 ENCODER = "tu-test_efficientnet"
+NORMALISE = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def random_image(*size):
+    return torch.randint(256, (3, *size), dtype=torch.uint8)
 
 
 def segmenter(**arguments):
@@ -31,6 +37,7 @@ def module(model):
     return SegmentationModule(
         model,
         build_loss({"cross_entropy": {}}, 3),
+        NORMALISE,
         classes=["a", "b", "c"],
         optimizer={"name": "adamw", "lr": 1e-3, "encoder_lr_factor": 1.0, "weight_decay": 0.0},
         schedule={"name": "constant"},
@@ -40,14 +47,16 @@ def module(model):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_names_the_step_and_the_samples(value):
+    model = segmenter()
+    nn.init.constant_(next(model.parameters()), value)
     batch = {
-        "image": torch.full((2, 3, 64, 64), value),
-        "mask": torch.zeros(2, 64, 64, dtype=torch.int64),
+        "image": torch.zeros(2, 3, 64, 64, dtype=torch.uint8),
+        "mask": torch.zeros(2, 64, 64, dtype=torch.uint8),
         "name": ["aachen_1", "bochum_2"],
     }
 
     with pytest.raises(TrainingError, match=r"the loss is nan at step 0 .* aachen_1, bochum_2"):
-        module(segmenter()).training_step(batch, 0)
+        module(model).training_step(batch, 0)
 
 
 def test_a_checkpoint_carries_the_configuration_and_the_classes():
@@ -98,7 +107,7 @@ def test_a_checkpoint_that_cannot_be_written_says_why_and_leaves_the_one_before(
 
 def test_the_attention_map_is_the_last_blocks_at_the_images_size():
     model = segmenter(attention="ema", attention_options={"factor": 2}, placements=["head"]).eval()
-    image = torch.randn(3, 50, 70)
+    image = random_image(50, 70)
     block = model.segmentation_head.attention
     assert isinstance(block, EMA)
     nn.init.zeros_(block.conv3x3.weight)
@@ -106,7 +115,7 @@ def test_the_attention_map_is_the_last_blocks_at_the_images_size():
     nn.init.constant_(block.conv3x3.bias, 2.0)
     nn.init.constant_(block.gn.bias, -1.0)
 
-    weights = attention_map(model, image, stride=32)
+    weights = attention_map(model, image, 32, NORMALISE)
 
     # Both branches are constant, so the weight is the sigmoid of their sum everywhere.
     assert weights.shape == (50, 70)
@@ -115,17 +124,17 @@ def test_the_attention_map_is_the_last_blocks_at_the_images_size():
 
 def test_a_compiled_model_has_the_same_attention_map():
     model = segmenter(attention="ema", attention_options={"factor": 2}, placements=["head"]).eval()
-    image = torch.randn(3, 64, 64)
-    expected = attention_map(model, image, stride=32)
+    image = random_image(64, 64)
+    expected = attention_map(model, image, 32, NORMALISE)
     model.compile(backend="eager", dynamic=False)
     with torch.inference_mode():
-        model(image[None])  # compiles for this size, before any hook is registered
+        model(NORMALISE(image)[None])  # compiles for this size, before any hook is registered
 
-    assert torch.allclose(attention_map(model, image, stride=32), expected)
+    assert torch.allclose(attention_map(model, image, 32, NORMALISE), expected)
 
 
 def test_a_model_without_weight_maps_has_no_attention_map():
-    assert attention_map(segmenter(attention="se").eval(), torch.randn(3, 32, 32), stride=32) is None
+    assert attention_map(segmenter(attention="se").eval(), random_image(32, 32), 32, NORMALISE) is None
 
 
 def test_the_epoch_log_survives_a_kill_in_the_middle_of_writing(tmp_path, monkeypatch):
@@ -207,7 +216,7 @@ def test_a_logger_that_is_not_installed_names_the_extra(name, tmp_path, monkeypa
 
 def test_a_prediction_is_scored_at_the_images_own_size():
     lightning_module = module(segmenter().eval())
-    image, mask = torch.randn(3, 45, 61), torch.from_numpy(np.full((45, 61), 1))
+    image, mask = random_image(45, 61), torch.from_numpy(np.full((45, 61), 1))
     mask[:5] = 255
     lightning_module.on_validation_epoch_start()
 

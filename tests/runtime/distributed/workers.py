@@ -222,9 +222,26 @@ def score(root: Path, folder: Path) -> dict[str, object]:
     loader, dataset = data.val_dataloader(), data.val_dataset
     names = [dataset.name(index) for index in range(len(dataset))]
     with PredictionWriter(folder / "report", names, data.palette) as writer:
-        found = score_images(model, loader, data.classes, stride=1, device="cpu", on_prediction=writer, progress=False)
+        found = score_images(
+            model,
+            loader,
+            data.classes,
+            stride=1,
+            normalise=data.normalise,
+            device="cpu",
+            on_prediction=writer,
+            progress=False,
+        )
     cost = measure_cost(
-        model, size=(64, 96), stride=1, batch_size=2, device="cpu", loader=loader, min_repeats=1, budget=0.01
+        model,
+        size=(64, 96),
+        stride=1,
+        batch_size=2,
+        device="cpu",
+        loader=loader,
+        normalise=data.normalise,
+        min_repeats=1,
+        budget=0.01,
     )
     return {"matrix": found.confusion.matrix.tolist(), "images": found.images, "cost": cost}
 
