@@ -128,6 +128,8 @@ class _Loading(OpenSection):
     """seconds to wait for a disk that does not respond"""
     max_skipped: Count = 0
     """unreadable samples that may be skipped"""
+    cache: OptionalPath = None
+    """folder for decoded images, which all processes and runs share; null: decode the files each time"""
 
 
 class Data(_Loading):

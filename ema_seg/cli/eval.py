@@ -40,8 +40,8 @@ def main() -> None:
         saved = _saved_config()
         store = ConfigStore.instance()
         for group in ("data", "evaluation"):
-            # Hydra would follow a defaults list in them.
-            section = {key: value for key, value in saved.get(group, {}).items() if key != "defaults"}
+            # Hydra would follow a defaults list in them, and a stranger's cache would be written to.
+            section = {key: value for key, value in saved.get(group, {}).items() if key not in ("defaults", "cache")}
             store.store("of_run", section, group=group)
         launch(_evaluate, CONFIGS, "eval", compose(CONFIGS, "eval"))
 

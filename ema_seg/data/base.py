@@ -9,7 +9,7 @@ import unicodedata
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypedDict
+from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict
 
 import cv2
 import numpy as np
@@ -73,6 +73,16 @@ class MissingSplitError(DataError):
     """Error of a root that is a data set of this kind but has no files of the requested split."""
 
 
+class DecodedSamples(Protocol):
+    """Decoded images and masks by index; see :class:`ema_seg.data.cache.SampleCache`."""
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """Return an image, uint8 RGB H x W x 3."""
+
+    def mask(self, index: int) -> NDArray[np.uint8]:
+        """Return a mask as train ids, uint8 H x W."""
+
+
 class SegmentationDataset(Dataset[Any]):
     """Base of the data sets: a split's images with their masks as train ids.
 
@@ -104,6 +114,8 @@ class SegmentationDataset(Dataset[Any]):
     """Splits published without labels, or with dummy labels."""
     makes_files: ClassVar[bool] = False
     """True if missing files are generated; no timeout applies then."""
+    cache: "DecodedSamples | None" = None
+    """Decoded samples to read instead of the files."""
     train_ids: NDArray[np.uint8]
     """Train id of each of the 256 possible mask values; see :func:`train_id_table`."""
 
@@ -164,7 +176,9 @@ class SegmentationDataset(Dataset[Any]):
         return f"{pair.image}" if pair.mask is None else f"{pair.image} or {pair.mask}"
 
     def read_image(self, index: int) -> NDArray[np.uint8]:
-        """Read the image, uint8 RGB H x W x 3; raise DataError if it cannot be decoded."""
+        """Read the image, uint8 RGB H x W x 3, maybe read-only; raise DataError if it cannot be decoded."""
+        if self.cache is not None:
+            return self.cache.image(index)
         return decode_image(self.pairs[index].image, upright=self.upright)
 
     def read_mask(self, index: int) -> NDArray[np.uint8]:
@@ -174,6 +188,8 @@ class SegmentationDataset(Dataset[Any]):
             DataError: The split has no labels, the mask cannot be decoded, or a value in it is outside the
                 class list.
         """
+        if self.cache is not None:
+            return self.cache.mask(index)
         file = self.pairs[index].mask
         if file is None:
             raise DataError(f"{self.root}: the split {self.split!r} has no labels; choose a split with labels.")

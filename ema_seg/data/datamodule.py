@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 from ema_seg.config import DataArguments, check_settings
 from ema_seg.data import build_dataset, check_dataset, find_dataset_class
 from ema_seg.data.base import Sample, SegmentationDataset
+from ema_seg.data.cache import open_cache
 from ema_seg.data.loading import (
     Loader,
     RoundRobinSampler,
@@ -73,6 +75,8 @@ class SegmentationDataModule(LightningDataModule):
         timeout: Seconds that the disk may take to list the files, to read a sample or to deliver a batch.
         max_skipped: Number of unreadable samples that may be skipped. In a training batch the next sample replaces
             such a sample; an evaluation goes on without it.
+        cache: Folder for the decoded images and masks of the training and validation splits; None decodes the files
+            each time. See :func:`ema_seg.data.cache.open_cache`.
         **options: The data set's own options.
 
     Raises:
@@ -94,6 +98,7 @@ class SegmentationDataModule(LightningDataModule):
         evaluation_split: str = "val",
         timeout: float = 300.0,
         max_skipped: int = 0,
+        cache: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -109,6 +114,7 @@ class SegmentationDataModule(LightningDataModule):
             "evaluation_split": evaluation_split,
             "timeout": timeout,
             "max_skipped": max_skipped,
+            "cache": None if cache is None else str(cache),
         }
         check_settings(given, DataArguments, "data.")
         self.dataset_name = name
@@ -117,6 +123,7 @@ class SegmentationDataModule(LightningDataModule):
         self.evaluation_batch_size = evaluation_batch_size
         self.workers = workers
         self.evaluation_split = evaluation_split
+        self.cache = None if cache is None else Path(cache).expanduser()
         self.options = options
         self.normalise = Normalise(mean, std)
         self.pin_memory = False  # set it if the batches go to a GPU; with Lightning the trainer's device decides
@@ -180,9 +187,16 @@ class SegmentationDataModule(LightningDataModule):
             )
         for name in _DATASETS_OF_STAGE[stage]:
             dataset = getattr(self, name)
+            self._use_cache(dataset)
             if rank_info().rank == 0 and dataset not in self._datasets_with_labels:  # Lightning repeats setup
                 self._require_labels(dataset)
                 self._datasets_with_labels.append(dataset)
+
+    def _use_cache(self, dataset: SegmentationDataset) -> None:
+        """Let a data set of the training read the cache, which is built first if it is not there."""
+        if self.cache is not None and dataset.cache is None and dataset.split in ("train", "val"):
+            options = {"workers": self.workers, "timeout": self.timeout}
+            dataset.cache = open_cache(self.cache, dataset, self.dataset_name, self.options, **options)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return shuffled batches of crops; in an epoch resumed midway, only the remaining ones."""

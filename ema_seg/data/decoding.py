@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, TiffImagePlugin
 from ema_seg.data.source import IMAGE_FORMATS, File
 from ema_seg.runtime.errors import DataError
 
-__all__ = ["Traits", "decode_image", "decode_mask", "read_traits"]
+__all__ = ["Traits", "decode_image", "decode_mask", "read_size", "read_traits"]
 
 Pixels = NDArray[np.uint8]
 
@@ -36,8 +36,8 @@ _TURNS: Mapping[int, Callable[[Pixels], Pixels]] = {
     8: np.rot90,
 }
 _INVERSE = {6: 8, 8: 6}
-# Names of the parts of a PNG in which Pillow looks for an orientation tag.
-_PNG_METADATA = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
+# Keywords of the texts in a PNG in which Pillow looks for an orientation tag.
+_PNG_KEYWORDS = (b"Raw profile type", b"XML:com.adobe.xmp")
 
 
 class Traits(NamedTuple):
@@ -53,6 +53,18 @@ def read_traits(file: File) -> Traits:
     """Read a file's traits; raise DataError if it is not an image."""
     with _opened(file, "an image") as (image, data):
         return Traits(_orientation(image, data), image.mode == "P", _is_grey(image.mode))
+
+
+def read_size(file: File, *, upright: bool = False) -> tuple[int, int]:
+    """Read height and width from an image's header; raise DataError if it is not an image.
+
+    Args:
+        file: The file.
+        upright: Return the size after the orientation tag is applied.
+    """
+    with _opened(file, "an image") as (image, data):
+        turned = upright and image.format != "TIFF" and _orientation(image, data) >= 5  # Pillow has turned a TIFF
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def decode_image(file: File, *, upright: bool = False) -> Pixels:
@@ -157,13 +169,24 @@ def _decode_png(image: Image.Image, data: bytes) -> Pixels:
 
 def _orientation(image: Image.Image, data: bytes) -> int:
     # Pillow decodes a PNG as a whole to find metadata after its pixels.
-    if image.format == "PNG" and not any(name in data for name in _PNG_METADATA):
+    if image.format == "PNG" and not _has_metadata(data):
         return 1
     try:
         tag = int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # Pillow's parser raises errors of any type; viewers, too, ignore damaged metadata
         return 1
     return tag if tag in _TURNS else 1
+
+
+def _has_metadata(png: bytes) -> bool:
+    """Return whether a PNG has a chunk that may hold an orientation tag (PNG specification, 3rd edition, section 5)."""
+    at = 8
+    while at + 8 <= len(png):
+        length, kind = struct.unpack_from(">I4s", png, at)
+        if kind == b"eXIf" or png.startswith(_PNG_KEYWORDS, at + 8):
+            return True
+        at += 12 + length
+    return False
 
 
 def _turn(pixels: Pixels, image: Image.Image, orientation: int, upright: bool) -> Pixels:

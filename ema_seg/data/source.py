@@ -53,6 +53,13 @@ class Source(ABC):
             DataError: The file is missing or cannot be read.
         """
 
+    @abstractmethod
+    def stamp(self, name: str) -> tuple[int, int]:
+        """Return two numbers that change with the file's content: size and time, or size and checksum.
+
+        A missing file has the stamp (-1, -1).
+        """
+
     def locate(self, name: str) -> str:
         """Return the path of ``name``, for messages; a member's name follows its archive's path."""
         return str(self.path / name)
@@ -85,6 +92,14 @@ class FolderSource(Source):
             return (self.path / name).read_bytes()
         except OSError as error:
             raise DataError(f"{self.locate(name)}: cannot be read ({error.strerror or error}).") from error
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        """Return size in bytes and modification time in nanoseconds; see :meth:`Source.stamp`."""
+        try:
+            status = (self.path / name).stat()
+        except OSError:
+            return -1, -1
+        return status.st_size, status.st_mtime_ns
 
 
 class ZipSource(Source):
@@ -129,6 +144,14 @@ class ZipSource(Source):
         # RuntimeError: the member is encrypted, or (NotImplementedError) uses a zip feature Python lacks.
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
             raise DataError(f"{self.locate(name)}: cannot be read from the archive ({error}).") from error
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        """Return size in bytes and checksum of a member; see :meth:`Source.stamp`."""
+        try:
+            member = self._open().getinfo(name)
+        except KeyError:
+            return -1, -1
+        return member.file_size, member.CRC
 
     def _open(self) -> zipfile.ZipFile:
         # Each process opens the archive itself: a handle inherited by fork shares its file position, so that

@@ -20,6 +20,7 @@ _MACHINE_KEYS = (
     "sweep",
     "data.root",
     "data.workers",
+    "data.cache",
     "data.timeout",
     "data.max_skipped",
     "trainer.accelerator",
