@@ -18,7 +18,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import Pool
 from pathlib import Path
 
 import cv2
@@ -111,7 +111,7 @@ def write_data_sets(folder: Path, counts: dict[str, int]) -> None:
             unfinished = folder / f".{name}.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
             images = [(split, index) for split, count in counts.items() for index in range(count)]
-            with get_context("spawn").Pool(os.cpu_count()) as pool:
+            with Pool(os.cpu_count()) as pool:
                 work = pool.imap_unordered(partial(_call, write, unfinished), images)
                 for _ in track(work, f"Writing {name}", total=len(images)):
                     pass
@@ -135,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--val", type=positive_int, default=12, help="validation images (default: %(default)s)")
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
+    cv2.setNumThreads(0)  # its threads do not survive a fork
     write_data_sets(options.folder, {"train": options.train, "val": options.val})
     for name in ("cityscapes", "cityscapes_zip", "ADEChallengeData2016"):
         files = [file for file in (options.folder / name).rglob("*") if file.is_file()]

@@ -202,7 +202,7 @@ def _read_all(
         split=dataset.split,
         workers=workers,
         batch_size=1,
-        sampler=SequentialSampler(items),  # type: ignore[arg-type]  # it needs the length alone
+        sampler=SequentialSampler(items),
     )
     console = Console(stderr=True)
     shown = track(
@@ -248,7 +248,7 @@ class _Decoding(_Sizes):
         self.path = path
         self.entries = entries
 
-    def __getitem__(self, index: int) -> str:  # type: ignore[override]
+    def __getitem__(self, index: int) -> str:
         try:
             image, mask = self.dataset.read_image(index), self.dataset.read_mask(index)
             self.dataset.check_sizes(index, image, mask)

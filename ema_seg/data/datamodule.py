@@ -195,8 +195,9 @@ class SegmentationDataModule(LightningDataModule):
     def _use_cache(self, dataset: SegmentationDataset) -> None:
         """Let a data set of the training read the cache, which is built first if it is not there."""
         if self.cache is not None and dataset.cache is None and dataset.split in ("train", "val"):
-            options = {"workers": self.workers, "timeout": self.timeout}
-            dataset.cache = open_cache(self.cache, dataset, self.dataset_name, self.options, **options)
+            dataset.cache = open_cache(
+                self.cache, dataset, self.dataset_name, self.options, workers=self.workers, timeout=self.timeout
+            )
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return shuffled batches of crops; in an epoch resumed midway, only the remaining ones."""
