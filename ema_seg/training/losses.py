@@ -2,6 +2,11 @@
 
 Every loss takes logits (B, K, H, W) and train ids (B, H, W), and leaves out pixels with the ignore index.
 
+Losses are sums over pixels, so they are computed in strips of rows, and the gradient of a strip is taken at once:
+beside the logits and their gradient, memory holds one strip. (Fused linear cross-entropy does the same for the tokens
+of a language model: Hsu et al., "Liger Kernel", https://arxiv.org/abs/2410.10989.) The Lovász loss sorts all pixels of
+a class and needs them whole.
+
 With several processes, cross-entropy, focal and Dice loss are computed over the global batch: the mean over the ranks
 has the value and the gradient of a single process. OHEM and the Lovász loss sort the pixels; they are means of the
 ranks' own losses.
@@ -13,27 +18,60 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from segmentation_models_pytorch.losses import FocalLoss, LovaszLoss
+from segmentation_models_pytorch.losses import LovaszLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ema_seg.data.base import IGNORE_INDEX
-from ema_seg.runtime.distributed.collectives import global_sum, sum_in_place
+from ema_seg.runtime.distributed.collectives import sum_in_place
 from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.errors import ConfigError, did_you_mean
 
 __all__ = ["WeightedSum", "build_loss", "loss_names"]
 
 
-def _global_mean(total: Tensor, count: Tensor) -> Tensor:
-    """Return this rank's part of a mean over the global batch: the mean of all parts is that mean.
+Part = Callable[[Tensor, Tensor], Tensor]
+"""Function of the logits and the train ids of a strip."""
+
+
+class Term(nn.Module):
+    """Loss that is computed in strips.
+
+    ``scans`` is True if ``prepare`` needs sums over the logits of all strips.
+    """
+
+    scans = False
+
+    def scan(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return what ``prepare`` needs of a strip."""
+        raise NotImplementedError
+
+    def prepare(self, target: Tensor, scanned: list[Tensor]) -> tuple[Tensor | None, Part]:
+        """Prepare the loss of a batch.
+
+        Args:
+            target: int64 train ids B x H x W.
+            scanned: the results of ``scan``, if the term scans.
+
+        Returns:
+            The loss, or None if it is the sum of the parts; and a function of a strip, whose gradients are those of the
+            loss.
+        """
+        raise NotImplementedError
+
+
+def _global_mean(count: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function from this rank's sum to its part of the mean over the global batch.
+
+    The mean of the parts of all ranks is that mean.
 
     Args:
-        total: the sum over this rank's pixels, a scalar.
-        count: their number, or the sum of their weights; not part of the graph. If it is 0 on all ranks, the mean is 0.
+        count: the number of this rank's labelled pixels, or the sum of their weights. If it is 0 on all ranks, so is
+            the mean.
     """
     count = sum_in_place(count.clone())
-    return rank_info().size * total * (count > 0) / count.where(count > 0, 1)
+    some, size, divisor = count > 0, rank_info().size, count.where(count > 0, 1)
+    return lambda total: size * some * total / divisor
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, *, reduction: str, **options: Any) -> Tensor:
@@ -54,7 +92,7 @@ def cross_entropy_by_rows(logits: Tensor, target: Tensor, **options: Any) -> Ten
     return F.cross_entropy(rows, target.flatten(), reduction="none", **options).view(target.shape)
 
 
-class CrossEntropy(nn.Module):
+class CrossEntropy(Term):
     """Mean cross-entropy over the labelled pixels.
 
     Args:
@@ -76,14 +114,18 @@ class CrossEntropy(nn.Module):
         )
         self.label_smoothing = label_smoothing
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Compute the scalar loss."""
-        total = _cross_entropy(
-            logits, target, reduction="sum", weight=self.class_weights, label_smoothing=self.label_smoothing
-        )
-        labels = target[target != IGNORE_INDEX]
-        weights = torch.ones_like(labels) if self.class_weights is None else self.class_weights[labels]
-        return _global_mean(total, weights.sum())
+    def prepare(self, target: Tensor, scanned: list[Tensor]) -> tuple[None, Part]:
+        """Divide the sum over the pixels by their number; see ``Term.prepare``."""
+        labelled = target != IGNORE_INDEX
+        weights = self.class_weights
+        mean = _global_mean((labelled if weights is None else weights[target.where(labelled, 0)] * labelled).sum())
+
+        def part(logits: Tensor, target: Tensor) -> Tensor:
+            weight = None if weights is None else weights.to(logits.dtype)
+            options = {"weight": weight, "label_smoothing": self.label_smoothing}
+            return mean(_cross_entropy(logits, target, reduction="sum", **options))
+
+        return None, part
 
 
 def _check_class_weights(weights: Sequence[float], classes: int) -> None:
@@ -103,7 +145,7 @@ def _check_weight(key: str, weight: object) -> None:
         raise ConfigError(f"{key} must be a number of 0 or more, got {weight!r}.")
 
 
-class OHEM(nn.Module):
+class OHEM(Term):
     """Cross-entropy over the hard pixels only (online hard example mining).
 
     Paper: Wu et al., "High-performance Semantic Segmentation Using Very Deep Fully Convolutional Networks",
@@ -118,24 +160,37 @@ class OHEM(nn.Module):
         min_kept: number of pixels per image of the batch.
     """
 
+    scans = True
+
     def __init__(self, classes: int, threshold: float = 0.7, min_kept: int = 10_000) -> None:
         super().__init__()
         if not 0 < threshold <= 1:
             raise ConfigError(f"loss.ohem.threshold must be a probability above 0 and at most 1, got {threshold}.")
-        self.threshold = threshold
+        self.most = -math.log(threshold)  # least loss of a hard pixel
         self.min_kept = min_kept
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Compute the scalar loss."""
+    def scan(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Compute the loss of each pixel; -inf where it is ignored."""
         losses = _cross_entropy(logits, target, reduction="none")
-        losses = losses[target != IGNORE_INDEX]
+        return losses.masked_fill(target == IGNORE_INDEX, -math.inf)
+
+    def prepare(self, target: Tensor, scanned: list[Tensor]) -> tuple[Tensor, Part]:
+        """Find the least loss of a hard pixel; see ``Term.prepare``."""
+        losses = torch.cat([strip.flatten() for strip in scanned])
         kept = max(1, min(self.min_kept * len(target), losses.numel()))
-        hardest = losses.detach().topk(kept).values[-1]
-        threshold = -torch.log(torch.tensor(self.threshold, device=losses.device, dtype=losses.dtype))
-        return losses[losses >= torch.minimum(threshold, hardest)].mean()
+        threshold = losses.topk(kept).values[-1].clamp_max(self.most)
+        # A loss of NaN counts as hard: a training must not go on without a word.
+        hard = ~(losses < threshold) & (losses != -math.inf)
+        count = hard.sum().clamp_min(1)
+
+        def part(logits: Tensor, target: Tensor) -> Tensor:
+            losses = _cross_entropy(logits, target, reduction="none")
+            return (losses * ~(losses.detach() < threshold) * (target != IGNORE_INDEX)).sum() / count
+
+        return losses.where(hard, 0).sum() / count, part
 
 
-class Dice(nn.Module):
+class Dice(Term):
     """Mean over the classes of 1 - Dice coefficient, each over the global batch; a class without a pixel counts as 0.
 
     Args:
@@ -149,18 +204,36 @@ class Dice(nn.Module):
         self.classes = classes
         self.smooth = smooth
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Compute the scalar loss."""
-        labelled = target != IGNORE_INDEX
-        truth = F.one_hot(target.where(labelled, 0), self.classes).permute(0, 3, 1, 2) * labelled[:, None]
-        probabilities = logits.softmax(dim=1) * labelled[:, None]
-        sums = [part.sum(dim=(0, 2, 3)) for part in (probabilities * truth, probabilities, truth.to(logits.dtype))]
-        intersection, predicted, true = global_sum(torch.stack(sums))
-        dice = (2 * intersection + self.smooth) / (predicted + true + self.smooth).clamp_min(1e-7)
-        return ((1 - dice) * (true > 0)).mean()
+    scans = True
+
+    def scan(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Sum the probabilities of each class: over its own pixels, and over all labelled ones; 2 x K."""
+        labelled = (target != IGNORE_INDEX).to(logits.dtype)
+        probabilities = logits.softmax(dim=1)
+        truth = target.where(target != IGNORE_INDEX, 0)
+        of_truth = probabilities.gather(1, truth[:, None])[:, 0] * labelled
+        intersection = logits.new_zeros(self.classes).index_add(0, truth.flatten(), of_truth.flatten())
+        return torch.stack([intersection, torch.einsum("bkhw,bhw->k", probabilities, labelled)])
+
+    def prepare(self, target: Tensor, scanned: list[Tensor]) -> tuple[Tensor, Part]:
+        """Compute the loss from the sums of all ranks, and its derivatives by them; see ``Term.prepare``."""
+        own = torch.stack(scanned).sum(dim=0)
+        labels = target.where(target != IGNORE_INDEX, 0).flatten()
+        true = own.new_zeros(self.classes).index_add(0, labels, (target != IGNORE_INDEX).flatten().to(own.dtype))
+        intersection, predicted, true = sum_in_place(torch.cat([own, true[None]]))
+        numerator, sizes = 2 * intersection + self.smooth, predicted + true + self.smooth
+        denominator = sizes.clamp_min(1e-7)
+        share = (true > 0) / self.classes
+        slopes = torch.stack([-2 * share / denominator, share * numerator / denominator**2 * (sizes > 1e-7)])
+        slopes = slopes * rank_info().size
+
+        def part(logits: Tensor, target: Tensor) -> Tensor:
+            return (slopes * self.scan(logits, target)).sum()
+
+        return (share * (1 - numerator / denominator)).sum(), part
 
 
-class Focal(nn.Module):
+class Focal(Term):
     """Mean focal loss over the labelled pixels and the classes, with one sigmoid per class.
 
     Paper: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, https://arxiv.org/abs/1708.02002
@@ -178,11 +251,28 @@ class Focal(nn.Module):
             if alpha > 1:
                 raise ConfigError(f"loss.focal.alpha must be a number from 0 to 1, got {alpha!r}.")
         super().__init__()
-        self.sum = FocalLoss("multiclass", alpha=alpha, gamma=gamma, ignore_index=IGNORE_INDEX, reduction="sum")
+        self.gamma = gamma
+        self.alpha = alpha
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Compute the scalar loss."""
-        return _global_mean(self.sum(logits, target), (target != IGNORE_INDEX).sum())
+    def prepare(self, target: Tensor, scanned: list[Tensor]) -> tuple[None, Part]:
+        """Divide the sum over the pixels by their number; see ``Term.prepare``."""
+        mean = _global_mean((target != IGNORE_INDEX).sum())
+
+        def part(logits: Tensor, target: Tensor) -> Tensor:
+            labelled = target != IGNORE_INDEX
+            of_truth = logits.gather(1, target.where(labelled, 0)[:, None])
+            others, own = (1.0, 1.0) if self.alpha is None else (1 - self.alpha, self.alpha)
+            # All classes as if the pixel were another one's, corrected at its own.
+            losses = others * self._binary(logits).sum(dim=1)
+            losses = losses - others * self._binary(of_truth)[:, 0] + own * self._binary(-of_truth)[:, 0]
+            return mean((losses * labelled).sum() / logits.shape[1])
+
+        return None, part
+
+    def _binary(self, logits: Tensor) -> Tensor:
+        """Compute the loss of each sigmoid whose truth is 0."""
+        losses = F.softplus(logits)  # -log(1 - p)
+        return losses if self.gamma == 0 else losses * logits.sigmoid() ** self.gamma
 
 
 def _lovasz(classes: int, per_image: bool = False) -> nn.Module:
@@ -196,8 +286,8 @@ _LOSSES: dict[str, Callable[..., nn.Module]] = {
     "focal": Focal,
     "lovasz": _lovasz,
 }
-# Losses that all-reduce: every rank must call them.
-_GLOBAL = ("cross_entropy", "dice", "focal")
+# Bytes of the logits in a strip, in the loss's dtype.
+_STRIP_BYTES = {"cpu": 2**21, "cuda": 2**27}
 
 
 def loss_names() -> tuple[str, ...]:
@@ -206,30 +296,83 @@ def loss_names() -> tuple[str, ...]:
 
 
 class WeightedSum(nn.Module):
-    """Weighted sum of losses, computed in float32, or in float64 for float64 logits."""
+    """Weighted sum of losses, computed in float32, or in float64 for float64 logits.
 
-    def __init__(self, terms: Mapping[str, tuple[float, nn.Module]]) -> None:
+    Args:
+        terms: weight and loss by name.
+        rows: rows in a strip; None chooses them by the size of the logits.
+    """
+
+    def __init__(self, terms: Mapping[str, tuple[float, nn.Module]], rows: int | None = None) -> None:
         super().__init__()
         self.weights = {name: weight for name, (weight, _) in terms.items()}
         self.losses = nn.ModuleDict({name: loss for name, (_, loss) in terms.items()})
+        self.rows = rows
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Compute the scalar loss of logits (B, K, H, W) against train ids (B, H, W) of any integer dtype."""
+        """Compute the scalar loss of logits (B, K, H, W) against train ids (B, H, W) of any integer dtype.
+
+        Its gradient is computed with it, so the backward can run once.
+        """
         target = target.long()
-        labels = (target != IGNORE_INDEX).sum()
-        own, all_labels = bool(labels), bool(sum_in_place(labels))
-        nothing = logits.float().sum() * 0.0
-        if not all_labels:
-            # No labelled pixel on any rank: return 0 instead of NaN.
-            return nothing
+        terms = [(self.weights[name], loss) for name, loss in self.losses.items()]
         with torch.autocast(logits.device.type, enabled=False):
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return torch.stack(
-                [
-                    self.weights[name] * loss(logits, target) if own or name in _GLOBAL else nothing
-                    for name, loss in self.losses.items()
-                ]
-            ).sum()
+            strips = [(weight, loss) for weight, loss in terms if isinstance(loss, Term)]
+            total: Tensor = _InStrips.apply(logits, target, strips, self.rows or _strip_rows(logits))
+            whole = [(weight, loss) for weight, loss in terms if not isinstance(loss, Term)]
+            # A mean over no pixel would be NaN.
+            if whole and bool((target != IGNORE_INDEX).any()):
+                logits = logits.to(total.dtype)
+                total = total + torch.stack([weight * loss(logits, target) for weight, loss in whole]).sum()
+            return total
+
+
+def _strip_rows(logits: Tensor) -> int:
+    batch, classes, _, width = logits.shape
+    row = batch * classes * width * max(4, logits.element_size())
+    return max(1, _STRIP_BYTES.get(logits.device.type, 2**27) // max(1, row))
+
+
+class _InStrips(torch.autograd.Function):
+    """Weighted sum of terms, computed in strips of rows together with its gradient."""
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor, target: Tensor, terms: Sequence[tuple[float, Term]], rows: int) -> Tensor:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        strips = list(zip(logits.split(rows, dim=2), target.split(rows, dim=1), strict=True))
+        learns = context.needs_input_grad[0]
+
+        total = torch.zeros((), dtype=dtype, device=logits.device)
+        parts: list[tuple[float, Part, bool]] = []
+        for weight, term in terms:
+            scanned = [term.scan(strip.to(dtype), labels) for strip, labels in strips] if term.scans else []
+            value, part = term.prepare(target, scanned)
+            if value is not None:
+                total += weight * value
+            if value is None or learns:
+                parts.append((weight, part, value is None))
+
+        gradient = torch.zeros_like(logits) if learns else None
+        gradients = [None] * len(strips) if gradient is None else gradient.split(rows, dim=2)
+        for (strip, labels), into in zip(strips, gradients, strict=True):
+            strip = strip.to(dtype).detach().requires_grad_(learns)
+            with torch.set_grad_enabled(learns):
+                values = [weight * part(strip, labels) for weight, part, _ in parts]
+                learned = sum(values)
+            for value, (_, _, counts) in zip(values, parts, strict=True):
+                if counts:
+                    total += value.detach()
+            if into is not None and isinstance(learned, Tensor):
+                into.copy_(torch.autograd.grad(learned, strip)[0])
+        context.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(context: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, context.gradient = context.gradient, None
+        if gradient is None:
+            raise RuntimeError("The loss's gradient is gone after its first backward; compute the loss again.")
+        return gradient.mul_(outer[0]), None, None, None
 
 
 def build_loss(terms: Mapping[str, Mapping[str, Any] | None], classes: int) -> WeightedSum:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ema_seg.runtime.errors import ConfigError
 from ema_seg.training.losses import build_loss, cross_entropy_by_rows, loss_names
@@ -144,6 +145,108 @@ def test_terms_add_up_by_weight_in_float32(batch):
 def test_mistakes_are_named(terms, message):
     with pytest.raises(ConfigError, match=message):
         build_loss(terms, CLASSES)
+
+
+ALL_TERMS = [
+    {"cross_entropy": {"label_smoothing": 0.1, "class_weights": [1.0, 2.0, 0.0, 4.0, 0.5]}},
+    {"dice": {"smooth": 0.0}},
+    {"focal": {"gamma": 1.5, "alpha": 0.25}},
+    {"ohem": {"threshold": 0.3, "min_kept": 4}},
+    {"cross_entropy": {}, "dice": {"weight": 0.5}, "lovasz": {"weight": 0.25}},
+]
+
+
+@pytest.mark.parametrize("terms", ALL_TERMS)
+@pytest.mark.parametrize("rows", [1, 4, 5])
+@pytest.mark.parametrize(("dtype", "layout"), [
+    (torch.float32, torch.contiguous_format), (torch.bfloat16, torch.channels_last)
+])  # fmt: skip
+def test_strips_of_any_height_give_the_same_loss_and_gradient(terms, rows, dtype, layout):
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, CLASSES, 11, 7, generator=generator).to(dtype).contiguous(memory_format=layout)
+    target = torch.randint(0, CLASSES, (2, 11, 7), generator=generator)
+    target[0, 3:8] = 255  # strips without labels, and without labels in one image
+    target[1, 4] = 255
+    results = []
+    for strip in (11, rows):
+        loss, own = build_loss(terms, CLASSES), logits.clone().requires_grad_()
+        loss.rows = strip
+        value = loss(own, target)
+        (3 * value).backward()
+        with torch.no_grad():
+            assert_close(loss(logits, target), value.detach())
+        results.append((value.detach(), own.grad))
+        assert own.grad.stride() == logits.stride()
+
+    tolerance = {"rtol": 1e-5, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-4}
+    assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-7)
+    assert_close(results[1][1], results[0][1], **tolerance)
+
+
+@pytest.mark.parametrize("terms", ALL_TERMS[1:4])
+def test_gradients_are_those_of_the_loss(terms):
+    """Compare with differences of the loss in float64."""
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(1, CLASSES, 3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, CLASSES, (1, 3, 4), generator=generator)
+    target[0, 0, :2] = 255
+    loss = build_loss(terms, CLASSES)
+    loss.rows = 2
+
+    loss(logits, target).backward()
+
+    step = 1e-6
+    for position in range(logits.numel()):
+        shift = torch.zeros(logits.numel(), dtype=torch.float64)
+        shift[position] = step
+        with torch.no_grad():
+            above, below = (loss(logits + sign * shift.view_as(logits), target) for sign in (1, -1))
+        assert logits.grad.flatten()[position].item() == pytest.approx((above - below).item() / (2 * step), abs=1e-8)
+
+
+def test_a_second_backward_is_refused(batch):
+    logits, target = batch
+    loss = build_loss({"dice": {}}, CLASSES)(logits.requires_grad_(), target)
+    loss.backward(retain_graph=True)
+
+    with pytest.raises(RuntimeError, match="gradient is gone after its first backward; compute the loss again"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "ohem"])
+def test_a_loss_that_is_not_a_number_shows(batch, name):
+    logits, target = batch
+    logits[0, 0, 4, 3] = math.nan
+    assert math.isnan(build_loss({name: {}}, CLASSES)(logits, target).item())
+
+
+class Synchronisations(TorchDispatchMode):
+    """Operators for which a GPU's host has to wait, because their result or its shape is read on the host."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        masks = [index for index in arguments[1] if index is not None] if name == "index" else []
+        if name in self.NAMES or any(index.dtype in (torch.bool, torch.uint8) for index in masks):
+            self.found.append(name)
+        return function(*arguments, **options or {})
+
+
+@pytest.mark.parametrize("terms", [*ALL_TERMS[:4], {"cross_entropy": {}, "dice": {}}])
+def test_no_loss_but_lovasz_waits_for_the_device(batch, terms):
+    logits, target = batch
+    loss = build_loss(terms, CLASSES)
+    loss.rows = 2
+
+    with Synchronisations() as seen:
+        loss(logits.requires_grad_(), target.byte()).backward()
+
+    assert seen.found == []
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "weight": torch.tensor([1.0, 2.0, 0.5])}])

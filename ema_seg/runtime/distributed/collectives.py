@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 from ema_seg.runtime.distributed.ranks import barrier, rank_info
 from ema_seg.runtime.errors import ConfigError
 
-__all__ = ["broadcast", "gather", "global_sum", "require_shared", "sum_in_place"]
+__all__ = ["broadcast", "gather", "require_shared", "sum_in_place"]
 
 T = TypeVar("T")
 
@@ -78,21 +78,3 @@ def sum_in_place(tensor: Tensor) -> Tensor:
     if rank_info().size > 1:
         distributed.all_reduce(tensor)
     return tensor
-
-
-def global_sum(tensor: Tensor) -> Tensor:
-    """Sum the tensors of all ranks (differentiable all-reduce).
-
-    The backward all-reduces too: each rank's gradient is that of the sum of all ranks' losses.
-    """
-    return tensor if rank_info().size == 1 else _GlobalSum.apply(tensor)
-
-
-class _GlobalSum(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, tensor: Tensor) -> Tensor:
-        return sum_in_place(tensor.clone(memory_format=torch.contiguous_format))
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Tensor:
-        return sum_in_place(gradients[0].clone(memory_format=torch.contiguous_format))

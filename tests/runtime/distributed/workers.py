@@ -76,13 +76,10 @@ def train(config: dict[str, object], run: Path, folder: Path) -> None:
 def exchange(folder: Path) -> None:
     import torch
 
-    from ema_seg.runtime.distributed.collectives import broadcast, gather, global_sum, sum_in_place
+    from ema_seg.runtime.distributed.collectives import broadcast, gather, sum_in_place
 
     here = rank_info()
     written = shared(folder)
-    tensor = torch.tensor([1.0, 2.0], requires_grad=True)
-    summed = global_sum(tensor * (here.rank + 1))
-    ((here.rank + 1) * summed).sum().backward()
     write(
         folder,
         {
@@ -90,8 +87,6 @@ def exchange(folder: Path) -> None:
             "agreed": broadcast(f"of {here.rank}"),
             "gathered": gather(here.rank),
             "sum": sum_in_place(torch.tensor(10**here.rank)).item(),
-            "global_sum": summed.tolist(),
-            "gradient": tensor.grad.tolist(),
             "shared": written,
         },
     )
