@@ -169,8 +169,8 @@ def test_a_checkpoint_is_rebuilt_as_lightning_users_do(finished_run):
     module = SegmentationModule.load_from_checkpoint(path, map_location="cpu")
 
     assert module.training
-    x = torch.randn(1, 3, 64, 64)
-    assert torch.equal(module.eval()(x), load_segmenter(path)[0](x))
+    images = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
+    assert torch.equal(module.eval()(images), load_segmenter(path)[0](module.normalise(images)))
     assert (module.optimizer_settings["name"], len(module.classes)) == ("adamw", 11)
 
 
