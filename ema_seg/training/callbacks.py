@@ -27,7 +27,7 @@ from ema_seg.runtime.texts import read_rows
 from ema_seg.training.averaging import UNAVERAGED
 from ema_seg.training.module import SegmentationModule
 
-__all__ = ["EpochLog", "Pictures", "ProgressBar", "attention_map"]
+__all__ = ["EpochLog", "KernelSearch", "Pictures", "ProgressBar", "attention_map"]
 
 _COLUMNS = (
     "epoch",
@@ -63,10 +63,22 @@ class ProgressBar(TQDMProgressBar):
         self.train_progress_bar.set_description(epoch_of(trainer))
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return Lightning's metrics without the logger's version, which is only the name of its folder."""
+        """Return Lightning's metrics, loss and speed, without the logger's version: only the name of its folder."""
         metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
+        loss = cast(SegmentationModule, pl_module).last_loss
+        if loss is not None:
+            metrics["loss"] = f"{loss.item():.3f}"
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EpochLog):
+                metrics["images/s"] = f"{callback.speed:.1f}"
         return metrics
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show a GPU's loss only at log steps: reading it waits for the device."""
+        super().on_train_start(trainer, pl_module)
+        if pl_module.device.type != "cpu":
+            self._refresh_rate = max(self._refresh_rate, trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the bars, so that the error message starts on a new line."""
@@ -79,6 +91,29 @@ def epoch_of(trainer: Trainer) -> str:
     """Return the epoch's name: ``"epoch 3/20"``, or ``"epoch 3"`` if the number of epochs is open."""
     epochs = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
     return f"epoch {trainer.current_epoch + 1}{epochs}"
+
+
+class KernelSearch(Callback):
+    """cuDNN's search for the fastest kernel of each shape, in training alone.
+
+    Crops have one size. Validation images may have thousands, and each would be searched for.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Switch the search on."""
+        torch.backends.cudnn.benchmark = True
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Switch the search off."""
+        torch.backends.cudnn.benchmark = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Switch the search on again."""
+        torch.backends.cudnn.benchmark = True
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Switch the search off for what follows in this process, after a failure too."""
+        torch.backends.cudnn.benchmark = False
 
 
 class EpochLog(Callback):
@@ -126,10 +161,14 @@ class EpochLog(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Show the mean speed of this epoch so far."""
+        """Count the images and the time of this epoch."""
         self._images += len(batch["name"]) * trainer.world_size
         self._train_seconds = time.perf_counter() - self._start
-        pl_module.log("images/s", self._images / self._train_seconds, prog_bar=True, logger=False, batch_size=1)
+
+    @property
+    def speed(self) -> float:
+        """Mean images per second of this epoch so far."""
+        return self._images / self._train_seconds if self._images else 0.0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mark the scores as those of this epoch; Lightning also keeps earlier ones."""
@@ -138,7 +177,7 @@ class EpochLog(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the epoch's row and line, after its validation if there was one."""
         means = cast(SegmentationModule, pl_module).epoch_means()
-        speed = self._images / self._train_seconds if self._images else 0.0
+        speed = self.speed
         rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
         pl_module.log_dict({"learning_rate": rate, "images_per_second": speed})
         if not trainer.is_global_zero:

@@ -20,8 +20,9 @@ from ema_seg.inference.prediction import LESS_MEMORY, model_input, predict
 from ema_seg.models import load_segmenter, model_stride
 from ema_seg.runtime.distributed.collectives import sum_in_place
 from ema_seg.runtime.distributed.ranks import rank_info, single_process
-from ema_seg.runtime.errors import CheckpointError, ConfigError, TrainingError
+from ema_seg.runtime.errors import CheckpointError, ConfigError
 from ema_seg.runtime.limits import reraise_out_of_memory, reraise_size_errors
+from ema_seg.training.finite import FiniteCheck
 from ema_seg.training.losses import build_loss
 from ema_seg.training.optimisation import build_optimizer, build_schedule
 from ema_seg.training.parallel.sharded import full_tensor
@@ -51,7 +52,8 @@ class SegmentationModule(LightningModule):
             checkpoint, so that a checkpoint alone is enough to rebuild the model.
 
     Raises:
-        TrainingError: the loss of a training step is not finite.
+        TrainingError: the loss of a training step is not finite; raised at most ``log_every_n_steps`` steps later, and
+            before anything is validated or saved.
     """
 
     def __init__(
@@ -77,6 +79,9 @@ class SegmentationModule(LightningModule):
         self.confusion = ConfusionMatrix(len(classes))
         self.validation_loss, self.validation_images = 0.0, 0
         self.iou_names = _tags("val_iou", self.classes)
+        self.finite = FiniteCheck()
+        # For the progress bar. Lightning would read a logged value for it in each step, and so wait for the device.
+        self.last_loss: Tensor | None = None
         self.crops = "images"  # size of the last batch's crops, for messages
         # Sums of loss times images, images, gradient norms and steps, and the largest norm. Lightning's own means
         # would restart in a run that resumes within an epoch.
@@ -114,6 +119,11 @@ class SegmentationModule(LightningModule):
         """Compute the logits (B, K, H, W) of uint8 RGB images (B, 3, H, W)."""
         return self.model(model_input(self.model, images, self.normalise))
 
+    def on_fit_start(self) -> None:
+        """Read losses only at log steps on a device that computes while the host goes on."""
+        if self.device.type != "cpu":
+            self.finite.every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
+
     def on_train_epoch_start(self) -> None:
         """Reset the sums of the epoch."""
         self.sums.zero_()
@@ -137,22 +147,19 @@ class SegmentationModule(LightningModule):
                 "norm over features pooled to 1 x 1; raise it."
             ) from error
         loss = self.loss(logits, batch["mask"])
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}), in the batch of "
-                f"{', '.join(batch['name'])}; lower optimizer.lr, lengthen schedule.warmup_steps, set "
-                "trainer.gradient_clip_val, or look at these samples."
-            )
+        self.finite.add(loss, self.global_step, self.current_epoch, batch["name"])
         size = len(batch["name"])
-        self.log("loss", loss, prog_bar=True, logger=False, batch_size=size)
-        self.sums[:2] += torch.stack([loss.detach().float() * size, torch.tensor(float(size), device=loss.device)])
+        self.last_loss = loss.detach()
+        self.sums[0] += loss.detach().float() * size
+        self.sums[1] += size
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Record the gradient norm, which shows whether a block makes gradients vanish or explode."""
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
-        self.sums[2:4] += torch.stack([norm.float(), torch.ones_like(norm, dtype=torch.float32)])
+        self.sums[2] += norm.float()
+        self.sums[3] += 1
         self.sums[4] = torch.maximum(self.sums[4], norm.float())
 
     def epoch_means(self) -> dict[str, float]:
@@ -170,6 +177,7 @@ class SegmentationModule(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the means of the epoch."""
+        self.finite.check()
         self.log_dict(self.epoch_means())
 
     def _check_crops(self, images: Tensor) -> None:
@@ -183,6 +191,7 @@ class SegmentationModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Reset the scores of the validation, and broadcast the model's buffers."""
+        self.finite.check()
         self.confusion = ConfusionMatrix(len(self.classes))
         self.validation_loss, self.validation_images = 0.0, 0
         if rank_info().size > 1:
@@ -240,7 +249,8 @@ class SegmentationModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add config, class names and the sums of the epoch to the checkpoint."""
+        """Add config, class names and the sums of the epoch to the checkpoint, unless a loss was not finite."""
+        self.finite.check()
         checkpoint["config"] = self.config
         checkpoint["classes"] = self.classes
         checkpoint["sums"] = self._global_sums().cpu()

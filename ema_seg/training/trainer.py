@@ -14,7 +14,7 @@ from ema_seg.runtime.distributed.preemption import Preemption
 from ema_seg.runtime.errors import CheckpointError, ConfigError, EmaSegError, TrainingError, one_line
 from ema_seg.runtime.limits import describe_memory, is_out_of_memory
 from ema_seg.training.averaging import GrowingAverage
-from ema_seg.training.callbacks import EpochLog, Pictures, ProgressBar
+from ema_seg.training.callbacks import EpochLog, KernelSearch, Pictures, ProgressBar
 from ema_seg.training.checkpoints import AtomicCheckpoints, RunEarlyStopping
 from ema_seg.training.lightning_patches import patch_trainer
 from ema_seg.training.module import MONITORED, SegmentationModule
@@ -57,6 +57,8 @@ def build_trainer(settings: Mapping[str, Any], run: Path, callbacks: Sequence[Ca
         ConfigError: Lightning rejects the settings.
     """
     arguments, plugins = trainer_arguments(settings)
+    if settings.get("benchmark") is None and not settings.get("deterministic"):
+        callbacks = [*callbacks, KernelSearch()]
     try:
         trainer = Trainer(
             **arguments,

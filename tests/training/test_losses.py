@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ema_seg.runtime.errors import ConfigError
 from ema_seg.training.losses import build_loss, cross_entropy_by_rows, loss_names
+from tests.training.synchronisations import Synchronisations
 
 CLASSES = 5
 
@@ -218,23 +218,6 @@ def test_a_loss_that_is_not_a_number_shows(batch, name):
     logits, target = batch
     logits[0, 0, 4, 3] = math.nan
     assert math.isnan(build_loss({name: {}}, CLASSES)(logits, target).item())
-
-
-class Synchronisations(TorchDispatchMode):
-    """Operators for which a GPU's host has to wait, because their result or its shape is read on the host."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount", "equal")
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        name = function.overloadpacket.__name__
-        masks = [index for index in arguments[1] if index is not None] if name == "index" else []
-        if name in self.NAMES or any(index.dtype in (torch.bool, torch.uint8) for index in masks):
-            self.found.append(name)
-        return function(*arguments, **options or {})
 
 
 @pytest.mark.parametrize("terms", [*ALL_TERMS[:4], {"cross_entropy": {}, "dice": {}}])

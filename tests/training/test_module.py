@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ema_seg.attention import EMA
 from ema_seg.data.normalise import Normalise
@@ -14,11 +15,13 @@ from ema_seg.models import build_segmenter
 from ema_seg.runtime.errors import CheckpointError, ConfigError, DataError, TrainingError
 from ema_seg.runtime.files import write_file
 from ema_seg.training import checkpoints
-from ema_seg.training.callbacks import EpochLog, ProgressBar, attention_map
+from ema_seg.training.callbacks import EpochLog, KernelSearch, ProgressBar, attention_map
 from ema_seg.training.checkpoints import AtomicCheckpoints
 from ema_seg.training.loggers import build_loggers
 from ema_seg.training.losses import build_loss
 from ema_seg.training.module import SegmentationModule
+from ema_seg.training.trainer import build_trainer
+from tests.training.synchronisations import Synchronisations
 
 ENCODER = "tu-test_efficientnet"
 NORMALISE = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -33,15 +36,15 @@ def segmenter(**arguments):
     return build_segmenter("fpn", classes=3, encoder=ENCODER, **arguments)
 
 
-def module(model):
+def module(model, terms=None):
     return SegmentationModule(
         model,
-        build_loss({"cross_entropy": {}}, 3),
+        build_loss(terms or {"cross_entropy": {}}, 3),
         NORMALISE,
         classes=["a", "b", "c"],
         optimizer={"name": "adamw", "lr": 1e-3, "encoder_lr_factor": 1.0, "weight_decay": 0.0},
         schedule={"name": "constant"},
-        config={},
+        config={"seed": 0},
     )
 
 
@@ -65,7 +68,7 @@ def test_a_checkpoint_carries_the_configuration_and_the_classes():
     module(segmenter()).on_save_checkpoint(checkpoint)
 
     assert checkpoint.pop("sums").tolist() == [0.0] * 5
-    assert checkpoint == {"config": {}, "classes": ["a", "b", "c"]}
+    assert checkpoint == {"config": {"seed": 0}, "classes": ["a", "b", "c"]}
 
 
 class Failing(checkpoints._ArchiveFile):
@@ -168,7 +171,7 @@ def test_the_bar_counts_epochs_as_the_lines_do_and_shares_no_line_with_them(tmp_
     trainer.strategy.optimizers = [torch.optim.SGD(lightning_module.parameters(), lr=0.1)]
     trainer.fit_loop.epoch_progress.current.completed = 2
     bar.setup(trainer, lightning_module, "fit")
-    bar.on_train_start()
+    bar.on_train_start(trainer, lightning_module)
 
     bar.on_train_epoch_start(trainer)
     assert bar.train_progress_bar.desc == "epoch 3/7: "
@@ -262,3 +265,105 @@ def test_an_epoch_that_goes_on_counts_its_earlier_part(tmp_path):
     assert state["images"] == 8
     assert log.state_dict()["seconds"] < 100
     assert log.state_dict()["images"] == 0
+
+
+class Steps(Callback):
+    """Watch the training steps between two log steps."""
+
+    def __init__(self):
+        self.watch = Synchronisations()
+
+    def on_train_start(self, trainer, module):
+        module.finite.every = trainer.log_every_n_steps  # as on a GPU
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if index == 1:
+            self.watch.__enter__()
+        if index == 4:
+            self.watch.__exit__(None, None, None)
+
+
+def run_steps(tmp_path, batches, callbacks, **options):
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[EpochLog(tmp_path / "metrics.csv", quiet=True), *callbacks],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
+        log_every_n_steps=5,
+        **options,
+    )
+    lightning_module = module(build_segmenter("linknet", classes=3, encoder=ENCODER), {"cross_entropy": {}, "dice": {}})
+    lightning_module.optimizer_settings["name"] = "sgd"  # AdamW reads its step counters, which are on the host anyway
+    trainer.fit(lightning_module, DataLoader(batches, batch_size=None))
+    return lightning_module
+
+
+def small_batches(count):
+    return [
+        {
+            "image": random_image(32, 32)[None].repeat(2, 1, 1, 1),
+            "mask": torch.randint(3, (2, 32, 32), dtype=torch.uint8),
+            "name": [f"{index}_a", f"{index}_b"],
+        }
+        for index in range(count)
+    ]
+
+
+def test_steps_between_two_log_steps_never_wait_for_the_device(tmp_path):
+    steps = Steps()
+
+    run_steps(tmp_path, small_batches(6), [steps])
+
+    assert steps.watch.found == []
+
+
+def test_a_loss_that_is_not_finite_is_named_at_the_next_log_step(tmp_path):
+    class Break(Steps):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if index == 2:
+                nn.init.constant_(next(module.model.parameters()), float("nan"))
+            self.reached = index
+
+    broken = Break()
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 2 \(epoch 0\), in the batch of 2_a, 2_b; lower"):
+        run_steps(tmp_path, small_batches(9), [broken])
+    assert broken.reached == 4
+
+
+@pytest.mark.parametrize("moment", ["validation", "checkpoint", "epoch"])
+def test_nothing_is_validated_or_saved_after_a_loss_that_is_not_finite(moment):
+    lightning_module = module(segmenter())
+    lightning_module.finite.every = 100
+    lightning_module.finite.add(torch.tensor(float("inf")), 7, 1, ["aachen_1"])
+
+    with pytest.raises(TrainingError, match=r"the loss is inf at step 7 \(epoch 1\), in the batch of aachen_1;"):
+        {
+            "validation": lightning_module.on_validation_epoch_start,
+            "checkpoint": lambda: lightning_module.on_save_checkpoint({}),
+            "epoch": lightning_module.on_train_epoch_end,
+        }[moment]()
+
+
+def test_kernels_are_searched_for_in_training_alone(tmp_path):
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, *arguments):
+            seen.append(torch.backends.cudnn.benchmark)
+
+    run_steps(tmp_path, small_batches(1), [KernelSearch(), Look()])
+
+    assert seen == [True]
+    assert not torch.backends.cudnn.benchmark
+    plain, deterministic = (
+        build_trainer({"accelerator": "cpu", "max_epochs": 1, "deterministic": flag}, tmp_path, [])
+        for flag in (False, True)
+    )
+    for trainer, searches in ((plain, True), (deterministic, False)):
+        assert any(isinstance(callback, KernelSearch) for callback in trainer.callbacks) == searches
+    torch.use_deterministic_algorithms(False)
