@@ -25,6 +25,7 @@ from ema_seg.runtime.limits import reraise_out_of_memory, reraise_size_errors
 
 __all__ = [
     "Cost",
+    "LiveBytes",
     "cost_batch_size",
     "count_macs",
     "count_parameters",
@@ -188,7 +189,7 @@ def measure_peak_memory(model: nn.Module, images: Tensor) -> int:
     resident = [*model.parameters(), *model.buffers(), images]
     torch.clear_autocast_cache()  # casts of the weights are part of the pass
     if images.device.type != "cuda":
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), _LiveBytes(resident) as live:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), LiveBytes(resident) as live:
             model(images)
         return live.peak
     torch.cuda.synchronize(images.device)
@@ -200,7 +201,7 @@ def measure_peak_memory(model: nn.Module, images: Tensor) -> int:
     return _storage_bytes(resident) + torch.cuda.max_memory_allocated(images.device) - before
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Dispatch mode that tracks the bytes of live tensors, starting with some resident ones."""
 
     def __init__(self, resident: Iterable[Tensor]) -> None:

@@ -1,0 +1,25 @@
+import importlib
+import json
+
+import pytest
+
+
+@pytest.fixture
+def bench():
+    return importlib.import_module("bench_loss")
+
+
+def test_both_ways_give_one_loss_and_their_costs(bench, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "SHAPES", {"cityscapes": (19, 64, 48)})
+    monkeypatch.setattr("ema_seg.training.losses._STRIP_BYTES", {"cpu": 8 * 19 * 48 * 4})
+    monkeypatch.setattr(bench, "keep_freed_memory", lambda: None)
+
+    bench.main(["--shapes", "cityscapes", "--budget", "0.01", "--output", str(tmp_path)])
+
+    results = json.loads((tmp_path / "bench_loss.json").read_text())["results"]["cityscapes"]
+    assert list(results) == ["cross_entropy", "cross_entropy_dice"]
+    for ways in results.values():
+        assert all(row["seconds"]["median"] > 0 for row in ways.values())
+        assert ways["whole"]["ratio"]["median"] == 1
+        assert 1 <= ways["strips"]["peak"] < 2 < ways["whole"]["peak"]
+    assert (tmp_path / "bench_loss.md").read_text().strip() in capsys.readouterr().out
