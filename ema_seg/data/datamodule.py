@@ -53,7 +53,7 @@ class SegmentationDataModule(LightningDataModule):
 
     Training batches are ``{"image": B x 3 x H x W, "mask": B x H x W, "name": list[str]}``. Images of
     evaluation batches keep their own sizes: ``{"image": list of 3 x H x W, "mask": list of H x W, "name":
-    list[str]}``. Images and masks are uint8; :class:`ema_seg.inference.Normalise` normalises images on the device.
+    list[str]}``. Images and masks are uint8; :class:`ema_seg.data.normalise.Normalise` normalises images on the device.
 
     Shuffling and augmentation depend only on torch's seed and the epoch: the same seed gives the same batches, for any
     number of workers, and a resumed run trains on the batches that it would have had without the interruption.

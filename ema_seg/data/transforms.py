@@ -3,7 +3,7 @@
 Augmentation is a list of named steps, each a class of albumentations, :class:`ScaledCrop` or
 :class:`CategoryLimitedCrop`. Masks are always resampled with nearest-neighbour interpolation. By default, geometric
 steps fill the area outside the image with the mean colour (0 after normalisation), and outside the mask with 255
-(ignored). Images are normalised later, on the device; see :class:`ema_seg.inference.Normalise`.
+(ignored). Images are normalised later, on the device; see :class:`ema_seg.data.normalise.Normalise`.
 """
 
 import inspect

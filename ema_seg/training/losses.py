@@ -352,7 +352,9 @@ class _InStrips(torch.autograd.Function):
             if value is None or learns:
                 parts.append((weight, part, value is None))
 
-        gradient = torch.zeros_like(logits) if learns else None
+        # The gradient of a mean over millions of pixels is too small for float16 before the loss scale multiplies it.
+        stored = dtype if logits.dtype == torch.float16 else logits.dtype
+        gradient = torch.zeros_like(logits, dtype=stored) if learns else None
         gradients = [None] * len(strips) if gradient is None else gradient.split(rows, dim=2)
         for (strip, labels), into in zip(strips, gradients, strict=True):
             strip = strip.to(dtype).detach().requires_grad_(learns)
@@ -364,7 +366,7 @@ class _InStrips(torch.autograd.Function):
                     total += value.detach()
             if into is not None and isinstance(learned, Tensor):
                 into.copy_(torch.autograd.grad(learned, strip)[0])
-        context.gradient = gradient
+        context.gradient, context.dtype = gradient, logits.dtype
         return total
 
     @staticmethod
@@ -372,7 +374,7 @@ class _InStrips(torch.autograd.Function):
         gradient, context.gradient = context.gradient, None
         if gradient is None:
             raise RuntimeError("The loss's gradient is gone after its first backward; compute the loss again.")
-        return gradient.mul_(outer[0]), None, None, None
+        return gradient.mul_(outer[0]).to(context.dtype), None, None, None
 
 
 def build_loss(terms: Mapping[str, Mapping[str, Any] | None], classes: int) -> WeightedSum:

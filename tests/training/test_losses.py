@@ -204,6 +204,18 @@ def test_gradients_are_those_of_the_loss(terms):
         assert logits.grad.flatten()[position].item() == pytest.approx((above - below).item() / (2 * step), abs=1e-8)
 
 
+def test_small_gradients_survive_float16_with_a_loss_scale():
+    logits = torch.randn(1, CLASSES, 512, 512, generator=torch.Generator().manual_seed(3)).half()
+    target = torch.zeros(1, 512, 512, dtype=torch.uint8)
+    expected, actual = logits.float().requires_grad_(), logits.requires_grad_()
+
+    (2**16 * F.cross_entropy(expected, target.long())).backward()
+    (2**16 * build_loss({"cross_entropy": {}}, CLASSES)(actual, target)).backward()
+
+    assert actual.grad.dtype == torch.float16
+    assert_close(actual.grad.float(), expected.grad, rtol=1e-3, atol=1e-6)
+
+
 def test_a_second_backward_is_refused(batch):
     logits, target = batch
     loss = build_loss({"dice": {}}, CLASSES)(logits.requires_grad_(), target)
