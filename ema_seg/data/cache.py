@@ -2,7 +2,7 @@
 
 A cache is a folder with the raw pixels of a split in one file, and an index of it. Processes map the file into memory:
 a crop reads the rows that it needs, and the system's page cache holds them once for all workers. (Compressed chunks,
-of blosc2 or zarr, take about half of the space, but four to ten times as long to read.)
+of blosc2 or zarr, take about half of the space, but several times as long to read.)
 """
 
 import hashlib

@@ -49,17 +49,31 @@ class TensorSample(TypedDict):
     name: str
 
 
-class CategoryLimitedCrop(A.DualTransform):
-    """Random crop in which no class takes more than ``max_share`` of the labelled pixels.
+class _CropSchema(BaseTransformInitSchema):
+    height: int = Field(ge=1)
+    width: int = Field(ge=1)
+    max_share: float = Field(gt=0, le=1)
+    tries: int = Field(ge=1)
+    fill: tuple[float, float, float]
+    fill_mask: int = Field(ge=0, le=255)
 
-    Up to ``tries`` crops are drawn; if none is acceptable, the last one is used. This is the usual recipe for
+
+class ScaledCrop(A.DualTransform):
+    """Random crop at a random scale, in which no class takes more than ``max_share`` of the labelled pixels.
+
+    Up to ``tries`` places are drawn; if none is acceptable, the last one is used. This is the usual recipe for
     Cityscapes and ADE20K: it keeps large classes (road, wall, sky) from filling whole crops. Ignored pixels
     are not counted; a crop without labelled pixels is drawn again. An image smaller than the crop is padded at
     the right and the bottom.
 
+    Scale and place are drawn as if the whole image were scaled and then cropped. But they come first, the mask alone
+    decides whether the crop is accepted, and only the region of the crop is resampled: of a memory-mapped image, no
+    other rows are read. The region's corners are rounded to whole pixels of the image.
+
     Args:
         height: Height of the crop in pixels.
         width: Width of the crop in pixels.
+        scale: Smallest and largest factor of the image's size; drawn once, uniformly.
         max_share: Largest share of the labelled pixels for one class, in (0, 1]; 1 accepts any crop with a label.
         tries: Maximum number of draws, at least 1.
         fill: Colour of the padding, RGB from 0 to 255.
@@ -69,88 +83,10 @@ class CategoryLimitedCrop(A.DualTransform):
 
     _targets = (Targets.IMAGE, Targets.MASK)
 
-    class InitSchema(BaseTransformInitSchema):
+    class InitSchema(_CropSchema):
         """Schema of the arguments."""
 
-        height: int = Field(ge=1)
-        width: int = Field(ge=1)
-        max_share: float = Field(gt=0, le=1)
-        tries: int = Field(ge=1)
-        fill: tuple[float, float, float]
-        fill_mask: int = Field(ge=0, le=255)
-
-    def __init__(
-        self,
-        height: int,
-        width: int,
-        max_share: float = 0.75,
-        tries: int = 10,
-        fill: tuple[float, float, float] = (0, 0, 0),
-        fill_mask: int = IGNORE_INDEX,
-        p: float = 1.0,
-    ) -> None:
-        super().__init__(p=p)
-        self.height = height
-        self.width = width
-        self.max_share = max_share
-        self.tries = tries
-        self.fill = fill
-        self.fill_mask = fill_mask
-
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        """Draw the crop's upper left corner."""
-        rows, columns = params["shape"][:2]
-        for _ in range(self.tries):
-            top = self.py_random.randint(0, max(rows - self.height, 0))
-            left = self.py_random.randint(0, max(columns - self.width, 0))
-            if _is_balanced(data["mask"][top : top + self.height, left : left + self.width], self.max_share):
-                break
-        return {"top": top, "left": left}
-
-    def apply(self, img: NDArray[np.uint8], top: int, left: int, **params: Any) -> NDArray[np.uint8]:
-        """Crop the image, uint8 H x W x 3."""
-        return self._crop(img, top, left, self.fill)
-
-    def apply_to_mask(self, mask: NDArray[np.uint8], top: int, left: int, **params: Any) -> NDArray[np.uint8]:
-        """Crop the mask, uint8 H x W."""
-        return self._crop(mask, top, left, self.fill_mask)
-
-    def _crop(
-        self, array: NDArray[np.uint8], top: int, left: int, fill: float | tuple[float, ...]
-    ) -> NDArray[np.uint8]:
-        return _pad(array[top : top + self.height, left : left + self.width], self.height, self.width, fill)
-
-
-class ScaledCrop(A.DualTransform):
-    """Random crop of the image at a random scale, in which no class takes more than ``max_share``.
-
-    It draws what ``RandomScale`` and then :class:`CategoryLimitedCrop` draw, but scale and place come first, the mask
-    alone decides whether the crop is accepted, and only the region of the crop is resampled: of a memory-mapped image,
-    no other rows are read. The region's corners are rounded to whole pixels of the image.
-
-    Args:
-        height: Height of the crop in pixels.
-        width: Width of the crop in pixels.
-        scale: Smallest and largest factor of the image's size; uniformly distributed.
-        max_share: See :class:`CategoryLimitedCrop`.
-        tries: See :class:`CategoryLimitedCrop`; the scale is drawn once.
-        fill: Colour of the padding, RGB from 0 to 255.
-        fill_mask: Train id of the padding.
-        p: Probability of applying the step.
-    """
-
-    _targets = (Targets.IMAGE, Targets.MASK)
-
-    class InitSchema(BaseTransformInitSchema):
-        """Schema of the arguments."""
-
-        height: int = Field(ge=1)
-        width: int = Field(ge=1)
         scale: tuple[PositiveFloat, PositiveFloat]
-        max_share: float = Field(gt=0, le=1)
-        tries: int = Field(ge=1)
-        fill: tuple[float, float, float]
-        fill_mask: int = Field(ge=0, le=255)
 
     def __init__(
         self,
@@ -174,7 +110,8 @@ class ScaledCrop(A.DualTransform):
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         """Draw scale and place; return the region of the image, and the mask's crop before padding."""
-        scale = self.py_random.uniform(*self.scale)
+        low, high = self.scale
+        scale = low if low == high else self.py_random.uniform(low, high)
         sides = [(length, max(1, int(length * scale))) for length in params["shape"][:2]]
         for _ in range(self.tries):
             rows, columns = (
@@ -215,6 +152,25 @@ class ScaledCrop(A.DualTransform):
     def apply_to_mask(self, mask: NDArray[np.uint8], mask_crop: NDArray[np.uint8], **params: Any) -> NDArray[np.uint8]:
         """Return the crop of the mask, uint8 H x W."""
         return _pad(mask_crop, self.height, self.width, self.fill_mask)
+
+
+class CategoryLimitedCrop(ScaledCrop):
+    """:class:`ScaledCrop` at the image's own scale, for a crop after other geometric steps."""
+
+    class InitSchema(_CropSchema):
+        """Schema of the arguments."""
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        max_share: float = 0.75,
+        tries: int = 10,
+        fill: tuple[float, float, float] = (0, 0, 0),
+        fill_mask: int = IGNORE_INDEX,
+        p: float = 1.0,
+    ) -> None:
+        super().__init__(height, width, (1.0, 1.0), max_share, tries, fill, fill_mask, p)
 
 
 def _is_balanced(mask: NDArray[np.uint8], max_share: float) -> bool:
