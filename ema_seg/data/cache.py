@@ -17,16 +17,14 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
-from torch.utils.data import SequentialSampler
 
 from ema_seg.data.base import SegmentationDataset
 from ema_seg.data.decoding import read_size
-from ema_seg.data.loading import Loader, Samples, SkippedSamples
+from ema_seg.data.loading import read_each
 from ema_seg.data.source import File
 from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.errors import DataError
+from ema_seg.runtime.progress import track
 
 __all__ = ["SampleCache", "open_cache"]
 
@@ -153,9 +151,9 @@ def _build(place: Path, dataset: SegmentationDataset, fingerprint: str, workers:
     unfinished, stale = (place.with_name(f".{place.name}.{state}") for state in ("unfinished", "stale"))
     for leftover in (unfinished, stale):  # of a process that was killed: the lock is ours
         shutil.rmtree(leftover, ignore_errors=True)
-    read = partial(_read_all, dataset, workers=workers, timeout=timeout)
+    read = partial(read_each, dataset, split=dataset.split, workers=workers, timeout=timeout)
 
-    sizes = read(_Sizes(dataset), "Reading sizes")
+    sizes = list(track(read(_read_size), "Reading sizes"))
     entries = np.zeros(len(dataset), _ENTRY)
     entries["height"], entries["width"] = np.array([(0, 0) if isinstance(size, str) else size for size in sizes]).T
     pixels = entries["height"].astype(np.int64) * entries["width"] * _BYTES_PER_PIXEL
@@ -166,7 +164,8 @@ def _build(place: Path, dataset: SegmentationDataset, fingerprint: str, workers:
     try:
         with (unfinished / "pixels.bin").open("wb") as file:
             file.truncate(int(pixels.sum()))
-        outcomes = read(_Decoding(dataset, unfinished / "pixels.bin", entries), "Decoding")
+        decode = partial(_decode, path=unfinished / "pixels.bin", entries=entries)
+        outcomes = track(read(decode), "Decoding")
         failures = {str(index): reason for index, reason in enumerate(outcomes) if reason}
         np.save(unfinished / "index.npy", entries)
         description = {"fingerprint": fingerprint, "unreadable": failures}
@@ -191,74 +190,26 @@ def _check_space(folder: Path, dataset: SegmentationDataset, needed: int) -> Non
     print(f"data.cache={folder}: decoding {split}: {needed / 1e9:.2f} GB", file=sys.stderr, flush=True)
 
 
-def _read_all(
-    dataset: SegmentationDataset, items: "_Sizes | _Decoding", description: str, *, workers: int, timeout: float
-) -> list[Any]:
-    """Read all items, in order, in worker processes, with a progress bar on a terminal."""
-    loader = Loader(
-        Samples(items, workers, 0, timeout),
-        list,
-        skipped=SkippedSamples(0),
-        split=dataset.split,
-        workers=workers,
-        batch_size=1,
-        sampler=SequentialSampler(items),
-    )
-    console = Console(stderr=True)
-    shown = track(
-        loader,
-        description=description,
-        total=len(dataset),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    return [item for (item,) in shown]
+def _read_size(dataset: SegmentationDataset, index: int) -> tuple[int, int] | str:
+    """Return height and width of an image, or the reason why they cannot be read."""
+    try:
+        return read_size(dataset.pairs[index].image, upright=dataset.upright)
+    except DataError as error:
+        return str(error)
 
 
-class _Sizes:
-    """Heights and widths of the images by index; the reason where one cannot be read."""
-
-    def __init__(self, dataset: SegmentationDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def name(self, index: int) -> str:
-        """Return the name of a sample."""
-        return self.dataset.name(index)
-
-    def files(self, index: int) -> str:
-        """Return the names of its files."""
-        return self.dataset.files(index)
-
-    def __getitem__(self, index: int) -> tuple[int, int] | str:
-        try:
-            return read_size(self.dataset.pairs[index].image, upright=self.dataset.upright)
-        except DataError as error:
-            return str(error)
-
-
-class _Decoding(_Sizes):
-    """Decoding of samples into a file, by index: an empty text, or the reason why one cannot be decoded."""
-
-    def __init__(self, dataset: SegmentationDataset, path: Path, entries: NDArray[Any]) -> None:
-        super().__init__(dataset)
-        self.path = path
-        self.entries = entries
-
-    def __getitem__(self, index: int) -> str:
-        try:
-            image, mask = self.dataset.read_image(index), self.dataset.read_mask(index)
-            self.dataset.check_sizes(index, image, mask)
-        except DataError as error:
-            return str(error)
-        offset, height, width = self.entries[index].tolist()
-        if image.shape != (height, width, 3):
-            return f"{self.dataset.files(index)}: has changed while it was decoded; start again."
-        with self.path.open("r+b") as file:
-            file.seek(offset)
-            file.write(image.tobytes())
-            file.write(mask.tobytes())
-        return ""
+def _decode(dataset: SegmentationDataset, index: int, *, path: Path, entries: NDArray[Any]) -> str:
+    """Decode a sample into the file; return an empty text, or the reason why it cannot be decoded."""
+    try:
+        image, mask = dataset.read_image(index), dataset.read_mask(index)
+        dataset.check_sizes(index, image, mask)
+    except DataError as error:
+        return str(error)
+    offset, height, width = entries[index].tolist()
+    if image.shape != (height, width, 3):
+        return f"{dataset.files(index)}: has changed while it was decoded; start again."
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(image.tobytes())
+        file.write(mask.tobytes())
+    return ""

@@ -24,7 +24,7 @@ from rich.text import Text
 from ema_seg.config import LONGEST_TIMEOUT
 from ema_seg.data import DATASETS, build_dataset, find_dataset_class
 from ema_seg.data.base import IGNORE_INDEX, MissingSplitError, SegmentationDataset
-from ema_seg.data.loading import Loader, RoundRobinSampler, Samples, SkippedSamples, call_with_timeout
+from ema_seg.data.loading import call_with_timeout, read_each
 from ema_seg.runtime.errors import DataError, EmaSegError
 from ema_seg.runtime.escaping import for_terminal
 
@@ -73,36 +73,26 @@ class SplitReport:
         return table
 
 
-class _CheckedPairs:
-    """Data set whose items are the findings of each pair, so that loader workers share the check."""
-
-    def __init__(self, dataset: SegmentationDataset) -> None:
-        self.dataset = dataset
-        self.name, self.files = dataset.name, dataset.files
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> _Finding:
-        defects: list[str] = []
-        notes: list[str] = []
-        pixels = np.zeros(256, dtype=np.int64)
-        image = mask = None
-        try:
-            image = self.dataset.read_image(index)
-        except DataError as error:
-            defects.append(str(error))
-        if self.dataset.pairs[index].mask is None:
-            return _Finding(pixels, defects, notes)
-        try:
-            mask = self.dataset.read_mask(index)
-            pixels = np.bincount(mask.ravel(), minlength=256)
-            if image is not None:
-                self.dataset.check_sizes(index, image, mask)
-            notes = self.dataset.notes(index)
-        except DataError as error:
-            defects.append(str(error))
+def _check_pair(dataset: SegmentationDataset, index: int) -> _Finding:
+    defects: list[str] = []
+    notes: list[str] = []
+    pixels = np.zeros(256, dtype=np.int64)
+    image = mask = None
+    try:
+        image = dataset.read_image(index)
+    except DataError as error:
+        defects.append(str(error))
+    if dataset.pairs[index].mask is None:
         return _Finding(pixels, defects, notes)
+    try:
+        mask = dataset.read_mask(index)
+        pixels = np.bincount(mask.ravel(), minlength=256)
+        if image is not None:
+            dataset.check_sizes(index, image, mask)
+        notes = dataset.notes(index)
+    except DataError as error:
+        defects.append(str(error))
+    return _Finding(pixels, defects, notes)
 
 
 def check_split(
@@ -120,15 +110,7 @@ def check_split(
         EmaSegError: Reading a pair exceeded the timeout, or the system killed a worker.
     """
     report = SplitReport(dataset.split, dataset.classes, len(dataset), list(dataset.unpaired))
-    findings: Any = Loader(
-        Samples(_CheckedPairs(dataset), workers, max_skipped=0, timeout=timeout),
-        _unpack_single,
-        skipped=SkippedSamples(0),
-        split=dataset.split,
-        workers=workers,
-        batch_size=1,
-        sampler=RoundRobinSampler(len(dataset)),
-    )
+    findings: Any = read_each(dataset, _check_pair, dataset.split, workers=workers, timeout=timeout)
     if progress is not None:
         findings = progress.track(findings, total=len(dataset), description=dataset.split)
     for finding in findings:
@@ -239,11 +221,6 @@ def _parse_seconds(text: str) -> float:
             f"must be a number of seconds above 0 and at most {LONGEST_TIMEOUT}, got {text}"
         )
     return seconds
-
-
-def _unpack_single(findings: list[_Finding]) -> _Finding:
-    (finding,) = findings
-    return finding
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler, default_collate, get_worker_info
 
 from ema_seg.data.processes import start_method
 from ema_seg.data.transforms import TensorSample
@@ -34,6 +34,7 @@ __all__ = [
     "call_with_timeout",
     "collate_crops",
     "collate_images",
+    "read_each",
     "read_skipped",
 ]
 
@@ -370,6 +371,49 @@ class Loader(DataLoader[Any]):
             f"{' while it read this' if files else ''}, often because memory ran out; lower data.workers or "
             f"data.batch_size{', or check the files' if files else ''}."
         )
+
+
+def read_each(
+    dataset: Readable, read: Callable[[Any, int], Any], split: str, *, workers: int, timeout: float
+) -> Loader:
+    """Return a loader of ``read(dataset, index)`` for each index in order, computed in worker processes.
+
+    Args:
+        dataset: The data set; names the files in errors.
+        read: A function that can be pickled. It returns no None.
+        split: Name of the split.
+        workers: Worker processes; 0 reads in this one.
+        timeout: Seconds that the disk may take for a sample.
+    """
+    return Loader(
+        Samples(_Each(dataset, read), workers, 0, timeout),
+        _unpack_single,
+        skipped=SkippedSamples(0),
+        split=split,
+        workers=workers,
+        batch_size=1,
+        sampler=SequentialSampler(range(len(dataset))),
+    )
+
+
+class _Each:
+    """Data set of the results of a function of another data set and an index."""
+
+    def __init__(self, dataset: Readable, read: Callable[[Any, int], Any]) -> None:
+        self.dataset = dataset
+        self.read = read
+        self.name, self.files = dataset.name, dataset.files
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.read(self.dataset, index)
+
+
+def _unpack_single(results: list[Any]) -> Any:
+    (result,) = results
+    return result
 
 
 class _Collate:

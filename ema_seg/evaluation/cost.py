@@ -80,7 +80,7 @@ def measure_cost(
         device: device to run on.
         precision: see ``autocast``.
         loader: the evaluation's loader, as for ``score_images``; None skips the end-to-end measurement.
-        normalise: the normalisation of the loader's images; needed with a loader.
+        normalise: the normalisation of the loader's images; must be given with a loader.
         warmup: forward passes before the timed ones; fewer, but at least one, if they take longer than the budget.
         min_repeats: minimum number of timed forward passes, however long they take.
         budget: seconds after which no further timed pass starts, divided equally between the measurements; warm-up
@@ -103,6 +103,8 @@ def measure_cost(
     device = torch.device(device)
     model.to(device)
     batch_sizes = sorted({1, batch_size})
+    if (loader is None) != (normalise is None):
+        raise TypeError("measure_cost: loader and normalise must be given together.")
     source = None if loader is None or normalise is None else (loader, normalise)
     share = budget / (len(batch_sizes) + (source is not None))
 

@@ -9,8 +9,6 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from ema_seg.data.normalise import Normalise
@@ -20,6 +18,7 @@ from ema_seg.inference.prediction import autocast, predict
 from ema_seg.runtime.distributed.collectives import gather, sum_in_place
 from ema_seg.runtime.errors import DataError, ModelError
 from ema_seg.runtime.execution import evaluation_mode
+from ema_seg.runtime.progress import track
 
 __all__ = ["Evaluation", "ImageRecord", "require_labels", "score_images"]
 
@@ -92,7 +91,7 @@ def score_images(
     total = ConfusionMatrix(len(classes))
     records: list[ImageRecord] = []
     with evaluation_mode(model), autocast(device, precision):
-        for batch in _tracked(loader, progress):
+        for batch in track(loader, "Evaluating", shown=progress):
             logits = predict(model, batch["image"], stride, normalise)
             for name, scores, target in zip(batch["name"], logits, batch["mask"], strict=True):
                 confusion, prediction = _count(name, scores, target, len(classes))
@@ -106,12 +105,6 @@ def score_images(
     if not everyones:
         raise DataError("data: the split has no image to evaluate; set another data.evaluation_split.")
     return Evaluation(total, everyones)
-
-
-def _tracked(loader: Iterable[Mapping[str, Any]], progress: bool) -> Iterable[Mapping[str, Any]]:
-    console = Console(stderr=True)
-    disable = not (progress and console.is_terminal)
-    return track(loader, description="Evaluating", console=console, transient=True, disable=disable)
 
 
 def _count(name: str, logits: Tensor, target: Tensor, num_classes: int) -> tuple[ConfusionMatrix, NDArray[np.integer]]:

@@ -199,7 +199,18 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         measure_cost(two_convolutions(), size=(8, 8), stride=8, batch_size=0, device="cpu")
     empty: DataLoader = DataLoader(Files(tmp_path, 0), batch_size=1, collate_fn=collate)
     with pytest.raises(DataError, match="no image"):
-        time_end_to_end(two_convolutions(), empty, NORMALISE, stride=8, budget=0.01)
+        measure_cost(
+            two_convolutions(),
+            size=(8, 8),
+            stride=8,
+            batch_size=1,
+            device="cpu",
+            loader=empty,
+            normalise=NORMALISE,
+            budget=0.01,
+        )
+    with pytest.raises(TypeError, match="loader and normalise must be given together"):
+        measure_cost(two_convolutions(), size=(8, 8), stride=8, batch_size=1, device="cpu", loader=empty)
 
 
 def test_a_budget_that_is_spent_leaves_one_pass_for_warm_up_and_three_that_are_timed() -> None:
