@@ -33,7 +33,6 @@ from ema_seg.data.street_scene import render_scene
 # Cityscapes' splits come from different cities; ADE20K calls its splits otherwise.
 _CITIES = {"train": "aachen", "val": "frankfurt"}
 _ADE_FOLDERS = {"train": "training", "val": "validation"}
-_ADE_CLASSES = 150
 
 
 def write_street_scene(root: Path, split: str, index: int) -> None:
@@ -67,13 +66,13 @@ def draw_regions(rng: np.random.Generator, height: int, width: int) -> tuple[NDA
     Returns:
         Mask values (0: no class, 1 to 150), H x W, and the RGB image, H x W x 3; both uint8.
     """
-    occurring = rng.choice(_ADE_CLASSES + 1, size=int(rng.integers(6, 15)), replace=False)
+    colors = np.array([(128, 128, 128), *ADE20KDataset.palette], np.float32)
+    occurring = rng.choice(len(colors), size=int(rng.integers(6, 15)), replace=False)
     # Each pixel belongs to the class whose smooth random field is the highest there.
     fields = rng.standard_normal((len(occurring), 9, 12)).astype(np.float32)
     fields += rng.standard_normal((len(occurring), 1, 1)).astype(np.float32)
     highest = np.argmax([cv2.resize(field, (width, height), interpolation=cv2.INTER_CUBIC) for field in fields], axis=0)
     labels = occurring.astype(np.uint8)[highest]
-    colors = np.array([(128, 128, 128), *ADE20KDataset.palette], np.float32)
     light = cv2.resize(rng.uniform(0.6, 1.2, (3, 4)).astype(np.float32), (width, height))
     texture = cv2.GaussianBlur(rng.normal(0, 40, (height, width)).astype(np.float32), (0, 0), 1.5)
     image = colors[labels] * light[..., None] + texture[..., None] + rng.normal(0, 4, (height, width, 3))

@@ -60,6 +60,12 @@ class Term(nn.Module):
         raise NotImplementedError
 
 
+def _split(target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where a pixel is labelled, and the train ids with 0 for ignored pixels; both B x H x W."""
+    labelled = target != IGNORE_INDEX
+    return labelled, target.where(labelled, 0)
+
+
 def _global_mean(count: Tensor) -> Callable[[Tensor], Tensor]:
     """Return a function from this rank's sum to its part of the mean over the global batch.
 
@@ -116,9 +122,9 @@ class CrossEntropy(Term):
 
     def prepare(self, target: Tensor, scanned: list[Tensor]) -> tuple[None, Part]:
         """Divide the sum over the pixels by their number; see ``Term.prepare``."""
-        labelled = target != IGNORE_INDEX
+        labelled, truth = _split(target)
         weights = self.class_weights
-        mean = _global_mean((labelled if weights is None else weights[target.where(labelled, 0)] * labelled).sum())
+        mean = _global_mean((labelled if weights is None else weights[truth] * labelled).sum())
 
         def part(logits: Tensor, target: Tensor) -> Tensor:
             weight = None if weights is None else weights.to(logits.dtype)
@@ -179,15 +185,17 @@ class OHEM(Term):
         losses = torch.cat([strip.flatten() for strip in scanned])
         kept = max(1, min(self.min_kept * len(target), losses.numel()))
         threshold = losses.topk(kept).values[-1].clamp_max(self.most)
-        # A loss of NaN counts as hard: a training must not go on without a word.
-        hard = ~(losses < threshold) & (losses != -math.inf)
-        count = hard.sum().clamp_min(1)
 
-        def part(logits: Tensor, target: Tensor) -> Tensor:
-            losses = _cross_entropy(logits, target, reduction="none")
-            return (losses * ~(losses.detach() < threshold) * (target != IGNORE_INDEX)).sum() / count
+        def hard(losses: Tensor) -> Tensor:
+            # A loss of NaN counts as hard: a training must not go on without a word.
+            return ~(losses < threshold) & (losses != -math.inf)
 
-        return losses.where(hard, 0).sum() / count, part
+        count = hard(losses).sum().clamp_min(1)
+
+        def mean(losses: Tensor) -> Tensor:
+            return losses.where(hard(losses), 0).sum() / count
+
+        return mean(losses), lambda logits, target: mean(self.scan(logits, target))
 
 
 class Dice(Term):
@@ -208,9 +216,8 @@ class Dice(Term):
 
     def scan(self, logits: Tensor, target: Tensor) -> Tensor:
         """Sum the probabilities of each class: over its own pixels, and over all labelled ones; 2 x K."""
-        labelled = (target != IGNORE_INDEX).to(logits.dtype)
-        probabilities = logits.softmax(dim=1)
-        truth = target.where(target != IGNORE_INDEX, 0)
+        mask, truth = _split(target)
+        labelled, probabilities = mask.to(logits.dtype), logits.softmax(dim=1)
         of_truth = probabilities.gather(1, truth[:, None])[:, 0] * labelled
         intersection = logits.new_zeros(self.classes).index_add(0, truth.flatten(), of_truth.flatten())
         return torch.stack([intersection, torch.einsum("bkhw,bhw->k", probabilities, labelled)])
@@ -218,8 +225,8 @@ class Dice(Term):
     def prepare(self, target: Tensor, scanned: list[Tensor]) -> tuple[Tensor, Part]:
         """Compute the loss from the sums of all ranks, and its derivatives by them; see ``Term.prepare``."""
         own = torch.stack(scanned).sum(dim=0)
-        labels = target.where(target != IGNORE_INDEX, 0).flatten()
-        true = own.new_zeros(self.classes).index_add(0, labels, (target != IGNORE_INDEX).flatten().to(own.dtype))
+        labelled, truth = _split(target)
+        true = own.new_zeros(self.classes).index_add(0, truth.flatten(), labelled.flatten().to(own.dtype))
         intersection, predicted, true = sum_in_place(torch.cat([own, true[None]]))
         numerator, sizes = 2 * intersection + self.smooth, predicted + true + self.smooth
         denominator = sizes.clamp_min(1e-7)
@@ -259,8 +266,8 @@ class Focal(Term):
         mean = _global_mean((target != IGNORE_INDEX).sum())
 
         def part(logits: Tensor, target: Tensor) -> Tensor:
-            labelled = target != IGNORE_INDEX
-            of_truth = logits.gather(1, target.where(labelled, 0)[:, None])
+            labelled, truth = _split(target)
+            of_truth = logits.gather(1, truth[:, None])
             others, own = (1.0, 1.0) if self.alpha is None else (1 - self.alpha, self.alpha)
             # All classes as if the pixel were another one's, corrected at its own.
             losses = others * self._binary(logits).sum(dim=1)
