@@ -279,6 +279,8 @@ class Steps(Section):
     """decay of the moving average of the weights; null: no average"""
     early_stopping: Annotated[Literal[False] | Count | None, Must("a number of validations, such as 10")]
     """validations without a better mIoU after which the training stops"""
+    loss_strips: Annotated[Literal["auto", "off", False] | Positive, Must("a number of rows, auto or off")] = "auto"
+    """rows of the image for which logits and loss are computed at once; off: all, as in other code"""
     checkpoint_every: Annotated[Positive | None, Must("a number of steps, or null for once in each epoch")] = None
     """optimiser steps between checkpoints within an epoch"""
     pictures_every: Annotated[Count | None, Must("a number of epochs", "0 draws none")]

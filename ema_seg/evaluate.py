@@ -5,6 +5,7 @@ module of its own: scores and costs in ``ema_seg/evaluation``, the report in ``e
 """
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from ema_seg.data import SegmentationDataModule
 from ema_seg.data.datamodule import SampleSelection
 from ema_seg.evaluation import describe_environment, measure_cost, predict_examples, score_images
 from ema_seg.evaluation.cost import cost_batch_size
-from ema_seg.evaluation.evaluator import require_labels
+from ema_seg.evaluation.evaluator import image_counter, require_labels
 from ema_seg.inference.device import find_device
 from ema_seg.models import load_segmenter, model_stride
 from ema_seg.models.checkpoint import check_classes
 from ema_seg.reporting.history import describe_data, read_curves
-from ema_seg.reporting.predictions import PredictionWriter, lock_report
+from ema_seg.reporting.predictions import PredictionWriter, encode_mask, lock_report
 from ema_seg.reporting.report import FILES, build_report, report_manifest, write_report
 from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.execution import deterministic_algorithms, set_execution
@@ -88,17 +89,20 @@ def evaluate(
             images = len(loader.sampler)  # type: ignore[arg-type]  # it has a length
             batch_size = cost_batch_size(settings["batch_size"], module.evaluation_batch_size, images)
             first_size = settings["size"] or module.read_first_readable(dataset, 0, dataset.read_image).shape[:2]
-            cost = measure_cost(
-                model,
-                size=tuple(first_size),
-                stride=stride,
-                normalise=module.normalise,
-                batch_size=batch_size,
-                device=device,
-                precision=precision,
-                loader=loader,
-                budget=settings["budget"],
-            )
+            encoding = image_counter(module.num_classes, lambda _, mask: encode_mask(mask, module.palette))
+            with closing(encoding):
+                cost = measure_cost(
+                    model,
+                    size=tuple(first_size),
+                    stride=stride,
+                    normalise=module.normalise,
+                    batch_size=batch_size,
+                    device=device,
+                    precision=precision,
+                    loader=loader,
+                    counter=encoding,
+                    budget=settings["budget"],
+                )
             if batch_size < settings["batch_size"]:
                 cost["throughput"]["capped_batch_size"] = settings["batch_size"]
 

@@ -85,8 +85,8 @@ def train(
     model = segmenter_from_config(config, data.num_classes, pretrained=not resume, weights=weights)
     set_execution(model, channels_last=settings["channels_last"], compile=settings["compile"])
 
-    # Loss: logits and masks to a scalar.
-    loss = build_loss(config["loss"], data.num_classes)
+    # Loss: features of the head's last layer and masks to a scalar.
+    loss = build_loss(config["loss"], data.num_classes, strips=settings.get("loss_strips", "auto"))
 
     # Module: the steps of training and validation, optimiser and schedule.
     module = SegmentationModule(

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from ema_seg.evaluation.counting import count_pixels, countable
 from ema_seg.runtime.errors import ConfigError, DataError, ModelError
 
 __all__ = ["ConfusionMatrix", "Scores"]
@@ -57,6 +58,11 @@ class ConfusionMatrix:
             ModelError: the shapes differ, a type is not integer, or a labelled pixel's prediction lies outside [0, K).
             DataError: a true label is neither in [0, K) nor the ignore index.
         """
+        if countable(prediction, target, self.num_classes, self.ignore_index):
+            counts = count_pixels(prediction, target, self.num_classes, self.ignore_index)  # type: ignore[arg-type]
+            if counts is not None:
+                self.matrix += torch.from_numpy(counts)
+                return
         prediction, target = _as_integers(prediction, "prediction"), _as_integers(target, "target")
         if prediction.shape != target.shape:
             raise ModelError(

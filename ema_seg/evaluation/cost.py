@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from ema_seg.data.normalise import Normalise
+from ema_seg.evaluation.counter import Counter
 from ema_seg.evaluation.environment import describe_device
-from ema_seg.inference.prediction import autocast, memory_format_of, pad_to_stride, segment
+from ema_seg.inference.prediction import autocast, memory_format_of, pad_to_stride, predict
 from ema_seg.runtime.distributed.collectives import broadcast, gather
 from ema_seg.runtime.distributed.ranks import barrier, rank_info
 from ema_seg.runtime.errors import ConfigError, DataError
@@ -58,6 +59,7 @@ def measure_cost(
     precision: str | int = "32-true",
     loader: DataLoader | None = None,
     normalise: Normalise | None = None,
+    counter: Counter[Any] | None = None,
     warmup: int = 3,
     min_repeats: int = 3,
     budget: float = 10.0,
@@ -66,7 +68,7 @@ def measure_cost(
 
     Forward passes are timed on random images, in the model's memory layout, for batches of 1 and of ``batch_size``.
     With a loader the end-to-end rate is measured too: read and decode the files, transform, pad, copy to the device,
-    forward, argmax, and copy the masks back.
+    forward, and score as the counter does.
 
     With several ranks, each with a device, rank 0 times the forward passes while the
     others wait. The end-to-end rate is measured on all ranks at once, each with the images of its own loader, and the
@@ -81,6 +83,7 @@ def measure_cost(
         precision: see ``autocast``.
         loader: the evaluation's loader, as for ``score_images``; None skips the end-to-end measurement.
         normalise: the normalisation of the loader's images; must be given with a loader.
+        counter: scores the images; must be given with a loader.
         warmup: forward passes before the timed ones; fewer, but at least one, if they take longer than the budget.
         min_repeats: minimum number of timed forward passes, however long they take.
         budget: seconds after which no further timed pass starts, divided equally between the measurements; warm-up
@@ -103,9 +106,11 @@ def measure_cost(
     device = torch.device(device)
     model.to(device)
     batch_sizes = sorted({1, batch_size})
-    if (loader is None) != (normalise is None):
-        raise TypeError("measure_cost: loader and normalise must be given together.")
-    source = None if loader is None or normalise is None else (loader, normalise)
+    source = None
+    if loader is not None:
+        assert normalise is not None
+        assert counter is not None
+        source = (loader, normalise, counter)
     share = budget / (len(batch_sizes) + (source is not None))
 
     def measure_forward(batch: int) -> dict[str, Any]:
@@ -291,14 +296,15 @@ def _forward_entry(batch_size: int, seconds: list[float], warmup: int, memory: i
 
 
 def time_end_to_end(
-    model: nn.Module, loader: DataLoader, normalise: Normalise, stride: int, budget: float
+    model: nn.Module, loader: DataLoader, normalise: Normalise, counter: Counter[Any], stride: int, budget: float
 ) -> dict[str, Any]:
-    """Time the path from files to masks, over the data set or until the budget is spent.
+    """Time the path from files to scores, over the data set or until the budget is spent.
 
     Args:
         model: see ``measure_cost``; the caller sets its device, mode and precision.
         loader: see ``measure_cost``.
         normalise: see ``measure_cost``.
+        counter: see ``measure_cost``.
         stride: see ``measure_cost``.
         budget: seconds after which no further batch starts.
 
@@ -314,17 +320,20 @@ def time_end_to_end(
     ahead = loader.num_workers * (loader.prefetch_factor or 0)
     warmup = min(1 + ahead, len(loader) // 2)
     barrier()
-    images, start, elapsed = 0, time.perf_counter(), 0.0
+    images, start = 0, time.perf_counter()
     for index, batch in enumerate(loader):
-        for mask in segment(model, batch["image"], stride, normalise):
-            mask.cpu()  # waits for the device
+        logits = predict(model, batch["image"], stride, normalise)
+        for image in zip(batch["name"], logits, batch["mask"], strict=True):
+            counter.add(*image)
         if index < warmup:
+            counter.results()
             start = time.perf_counter()
             continue
         images += len(batch["image"])
-        elapsed = time.perf_counter() - start
-        if elapsed > budget:
+        if time.perf_counter() - start > budget:
             break
+    counter.results()
+    elapsed = time.perf_counter() - start
     parts = gather((images, images / elapsed if images else 0.0))
     if not any(count for count, _ in parts):
         raise DataError("data: the split has no image to measure the throughput with.")

@@ -1,6 +1,7 @@
 """Evaluation of a model on a data set: one confusion matrix, and a record of each image."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -9,18 +10,19 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from ema_seg.data.normalise import Normalise
 from ema_seg.evaluation.confusion import ConfusionMatrix
+from ema_seg.evaluation.counter import Counter
 from ema_seg.evaluation.strata import StratumCounts, count_strata
 from ema_seg.inference.prediction import autocast, predict
 from ema_seg.runtime.distributed.collectives import gather, sum_in_place
-from ema_seg.runtime.errors import DataError, ModelError
+from ema_seg.runtime.errors import DataError
 from ema_seg.runtime.execution import evaluation_mode
 from ema_seg.runtime.progress import track
 
-__all__ = ["Evaluation", "ImageRecord", "require_labels", "score_images"]
+__all__ = ["Evaluation", "ImageRecord", "image_counter", "require_labels", "score_images"]
 
 
 class ImageRecord(TypedDict):
@@ -60,7 +62,7 @@ def score_images(
     device: torch.device | str,
     precision: str | int = "32-true",
     progress: bool = True,
-    on_prediction: Callable[[str, NDArray[np.integer]], None] | None = None,
+    on_prediction: Callable[[str, NDArray[np.integer]], object] | None = None,
 ) -> Evaluation:
     """Predict every image at its own size and count the pixels.
 
@@ -79,7 +81,7 @@ def score_images(
         precision: see ``autocast``.
         progress: show a progress bar if the output is a terminal.
         on_prediction: called with the name and the predicted class ids, H x W, of each image of this rank, in the
-            loader's order; predictions are not kept otherwise.
+            loader's order and in a thread of its own; predictions are not kept otherwise.
 
     Raises:
         DataError: the loaders of all ranks yield no image, or a mask holds a label that is neither a class nor 255.
@@ -90,15 +92,15 @@ def score_images(
     model.to(device)
     total = ConfusionMatrix(len(classes))
     records: list[ImageRecord] = []
-    with evaluation_mode(model), autocast(device, precision):
+    counter = image_counter(len(classes), on_prediction)
+    with evaluation_mode(model), autocast(device, precision), closing(counter):
         for batch in track(loader, "Evaluating", shown=progress):
-            logits = predict(model, batch["image"], stride, normalise)
-            for name, scores, target in zip(batch["name"], logits, batch["mask"], strict=True):
-                confusion, prediction = _count(name, scores, target, len(classes))
-                total.merge(confusion)
-                records.append(_record(name, confusion, prediction, target))
-                if on_prediction is not None:
-                    on_prediction(name, prediction)
+            predicted = predict(model, batch["image"], stride, normalise)
+            for name, logits, target in zip(batch["name"], predicted, batch["mask"], strict=True):
+                counter.add(name, logits, target)
+        for confusion, image in counter.results():
+            total.merge(confusion)
+            records.append(image)
     sum_in_place(total.matrix)
     turns = zip_longest(*gather(records))
     everyones = [record for turn in turns for record in turn if record is not None]
@@ -107,27 +109,32 @@ def score_images(
     return Evaluation(total, everyones)
 
 
-def _count(name: str, logits: Tensor, target: Tensor, num_classes: int) -> tuple[ConfusionMatrix, NDArray[np.integer]]:
-    if logits.shape[0] != num_classes:
-        raise ModelError(
-            f"model: predicts {logits.shape[0]} classes but the data set has {num_classes}; "
-            "evaluate it on the data that it was trained on."
-        )
-    confusion = ConfusionMatrix(num_classes)
-    prediction = logits.argmax(dim=0)
-    try:
-        confusion.update(prediction, target)
-    except (DataError, ModelError) as error:
-        raise type(error)(f"{name}: {error}") from error
-    # uint8 holds the ids of up to 256 classes, and is an eighth of int64 to copy from the device and to process.
-    return confusion, (prediction.byte() if num_classes <= 256 else prediction).cpu().numpy()
+def image_counter(
+    num_classes: int, on_prediction: Callable[[str, NDArray[np.integer]], object] | None = None
+) -> Counter[tuple[ConfusionMatrix, ImageRecord]]:
+    """Return a counter of all that an evaluation records of an image.
+
+    Args:
+        num_classes: K.
+        on_prediction: see ``score_images``.
+    """
+
+    def count(
+        name: str, prediction: NDArray[np.integer], truth: NDArray[np.integer]
+    ) -> tuple[ConfusionMatrix, ImageRecord]:
+        confusion = ConfusionMatrix(num_classes)
+        confusion.update(prediction, truth)
+        if on_prediction is not None:
+            on_prediction(name, prediction)
+        return confusion, _record(name, confusion, prediction, truth)
+
+    return Counter(num_classes, count)
 
 
-def _record(name: str, confusion: ConfusionMatrix, prediction: NDArray[np.integer], target: Tensor) -> ImageRecord:
+def _record(
+    name: str, confusion: ConfusionMatrix, prediction: NDArray[np.integer], truth: NDArray[np.integer]
+) -> ImageRecord:
     scores = confusion.compute()
-    truth = target.cpu().numpy()
-    if confusion.num_classes <= 255:
-        truth = truth.astype(np.uint8)
     return ImageRecord(
         name=name,
         miou=scores["miou"],

@@ -18,7 +18,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["STRATA", "StratumCounts", "count_strata", "score_strata"]
+from ema_seg.evaluation.counting import count_objects, countable
+
+__all__ = ["STRATA", "StratumCounts", "count_strata", "count_strata_by_class", "score_strata"]
 
 STRATA = {
     "small": "objects under 32² pixels",
@@ -51,6 +53,15 @@ def count_strata(
     Returns:
         The counts by the names of ``STRATA``.
     """
+    if countable(prediction, target, num_classes, ignore_index):
+        return _by_name(*count_objects(prediction, target, num_classes, ignore_index, _LIMITS))  # type: ignore[arg-type]
+    return count_strata_by_class(prediction, target, num_classes, ignore_index)
+
+
+def count_strata_by_class(
+    prediction: NDArray[np.integer], target: NDArray[np.integer], num_classes: int, ignore_index: int = 255
+) -> dict[str, StratumCounts]:
+    """Count the strata one class after the other, where there are no kernels; see ``count_strata``."""
     intersection = np.zeros((len(STRATA), num_classes), np.int64)
     union = np.zeros_like(intersection)
     labelled = target != ignore_index
@@ -64,6 +75,10 @@ def count_strata(
         intersection[:, index], union[:, index] = found, truly
         claimed = (prediction == index) & labelled
         union[:, index] += _by_size(claimed, ~truth)[1]
+    return _by_name(intersection, union)
+
+
+def _by_name(intersection: NDArray[np.int64], union: NDArray[np.int64]) -> dict[str, StratumCounts]:
     return {
         name: StratumCounts(intersection=inside.tolist(), union=whole.tolist())
         for name, inside, whole in zip(STRATA, intersection, union, strict=True)

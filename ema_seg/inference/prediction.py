@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ema_seg.data.normalise import Normalise
+from ema_seg.inference.classes import most_likely_classes
+from ema_seg.models.head import RowLogits, row_logits
 from ema_seg.runtime.errors import ConfigError, ModelError
 from ema_seg.runtime.limits import reraise_out_of_memory, reraise_size_errors
 
@@ -103,7 +105,7 @@ def pad_to_stride(images: Tensor, stride: int) -> Tensor:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, images: Sequence[Tensor], stride: int, normalise: Normalise) -> list[Tensor]:
+def predict(model: nn.Module, images: Sequence[Tensor], stride: int, normalise: Normalise) -> list[RowLogits]:
     """Compute the logits of images that may differ in size.
 
     Images of equal size are forwarded together: each such batch is normalised on the model's device and padded to the
@@ -117,7 +119,7 @@ def predict(model: nn.Module, images: Sequence[Tensor], stride: int, normalise: 
         normalise: the normalisation that the model was trained with.
 
     Returns:
-        One tensor K x H x W for each image, in the images' order and at their sizes, on the model's device.
+        The logits 1 x K x H x W of each image, in the images' order and at their sizes, on the model's device.
 
     Raises:
         ModelError: the model's logits have another size than its input, or the images are too small for the model or
@@ -128,18 +130,18 @@ def predict(model: nn.Module, images: Sequence[Tensor], stride: int, normalise: 
     for index, image in enumerate(images):
         by_size.setdefault(image.shape, []).append(index)
 
-    logits: dict[int, Tensor] = {}
+    logits: dict[int, RowLogits] = {}
     for (_, height, width), indices in by_size.items():
         batch = torch.stack([images[index].to(device, non_blocking=True) for index in indices])
         padded = pad_to_stride(model_input(model, batch, normalise), stride)
         with reraise_size_errors(padded), reraise_out_of_memory(padded, LESS_MEMORY):
-            output = model(padded)
+            output = row_logits(model, padded)
         if output.shape[-2:] != padded.shape[-2:]:
             raise ModelError(
                 f"model: logits must have the input's size {tuple(padded.shape[-2:])}, got "
                 f"{tuple(output.shape[-2:])}; upsample them in its last layer."
             )
-        logits.update(zip(indices, output[..., :height, :width], strict=True))
+        logits.update(zip(indices, output.crop(height, width).images(), strict=True))
     return [logits[index] for index in range(len(images))]
 
 
@@ -147,6 +149,6 @@ def segment(model: nn.Module, images: Sequence[Tensor], stride: int, normalise: 
     """Predict the most likely class of every pixel; see ``predict``.
 
     Returns:
-        One int64 tensor H x W for each image, on the model's device.
+        One tensor H x W for each image, on the model's device; see ``most_likely_classes``.
     """
-    return [logits.argmax(dim=0) for logits in predict(model, images, stride, normalise)]
+    return [most_likely_classes(logits) for logits in predict(model, images, stride, normalise)]

@@ -11,6 +11,7 @@ from torch import nn
 
 from ema_seg.attention import build_attention
 from ema_seg.attention.ema.module import groups_in_weights
+from ema_seg.models.head import splittable_head
 from ema_seg.models.placement import PLACEMENTS, place_attention, run_once
 from ema_seg.models.weights import check_encoder_name, load_encoder_weights
 from ema_seg.runtime.errors import ConfigError, ModelError, did_you_mean, one_line
@@ -196,11 +197,13 @@ def _check_options(decoder: str, encoder: str, options: Mapping[str, Any]) -> No
 def _build_plain(decoder: str, encoder: str, classes: int, options: Mapping[str, Any]) -> SegmentationModel:
     """Build the smp model with random weights."""
     try:
-        return _construct(decoder, encoder, None, classes, options)
+        model = _construct(decoder, encoder, None, classes, options)
     except (AssertionError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
             f"the {decoder} decoder cannot be built with encoder={encoder!r}{_shown(options)}: {one_line(error)}"
         ) from error
+    model.segmentation_head = splittable_head(model.segmentation_head)
+    return model
 
 
 def _shown(options: Mapping[str, Any]) -> str:

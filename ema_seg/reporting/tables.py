@@ -197,7 +197,7 @@ def _cost_sentence(report: Mapping[str, Any]) -> str:
         sentence += f" No batch of the split has {capped} images: the largest was measured."
     if entire := throughput["end_to_end"]:
         sentence += (
-            f" End to end is from the files to the masks: batch {entire['batch_size']}, "
+            f" End to end is from the files to the scores: batch {entire['batch_size']}, "
             f"{entire['workers']} workers, {entire['images']} images"
         )
         devices = entire.get("devices", 1)

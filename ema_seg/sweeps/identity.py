@@ -30,6 +30,7 @@ _MACHINE_KEYS = (
     "training.progress_bar",
     "training.pictures_every",
     "training.checkpoint_every",
+    "training.loss_strips",
     "evaluation.device",
     "evaluation.budget",
 )

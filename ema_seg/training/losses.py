@@ -2,10 +2,8 @@
 
 Every loss takes logits (B, K, H, W) and train ids (B, H, W), and leaves out pixels with the ignore index.
 
-Losses are sums over pixels, so they are computed in strips of rows, and the gradient of a strip is taken at once:
-beside the logits and their gradient, memory holds one strip. (Fused linear cross-entropy does the same for the tokens
-of a language model: Hsu et al., "Liger Kernel", https://arxiv.org/abs/2410.10989.) The Lovász loss sorts all pixels of
-a class and needs them whole.
+Losses are sums over pixels, so they are computed in strips of rows (``strips.py``), with gradients in closed form. The
+Lovász loss sorts all pixels of a class and needs all logits at once.
 
 With several processes, cross-entropy, focal and Dice loss are computed over the global batch: the mean over the ranks
 has the value and the gradient of a single process. OHEM and the Lovász loss sort the pixels; they are means of the
@@ -15,7 +13,7 @@ ranks' own losses.
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from segmentation_models_pytorch.losses import LovaszLoss
@@ -23,41 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ema_seg.data.base import IGNORE_INDEX
+from ema_seg.models.head import RowLogits
 from ema_seg.runtime.distributed.collectives import sum_in_place
 from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.errors import ConfigError, did_you_mean
+from ema_seg.training.strips import InStrips, Part, Slopes, Strip, Term, strip_rows
 
 __all__ = ["WeightedSum", "build_loss", "loss_names"]
-
-
-Part = Callable[[Tensor, Tensor], Tensor]
-"""Function of the logits and the train ids of a strip."""
-
-
-class Term(nn.Module):
-    """Loss that is computed in strips.
-
-    ``scans`` is True if ``prepare`` needs sums over the logits of all strips.
-    """
-
-    scans = False
-
-    def scan(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return what ``prepare`` needs of a strip."""
-        raise NotImplementedError
-
-    def prepare(self, target: Tensor, scanned: list[Tensor]) -> tuple[Tensor | None, Part]:
-        """Prepare the loss of a batch.
-
-        Args:
-            target: int64 train ids B x H x W.
-            scanned: the results of ``scan``, if the term scans.
-
-        Returns:
-            The loss, or None if it is the sum of the parts; and a function of a strip, whose gradients are those of the
-            loss.
-        """
-        raise NotImplementedError
 
 
 def _split(target: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,24 +48,6 @@ def _global_mean(count: Tensor) -> Callable[[Tensor], Tensor]:
     count = sum_in_place(count.clone())
     some, size, divisor = count > 0, rank_info().size, count.where(count > 0, 1)
     return lambda total: size * some * total / divisor
-
-
-def _cross_entropy(logits: Tensor, target: Tensor, *, reduction: str, **options: Any) -> Tensor:
-    """Compute torch's cross-entropy of images: a sum, or one value per pixel, B x H x W ("none")."""
-    options["ignore_index"] = IGNORE_INDEX
-    if logits.is_cuda and torch.are_deterministic_algorithms_enabled():
-        losses = cross_entropy_by_rows(logits, target, **options)
-        return losses.sum() if reduction == "sum" else losses
-    return F.cross_entropy(logits, target, reduction=reduction, **options)
-
-
-def cross_entropy_by_rows(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-    """Compute torch's cross-entropy of each pixel, B x H x W, with the kernel for a list of samples.
-
-    The kernel for images sums in the order in which its threads finish; torch rejects it on CUDA in deterministic mode.
-    """
-    rows = logits.movedim(1, -1).flatten(0, -2)
-    return F.cross_entropy(rows, target.flatten(), reduction="none", **options).view(target.shape)
 
 
 class CrossEntropy(Term):
@@ -123,15 +75,35 @@ class CrossEntropy(Term):
     def prepare(self, target: Tensor, scanned: list[Tensor]) -> tuple[None, Part]:
         """Divide the sum over the pixels by their number; see ``Term.prepare``."""
         labelled, truth = _split(target)
-        weights = self.class_weights
-        mean = _global_mean((labelled if weights is None else weights[truth] * labelled).sum())
+        mean = _global_mean(self._pixel_weights(truth, labelled).sum())
 
-        def part(logits: Tensor, target: Tensor) -> Tensor:
-            weight = None if weights is None else weights.to(logits.dtype)
-            options = {"weight": weight, "label_smoothing": self.label_smoothing}
-            return mean(_cross_entropy(logits, target, reduction="sum", **options))
+        def part(strip: Strip) -> tuple[Tensor, Callable[[], Slopes]]:
+            # Smoothing spreads a share evenly: a part of the loss for each class, weighted by that class.
+            share, classes = self.label_smoothing, len(strip.logits)
+            weights = strip.logits.new_ones(classes) if self.class_weights is None else self.class_weights
+            weights = weights.to(strip.logits.dtype)
+            own = (1 - share) * self._pixel_weights(strip.truth, strip.mask).to(strip.logits.dtype)
+            spread = share / classes * strip.mask
+            value = (own * _cross_entropy(strip)).sum()
+            if share:
+                of_all = weights.sum() * strip.log_normalizer - weights @ strip.logits
+                value = value + (spread * of_all.where(strip.labelled, 0)).sum()
+
+            def slopes() -> Slopes:
+                others = mean(-weights[:, None] * spread) if share else None
+                return Slopes(None, mean(own + weights.sum() * spread), others, mean(-own))
+
+            return mean(value), slopes
 
         return None, part
+
+    def _pixel_weights(self, truth: Tensor, labelled: Tensor) -> Tensor:
+        return labelled if self.class_weights is None else self.class_weights[truth] * labelled
+
+
+def _cross_entropy(strip: Strip) -> Tensor:
+    """Compute the loss of each pixel, N; 0 where it is ignored."""
+    return (strip.log_normalizer - strip.of_truth(strip.logits)).where(strip.labelled, 0)
 
 
 def _check_class_weights(weights: Sequence[float], classes: int) -> None:
@@ -175,14 +147,13 @@ class OHEM(Term):
         self.most = -math.log(threshold)  # least loss of a hard pixel
         self.min_kept = min_kept
 
-    def scan(self, logits: Tensor, target: Tensor) -> Tensor:
+    def scan(self, strip: Strip) -> Tensor:
         """Compute the loss of each pixel; -inf where it is ignored."""
-        losses = _cross_entropy(logits, target, reduction="none")
-        return losses.masked_fill(target == IGNORE_INDEX, -math.inf)
+        return _cross_entropy(strip).where(strip.labelled, -math.inf)
 
     def prepare(self, target: Tensor, scanned: list[Tensor]) -> tuple[Tensor, Part]:
         """Find the least loss of a hard pixel; see ``Term.prepare``."""
-        losses = torch.cat([strip.flatten() for strip in scanned])
+        losses = torch.cat(scanned)
         kept = max(1, min(self.min_kept * len(target), losses.numel()))
         threshold = losses.topk(kept).values[-1].clamp_max(self.most)
 
@@ -192,10 +163,13 @@ class OHEM(Term):
 
         count = hard(losses).sum().clamp_min(1)
 
-        def mean(losses: Tensor) -> Tensor:
-            return losses.where(hard(losses), 0).sum() / count
+        value = losses.where(hard(losses), 0).sum() / count
 
-        return mean(losses), lambda logits, target: mean(self.scan(logits, target))
+        def part(strip: Strip) -> tuple[Tensor, Callable[[], Slopes]]:
+            pixels = hard(self.scan(strip)) * strip.mask / count
+            return value, lambda: Slopes(None, pixels, None, -pixels)
+
+        return value, part
 
 
 class Dice(Term):
@@ -214,13 +188,12 @@ class Dice(Term):
 
     scans = True
 
-    def scan(self, logits: Tensor, target: Tensor) -> Tensor:
+    def scan(self, strip: Strip) -> Tensor:
         """Sum the probabilities of each class: over its own pixels, and over all labelled ones; 2 x K."""
-        mask, truth = _split(target)
-        labelled, probabilities = mask.to(logits.dtype), logits.softmax(dim=1)
-        of_truth = probabilities.gather(1, truth[:, None])[:, 0] * labelled
-        intersection = logits.new_zeros(self.classes).index_add(0, truth.flatten(), of_truth.flatten())
-        return torch.stack([intersection, torch.einsum("bkhw,bhw->k", probabilities, labelled)])
+        probabilities = strip.probabilities
+        intersection = probabilities.new_zeros(self.classes)
+        intersection.index_add_(0, strip.truth, strip.of_truth(probabilities))
+        return torch.stack([intersection, probabilities.sum(dim=1)])
 
     def prepare(self, target: Tensor, scanned: list[Tensor]) -> tuple[Tensor, Part]:
         """Compute the loss from the sums of all ranks, and its derivatives by them; see ``Term.prepare``."""
@@ -231,13 +204,20 @@ class Dice(Term):
         numerator, sizes = 2 * intersection + self.smooth, predicted + true + self.smooth
         denominator = sizes.clamp_min(1e-7)
         share = (true > 0) / self.classes
-        slopes = torch.stack([-2 * share / denominator, share * numerator / denominator**2 * (sizes > 1e-7)])
-        slopes = slopes * rank_info().size
+        value = (share * (1 - numerator / denominator)).sum()
+        # Derivatives by the two sums.
+        share = share * rank_info().size
+        by_intersection = -2 * share / denominator
+        by_predicted = share * numerator / denominator**2 * (sizes > 1e-7)
 
-        def part(logits: Tensor, target: Tensor) -> Tensor:
-            return (slopes * self.scan(logits, target)).sum()
+        def part(strip: Strip) -> tuple[Tensor, Callable[[], Slopes]]:
+            def slopes() -> Slopes:
+                truth = by_intersection[strip.truth] * strip.of_truth(strip.probabilities)
+                return Slopes(by_predicted, -(by_predicted @ strip.probabilities + truth), None, truth)
 
-        return (share * (1 - numerator / denominator)).sum(), part
+            return value, slopes
+
+        return value, part
 
 
 class Focal(Term):
@@ -265,14 +245,19 @@ class Focal(Term):
         """Divide the sum over the pixels by their number; see ``Term.prepare``."""
         mean = _global_mean((target != IGNORE_INDEX).sum())
 
-        def part(logits: Tensor, target: Tensor) -> Tensor:
-            labelled, truth = _split(target)
-            of_truth = logits.gather(1, truth[:, None])
-            others, own = (1.0, 1.0) if self.alpha is None else (1 - self.alpha, self.alpha)
+        others, own = (1.0, 1.0) if self.alpha is None else (1 - self.alpha, self.alpha)
+
+        def part(strip: Strip) -> tuple[Tensor, Callable[[], Slopes]]:
+            of_truth, each = strip.of_truth(strip.logits), strip.mask / len(strip.logits)
             # All classes as if the pixel were another one's, corrected at its own.
-            losses = others * self._binary(logits).sum(dim=1)
-            losses = losses - others * self._binary(of_truth)[:, 0] + own * self._binary(-of_truth)[:, 0]
-            return mean((losses * labelled).sum() / logits.shape[1])
+            correction = own * self._binary(-of_truth) - others * self._binary(of_truth)
+            losses = others * self._binary(strip.logits).sum(dim=0) + correction
+
+            def slopes() -> Slopes:
+                truth = -own * self._binary_slope(-of_truth) - others * self._binary_slope(of_truth)
+                return Slopes(None, None, mean(others * each) * self._binary_slope(strip.logits), mean(each * truth))
+
+            return mean((losses * each).sum()), slopes
 
         return None, part
 
@@ -280,6 +265,13 @@ class Focal(Term):
         """Compute the loss of each sigmoid whose truth is 0."""
         losses = F.softplus(logits)  # -log(1 - p)
         return losses if self.gamma == 0 else losses * logits.sigmoid() ** self.gamma
+
+    def _binary_slope(self, logits: Tensor) -> Tensor:
+        """Compute the derivative of ``_binary``."""
+        sigmoid = logits.sigmoid()
+        if self.gamma == 0:
+            return sigmoid
+        return sigmoid**self.gamma * (sigmoid + self.gamma * F.softplus(logits) * (1 - sigmoid))
 
 
 def _lovasz(classes: int, per_image: bool = False) -> nn.Module:
@@ -293,8 +285,6 @@ _LOSSES: dict[str, Callable[..., nn.Module]] = {
     "focal": Focal,
     "lovasz": _lovasz,
 }
-# Bytes of the logits in a strip, in the loss's dtype.
-_STRIP_BYTES = {"cpu": 2**21, "cuda": 2**27}
 
 
 def loss_names() -> tuple[str, ...]:
@@ -307,90 +297,51 @@ class WeightedSum(nn.Module):
 
     Args:
         terms: weight and loss by name.
-        rows: rows in a strip; None chooses them by the size of the logits.
+        strips: rows in a strip; "auto" chooses them by the size of the logits, "off" computes all logits at once.
     """
 
-    def __init__(self, terms: Mapping[str, tuple[float, nn.Module]], rows: int | None = None) -> None:
+    def __init__(
+        self, terms: Mapping[str, tuple[float, nn.Module]], strips: int | Literal["auto", "off"] = "auto"
+    ) -> None:
         super().__init__()
         self.weights = {name: weight for name, (weight, _) in terms.items()}
         self.losses = nn.ModuleDict({name: loss for name, (_, loss) in terms.items()})
-        self.rows = rows
+        self.strips = strips
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+    def forward(self, logits: Tensor | RowLogits, target: Tensor) -> Tensor:
         """Compute the scalar loss of logits (B, K, H, W) against train ids (B, H, W) of any integer dtype.
 
         Its gradient is computed with it, so the backward can run once.
         """
         target = target.long()
         terms = [(self.weights[name], loss) for name, loss in self.losses.items()]
-        with torch.autocast(logits.device.type, enabled=False):
-            strips = [(weight, loss) for weight, loss in terms if isinstance(loss, Term)]
-            total: Tensor = _InStrips.apply(logits, target, strips, self.rows or _strip_rows(logits))
-            whole = [(weight, loss) for weight, loss in terms if not isinstance(loss, Term)]
+        in_strips = [(weight, loss) for weight, loss in terms if isinstance(loss, Term)]
+        at_once = [(weight, loss) for weight, loss in terms if not isinstance(loss, Term)]
+        if isinstance(logits, RowLogits) and (at_once or self.strips == "off"):
+            logits = logits.whole()
+        rows = logits if isinstance(logits, RowLogits) else RowLogits(logits)
+        with torch.autocast(target.device.type, enabled=False):
+            height = {"auto": strip_rows(rows), "off": rows.shape[2]}.get(self.strips, self.strips)
+            learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in rows.inputs)
+            total: Tensor = InStrips.apply(rows, target, in_strips, height, learns, *rows.inputs)
             # A mean over no pixel would be NaN.
-            if whole and bool((target != IGNORE_INDEX).any()):
-                logits = logits.to(total.dtype)
-                total = total + torch.stack([weight * loss(logits, target) for weight, loss in whole]).sum()
+            if at_once and bool((target != IGNORE_INDEX).any()):
+                assert isinstance(logits, Tensor)
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                total = total + torch.stack([weight * loss(logits, target) for weight, loss in at_once]).sum()
             return total
 
 
-def _strip_rows(logits: Tensor) -> int:
-    batch, classes, _, width = logits.shape
-    row = batch * classes * width * max(4, logits.element_size())
-    return max(1, _STRIP_BYTES.get(logits.device.type, 2**27) // max(1, row))
-
-
-class _InStrips(torch.autograd.Function):
-    """Weighted sum of terms, computed in strips of rows together with its gradient."""
-
-    @staticmethod
-    def forward(context: Any, logits: Tensor, target: Tensor, terms: Sequence[tuple[float, Term]], rows: int) -> Tensor:
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        strips = list(zip(logits.split(rows, dim=2), target.split(rows, dim=1), strict=True))
-        learns = context.needs_input_grad[0]
-
-        total = torch.zeros((), dtype=dtype, device=logits.device)
-        parts: list[tuple[float, Part, bool]] = []
-        for weight, term in terms:
-            scanned = [term.scan(strip.to(dtype), labels) for strip, labels in strips] if term.scans else []
-            value, part = term.prepare(target, scanned)
-            if value is not None:
-                total += weight * value
-            if value is None or learns:
-                parts.append((weight, part, value is None))
-
-        # The gradient of a mean over millions of pixels is too small for float16 before the loss scale multiplies it.
-        stored = dtype if logits.dtype == torch.float16 else logits.dtype
-        gradient = torch.zeros_like(logits, dtype=stored) if learns else None
-        gradients = [None] * len(strips) if gradient is None else gradient.split(rows, dim=2)
-        for (strip, labels), into in zip(strips, gradients, strict=True):
-            strip = strip.to(dtype).detach().requires_grad_(learns)
-            with torch.set_grad_enabled(learns):
-                values = [weight * part(strip, labels) for weight, part, _ in parts]
-                learned = sum(values)
-            for value, (_, _, counts) in zip(values, parts, strict=True):
-                if counts:
-                    total += value.detach()
-            if into is not None and isinstance(learned, Tensor):
-                into.copy_(torch.autograd.grad(learned, strip)[0])
-        context.gradient, context.dtype = gradient, logits.dtype
-        return total
-
-    @staticmethod
-    def backward(context: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, context.gradient = context.gradient, None
-        if gradient is None:
-            raise RuntimeError("The loss's gradient is gone after its first backward; compute the loss again.")
-        return gradient.mul_(outer[0]).to(context.dtype), None, None, None
-
-
-def build_loss(terms: Mapping[str, Mapping[str, Any] | None], classes: int) -> WeightedSum:
+def build_loss(
+    terms: Mapping[str, Mapping[str, Any] | None], classes: int, *, strips: int | Literal["auto", "off", False] = "auto"
+) -> WeightedSum:
     """Build the weighted sum of losses that ``terms`` describes.
 
     Args:
         terms: for each loss by name its ``weight`` (default 1) and its own options; None leaves the loss
             out. Example: ``{"cross_entropy": {"weight": 1.0}, "dice": {"weight": 0.5}}``.
         classes: number K of classes.
+        strips: see ``WeightedSum``; False is "off", as YAML reads it.
 
     Raises:
         ConfigError: a name, an option or a weight is invalid, or no loss has a weight above 0.
@@ -423,4 +374,4 @@ def build_loss(terms: Mapping[str, Mapping[str, Any] | None], classes: int) -> W
         raise ConfigError(
             f"loss: the weight of each term ({', '.join(built)}) is 0, so nothing is learned; raise one of them."
         )
-    return WeightedSum(built)
+    return WeightedSum(built, strips or "off")

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningModule
+from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
 
 from ema_seg.data.base import IGNORE_INDEX
 from ema_seg.data.normalise import Normalise
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.evaluation.confusion import Scores
+from ema_seg.evaluation.counter import Counter
 from ema_seg.inference.prediction import LESS_MEMORY, model_input, predict
 from ema_seg.models import load_segmenter, model_stride
+from ema_seg.models.head import RowLogits, row_logits
 from ema_seg.runtime.distributed.collectives import sum_in_place
 from ema_seg.runtime.distributed.ranks import rank_info, single_process
 from ema_seg.runtime.errors import CheckpointError, ConfigError
@@ -43,7 +47,7 @@ class SegmentationModule(LightningModule):
 
     Args:
         model: maps float images (B, 3, H, W) to logits (B, K, H, W).
-        loss: maps logits and train ids (B, H, W) to a scalar.
+        loss: maps ``RowLogits`` or logits (B, K, H, W), and train ids (B, H, W), to a scalar.
         normalise: normalises the uint8 images.
         optimizer: keyword arguments of ``build_optimizer``.
         schedule: keyword arguments of ``build_schedule``.
@@ -77,7 +81,9 @@ class SegmentationModule(LightningModule):
         self.schedule_settings = dict(schedule)
         self.stride = model_stride(model)
         self.confusion = ConfusionMatrix(len(classes))
-        self.validation_loss, self.validation_images = 0.0, 0
+        self.counter: Counter[ConfusionMatrix] | None = None  # of the validation that runs
+        self.validation_losses: Tensor | float = 0.0
+        self.validation_images = 0
         self.iou_names = _tags("val_iou", self.classes)
         self.finite = FiniteCheck()
         # For the progress bar. Lightning would read a logged value for it in each step, and so wait for the device.
@@ -138,7 +144,7 @@ class SegmentationModule(LightningModule):
         self._check_crops(batch["image"])
         try:
             with reraise_size_errors(batch["image"]):
-                logits = self(batch["image"])
+                logits = row_logits(self.model, model_input(self.model, batch["image"], self.normalise))
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -193,7 +199,8 @@ class SegmentationModule(LightningModule):
         """Reset the scores of the validation, and broadcast the model's buffers."""
         self.finite.check()
         self.confusion = ConfusionMatrix(len(self.classes))
-        self.validation_loss, self.validation_images = 0.0, 0
+        self.counter = Counter(len(self.classes), self._count)
+        self.validation_losses, self.validation_images = 0.0, 0
         if rank_info().size > 1:
             # Rank 0's buffers are those in the checkpoints. The weights are equal on all ranks.
             for buffer in self.model.buffers():
@@ -204,30 +211,49 @@ class SegmentationModule(LightningModule):
         for logits, target in zip(self.score(batch), batch["mask"], strict=True):
             if (target != IGNORE_INDEX).any():
                 # Without collectives: the ranks may have different numbers of images.
-                with single_process(), reraise_out_of_memory(logits[None], LESS_MEMORY):
-                    self.validation_loss += float(self.loss(logits[None], target[None]))
+                with torch.no_grad(), single_process(), reraise_out_of_memory(logits.features, LESS_MEMORY):
+                    loss = self.loss(logits, target[None].to(self.device, non_blocking=True))
+                    self.validation_losses += loss.double()
                 self.validation_images += 1
 
-    def score(self, batch: dict[str, Any]) -> list[Tensor]:
-        """Predict whole images and add their pixels to the confusion matrix.
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave the images of a validation on the host: they are moved one size at a time, and counted on the host."""
+        if self.trainer.training:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return batch
+
+    def score(self, batch: dict[str, Any]) -> list[RowLogits]:
+        """Predict whole images and count their pixels.
 
         Returns:
-            The logits K x H x W of each image.
+            The logits 1 x K x H x W of each image.
         """
         predicted = predict(self.model, batch["image"], self.stride, self.normalise)
-        for logits, target in zip(predicted, batch["mask"], strict=True):
-            self.confusion.update(logits.argmax(dim=0), target)
+        assert self.counter is not None
+        for name, logits, target in zip(batch["name"], predicted, batch["mask"], strict=True):
+            self.counter.add(name, logits, target)
         return predicted
+
+    def _count(self, name: str, prediction: NDArray[np.integer], truth: NDArray[np.integer]) -> ConfusionMatrix:
+        confusion = ConfusionMatrix(len(self.classes))
+        confusion.update(prediction, truth)
+        return confusion
 
     def compute_scores(self) -> Scores:
         """Compute the scores over the images of all ranks; a collective."""
+        if self.counter is not None:
+            with closing(self.counter):
+                for counts in self.counter.results():
+                    self.confusion.merge(counts)
+            self.counter = None
         sum_in_place(self.confusion.matrix)
         return self.confusion.compute()
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss and the scores over the images of all ranks."""
         scores = self.compute_scores()
-        loss, images = sum_in_place(torch.tensor([self.validation_loss, self.validation_images], dtype=torch.float64))
+        sums = torch.tensor([float(self.validation_losses), self.validation_images], dtype=torch.float64)
+        loss, images = sum_in_place(sums)
         self.log("val/loss", float(loss / images))
         for index, iou in enumerate(scores["iou"]):
             if not math.isnan(iou):

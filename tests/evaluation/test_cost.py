@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from ema_seg.data.normalise import Normalise
 from ema_seg.evaluation import measure_cost
 from ema_seg.evaluation.cost import cost_batch_size, count_macs, count_parameters, measure_peak_memory, time_end_to_end
+from ema_seg.evaluation.evaluator import image_counter
 from ema_seg.runtime.errors import ConfigError, DataError, ModelError
 
 FLOAT = 4
@@ -37,11 +38,12 @@ class Files(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pixels = np.array(Image.open(self.paths[index]))
-        return {"image": torch.from_numpy(pixels).permute(2, 0, 1)}
+        mask = torch.full(pixels.shape[:2], index % 4, dtype=torch.uint8)
+        return {"image": torch.from_numpy(pixels).permute(2, 0, 1), "mask": mask, "name": str(index)}
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"image": [sample["image"] for sample in samples]}
+    return {key: [sample[key] for sample in samples] for key in ("image", "mask", "name")}
 
 
 def test_parameters_count_once_and_by_whether_they_train() -> None:
@@ -117,6 +119,7 @@ def test_measures_the_model_it_is_given(tmp_path: Path) -> None:
         device="cpu",
         loader=loader,
         normalise=NORMALISE,
+        counter=image_counter(4),
         warmup=1,
         min_repeats=3,
         budget=0.02,
@@ -148,7 +151,10 @@ def test_measures_the_model_it_is_given(tmp_path: Path) -> None:
 )
 def test_end_to_end_covers_the_data_set(tmp_path: Path, count: int, workers: int, warmup: int, timed: int) -> None:
     loader = DataLoader(Files(tmp_path, count), batch_size=2, collate_fn=collate, num_workers=workers)
-    result = time_end_to_end(two_convolutions(), loader, NORMALISE, stride=8, budget=60)
+    scored: list[str] = []
+    counter = image_counter(4, lambda name, mask: scored.append(name))
+    result = time_end_to_end(two_convolutions(), loader, NORMALISE, counter, stride=8, budget=60)
+    assert scored == [str(index) for index in range(count)]
     assert result["images_per_second"] > 0
     assert result["images"] == timed
     assert result["batch_size"] == 2
@@ -158,7 +164,8 @@ def test_end_to_end_covers_the_data_set(tmp_path: Path, count: int, workers: int
 
 def test_end_to_end_stops_when_the_budget_is_spent(tmp_path: Path) -> None:
     loader = DataLoader(Files(tmp_path, 9), batch_size=1, collate_fn=collate)
-    assert time_end_to_end(two_convolutions(), loader, NORMALISE, stride=8, budget=0)["images"] == 1
+    counter = image_counter(4)
+    assert time_end_to_end(two_convolutions(), loader, NORMALISE, counter, stride=8, budget=0)["images"] == 1
 
 
 def test_without_a_loader_there_is_no_end_to_end() -> None:
@@ -207,10 +214,9 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
             device="cpu",
             loader=empty,
             normalise=NORMALISE,
+            counter=image_counter(4),
             budget=0.01,
         )
-    with pytest.raises(TypeError, match="loader and normalise must be given together"):
-        measure_cost(two_convolutions(), size=(8, 8), stride=8, batch_size=1, device="cpu", loader=empty)
 
 
 def test_a_budget_that_is_spent_leaves_one_pass_for_warm_up_and_three_that_are_timed() -> None:

@@ -57,8 +57,8 @@ def test_each_image_gets_its_own_logits_at_its_own_size() -> None:
     logits = predict(model, images, 4, NORMALISE)
     assert [tuple(batch.shape) for batch in model.inputs] == [(2, 3, 8, 8), (1, 3, 8, 4), (1, 3, 4, 4)]
     for image, output in zip(images, logits, strict=True):
-        torch.testing.assert_close(output, model.conv(NORMALISE(image)[None])[0].detach())
-        assert not output.requires_grad
+        torch.testing.assert_close(output.whole(), model.conv(NORMALISE(image)[None]).detach())
+        assert not output.features.requires_grad
 
 
 def test_segment_takes_the_most_likely_class() -> None:
@@ -67,7 +67,7 @@ def test_segment_takes_the_most_likely_class() -> None:
     images = [random_image(6, 5)]
     (mask,) = segment(model, images, 8, NORMALISE)
     assert torch.equal(mask, NORMALISE(images[0]).argmax(0))
-    assert mask.dtype == torch.int64
+    assert mask.dtype == torch.uint8
 
 
 def test_no_images_give_no_logits() -> None:

@@ -42,7 +42,7 @@ def test_the_wheel_holds_the_configurations_the_kernels_and_the_sweepers(wheel):
     configs = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")}
     assert {name.removeprefix("ema_seg/") for name in names if name.startswith("ema_seg/configs/")} == configs
     assert {
-        "ema_seg/attention/ema/kernels/kernels.cpp",
+        "ema_seg/attention/ema/kernels/ema.cpp",
         "ema_seg/attention/ema/kernels/layout.h",
         "ema_seg/comparison/page_assets/page.html",
         "hydra_plugins/ema_seg_sweepers/grid.py",

@@ -6,8 +6,11 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from ema_seg.models import build_segmenter
+from ema_seg.models.head import RowLogits, row_logits
 from ema_seg.runtime.errors import ConfigError
-from ema_seg.training.losses import build_loss, cross_entropy_by_rows, loss_names
+from ema_seg.training.losses import build_loss, loss_names
+from tests.models.test_head import head_like
 from tests.training.synchronisations import Synchronisations
 
 CLASSES = 5
@@ -169,8 +172,7 @@ def test_strips_of_any_height_give_the_same_loss_and_gradient(terms, rows, dtype
     target[1, 4] = 255
     results = []
     for strip in (11, rows):
-        loss, own = build_loss(terms, CLASSES), logits.clone().requires_grad_()
-        loss.rows = strip
+        loss, own = build_loss(terms, CLASSES, strips=strip), logits.clone().requires_grad_()
         value = loss(own, target)
         (3 * value).backward()
         with torch.no_grad():
@@ -183,15 +185,14 @@ def test_strips_of_any_height_give_the_same_loss_and_gradient(terms, rows, dtype
     assert_close(results[1][1], results[0][1], **tolerance)
 
 
-@pytest.mark.parametrize("terms", ALL_TERMS[1:4])
+@pytest.mark.parametrize("terms", [*ALL_TERMS[:4], {"focal": {"gamma": 0.0}}])
 def test_gradients_are_those_of_the_loss(terms):
     """Compare with differences of the loss in float64."""
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(1, CLASSES, 3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     target = torch.randint(0, CLASSES, (1, 3, 4), generator=generator)
     target[0, 0, :2] = 255
-    loss = build_loss(terms, CLASSES)
-    loss.rows = 2
+    loss = build_loss(terms, CLASSES, strips=2)
 
     loss(logits, target).backward()
 
@@ -235,8 +236,7 @@ def test_a_loss_that_is_not_a_number_shows(batch, name):
 @pytest.mark.parametrize("terms", [*ALL_TERMS[:4], {"cross_entropy": {}, "dice": {}}])
 def test_no_loss_but_lovasz_waits_for_the_device(batch, terms):
     logits, target = batch
-    loss = build_loss(terms, CLASSES)
-    loss.rows = 2
+    loss = build_loss(terms, CLASSES, strips=2)
 
     with Synchronisations() as seen:
         loss(logits.requires_grad_(), target.byte()).backward()
@@ -244,14 +244,95 @@ def test_no_loss_but_lovasz_waits_for_the_device(batch, terms):
     assert seen.found == []
 
 
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "weight": torch.tensor([1.0, 2.0, 0.5])}])
-def test_cross_entropy_by_rows_is_that_of_images(options):
-    torch.manual_seed(0)
-    logits, target = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randint(3, (2, 4, 5))
-    target[0, :2] = 255
-    options = {key: value.double() if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+def plain_loss(logits, target):
+    """Compute cross-entropy with class weights and smoothing, and Dice, in PyTorch's operations on all logits."""
+    loss = F.cross_entropy(logits, target, torch.tensor(WEIGHTS).to(logits), ignore_index=255, label_smoothing=0.1)
+    labelled = target != 255
+    truth = F.one_hot(target.where(labelled, 0), CLASSES).permute(0, 3, 1, 2) * labelled[:, None]
+    probabilities = logits.softmax(dim=1) * labelled[:, None]
+    both, predicted, true = ((part).sum(dim=(0, 2, 3)) for part in (probabilities * truth, probabilities, truth))
+    return loss + 0.5 * ((1 - (2 * both + 1) / (predicted + true + 1)) * (true > 0)).mean()
 
-    by_rows = cross_entropy_by_rows(logits, target, ignore_index=255, **options)
 
-    expected = torch.nn.functional.cross_entropy(logits, target, ignore_index=255, reduction="none", **options)
-    torch.testing.assert_close(by_rows, expected)
+WEIGHTS = [1.0, 2.0, 0.0, 4.0, 0.5]
+PLAIN = {
+    "cross_entropy": {"label_smoothing": 0.1, "class_weights": WEIGHTS},
+    "dice": {"weight": 0.5, "smooth": 1.0},
+}
+
+
+@pytest.mark.parametrize(("scale", "kernel"), [(1, 3), (1, 1), (4, 0)])
+@pytest.mark.parametrize("rows", ["auto", 1, 3, "off"])
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "layout", "tolerance"),
+    [
+        (torch.float64, None, torch.contiguous_format, 1e-6),
+        (torch.float32, None, torch.channels_last, 1e-4),
+        (torch.float32, torch.bfloat16, torch.channels_last, 2e-2),
+        (torch.float16, torch.float16, torch.contiguous_format, 5e-3),
+    ],
+)
+def test_from_the_features_on_the_gradients_are_those_of_plain_operations(
+    scale, kernel, rows, dtype, autocast, layout, tolerance
+):
+    logits = head_like(scale, kernel, dtype, layout, autocast)
+    # Weights stay in float32 under autocast.
+    weights = tuple(weight.float() if autocast else weight for weight in logits.weights)
+    generator = torch.Generator().manual_seed(4)
+    target = torch.randint(0, CLASSES, logits.shape[0:1] + logits.shape[2:], generator=generator)
+    target[0, 2:5] = 255
+    inputs = [tensor.clone().requires_grad_() for tensor in (logits.features, *weights)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        loss = build_loss(PLAIN, CLASSES, strips=rows)(
+            RowLogits(inputs[0], tuple(inputs[1:]), scale, dtype=autocast), target
+        )
+    (64 * loss / 2).backward()
+    expected = plain_loss(RowLogits(exact[0], tuple(exact[1:]), scale).whole(), target)
+    (32 * expected).backward()
+
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
+    for own, right in zip(inputs, exact, strict=True):
+        assert own.grad.dtype == own.dtype
+        assert own.grad.stride() == own.stride()
+        assert (own.grad.double() - right.grad).abs().max() <= tolerance * right.grad.abs().max()
+
+
+@pytest.mark.parametrize("name", loss_names())
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_input_gets_no_gradient_and_a_crop_counts_alone(name, frozen):
+    logits = head_like(1, 3)
+    inputs = [tensor.clone().requires_grad_(index != frozen) for index, tensor in enumerate(logits.inputs)]
+    target = torch.randint(0, CLASSES, (2, 5, 6), generator=torch.Generator().manual_seed(5))
+
+    loss = build_loss({name: {}}, CLASSES, strips=2)(RowLogits(inputs[0], tuple(inputs[1:]), size=(5, 6)), target)
+    loss.backward()
+
+    whole = build_loss({name: {}}, CLASSES)(logits.whole()[..., :5, :6], target)
+    assert_close(loss.detach(), whole)
+    assert [tensor.grad is None for tensor in inputs] == [index == frozen for index in range(3)]
+
+
+@pytest.mark.parametrize("decoder", ["unet", "fpn"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_model_learns_the_same_in_strips(decoder, compiled):
+    gradients = []
+    for strips in ("off", 3):
+        torch.manual_seed(0)
+        model = build_segmenter(decoder, classes=CLASSES, encoder="tu-test_resnet")
+        if compiled:
+            model.compile(dynamic=False)
+        loss = build_loss({"cross_entropy": {}, "dice": {}}, CLASSES, strips=strips)
+        torch.manual_seed(1)
+        for _ in range(2):  # gradients accumulate
+            images, target = torch.randn(2, 3, 64, 64), torch.randint(0, CLASSES, (2, 64, 64))
+            torch.manual_seed(2)  # dropout
+            loss(row_logits(model, images), target).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+
+    assert gradients[0]["segmentation_head.0.weight"].abs().sum() > 0
+    for name, gradient in gradients[0].items():
+        if gradient is not None:
+            assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4, msg=name)

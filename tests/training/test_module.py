@@ -224,6 +224,7 @@ def test_a_prediction_is_scored_at_the_images_own_size():
     lightning_module.on_validation_epoch_start()
 
     lightning_module.validation_step({"image": [image], "mask": [mask], "name": ["x"]}, 0)
+    lightning_module.compute_scores()
 
     assert lightning_module.confusion.matrix.sum() == 40 * 61
 

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from ema_seg.models.head import SegmentationHead
 from ema_seg.runtime.distributed.ranks import rank_info
 
 __all__ = ["ShardedStrategy", "full_tensor"]
@@ -104,9 +105,13 @@ def _blocks(segmenter: nn.Module) -> list[nn.Module]:
     """List the large elements of a model's ``Sequential`` and ``ModuleList`` containers, the inner ones first.
 
     FSDP gathers a module's weights when it is called. These elements are called; other modules may only lend their
-    weights or another method.
+    weights or another method, as a segmentation head does.
     """
-    containers = [module for module in segmenter.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
+    containers = [
+        module
+        for module in segmenter.modules()
+        if isinstance(module, nn.Sequential | nn.ModuleList) and not isinstance(module, SegmentationHead)
+    ]
     elements = [element for container in containers for element in container.children()]
     called = [element for element in elements if not isinstance(element, nn.ModuleList | nn.ModuleDict)]
     return [block for block in reversed(called) if sum(p.numel() for p in block.parameters()) >= _LEAST_WEIGHTS]

@@ -199,6 +199,7 @@ def score(root: Path, folder: Path) -> dict[str, object]:
 
     from ema_seg.data import SegmentationDataModule
     from ema_seg.evaluation import measure_cost, score_images
+    from ema_seg.evaluation.evaluator import image_counter
     from ema_seg.reporting.predictions import PredictionWriter
 
     torch.set_num_threads(1)
@@ -235,6 +236,7 @@ def score(root: Path, folder: Path) -> dict[str, object]:
         device="cpu",
         loader=loader,
         normalise=data.normalise,
+        counter=image_counter(data.num_classes),
         min_repeats=1,
         budget=0.01,
     )

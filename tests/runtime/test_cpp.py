@@ -1,4 +1,4 @@
-"""Tests of compiling the C++ kernels of EMA: a failure is reported as a clause and leaves no partial file."""
+"""Tests of compiling C++ kernels: a failure is reported as a clause and leaves no partial file."""
 
 import re
 import stat
@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from ema_seg.attention import EMA
-from ema_seg.attention.ema import choice, cpp
+from ema_seg.attention.ema import choice
+from ema_seg.attention.ema import cpp as cpp_kernels
+from ema_seg.runtime import cpp
 from ema_seg.runtime.errors import ModelError
 
 SOURCE = """
@@ -21,12 +23,14 @@ def cache(tmp_path, monkeypatch):
     """Use a tiny source and a cache folder that does not exist yet; return the folder."""
     source = tmp_path / "kernels.cpp"
     source.write_text(SOURCE)
-    monkeypatch.setattr(cpp, "_SOURCE", source)
+    monkeypatch.setattr(cpp_kernels, "_SOURCE", source)
     monkeypatch.setenv(cpp.CACHE_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
-library = cpp._load_library.__wrapped__  # without functools.cache, as at the first call in a process
+def library():
+    """Load the library without functools.cache, as at the first call in a process."""
+    return cpp.load_library.__wrapped__(cpp_kernels._SOURCE)
 
 
 def compiler(folder, name, script):
@@ -49,7 +53,7 @@ def test_the_kernels_are_compiled_once_and_then_found(cache, monkeypatch):
 
 def test_another_source_is_compiled_anew(cache):
     library()
-    cpp._SOURCE.write_text(SOURCE + "// changed\n")
+    cpp_kernels._SOURCE.write_text(SOURCE + "// changed\n")
 
     assert library().problem is None
     assert len(list(cache.iterdir())) == 2
@@ -57,7 +61,7 @@ def test_another_source_is_compiled_anew(cache):
 
 def test_a_damaged_library_is_made_again(cache):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpp, "_load", lambda path: None)  # a loaded library would be found without reading the file
+        patch.setattr(cpp.ctypes, "CDLL", lambda path: None)  # a loaded library would be found without reading the file
         library()
     (made,) = cache.iterdir()
     made.write_bytes(b"half a file")
@@ -104,7 +108,7 @@ def test_a_machine_without_a_compiler_is_told_which_would_do(cache, tmp_path, mo
 
 
 def test_errors_in_the_source_are_quoted(cache):
-    cpp._SOURCE.write_text("int wrong(")
+    cpp_kernels._SOURCE.write_text("int wrong(")
 
     assert "kernels.cpp:1" in library().problem
     assert "error" in library().problem
@@ -131,7 +135,7 @@ def test_the_cache_is_the_users_unless_a_variable_says_otherwise(monkeypatch, tm
 
 def test_without_the_kernels_auto_computes_with_pytorch_and_a_request_for_them_says_why(cache, monkeypatch):
     monkeypatch.setenv("CXX", "false")
-    monkeypatch.setattr(cpp, "_load_library", library)
+    monkeypatch.setattr(cpp_kernels, "load_library", cpp.load_library.__wrapped__)
     monkeypatch.setattr(choice, "_reason_unavailable", choice._reason_unavailable.__wrapped__)
     monkeypatch.setattr(choice, "KERNELS", {"cpp": "cpp", "factorised": "factorised"})
     x = torch.zeros(1, 8, 3, 3)

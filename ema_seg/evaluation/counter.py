@@ -1,0 +1,91 @@
+"""Counting of predictions in a thread of its own, beside the model."""
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ema_seg.inference.classes import most_likely_classes
+from ema_seg.models.head import RowLogits
+from ema_seg.runtime.errors import DataError, ModelError
+
+__all__ = ["Counter"]
+
+# Images whose predictions wait to be counted; more would fill the memory where counting is slower than the model.
+_MOST_WAITING = 16
+
+Result = TypeVar("Result")
+Count = Callable[[str, NDArray[np.integer], NDArray[np.integer]], Result]
+
+
+class Counter(Generic[Result]):
+    """Counter of images in a thread of its own.
+
+    The model's device computes the classes of an image and copies them to the host, and the thread counts them while
+    the device goes on. Only the thread waits for the device.
+
+    Args:
+        num_classes: K.
+        count: makes the result of an image's name, predicted class ids and train ids, both H x W; runs in the thread.
+    """
+
+    def __init__(self, num_classes: int, count: Count[Result]) -> None:
+        self.num_classes = num_classes
+        self._count = count
+        self._thread = ThreadPoolExecutor(1, "counter")
+        self._waiting: deque[Future[Result]] = deque()
+        self._results: list[Result] = []
+
+    def add(self, name: str, logits: RowLogits, target: Tensor) -> None:
+        """Count an image.
+
+        Args:
+            name: the image's name.
+            logits: its logits, 1 x K x H x W.
+            target: its train ids, H x W.
+
+        Raises:
+            ModelError: the model predicts another number of classes.
+            EmaSegError: an earlier image could not be counted.
+        """
+        if logits.shape[1] != self.num_classes:
+            raise ModelError(
+                f"model: predicts {logits.shape[1]} classes but the data set has {self.num_classes}; "
+                "evaluate it on the data that it was trained on."
+            )
+        classes, copied = most_likely_classes(logits), None
+        if classes.is_cuda:
+            on_host = torch.empty(classes.shape, dtype=classes.dtype, pin_memory=True)
+            classes = on_host.copy_(classes, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        self._waiting.append(self._thread.submit(self._run, name, classes, copied, target))
+        while len(self._waiting) > _MOST_WAITING:
+            self._results.append(self._waiting.popleft().result())
+
+    def results(self) -> list[Result]:
+        """Wait for all images and return their results, in order.
+
+        Raises:
+            EmaSegError: an image could not be counted.
+        """
+        while self._waiting:
+            self._results.append(self._waiting.popleft().result())
+        return self._results
+
+    def close(self) -> None:
+        """End the thread; images that still wait are not counted."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _run(self, name: str, classes: Tensor, copied: torch.cuda.Event | None, target: Tensor) -> Result:
+        if copied is not None:
+            copied.synchronize()
+        try:
+            return self._count(name, classes.cpu().numpy(), target.cpu().numpy())
+        except (DataError, ModelError) as error:
+            raise type(error)(f"{name}: {error}") from error
