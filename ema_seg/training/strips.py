@@ -16,7 +16,7 @@ from ema_seg.models.head import RowLogits
 __all__ = ["InStrips", "Part", "Slopes", "Strip", "Term", "strip_rows"]
 
 # Bytes of the logits in a strip: on a CPU about the size of a core's caches.
-_STRIP_BYTES = {"cpu": 2**21}
+_STRIP_BYTES = {"cpu": 2**22}
 _GPU_STRIP_BYTES = 2**27
 
 
