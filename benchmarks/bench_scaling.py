@@ -39,6 +39,7 @@ from ema_seg.data import SegmentationDataModule
 from ema_seg.data.normalise import Normalise
 from ema_seg.inference.prediction import autocast, model_input
 from ema_seg.models import segmenter_from_config
+from ema_seg.models.head import row_logits
 from ema_seg.runtime.distributed.ranks import barrier, rank_info, single_process
 from ema_seg.runtime.distributed.spawn import run_together
 from ema_seg.runtime.errors import EmaSegError, Preempted
@@ -121,7 +122,7 @@ def stepper(
     segmenter = segmenter_from_config(config, classes)
     settings = config["training"]
     set_execution(segmenter, channels_last=settings["channels_last"], compile=settings["compile"])
-    loss = build_loss(config["loss"], classes).to(device)
+    loss = build_loss(config["loss"], classes, strips=settings["loss_strips"]).to(device)
     model: nn.Module = segmenter.to(device).train()
     optimizer = build_optimizer(segmenter, **config["optimizer"])
     if together:
@@ -134,7 +135,7 @@ def stepper(
         images, masks = (batch[key].to(device, non_blocking=True) for key in ("image", "mask"))
         with nullcontext() if together else single_process():
             with autocast(device, precision):
-                logits = model(model_input(segmenter, images, normalise))
+                logits = row_logits(model, model_input(segmenter, images, normalise))
             loss(logits, masks).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -69,6 +69,11 @@ def read_images(name: str, root: Path, scale: int) -> list[Image]:
     return images
 
 
+def read_palette(name: str, root: Path) -> Sequence[Sequence[int]]:
+    """Return the colours of the classes."""
+    return build_dataset(name, root, "val").palette
+
+
 def in_strips(logits: RowLogits, truth: Tensor, palette: Sequence[Sequence[int]]) -> Scored:
     """Score one image as an evaluation does."""
     prediction = most_likely_classes(logits).numpy()
@@ -162,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results: dict[str, Any] = {}
     for name in options.data:
         root = options.folder / DATA_SETS[name]
-        palette = build_dataset(name, root).palette
+        palette = read_palette(name, root)
         results[name] = {
             decoder: measure(read_images(name, root, scale), palette, options.budget)
             for decoder, scale in SCALES.items()

@@ -273,6 +273,8 @@ class Steps(Section):
     """channels-last memory format"""
     compile: Flag
     """torch.compile"""
+    tf32: Annotated[bool | None, Must("true, false or null")] = None
+    """TF32 for float32 on GPUs: true in convolutions and matrix products, false in neither; null: in convolutions"""
     weight_averaging: Annotated[
         Literal[False, 0] | Annotated[float, Field(ge=0, lt=1)] | None, Must("a decay between 0 and 1, such as 0.999")
     ]

@@ -22,7 +22,7 @@ from ema_seg.reporting.history import describe_data, read_curves
 from ema_seg.reporting.predictions import PredictionWriter, encode_mask, lock_report
 from ema_seg.reporting.report import FILES, build_report, report_manifest, write_report
 from ema_seg.runtime.distributed.ranks import rank_info
-from ema_seg.runtime.execution import deterministic_algorithms, set_execution
+from ema_seg.runtime.execution import deterministic_algorithms, set_execution, tf32
 
 __all__ = ["evaluate"]
 
@@ -81,7 +81,7 @@ def evaluate(
     set_execution(model, channels_last=settings["channels_last"], compile=settings["compile"])
 
     deterministic = deterministic_algorithms(bool(config["trainer"].get("deterministic")))
-    with lock_report(directory):
+    with lock_report(directory), tf32(config.get("training", {}).get("tf32")):
         with module.worker_errors_converted(), deterministic:
             loader = module.test_dataloader()
 

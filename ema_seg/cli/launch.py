@@ -24,7 +24,7 @@ from ema_seg.runtime.distributed.preemption import Preemption
 from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.distributed.spawn import run_together
 from ema_seg.runtime.errors import ConfigError, DataError, Preempted, TrainingError
-from ema_seg.runtime.execution import deterministic_algorithms
+from ema_seg.runtime.execution import deterministic_algorithms, tf32
 from ema_seg.runtime.files import write_file
 from ema_seg.runtime.texts import read_json, read_yaml
 from ema_seg.training import find_batch_size, resolve_world_size, set_cuda_device, training_device
@@ -94,7 +94,8 @@ def _train_and_evaluate(
     complete_config(config)
     quiet = settings["quiet"] or here.rank > 0
     wanted = bool(config["trainer"].get("deterministic"))
-    with Preemption().watched() as preemption, deterministic_algorithms(wanted):
+    multiply = tf32(config["training"].get("tf32"))
+    with Preemption().watched() as preemption, deterministic_algorithms(wanted), multiply:
         if config["data"]["batch_size"] == "auto":
             config["data"]["batch_size"] = _batch_size(config, run, settings)
         best = train(

@@ -59,9 +59,9 @@ class ConfusionMatrix:
             DataError: a true label is neither in [0, K) nor the ignore index.
         """
         if countable(prediction, target, self.num_classes, self.ignore_index):
-            counts = count_pixels(prediction, target, self.num_classes, self.ignore_index)  # type: ignore[arg-type]
-            if counts is not None:
-                self.matrix += torch.from_numpy(counts)
+            matrix = count_pixels(prediction, target, self.num_classes, self.ignore_index)  # type: ignore[arg-type]
+            if matrix is not None:
+                self.matrix += torch.from_numpy(matrix)
                 return
         prediction, target = _as_integers(prediction, "prediction"), _as_integers(target, "target")
         if prediction.shape != target.shape:

@@ -113,7 +113,7 @@ class RowLogits:
         """Compute all logits at once, as the head does."""
         logits = self.features
         if self.weights:
-            logits = F.conv2d(logits, *self.weights, padding=self._halo)
+            logits = _conv2d(logits, self.weights, (self._halo, self._halo))
         height, width = self.shape[2:]
         return _upsample(logits, self.scale)[..., :height, :width]
 
@@ -152,7 +152,7 @@ class RowLogits:
         # Gradients of a mean over millions of pixels are too small for float16.
         dtype = torch.float32 if dtype == torch.float16 else dtype
         features = F.pad(features.to(dtype), (0, 0, above, below)) if above or below else features.to(dtype)
-        return F.conv2d(features, *(weight.to(dtype) for weight in weights), padding=(0, self._halo))
+        return _conv2d(features, [weight.to(dtype) for weight in weights], (0, self._halo))
 
     def _interpolate(self, features: Tensor, first: int, last: int) -> Tensor:
         start, stop = self.feature_rows(first, last)
@@ -205,6 +205,10 @@ def _deferred(head: SegmentationHead | DPTHead) -> Iterator[None]:
         yield
     finally:
         head.deferred = False
+
+
+def _conv2d(features: Tensor, weights: Sequence[Tensor], padding: tuple[int, int]) -> Tensor:
+    return F.conv2d(features, weights[0], weights[1] if len(weights) > 1 else None, padding=padding)
 
 
 def _upsample(logits: Tensor, scale: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Execution modes of a model: deterministic algorithms, evaluation mode, memory format, compilation."""
+"""Execution modes of a model: deterministic algorithms, TF32, evaluation mode, memory format, compilation."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from torch import nn
 
 from ema_seg.runtime.errors import ConfigError
 
-__all__ = ["deterministic_algorithms", "evaluation_mode", "set_execution"]
+__all__ = ["deterministic_algorithms", "evaluation_mode", "set_execution", "tf32"]
 
 # Part of torch's message that follows the name of the operation.
 _UNREPEATABLE = " does not have a deterministic implementation"
@@ -41,6 +41,25 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         ) from error
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def tf32(wanted: bool | None) -> Iterator[None]:
+    """Multiply float32 numbers in TF32, with 10 bits of mantissa, where a GPU can; the setting is restored afterwards.
+
+    Args:
+        wanted: True for convolutions and matrix products, False for neither, None for PyTorch's current setting, by
+            default convolutions alone.
+    """
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    if wanted is not None:
+        torch.set_float32_matmul_precision("high" if wanted else "highest")
+        torch.backends.cudnn.allow_tf32 = wanted
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 @contextmanager

@@ -321,7 +321,9 @@ class WeightedSum(nn.Module):
             logits = logits.whole()
         rows = logits if isinstance(logits, RowLogits) else RowLogits(logits)
         with torch.autocast(target.device.type, enabled=False):
-            height = {"auto": strip_rows(rows), "off": rows.shape[2]}.get(self.strips, self.strips)
+            height = self.strips if isinstance(self.strips, int) else rows.shape[2]
+            if self.strips == "auto":
+                height = strip_rows(rows)
             learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in rows.inputs)
             total: Tensor = InStrips.apply(rows, target, in_strips, height, learns, *rows.inputs)
             # A mean over no pixel would be NaN.

@@ -194,7 +194,7 @@ class InStrips(torch.autograd.Function):
 class _Place(NamedTuple):
     """Place of a strip: the image's index and logits, the strip's labels, its first row and its end."""
 
-    index: int
+    image_index: int
     image: RowLogits
     labels: Tensor
     first: int
@@ -203,7 +203,7 @@ class _Place(NamedTuple):
     def rows_of(self, features: Tensor) -> Tensor:
         """Return the rows of a batch's features, or of their gradient, that the strip's logits depend on."""
         start, stop = self.image.feature_rows(self.first, self.last)
-        return features[self.index : self.index + 1, :, start:stop]
+        return features[self.image_index : self.image_index + 1, :, start:stop]
 
     def sources(self, learns: bool = False) -> list[Tensor]:
         """Return the inputs of the strip's logits, detached."""

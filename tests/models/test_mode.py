@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ema_seg.runtime.errors import ConfigError
-from ema_seg.runtime.execution import deterministic_algorithms
+from ema_seg.runtime.execution import deterministic_algorithms, tf32
 
 
 def test_an_operation_that_cannot_repeat_its_bits_is_named():
@@ -21,3 +21,16 @@ def test_a_later_job_of_the_process_can_still_repeat_its_bits(monkeypatch):
 
     with deterministic_algorithms(False):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+@pytest.mark.parametrize("wanted", [True, False, None])
+def test_tf32_is_restored_after_an_error(wanted):
+    def settings():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = settings()
+    with pytest.raises(ZeroDivisionError), tf32(wanted):
+        assert settings() == {True: ("high", True), False: ("highest", False), None: before}[wanted]
+        raise ZeroDivisionError
+
+    assert settings() == before

@@ -36,6 +36,8 @@ def with_change(key, value):
         ("trainer.accelerator", "gpu"),
         ("training.progress_bar", False),
         ("training.pictures_every", 3),
+        ("training.loss_strips", "off"),
+        ("training.tf32", None),
         ("evaluation.device", "cuda:1"),
         ("evaluation.budget", 1.0),
         ("report.dir", "elsewhere"),
@@ -48,7 +50,14 @@ def test_where_and_how_a_job_runs_is_no_part_of_it(key, value):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("seed", 1), ("epochs", 5), ("attention.factor", 8), ("data.batch_size", 8), ("trainer.precision", "bf16-mixed")],
+    [
+        ("seed", 1),
+        ("epochs", 5),
+        ("attention.factor", 8),
+        ("data.batch_size", 8),
+        ("trainer.precision", "bf16-mixed"),
+        ("training.tf32", True),
+    ],
 )
 def test_what_changes_the_result_is_part_of_it(key, value):
     assert hash_config(with_change(key, value)) != hash_config(CONFIG)

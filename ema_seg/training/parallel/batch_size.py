@@ -9,6 +9,7 @@ import torch
 from ema_seg.data import SegmentationDataModule
 from ema_seg.inference import autocast
 from ema_seg.models import model_stride, segmenter_from_config
+from ema_seg.models.head import row_logits
 from ema_seg.runtime.distributed.collectives import gather
 from ema_seg.runtime.distributed.ranks import rank_info, single_process
 from ema_seg.runtime.errors import ConfigError
@@ -137,14 +138,15 @@ class _Attempt:
         memory_format = torch.channels_last if config["training"]["channels_last"] else torch.contiguous_format
         model.to(memory_format=memory_format)
         kept = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(self.copies)]
-        loss = build_loss(config["loss"], self.classes).to(device)
+        strips = config["training"].get("loss_strips", "auto")
+        loss = build_loss(config["loss"], self.classes, strips=strips).to(device)
         optimizer = build_optimizer(model, **config["optimizer"])
         images = torch.zeros(batch_size, 3, height, width, device=device).to(memory_format=memory_format)
         # Contains all classes, because some losses allocate memory for each class present.
         target = torch.randint(self.classes, (batch_size, height, width), device=device)
         for _ in range(2):
             with autocast(device, config["trainer"]["precision"]):
-                value = loss(model(images), target)
+                value = loss(row_logits(model, images), target)
             value.backward()
             optimizer.step()
             optimizer.zero_grad()
