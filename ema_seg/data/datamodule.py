@@ -245,6 +245,12 @@ class SegmentationDataModule(LightningDataModule):
         """Return the split ``evaluation_split`` in order, as batches of whole images."""
         return self._evaluation_loader(self.test_dataset, self.evaluation_split)
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move crops to the device; images of a validation are moved one size at a time, and counted on the host."""
+        if self.trainer is not None and self.trainer.training:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return batch
+
     @contextmanager
     def worker_errors_converted(self) -> Iterator[None]:
         """Convert torch's error about a stalled or killed loader worker, which it may raise anywhere, to a DataError.

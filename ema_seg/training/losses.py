@@ -64,6 +64,7 @@ class CrossEntropy(Term):
         self, classes: int, class_weights: Sequence[float] | None = None, label_smoothing: float = 0.0
     ) -> None:
         super().__init__()
+        _check_share("loss.cross_entropy.label_smoothing", label_smoothing)
         if class_weights is not None:
             _check_class_weights(class_weights, classes)
         self.class_weights: Tensor | None
@@ -121,6 +122,11 @@ def _check_class_weights(weights: Sequence[float], classes: int) -> None:
 def _check_weight(key: str, weight: object) -> None:
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
         raise ConfigError(f"{key} must be a number of 0 or more, got {weight!r}.")
+
+
+def _check_share(key: str, share: object) -> None:
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise ConfigError(f"{key} must be a number from 0 to 1, got {share!r}.")
 
 
 class OHEM(Term):
@@ -234,9 +240,7 @@ class Focal(Term):
     def __init__(self, classes: int, gamma: float = 2.0, alpha: float | None = None) -> None:
         _check_weight("loss.focal.gamma", gamma)
         if alpha is not None:
-            _check_weight("loss.focal.alpha", alpha)
-            if alpha > 1:
-                raise ConfigError(f"loss.focal.alpha must be a number from 0 to 1, got {alpha!r}.")
+            _check_share("loss.focal.alpha", alpha)
         super().__init__()
         self.gamma = gamma
         self.alpha = alpha

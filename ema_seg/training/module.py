@@ -40,7 +40,7 @@ MONITORED = "val/miou"
 class SegmentationModule(LightningModule):
     """Lightning module that trains a segmenter and scores it on the validation images at their own size.
 
-    It logs per epoch ``train/loss``, and the mean and the maximum of the gradient norm before clipping as
+    It logs per epoch ``train/loss``, and the mean and the maximum of the finite gradient norms before clipping as
     ``train/gradient_norm`` and ``train/gradient_norm_max``; a checkpoint within an epoch keeps their sums. It logs per
     validation ``val/miou``, ``val/mean_accuracy``, ``val/pixel_accuracy`` and ``val_iou/<class>`` of each class that
     occurs, all from one confusion matrix, and ``val/loss``, the mean over the images of each whole image's loss.
@@ -163,10 +163,12 @@ class SegmentationModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Record the gradient norm, which shows whether a block makes gradients vanish or explode."""
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
-        self.sums[2] += norm.float()
-        self.sums[3] += 1
-        self.sums[4] = torch.maximum(self.sums[4], norm.float())
+        norm = full_tensor(torch.nn.utils.get_total_norm(gradients)).float()
+        # A loss scale that is too large overflows float16; the scaler then skips the step.
+        finite = norm.isfinite()
+        self.sums[2] += norm.where(finite, 0)
+        self.sums[3] += finite
+        self.sums[4] = torch.maximum(self.sums[4], norm.where(finite, 0))
 
     def epoch_means(self) -> dict[str, float]:
         """Return mean loss and gradient norms of this epoch so far; a collective."""
@@ -215,12 +217,6 @@ class SegmentationModule(LightningModule):
                     loss = self.loss(logits, target[None].to(self.device, non_blocking=True))
                     self.validation_losses += loss.double()
                 self.validation_images += 1
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave the images of a validation on the host: they are moved one size at a time, and counted on the host."""
-        if self.trainer.training:
-            return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        return batch
 
     def score(self, batch: dict[str, Any]) -> list[RowLogits]:
         """Predict whole images and count their pixels.

@@ -1,3 +1,4 @@
+import math
 import time
 from pathlib import Path
 
@@ -321,6 +322,21 @@ def test_steps_between_two_log_steps_never_wait_for_the_device(tmp_path):
     run_steps(tmp_path, small_batches(6), [steps])
 
     assert steps.watch.found == []
+
+
+def test_steps_that_the_loss_scale_overflows_are_left_out_of_the_gradient_norms():
+    lightning_module = module(segmenter())
+    (weight,) = (parameter for name, parameter in lightning_module.named_parameters() if name.endswith("head.0.weight"))
+    for norm in (3.0, math.inf, math.nan, 1.0):
+        weight.grad = torch.zeros_like(weight)
+        weight.grad.flatten()[0] = norm
+        lightning_module.on_before_optimizer_step(None)
+    lightning_module.sums[1] = 1
+
+    means = lightning_module.epoch_means()
+
+    assert means["train/gradient_norm"] == 2
+    assert means["train/gradient_norm_max"] == 3
 
 
 def test_a_loss_that_is_not_finite_is_named_at_the_next_log_step(tmp_path):

@@ -1,5 +1,6 @@
 """Custom PyTorch operator of EMA's short form, with its rules for autograd, compilation and the FLOP counter."""
 
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ema_seg.attention.ema import reference
 from ema_seg.attention.ema.factorised import compute_dtype, without_autocast
 from ema_seg.attention.ema.reference import Parameters
+from ema_seg.runtime.execution import tf32
 
 __all__ = ["KERNELS", "apply", "apply_differentiably", "import_kernels"]
 
@@ -66,7 +68,7 @@ def apply(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: b
 def apply_differentiably(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> Tensor:
     """Compute the same as ``apply`` by the published form, which supports every derivative and transform."""
     wide = compute_dtype(x.dtype)
-    with without_autocast(x.device):
+    with without_autocast(x.device), _without_tf32(x.device):
         return reference.forward(x.to(wide), parameters.to(wide), groups, eps, dynamic).to(x.dtype)
 
 
@@ -163,7 +165,13 @@ def _differentiable_backward(
     # Tensors that require no gradient are replaced by aliases that do, so that every tensor has a gradient.
     inputs = [tensor if tensor.requires_grad else tensor.detach().requires_grad_() for tensor in (x, *parameters)]
     y = apply_differentiably(inputs[0], Parameters(*inputs[1:]), groups, eps, dynamic)
-    return torch.autograd.grad(y, inputs, dy, create_graph=True)
+    with _without_tf32(x.device):
+        return torch.autograd.grad(y, inputs, dy, create_graph=True)
+
+
+def _without_tf32(device: torch.device) -> AbstractContextManager[None]:
+    """Keep cuDNN from rounding the factors of float32 convolutions to 10 bits, as it does by default."""
+    return tf32(False) if device.type == "cuda" else nullcontext()
 
 
 torch.library.register_autograd("ema_seg::ema", _backward, setup_context=_setup_context)

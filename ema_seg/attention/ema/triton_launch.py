@@ -1,5 +1,9 @@
 """Fused Triton kernels of EMA's short form for CUDA devices, listed as ``triton`` in ``operator.KERNELS``."""
 
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +15,7 @@ from ema_seg.attention.ema.triton_kernels import (
     PLANES_OF_BACKWARD,
     PLANES_OF_FORWARD,
     backward_kernel,
+    empty_kernel,
     forward_kernel,
     parameters_kernel,
     triton,  # None where it is not installed
@@ -24,16 +29,23 @@ from ema_seg.attention.ema.triton_plan import (
     plan_work,
     power_of_two,
 )
+from ema_seg.runtime.distributed.ranks import rank_info
+from ema_seg.runtime.errors import one_line
 
-__all__ = ["backward", "forward", "unavailable"]
+__all__ = ["TUNING_VARIABLE", "backward", "forward", "unavailable"]
+
+TUNING_VARIABLE = "EMA_SEG_TUNING"
 
 _DEFAULTS = {"TILE": SMALLEST_TILE, "num_warps": 8, "maxnreg": 128}
 
 
 def _tuned(kernel: Any) -> Any:
-    """Autotune tile, warps and registers of a kernel, once for each phase and family of inputs."""
-    if triton is None or INTERPRETED:
-        return kernel
+    """Autotune tile, warps and registers of a kernel, once for each phase and family of inputs, if requested.
+
+    The trials compile four times as much, and take minutes before a training's first steps.
+    """
+    if triton is None or INTERPRETED or not os.environ.get(TUNING_VARIABLE):
+        return None
     configs = [
         triton.Config({"TILE": tile}, num_warps=warps, maxnreg=registers)
         for tile, warps, registers in ((1024, 8, None), (1024, 8, 128), (2048, 8, None), (2048, 16, None))
@@ -48,20 +60,41 @@ _tuned_backward_kernel = _tuned(backward_kernel)
 def _launch(
     kernel: Any, tuned: Any, grids: dict[str, tuple[int, ...]], x: Tensor, tensors: tuple[Tensor, ...], plan: Plan
 ) -> None:
-    """Launch phases of a kernel, each on its grid.
+    """Launch phases of a kernel, each on its grid; compile them together first if they are new.
 
-    Autotuning is disabled in deterministic mode and during CUDA graph capture, which its trial launches would abort.
+    Nothing is tuned in deterministic mode, in which the order of sums must not depend on trials.
     """
     batch, channels, height, width = shape = tuple(x.shape)
     arguments = (*tensors, height, width // plan.unit, batch * channels, family_of(shape, plan))
-    fixed = INTERPRETED or torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing()
+    tunes = tuned is not None and not torch.are_deterministic_algorithms_enabled()
+    # These phases have one program per group, and no tile.
+    alone = [phase for phase in grids if phase in ("gates", "mixing", "small")]
+    plans = {phase: for_single_groups(plan) if phase in alone else plan for phase in grids}
+    if not (INTERPRETED or tunes):
+        _compile_together(kernel, x.device, x.dtype, arguments, plans)
     for phase, grid in grids.items():
-        if phase in ("gates", "mixing", "small"):  # these have one program per group, and no tile
-            kernel[grid](*arguments, plan=for_single_groups(plan), PHASE=phase, **_DEFAULTS)
-        elif fixed:
-            kernel[grid](*arguments, plan=plan, PHASE=phase, **_DEFAULTS)
-        else:
+        if tunes and phase not in alone:
             tuned[grid](*arguments, plan=plan, PHASE=phase)
+        else:
+            kernel[grid](*arguments, plan=plans[phase], PHASE=phase, **_DEFAULTS)
+
+
+_compiled: set[tuple[Any, ...]] = set()
+
+
+def _compile_together(
+    kernel: Any, device: torch.device, dtype: torch.dtype, arguments: tuple[Any, ...], plans: dict[str, Plan]
+) -> None:
+    """Compile phases of a kernel on all cores, and print a line at the first time in this process."""
+    key = kernel.__name__, device, dtype, tuple(plans.items())
+    if key in _compiled:
+        return
+    if not _compiled and rank_info().rank == 0:
+        print("compiling EMA's Triton kernels, once for each size of a feature map", file=sys.stderr, flush=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
+        for phase, plan in plans.items():
+            kernel.warmup(*arguments, grid=(1,), plan=plan, PHASE=phase, **_DEFAULTS)
+    _compiled.add(key)
 
 
 def forward(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,4 +197,18 @@ def unavailable(x: Tensor) -> str | None:
     capability = torch.cuda.get_device_capability(x.device)
     if capability < ((8, 0) if x.dtype == torch.bfloat16 else (7, 0)):
         return f"{torch.cuda.get_device_name(x.device)} is too old for kernels in {dtype}"
+    return _launch_problem(x.device)
+
+
+@cache
+def _launch_problem(device: torch.device) -> str | None:
+    """Return why no kernel can be launched on a device, as a clause, or None.
+
+    Triton compiles C code at its first launch, which needs a compiler and Python's headers.
+    """
+    try:
+        with torch.cuda.device(device):
+            empty_kernel[(1,)]()
+    except Exception as error:  # from a compiler that is missing to a driver that is too old
+        return f"Triton cannot launch a kernel on {device} ({one_line(error)})"
     return None

@@ -105,7 +105,7 @@ def _plan_for(
 
     # Fusing pays if launches would take longer than the work, or if the blocks in flight stay in the cache. Larger maps
     # are better spread over more programs.
-    blocks = batch * ceil_div(groups, tile_groups)
+    blocks = max(1, batch) * ceil_div(groups, tile_groups)  # an empty batch needs a plan, too
     pixels_of_block = tile_groups * per_group * height * width
     at_a_time = min(blocks, 2 * processors) * pixels_of_block * itemsize * tensors
     fused = pixels_of_block <= 32768 or (2 * blocks >= processors and at_a_time <= cache_size)

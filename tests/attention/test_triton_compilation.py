@@ -1,0 +1,64 @@
+"""Tests of the Triton kernels' compilation, for a GPU that is not there."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ema_seg.attention.ema import triton_launch
+from ema_seg.attention.ema.triton_plan import _plan_for
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_stub(task, tmp_path):
+    """Run ``stub_driver`` in a process of its own, in which Triton's kernels are not interpreted."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.attention.stub_driver", task],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [json.loads(line) for line in result.stdout.splitlines()], result.stderr
+
+
+@pytest.mark.slow
+def test_kernels_in_float16_and_float64_and_of_dynamic_ema_compile_for_a_gpu(tmp_path):
+    rows, said = run_stub("compile", tmp_path)
+
+    assert [row["dtype"] for row in rows] == ["float64", "float16"]
+    assert [row["launches"] for row in rows] == [3, 11]  # fused, and a launch for each phase
+    assert said == "compiling EMA's Triton kernels, once for each size of a feature map\n"
+
+
+@pytest.mark.slow
+def test_the_default_training_compiles_few_kernels(tmp_path):
+    ((row,), _) = run_stub("count", tmp_path)
+
+    assert row["different"] == row["compilations"] <= 40
+
+
+def test_a_device_that_cannot_launch_a_kernel_says_why(monkeypatch):
+    class Broken:
+        def __getitem__(self, grid):
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    monkeypatch.setattr(triton_launch, "empty_kernel", Broken())
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+
+    problem = triton_launch._launch_problem.__wrapped__(torch.device("cuda", 1))
+
+    assert problem.startswith("Triton cannot launch a kernel on cuda:1 (Failed to find C compiler.")
+
+
+def test_an_empty_batch_has_a_plan():
+    assert _plan_for((0, 16, 1024, 2048), 2, False, 16, False, 1e-5, 3, 132, 50 * 2**20).strips >= 1
