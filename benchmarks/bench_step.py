@@ -2,7 +2,7 @@
 
     python benchmarks/bench_step.py
 
-The default model and loss learn from random batches, in two ways that take turns in one process:
+The default model and loss learn from random batches, in two ways that take turns step by step in one process:
 
 * ``train.py``: Lightning's trainer with the module and the callbacks of a run;
 * ``bare``: a loop in plain PyTorch with the same model, loss, optimiser, schedule and batches.
@@ -16,7 +16,7 @@ import logging
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,17 +59,22 @@ WARMUP = 2  # steps
 Batch = dict[str, Any]
 
 
-class Recorder(Callback):
-    """Recorder of the time at the start of each step, with the device idle."""
+class Turns(Callback):
+    """Callback that takes a step of the bare loop before each step of the trainer, and times both."""
 
-    def __init__(self) -> None:
-        self.starts: list[float] = []
+    def __init__(self, bare: Iterator[object]) -> None:
+        self.seconds: dict[str, list[float]] = {"train.py": [], "bare": []}
+        self._bare = bare
+        self._started: float | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Record the time where the first and the last timed step start."""
-        if batch_idx == WARMUP or batch_idx + 1 == trainer.num_training_batches:
-            _wait_for(pl_module.device)
-            self.starts.append(time.perf_counter())
+        """End the time of the trainer's last step, and take one of the bare loop."""
+        ended = _now(pl_module.device)
+        if self._started is not None:
+            self.seconds["train.py"].append(ended - self._started)
+        next(self._bare)
+        self._started = _now(pl_module.device)
+        self.seconds["bare"].append(self._started - ended)
 
 
 def random_batches(batch: int, height: int, width: int, steps: int) -> list[Batch]:
@@ -95,8 +100,8 @@ def build(config: Mapping[str, Any], device: torch.device) -> tuple[torch.nn.Mod
     return model.to(device).train(), loss.to(device), Normalise((0.5,) * 3, (0.25,) * 3)
 
 
-def seconds_of_trainer(config: Mapping[str, Any], batches: Sequence[Batch], device: torch.device) -> float:
-    """Train as ``train.py`` does and return the seconds of a step."""
+def time_in_turns(config: Mapping[str, Any], batches: Sequence[Batch], device: torch.device) -> dict[str, list[float]]:
+    """Train in both ways, step by step in turns, and return the seconds of the steps after the warm-up."""
     model, loss, normalise = build(config, device)
     module = SegmentationModule(
         model,
@@ -107,75 +112,63 @@ def seconds_of_trainer(config: Mapping[str, Any], batches: Sequence[Batch], devi
         schedule=config["schedule"],
         config=config,
     )
-    recorder = Recorder()
+    turns = Turns(bare_steps(config, batches, device))
     settings = {**config["trainer"], "max_epochs": 1, "num_sanity_val_steps": 0, "limit_val_batches": 0}
     with tempfile.TemporaryDirectory() as folder:
         log = EpochLog(Path(folder, "metrics.csv"), quiet=True)
-        trainer = build_trainer(settings, Path(folder), [log, recorder])
+        trainer = build_trainer(settings, Path(folder), [log, turns])
         trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]  # a list is a data set
-    first, last = recorder.starts
-    return (last - first) / (len(batches) - 1 - WARMUP)
+    return {way: seconds[WARMUP : len(batches) - 1] for way, seconds in turns.seconds.items()}
 
 
-def seconds_of_loop(config: Mapping[str, Any], batches: Sequence[Batch], device: torch.device) -> float:
-    """Train in a bare loop and return the seconds of a step."""
-    starts = [seconds for part, seconds in bare_loop(config, batches, device) if part == "start"]
-    return (starts[1] - starts[0]) / (len(batches) - 1 - WARMUP)
-
-
-def bare_loop(
+def bare_steps(
     config: Mapping[str, Any], batches: Sequence[Batch], device: torch.device, *, parts: bool = False
 ) -> Iterator[tuple[str, float]]:
-    """Train in a bare loop and yield the time at the start of each step; and after each part, if set."""
+    """Train in a bare loop and yield the time after each step; or at its start and after each part."""
     model, loss, normalise = build(config, device)
     optimizer = build_optimizer(model, **config["optimizer"])
     schedule = build_schedule(optimizer, len(batches), **config["schedule"])
     precision = config["trainer"]["precision"] or "32-true"
-
-    def now(part: str) -> tuple[str, float]:
-        _wait_for(device)
-        return part, time.perf_counter()
-
-    for index, batch in enumerate(batches):
-        # Otherwise nothing waits for the device between the first and the last timed step.
-        if parts or index in (WARMUP, len(batches) - 1):
-            yield now("start")
+    for batch in batches:
+        if parts:
+            yield "start", _now(device)
         images, masks = (batch[key].to(device, non_blocking=True) for key in ("image", "mask"))
         with autocast(device, precision):
             images = model_input(model, images, normalise)
             if parts:
-                yield now("bytes to the device, normalisation")
+                yield "bytes to the device, normalisation", _now(device)
             logits = row_logits(model, images)
             if parts:
-                yield now("forward to the head's last layer")
+                yield "forward to the head's last layer", _now(device)
             value = loss(logits, masks)
         if parts:
-            yield now("last layer and loss, with their gradient")
+            yield "last layer and loss, with their gradient", _now(device)
         value.backward()
         if parts:
-            yield now("backward of all else")
+            yield "backward of all else", _now(device)
         torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
         if parts:
-            yield now("gradient norm, for the log")
+            yield "gradient norm, for the log", _now(device)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if parts:
-            yield now("optimiser and schedule")
+        yield "optimiser and schedule", _now(device)
 
 
 def measure_parts(config: Mapping[str, Any], batches: Sequence[Batch], device: torch.device) -> dict[str, float]:
     """Return the seconds of each part of a step."""
     seconds: dict[str, list[float]] = defaultdict(list)
-    for (_, before), (part, after) in itertools.pairwise(bare_loop(config, batches, device, parts=True)):
+    for (_, before), (part, after) in itertools.pairwise(bare_steps(config, batches, device, parts=True)):
         if part != "start":
             seconds[part].append(after - before)
     return {part: Spread.of(samples[WARMUP:]).median for part, samples in seconds.items()}
 
 
-def _wait_for(device: torch.device) -> None:
+def _now(device: torch.device) -> float:
+    """Return the time at which the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def as_markdown(record: Mapping[str, Any]) -> str:
@@ -202,8 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=positive_int, default=8, help="default: %(default)s")
     parser.add_argument("--height", type=positive_int, default=160, help="of a crop (default: %(default)s)")
     parser.add_argument("--width", type=positive_int, default=320, help="of a crop (default: %(default)s)")
-    parser.add_argument("--steps", type=positive_int, default=6, help="timed steps in a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=positive_int, default=7, help="default: %(default)s")
+    parser.add_argument("--steps", type=positive_int, default=30, help="timed steps (default: %(default)s)")
     parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--overrides", nargs="*", default=[], help="settings of train.py, such as attention=none")
@@ -223,21 +215,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     batches = random_batches(options.batch, options.height, options.width, options.steps + WARMUP + 1)
 
-    calls: dict[str, Callable[..., float]] = {"train.py": seconds_of_trainer, "bare": seconds_of_loop}
-    samples: dict[str, list[float]] = {way: [] for way in calls}
-    for turn in range(options.rounds):
-        for way in sorted(calls, reverse=turn % 2 == 1):
-            samples[way].append(calls[way](config, batches, device))
+    samples = time_in_turns(config, batches, device)
     ways = {
-        way: {"seconds": Spread.of(samples[way]).as_json(), "ratio": ratio(samples[way], samples["bare"]).as_json()}
-        for way in calls
+        way: {"seconds": Spread.of(seconds).as_json(), "ratio": ratio(seconds, samples["bare"]).as_json()}
+        for way, seconds in samples.items()
     }
     record = {
         "schema": SCHEMA,
         "run": describe_run(device),
         "batch": f"{options.batch} crops of {options.height} x {options.width}",
         "ways": ways,
-        "parts": measure_parts(config, batches, device),
+        "parts": measure_parts(config, batches[: WARMUP + 8], device),
     }
     write_result(options.output, NAME, record, as_markdown(record))
     print(as_markdown(record))
