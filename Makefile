@@ -2,6 +2,7 @@
 # make test       set up with the developers' tools, then run the tests
 # make test-fast  a verdict on units in a minute and a half
 # make lint       style, types and layers
+# make gpu        checks and measurements on a GPU in ten minutes: runs/gpu/gpu.md (DEVICE=cpu tries it without one)
 #
 # PYTHON=python3.12 chooses the interpreter (3.11 or newer); ARGS="key=value …" goes to train.py or pytest.
 
@@ -16,7 +17,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # One thread per test process: the processes are the parallelism.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: train test test-fast lint
+.PHONY: train test test-fast lint gpu
 
 train: $(VENV)/installed
 	$(VENV)/bin/python train.py $(ARGS)
@@ -26,6 +27,9 @@ test: $(VENV)/installed-dev
 
 test-fast: $(VENV)/installed-dev
 	$(PYTEST) -m "not slow" $(ARGS)
+
+gpu: $(VENV)/installed-dev
+	$(VENV)/bin/python benchmarks/gpu/run.py --device $(or $(DEVICE),cuda) $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

@@ -20,6 +20,7 @@ from measuring import (
     describe_run,
     markdown_table,
     number,
+    peak_bytes,
     positive_float,
     positive_int,
     ratio,
@@ -32,7 +33,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ema_seg.data.base import IGNORE_INDEX
-from ema_seg.evaluation.cost import LiveBytes
 from ema_seg.models.head import RowLogits
 from ema_seg.runtime.host_memory import keep_freed_memory
 from ema_seg.training.losses import build_loss
@@ -111,7 +111,11 @@ def measure(
         torch.testing.assert_close(own, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
     del results
     resident = [*logits.inputs, target]
-    peaks = {way: _peak(lambda loss=loss: learn(loss), resident, device) for way, loss in losses.items()}
+    peaks = {}
+    for way, loss in losses.items():
+        for tensor in logits.inputs:
+            tensor.grad = None
+        peaks[way] = peak_bytes(lambda loss=loss: learn(loss), resident, device)
     calls = {way: (lambda call, loss=loss: learn(loss)) for way, loss in losses.items()}
     samples = time_in_turns(calls, device, budget=budget, min_rounds=3)
     return {
@@ -123,21 +127,6 @@ def measure(
         }
         for way, loss in losses.items()
     }
-
-
-def _peak(call: Callable[[], object], resident: Sequence[Tensor], device: torch.device) -> int:
-    """Return the peak memory of a call in bytes, beyond what it starts from."""
-    for tensor in resident:
-        tensor.grad = None
-    if device.type != "cuda":
-        with LiveBytes(resident) as live:
-            before = live.live
-            call()
-        return live.peak - before
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    call()
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 def as_markdown(record: Mapping[str, Any]) -> str:
@@ -175,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS), help="default: all")
     parser.add_argument("--batch", type=positive_int, default=2, help="default: %(default)s")
     parser.add_argument("--threads", type=positive_int, default=1, help="threads of a CPU (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--budget", type=positive_float, default=4, help="seconds per way (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs", NAME), help="default: %(default)s")
     options = parser.parse_args(arguments)

@@ -23,6 +23,7 @@ from measuring import (
     describe_run,
     markdown_table,
     number,
+    peak_bytes,
     positive_float,
     positive_int,
     ratio,
@@ -34,7 +35,6 @@ from torch import Tensor
 
 from ema_seg.data import build_dataset
 from ema_seg.evaluation import ConfusionMatrix
-from ema_seg.evaluation.cost import LiveBytes
 from ema_seg.evaluation.strata import count_strata, count_strata_by_class
 from ema_seg.inference.classes import most_likely_classes
 from ema_seg.models.head import RowLogits
@@ -51,7 +51,7 @@ Scored = tuple[np.ndarray, dict[str, Any], bytes]
 Image = tuple[RowLogits, Tensor]
 
 
-def read_images(name: str, root: Path, scale: int) -> list[Image]:
+def read_images(name: str, root: Path, scale: int, device: torch.device) -> list[Image]:
     """Return logits and truths of validation images; the logits are cropped as after padding to the stride."""
     dataset = build_dataset(name, root, "val")
     generator = torch.Generator().manual_seed(0)
@@ -65,7 +65,7 @@ def read_images(name: str, root: Path, scale: int) -> list[Image]:
         one_hot = torch.nn.functional.one_hot(small.where(small < classes, 0), classes).permute(2, 0, 1)
         logits = 6.0 * one_hot + torch.randn(classes, rows, columns, generator=generator)
         features = logits[None].contiguous(memory_format=torch.channels_last)
-        images.append((RowLogits(features, scale=scale, size=(height, width)), truth))
+        images.append((RowLogits(features.to(device), scale=scale, size=(height, width)), truth))
     return images
 
 
@@ -76,7 +76,7 @@ def read_palette(name: str, root: Path) -> Sequence[Sequence[int]]:
 
 def in_strips(logits: RowLogits, truth: Tensor, palette: Sequence[Sequence[int]]) -> Scored:
     """Score one image as an evaluation does."""
-    prediction = most_likely_classes(logits).numpy()
+    prediction = most_likely_classes(logits).cpu().numpy()
     confusion = ConfusionMatrix(logits.shape[1])
     confusion.update(prediction, truth.numpy())
     strata = count_strata(prediction, truth.numpy(), logits.shape[1])
@@ -87,14 +87,17 @@ def whole(logits: RowLogits, truth: Tensor, palette: Sequence[Sequence[int]]) ->
     """Score one image from all its logits."""
     classes = logits.shape[1]
     prediction = logits.whole()[0].argmax(dim=0)
-    labelled = truth != 255
-    pairs = truth[labelled].long() * classes + prediction[labelled]
-    matrix = torch.bincount(pairs, minlength=classes**2).view(classes, classes)
-    mask = prediction.byte().numpy()
+    device_truth = truth.to(prediction.device)
+    labelled = device_truth != 255
+    pairs = device_truth[labelled].long() * classes + prediction[labelled]
+    matrix = torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu()
+    mask = prediction.byte().cpu().numpy()
     return matrix.numpy(), dict(count_strata_by_class(mask, truth.numpy(), classes)), encode_mask(mask, palette)
 
 
-def measure(images: Sequence[Image], palette: Sequence[Sequence[int]], budget: float) -> dict[str, Any]:
+def measure(
+    images: Sequence[Image], palette: Sequence[Sequence[int]], device: torch.device, budget: float
+) -> dict[str, Any]:
     """Measure seconds and peak memory per image, both ways."""
     ways: dict[str, Callable[[RowLogits, Tensor, Sequence[Sequence[int]]], Scored]]
     ways = {"strips": in_strips, "whole": whole}
@@ -103,16 +106,15 @@ def measure(images: Sequence[Image], palette: Sequence[Sequence[int]], budget: f
         if not np.array_equal(matrix, other) or rest != others:
             raise AssertionError("the two ways differ")
     logits, truth = images[0]
-    peaks = {}
-    for way, score in ways.items():
-        with LiveBytes([logits.features, truth]) as live:
-            before = live.live
-            score(logits, truth, palette)
-        peaks[way] = live.peak - before
+    resident = [logits.features, truth]
+    peaks = {
+        way: peak_bytes(lambda score=score: score(logits, truth, palette), resident, device)
+        for way, score in ways.items()
+    }
     calls = {
         way: (lambda call, score=score: score(*images[call % len(images)], palette)) for way, score in ways.items()
     }
-    samples = time_in_turns(calls, torch.device("cpu"), budget=budget, min_rounds=3)
+    samples = time_in_turns(calls, device, budget=budget, min_rounds=3)
     return {
         way: {
             "seconds": Spread.of(samples[way]).as_json(),
@@ -157,6 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="From the input of the last layer to the scores.")
     parser.add_argument("folder", type=Path, help="folder that benchmarks/full_size.py has written")
     parser.add_argument("--data", nargs="+", choices=DATA_SETS, default=list(DATA_SETS), help="default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--threads", type=positive_int, default=1, help="default: %(default)s")
     parser.add_argument("--budget", type=positive_float, default=10, help="seconds per way (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs", NAME), help="default: %(default)s")
@@ -164,15 +167,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()  # as eval.py does
     torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
     results: dict[str, Any] = {}
     for name in options.data:
         root = options.folder / DATA_SETS[name]
         palette = read_palette(name, root)
         results[name] = {
-            decoder: measure(read_images(name, root, scale), palette, options.budget)
+            decoder: measure(read_images(name, root, scale, device), palette, device, options.budget)
             for decoder, scale in SCALES.items()
         }
-    record = {"schema": SCHEMA, "run": describe_run(torch.device("cpu")), "results": results}
+    record = {"schema": SCHEMA, "run": describe_run(device), "results": results}
     write_result(options.output, NAME, record, as_markdown(record))
     print(as_markdown(record))
     print(f"Written to {options.output}.")

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ema_seg.attention.ema.choice import ENVIRONMENT_VARIABLE
+from ema_seg.evaluation.cost import LiveBytes
 from ema_seg.evaluation.environment import describe_device, describe_environment
 from ema_seg.runtime.errors import EmaSegError, one_line
 
@@ -36,6 +37,7 @@ __all__ = [
     "missing_device",
     "number",
     "number_of_sets",
+    "peak_bytes",
     "positive_float",
     "positive_int",
     "ratio",
@@ -176,6 +178,22 @@ def saved_bytes(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Ite
             if isinstance(leaf, Tensor):
                 keep(leaf)
     return sum(kept.values())
+
+
+def peak_bytes(call: Callable[[], object], resident: Sequence[Tensor], device: torch.device) -> int:
+    """Return the peak memory of a call in bytes, beyond the ``resident`` tensors.
+
+    On CUDA it is the allocator's, elsewhere that of the tensors alive between two operations.
+    """
+    if device.type != "cuda":
+        with LiveBytes(resident) as live:
+            before = live.live
+            call()
+        return live.peak - before
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _nodes(y: Tensor) -> Iterator[Any]:

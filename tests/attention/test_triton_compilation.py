@@ -1,6 +1,7 @@
 """Tests of the Triton kernels' compilation, for a GPU that is not there."""
 
 import contextlib
+import importlib
 import json
 import os
 import subprocess
@@ -62,3 +63,27 @@ def test_a_device_that_cannot_launch_a_kernel_says_why(monkeypatch):
 
 def test_an_empty_batch_has_a_plan():
     assert _plan_for((0, 16, 1024, 2048), 2, False, 16, False, 1e-5, 3, 132, 50 * 2**20).strips >= 1
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Import the comparison that ``make gpu`` runs; here Triton's interpreter runs the kernels."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+    return importlib.import_module("kernels")
+
+
+def test_kernels_are_compared_with_float64_in_poisoned_memory(kernels):
+    case = kernels.cases(torch.device("cpu"))[0]
+
+    row = kernels.check(case, torch.device("cpu"))
+
+    assert row["ok"]
+    assert row["repeats"]
+    assert 0 < row["y"] < kernels.LIMITS[case.dtype]
+
+
+def test_a_kernel_that_fails_is_reported(kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "_compare", lambda *_: 1 / 0)
+    row = kernels.check(kernels.cases(torch.device("cpu"))[0], torch.device("cpu"))
+    assert not row["ok"]
+    assert "ZeroDivisionError" in row["error"]
