@@ -158,7 +158,10 @@ class InStrips(torch.autograd.Function):
             if value is None or learns:
                 parts.append((weight, part, value is None))
 
-        gradients = [torch.zeros_like(tensor, dtype=_sum_dtype(tensor)) for tensor in inputs] if learns else []
+        gradients: list[Tensor] = []
+        if learns:
+            dtypes = _sum_dtypes(inputs)
+            gradients = [torch.zeros_like(tensor, dtype=dtype) for tensor, dtype in zip(inputs, dtypes, strict=True)]
         for number, place in enumerate(_places(logits, target, rows) if parts else ()):
             with torch.set_grad_enabled(learns):
                 sources = place.sources(learns)
@@ -209,7 +212,8 @@ class _Place(NamedTuple):
         """Return the inputs of the strip's logits, detached."""
         start, stop = self.image.feature_rows(self.first, self.last)
         inputs = [self.image.features[:, :, start:stop], *self.image.weights]
-        return [tensor.detach().to(_sum_dtype(tensor)).requires_grad_(learns) for tensor in inputs]
+        dtypes = _sum_dtypes(inputs)
+        return [tensor.detach().to(dtype).requires_grad_(learns) for tensor, dtype in zip(inputs, dtypes, strict=True)]
 
 
 def _places(logits: RowLogits, target: Tensor, rows: int) -> Iterator[_Place]:
@@ -219,12 +223,15 @@ def _places(logits: RowLogits, target: Tensor, rows: int) -> Iterator[_Place]:
             yield _Place(index, image, strip.flatten(), first, first + len(strip))
 
 
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype of a tensor's gradient in the strips.
+def _sum_dtypes(inputs: Sequence[Tensor]) -> list[torch.dtype]:
+    """Return the dtypes in which the gradients of features and weights are summed.
 
-    The gradient of a mean over millions of pixels is too small for float16 before the loss scale multiplies it.
+    The gradient of a mean over millions of pixels is too small for float16 before the loss scale multiplies it. Those
+    of the weights are sums over all strips.
     """
-    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+    features, *weights = (tensor.dtype for tensor in inputs)
+    first = torch.float32 if features == torch.float16 else features
+    return [first, *(torch.promote_types(dtype, torch.float32) for dtype in weights)]
 
 
 def _gradient(strip: Strip, slopes: Sequence[tuple[float, Slopes]]) -> Tensor:

@@ -44,6 +44,8 @@ def test_the_wheel_holds_the_configurations_the_kernels_and_the_sweepers(wheel):
     assert {
         "ema_seg/attention/ema/kernels/ema.cpp",
         "ema_seg/attention/ema/kernels/layout.h",
+        "ema_seg/evaluation/kernels/counts.cpp",
+        "ema_seg/inference/kernels/classes.cpp",
         "ema_seg/comparison/page_assets/page.html",
         "hydra_plugins/ema_seg_sweepers/grid.py",
     } <= set(names)

@@ -234,12 +234,19 @@ def test_a_loss_that_is_not_a_number_shows(batch, name):
 
 
 @pytest.mark.parametrize("terms", [*ALL_TERMS[:4], {"cross_entropy": {}, "dice": {}}])
-def test_no_loss_but_lovasz_waits_for_the_device(batch, terms):
+@pytest.mark.parametrize("head", [None, (1, 3), (4, 0)])
+def test_no_loss_but_lovasz_waits_for_the_device(batch, terms, head):
     logits, target = batch
+    if head:
+        shape = head_like(*head)
+        logits = RowLogits(shape.features.requires_grad_(), shape.weights, shape.scale)
+        target = torch.randint(CLASSES, (2, *logits.shape[2:]))
+    else:
+        logits.requires_grad_()
     loss = build_loss(terms, CLASSES, strips=2)
 
     with Synchronisations() as seen:
-        loss(logits.requires_grad_(), target.byte()).backward()
+        loss(logits, target.byte()).backward()
 
     assert seen.found == []
 
