@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -142,17 +143,20 @@ def run_step(step: Step, output: Path, deadline: float) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_ALBUMENTATIONS_UPDATE": "1", **step.environment}
     log = output / f"{step.name}.log"
     with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [str(part) for part in step.command],
+            cwd=ROOT,
+            env=environment,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
-            result = subprocess.run(
-                [str(part) for part in step.command],
-                cwd=ROOT,
-                env=environment,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                timeout=limit,
-            )
-            status = "ok" if result.returncode == 0 else f"failed with status {result.returncode}"
+            code = process.wait(limit)
+            status = "ok" if code == 0 else f"failed with status {code}"
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+            process.wait()
             status = f"stopped after {limit:.0f} s"
     row: dict[str, Any] = {"step": step.name, "status": status, "seconds": round(time.monotonic() - began, 1)}
     if status != "ok":

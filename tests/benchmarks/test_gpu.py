@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, is_alive
 
 FOLDER = ROOT / "benchmarks" / "gpu"
 
@@ -27,7 +27,9 @@ def test_a_step_that_fails_hangs_or_has_no_time_ends_neither_the_others_nor_the_
 
     write = f"import pathlib; pathlib.Path({str(tmp_path / 'good.csv')!r}).write_text('a,b')"
     groups = [[step("good", write, results=["good.csv"]), step("bad", "import sys; print('why'); sys.exit(3)")]]
-    groups += [[step("hanging", "import time; print('here', flush=True); time.sleep(60)", limit=5.5)]]
+    child = f"import os, time; open({str(tmp_path / 'child')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    hanging = f"import subprocess, sys; print('here', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    groups += [[step("hanging", hanging, limit=5.5)]]
     groups += [[step("late", "pass", limit=1)]]
     monkeypatch.setattr(gpu, "all_steps", lambda *_: groups)
 
@@ -39,6 +41,7 @@ def test_a_step_that_fails_hangs_or_has_no_time_ends_neither_the_others_nor_the_
     assert [row["status"] for row in record["steps"]] == [
         "ok", "failed with status 3", "stopped after 6 s", "no time left"
     ]  # fmt: skip
+    assert not is_alive(int((tmp_path / "child").read_text()))
     assert record["results"] == {"good.csv": "a,b"}
     page = (tmp_path / "gpu.md").read_text()
     assert "| bad | failed with status 3 |" in page
