@@ -12,7 +12,7 @@ from typing import Any
 from ema_seg.config import Evaluation, check_settings
 from ema_seg.data import SegmentationDataModule
 from ema_seg.data.datamodule import SampleSelection
-from ema_seg.evaluation import describe_environment, measure_cost, predict_examples, score_images
+from ema_seg.evaluation import ConfusionMatrix, describe_environment, measure_cost, predict_examples, score_images
 from ema_seg.evaluation.cost import cost_batch_size
 from ema_seg.evaluation.evaluator import image_counter, require_labels
 from ema_seg.inference.device import find_device
@@ -89,7 +89,9 @@ def evaluate(
             images = len(loader.sampler)  # type: ignore[arg-type]  # it has a length
             batch_size = cost_batch_size(settings["batch_size"], module.evaluation_batch_size, images)
             first_size = settings["size"] or module.read_first_readable(dataset, 0, dataset.read_image).shape[:2]
-            encoding = image_counter(module.num_classes, lambda _, mask: encode_mask(mask, module.palette))
+            encoding = image_counter(
+                ConfusionMatrix(module.num_classes), lambda _, mask: encode_mask(mask, module.palette)
+            )
             with closing(encoding):
                 cost = measure_cost(
                     model,

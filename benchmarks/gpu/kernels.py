@@ -1,13 +1,14 @@
 """EMA's Triton kernels against the published form in float64, as JSON.
 
-Scratch memory is filled with NaN first, so that a kernel that reads what nothing has written is found. Each case runs
-twice and must give the same bits.
+Scratch memory and results are filled with NaN first, so that a kernel that reads what nothing has written is found.
+Each case runs twice and must give the same bits.
 """
 
 import argparse
 import json
 import multiprocessing
 import traceback
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ema_seg.attention import EMA, DynamicEMA
 from ema_seg.runtime.execution import tf32
+from ema_seg.runtime.files import write_file
 
 # Largest relative deviation (Euclidean norms) of the output and of the input's gradient; ten times as much for those of
 # the parameters, which are sums over all pixels.
@@ -93,21 +95,24 @@ def _compare(case: Case, device: torch.device) -> dict[str, Any]:
     x = x.contiguous(memory_format=getattr(torch, case.layout)).requires_grad_()
     dy = torch.randn_like(x)
 
-    allocate = Tensor.new_empty
+    allocators = Tensor.new_empty, torch.empty_like
 
-    def poisoned(self: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        tensor = allocate(self, *arguments, **options)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def filled(*arguments: Any, **options: Any) -> Tensor:
+            tensor = allocate(*arguments, **options)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return filled
 
     def both() -> list[Tensor]:
         y = ours(x)
         return [y, *torch.autograd.grad(y, [x, *ours.parameters()], dy)]
 
-    Tensor.new_empty = poisoned  # type: ignore[method-assign]
+    Tensor.new_empty, torch.empty_like = map(poisoned, allocators)
     try:
         first, again = both(), both()
     finally:
-        Tensor.new_empty = allocate  # type: ignore[method-assign]
+        Tensor.new_empty, torch.empty_like = allocators
     exact = x.detach().double().contiguous().requires_grad_()
     y = published(exact)
     expected = [y, *torch.autograd.grad(y, [exact, *published.parameters()], dy.double())]
@@ -130,7 +135,7 @@ def main() -> None:
     with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         for row in pool.map(partial(check, device=device), cases(device)):
             rows.append(row)
-            options.output.write_text(json.dumps(rows, indent=1) + "\n")  # what is done when the time is up
+            write_file(options.output, json.dumps(rows, indent=1).encode())  # whole even if the time is up
     failed = [row for row in rows if not row["ok"]]
     for row in failed:
         print(row)

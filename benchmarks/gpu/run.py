@@ -4,7 +4,8 @@
     python benchmarks/gpu/run.py --camvid <folder>    # also a small sweep on CamVid
     python benchmarks/gpu/run.py --device cpu         # everything but the device, on small inputs
 
-It writes ``gpu.md``, one page, and ``gpu.json``, with all that it holds; both can be committed. A step that fails or
+It writes ``gpu.md``, one page, and ``gpu.json``, with all that it holds; both can be committed. An earlier call's
+folder is replaced. A step that fails or
 runs out of time ends neither the others nor the page.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,7 +169,10 @@ def run_step(step: Step, output: Path, deadline: float) -> dict[str, Any]:
 def read_result(path: Path) -> Any:
     """Return the content of a result: parsed if it is JSON."""
     text = path.read_text(encoding="utf-8")
-    return json.loads(text) if path.suffix == ".json" else text
+    try:
+        return json.loads(text) if path.suffix == ".json" else text
+    except ValueError:  # of a step that was stopped while it wrote
+        return None
 
 
 def as_markdown(record: dict[str, Any]) -> str:
@@ -195,8 +200,8 @@ def as_markdown(record: dict[str, Any]) -> str:
     if waits := results.get("synchronisations.json"):
         lines += ["", "## Waits for the device", ""]
         for part, found in waits.items():
-            lines += [f"- one {part}: {found['total']}"]
-            lines += [f"  - {count} at {place}" for place, count in found["lines"]]
+            lines += [f"- one {part}: {found['total'] if found else 'not reached'}"]
+            lines += [f"  - {count} at {place}" for place, count in (found or {"lines": []})["lines"]]
     for row in record["steps"]:
         if "output" in row:
             lines += ["", f"## {row['step']}: {row['status']}", "", "```text", row["output"].rstrip(), "```"]
@@ -217,6 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs", "gpu"), help="default: %(default)s")
     options = parser.parse_args(arguments)
     output = options.output.absolute()
+    if (output / "gpu.json").exists():
+        shutil.rmtree(output)  # an earlier call's, whose results must not be taken for this one's
     output.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + options.limit
     record: dict[str, Any] = {"schema": SCHEMA, "device": options.device, "steps": [], "results": {}}

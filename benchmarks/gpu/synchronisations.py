@@ -2,7 +2,8 @@
 
     python benchmarks/gpu/synchronisations.py --output <file> [override …]
 
-The overrides are those of ``train.py``. Step 6 of the training and the second batch of its validation are watched.
+The overrides are those of ``train.py``. The second step of the training and the first batch of its validation are
+watched.
 """
 
 import argparse
@@ -23,23 +24,25 @@ from ema_seg.cli.launch import complete_config
 from ema_seg.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
-STEP, BATCH = 6, 1
+STEP, BATCH = 1, 0
 
 
 class Watch(Callback):
     """Counter of the waits in one training step and one validation batch, by the lines that lead to them."""
 
     def __init__(self) -> None:
-        self.found: dict[str, Counter[str]] = {"training step": Counter(), "validation batch": Counter()}
+        self.found: dict[str, Counter[str] | None] = {"training step": None, "validation batch": None}
         self._show = warnings.showwarning
 
     def _start(self, part: str) -> None:
+        lines = self.found[part] = Counter()
+
         def show(message: Any, *_: Any, **__: Any) -> None:
             if "called a synchronizing" in str(message):
                 own = ("ema_seg", "lightning", "torch/optim", "torch/nn")
                 frames = [frame for frame in traceback.extract_stack() if any(name in frame.filename for name in own)]
-                lines = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames)]
-                self.found[part][" < ".join(lines[:3])] += 1
+                places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames)]
+                lines[" < ".join(places[:3])] += 1
 
         if torch.cuda.is_available():
             warnings.simplefilter("always")
@@ -84,7 +87,10 @@ def main() -> None:
     watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
         train(config, Path(folder), quiet=True, callbacks=[watch])
-    result = {part: {"total": sum(lines.values()), "lines": lines.most_common()} for part, lines in watch.found.items()}
+    result = {
+        part: None if lines is None else {"total": sum(lines.values()), "lines": lines.most_common()}
+        for part, lines in watch.found.items()
+    }
     options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -108,8 +108,8 @@ def measure_cost(
     batch_sizes = sorted({1, batch_size})
     source = None
     if loader is not None:
-        assert normalise is not None
-        assert counter is not None
+        if normalise is None or counter is None:
+            raise TypeError("measure_cost: a loader needs a normalisation and a counter.")
         source = (loader, normalise, counter)
     share = budget / (len(batch_sizes) + (source is not None))
 

@@ -61,22 +61,24 @@ class Counter(Generic[Result]):
         classes, copied = most_likely_classes(logits), None
         if classes.is_cuda:
             on_host = torch.empty(classes.shape, dtype=classes.dtype, pin_memory=True)
-            classes = on_host.copy_(classes, non_blocking=True)
+            on_host.copy_(classes, non_blocking=True)
             copied = torch.cuda.Event()
-            copied.record()
+            copied.record(torch.cuda.current_stream(classes.device))
+            classes = on_host
         self._waiting.append(self._thread.submit(self._run, name, classes, copied, target))
         while len(self._waiting) > _MOST_WAITING:
             self._results.append(self._waiting.popleft().result())
 
     def results(self) -> list[Result]:
-        """Wait for all images and return their results, in order.
+        """Wait for all images and return the results since the last call, in order.
 
         Raises:
             EmaSegError: an image could not be counted.
         """
         while self._waiting:
             self._results.append(self._waiting.popleft().result())
-        return self._results
+        results, self._results = self._results, []
+        return results
 
     def close(self) -> None:
         """End the thread; images that still wait are not counted."""

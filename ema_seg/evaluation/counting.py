@@ -43,8 +43,10 @@ def count_objects(
 ) -> NDArray[np.int64]:
     """Count intersection and union of each class in three strata of objects, 2 x 3 x K; see ``strata``."""
     counts = np.zeros((2, 3, num_classes), np.int64)
-    if _call("count_objects", prediction, target, num_classes, ignore_index, np.array(limits, np.int64), counts):
-        raise ModelError(f"out of memory for the objects of {target.shape[0]} x {target.shape[1]} pixels.")
+    failed = _call("count_objects", prediction, target, num_classes, ignore_index, np.array(limits, np.int64), counts)
+    if failed:
+        problem = f"out of memory for the objects of {target.shape[0]} x {target.shape[1]} pixels"
+        raise ModelError(f"{problem}." if failed == 1 else f"labels and predictions must be below {num_classes}.")
     return counts
 
 

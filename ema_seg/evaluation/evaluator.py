@@ -91,16 +91,13 @@ def score_images(
     device = torch.device(device)
     model.to(device)
     total = ConfusionMatrix(len(classes))
-    records: list[ImageRecord] = []
-    counter = image_counter(len(classes), on_prediction)
+    counter = image_counter(total, on_prediction)
     with evaluation_mode(model), autocast(device, precision), closing(counter):
         for batch in track(loader, "Evaluating", shown=progress):
             predicted = predict(model, batch["image"], stride, normalise)
             for name, logits, target in zip(batch["name"], predicted, batch["mask"], strict=True):
                 counter.add(name, logits, target)
-        for confusion, image in counter.results():
-            total.merge(confusion)
-            records.append(image)
+        records = counter.results()
     sum_in_place(total.matrix)
     turns = zip_longest(*gather(records))
     everyones = [record for turn in turns for record in turn if record is not None]
@@ -110,25 +107,24 @@ def score_images(
 
 
 def image_counter(
-    num_classes: int, on_prediction: Callable[[str, NDArray[np.integer]], object] | None = None
-) -> Counter[tuple[ConfusionMatrix, ImageRecord]]:
+    total: ConfusionMatrix, on_prediction: Callable[[str, NDArray[np.integer]], object] | None = None
+) -> Counter[ImageRecord]:
     """Return a counter of all that an evaluation records of an image.
 
     Args:
-        num_classes: K.
+        total: receives the counts of all images.
         on_prediction: see ``score_images``.
     """
 
-    def count(
-        name: str, prediction: NDArray[np.integer], truth: NDArray[np.integer]
-    ) -> tuple[ConfusionMatrix, ImageRecord]:
-        confusion = ConfusionMatrix(num_classes)
+    def count(name: str, prediction: NDArray[np.integer], truth: NDArray[np.integer]) -> ImageRecord:
+        confusion = ConfusionMatrix(total.num_classes)
         confusion.update(prediction, truth)
+        total.merge(confusion)
         if on_prediction is not None:
             on_prediction(name, prediction)
-        return confusion, _record(name, confusion, prediction, truth)
+        return _record(name, confusion, prediction, truth)
 
-    return Counter(num_classes, count)
+    return Counter(total.num_classes, count)
 
 
 def _record(

@@ -97,6 +97,11 @@ class RowLogits:
         return torch.Size((batch, classes, *(self.size or (height * self.scale, width * self.scale))))
 
     @property
+    def device(self) -> torch.device:
+        """The logits' device."""
+        return self.features.device
+
+    @property
     def inputs(self) -> tuple[Tensor, ...]:
         """The tensors that the logits are computed from."""
         return self.features, *self.weights
@@ -111,9 +116,11 @@ class RowLogits:
 
     def whole(self) -> Tensor:
         """Compute all logits at once, as the head does."""
+        dtype = self.dtype or self.features.dtype
         logits = self.features
         if self.weights:
-            logits = _conv2d(logits, self.weights, (self._halo, self._halo))
+            weights = [weight.to(dtype) for weight in self.weights]
+            logits = _conv2d(logits.to(dtype), weights, (self._halo, self._halo))
         height, width = self.shape[2:]
         return _upsample(logits, self.scale)[..., :height, :width]
 
@@ -124,13 +131,14 @@ class RowLogits:
             return max(0, first - self._halo), min(height, last + self._halo)
         return int(first * self._step), min(height, int((last - 1) * self._step) + 2)
 
-    def compute(self, inputs: Sequence[Tensor], first: int, last: int) -> Tensor:
+    def compute(self, inputs: Sequence[Tensor], first: int, last: int, dtype: torch.dtype | None = None) -> Tensor:
         """Compute the logits of some rows of one image.
 
         Args:
             inputs: as ``inputs``, but of the features only the image's ``feature_rows``, 1 x C x rows x w.
             first: first row of the logits.
             last: end of the rows.
+            dtype: dtype of a convolution; None for the model's.
 
         Returns:
             A float32 tensor 1 x K x rows x W; float64 for float64 features.
@@ -138,7 +146,9 @@ class RowLogits:
         features, *weights = inputs
         result = torch.promote_types(features.dtype, torch.float32)
         if weights:
-            logits = self._convolve(features, weights, first, last).to(result)
+            dtype = dtype or self.dtype or features.dtype
+            logits = self._convolve(features.to(dtype), [weight.to(dtype) for weight in weights], first, last)
+            logits = logits.to(result)
         elif self.scale == 1:
             logits = features.to(result)
         else:
@@ -148,11 +158,9 @@ class RowLogits:
     def _convolve(self, features: Tensor, weights: Sequence[Tensor], first: int, last: int) -> Tensor:
         start, stop = self.feature_rows(first, last)
         above, below = self._halo - (first - start), self._halo - (stop - last)
-        dtype = self.dtype or features.dtype
-        # Gradients of a mean over millions of pixels are too small for float16.
-        dtype = torch.float32 if dtype == torch.float16 else dtype
-        features = F.pad(features.to(dtype), (0, 0, above, below)) if above or below else features.to(dtype)
-        return _conv2d(features, [weight.to(dtype) for weight in weights], (0, self._halo))
+        if above or below:
+            features = F.pad(features, (0, 0, above, below))
+        return _conv2d(features, weights, (0, self._halo))
 
     def _interpolate(self, features: Tensor, first: int, last: int) -> Tensor:
         start, stop = self.feature_rows(first, last)
@@ -162,8 +170,9 @@ class RowLogits:
             features.contiguous(memory_format=torch.channels_last), size=size, mode="bilinear", align_corners=True
         ).contiguous()
         # The weight of a feature row is 1 - its distance, in rows.
-        positions = torch.arange(first, last, dtype=torch.float64, device=features.device) * self._step
-        rows = torch.arange(start, stop, dtype=torch.float64, device=features.device)
+        dtype = torch.float32 if features.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        positions = torch.arange(first, last, dtype=dtype, device=features.device) * self._step
+        rows = torch.arange(start, stop, dtype=dtype, device=features.device)
         weights = (1 - (positions[:, None] - rows).abs()).clamp_min(0).to(wide.dtype)
         return weights @ wide
 
@@ -186,6 +195,8 @@ def row_logits(model: nn.Module, images: Tensor) -> RowLogits:
         model: maps float images (B, 3, H, W) to logits (B, K, H, W). Without a ``SegmentationHead`` or ``DPTHead`` the
             whole model is run.
         images: its input.
+
+    The head is told by an attribute to stop: no other thread may run the model meanwhile.
     """
     head = next((module for module in model.modules() if isinstance(module, SegmentationHead | DPTHead)), None)
     if head is None:

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import cv2
 import torch
@@ -41,12 +42,20 @@ def reraise_size_errors(images: Tensor) -> Iterator[None]:
         ) from error
 
 
+class _Batch(Protocol):
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
 @contextmanager
-def reraise_out_of_memory(images: Tensor, advice: str) -> Iterator[None]:
+def reraise_out_of_memory(images: _Batch, advice: str) -> Iterator[None]:
     """Replace an out-of-memory error by one sentence about a model's input.
 
     Args:
-        images: the input, B x C x H x W.
+        images: the input, or anything that has its batch size, height, width and device, B x C x H x W.
         advice: the end of the sentence, which says what the user can do.
 
     Raises:

@@ -324,6 +324,9 @@ class WeightedSum(nn.Module):
         if isinstance(logits, RowLogits) and (at_once or self.strips == "off"):
             logits = logits.whole()
         rows = logits if isinstance(logits, RowLogits) else RowLogits(logits)
+        batch, _, *sides = rows.shape
+        if tuple(target.shape) != (batch, *sides):
+            raise ValueError(f"the target must have the logits' size {(batch, *sides)}, got {tuple(target.shape)}")
         with torch.autocast(target.device.type, enabled=False):
             height = self.strips if isinstance(self.strips, int) else rows.shape[2]
             if self.strips == "auto":

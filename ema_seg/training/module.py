@@ -81,9 +81,8 @@ class SegmentationModule(LightningModule):
         self.schedule_settings = dict(schedule)
         self.stride = model_stride(model)
         self.confusion = ConfusionMatrix(len(classes))
-        self.counter: Counter[ConfusionMatrix] | None = None  # of the validation that runs
-        self.validation_losses: Tensor | float = 0.0
-        self.validation_images = 0
+        self.counter: Counter[None] | None = None  # of the validation that runs
+        self.validation_losses: list[Tensor] = []
         self.iou_names = _tags("val_iou", self.classes)
         self.finite = FiniteCheck()
         # For the progress bar. Lightning would read a logged value for it in each step, and so wait for the device.
@@ -116,7 +115,8 @@ class SegmentationModule(LightningModule):
                     f"ckpt={path}: its config must have the section {name}; use ema_seg.models.load_segmenter for the "
                     "model alone."
                 )
-        loss = build_loss(config["loss"], len(classes))
+        strips = config.get("training", {}).get("loss_strips", "auto")
+        loss = build_loss(config["loss"], len(classes), strips=strips)
         settings = {"optimizer": config["optimizer"], "schedule": config["schedule"], "config": config}
         normalise = Normalise(config["data"]["mean"], config["data"]["std"])
         return cls(model, loss, normalise, classes=classes, **settings).train().to(torch.device(map_location or "cpu"))
@@ -201,8 +201,10 @@ class SegmentationModule(LightningModule):
         """Reset the scores of the validation, and broadcast the model's buffers."""
         self.finite.check()
         self.confusion = ConfusionMatrix(len(self.classes))
+        if self.counter is not None:
+            self.counter.close()  # of a validation that failed
         self.counter = Counter(len(self.classes), self._count)
-        self.validation_losses, self.validation_images = 0.0, 0
+        self.validation_losses = []
         if rank_info().size > 1:
             # Rank 0's buffers are those in the checkpoints. The weights are equal on all ranks.
             for buffer in self.model.buffers():
@@ -213,10 +215,9 @@ class SegmentationModule(LightningModule):
         for logits, target in zip(self.score(batch), batch["mask"], strict=True):
             if (target != IGNORE_INDEX).any():
                 # Without collectives: the ranks may have different numbers of images.
-                with torch.no_grad(), single_process(), reraise_out_of_memory(logits.features, LESS_MEMORY):
+                with torch.no_grad(), single_process(), reraise_out_of_memory(logits, LESS_MEMORY):
                     loss = self.loss(logits, target[None].to(self.device, non_blocking=True))
-                    self.validation_losses += loss.double()
-                self.validation_images += 1
+                    self.validation_losses.append(loss)
 
     def score(self, batch: dict[str, Any]) -> list[RowLogits]:
         """Predict whole images and count their pixels.
@@ -230,17 +231,14 @@ class SegmentationModule(LightningModule):
             self.counter.add(name, logits, target)
         return predicted
 
-    def _count(self, name: str, prediction: NDArray[np.integer], truth: NDArray[np.integer]) -> ConfusionMatrix:
-        confusion = ConfusionMatrix(len(self.classes))
-        confusion.update(prediction, truth)
-        return confusion
+    def _count(self, name: str, prediction: NDArray[np.integer], truth: NDArray[np.integer]) -> None:
+        self.confusion.update(prediction, truth)
 
     def compute_scores(self) -> Scores:
         """Compute the scores over the images of all ranks; a collective."""
         if self.counter is not None:
             with closing(self.counter):
-                for counts in self.counter.results():
-                    self.confusion.merge(counts)
+                self.counter.results()
             self.counter = None
         sum_in_place(self.confusion.matrix)
         return self.confusion.compute()
@@ -248,8 +246,8 @@ class SegmentationModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the loss and the scores over the images of all ranks."""
         scores = self.compute_scores()
-        sums = torch.tensor([float(self.validation_losses), self.validation_images], dtype=torch.float64)
-        loss, images = sum_in_place(sums)
+        losses = [float(loss) for loss in self.validation_losses]
+        loss, images = sum_in_place(torch.tensor([sum(losses), len(losses)], dtype=torch.float64))
         self.log("val/loss", float(loss / images))
         for index, iou in enumerate(scores["iou"]):
             if not math.isnan(iou):

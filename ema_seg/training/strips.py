@@ -144,7 +144,7 @@ class InStrips(torch.autograd.Function):
         scanned: dict[Term, list[Tensor]] = {term: [] for _, term in terms if term.scans}
         normalizers: list[Tensor] = []
         for place in _places(logits, target, rows) if scanned else ():
-            computed = place.image.compute(place.sources(), place.first, place.last)
+            computed = place.compute(place.sources())
             strip = Strip(computed[0].flatten(1), place.labels)
             for term, results in scanned.items():
                 results.append(term.scan(strip))
@@ -165,7 +165,7 @@ class InStrips(torch.autograd.Function):
         for number, place in enumerate(_places(logits, target, rows) if parts else ()):
             with torch.set_grad_enabled(learns):
                 sources = place.sources(learns)
-                computed = place.image.compute(sources, place.first, place.last)
+                computed = place.compute(sources)
             normalizer = normalizers[number] if normalizers else None
             strip = Strip(computed.detach()[0].flatten(1), place.labels, normalizer)
             slopes: list[tuple[float, Slopes]] = []
@@ -214,6 +214,12 @@ class _Place(NamedTuple):
         inputs = [self.image.features[:, :, start:stop], *self.image.weights]
         dtypes = _sum_dtypes(inputs)
         return [tensor.detach().to(dtype).requires_grad_(learns) for tensor, dtype in zip(inputs, dtypes, strict=True)]
+
+    def compute(self, sources: Sequence[Tensor]) -> Tensor:
+        """Compute the strip's logits, 1 x K x rows x W."""
+        # Gradients of a mean over millions of pixels are too small for float16.
+        dtype = torch.float32 if self.image.dtype == torch.float16 else None
+        return self.image.compute(sources, self.first, self.last, dtype)
 
 
 def _places(logits: RowLogits, target: Tensor, rows: int) -> Iterator[_Place]:

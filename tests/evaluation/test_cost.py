@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from ema_seg.data.normalise import Normalise
-from ema_seg.evaluation import measure_cost
+from ema_seg.evaluation import ConfusionMatrix, measure_cost
 from ema_seg.evaluation.cost import cost_batch_size, count_macs, count_parameters, measure_peak_memory, time_end_to_end
 from ema_seg.evaluation.evaluator import image_counter
 from ema_seg.runtime.errors import ConfigError, DataError, ModelError
@@ -119,7 +119,7 @@ def test_measures_the_model_it_is_given(tmp_path: Path) -> None:
         device="cpu",
         loader=loader,
         normalise=NORMALISE,
-        counter=image_counter(4),
+        counter=image_counter(ConfusionMatrix(4)),
         warmup=1,
         min_repeats=3,
         budget=0.02,
@@ -152,7 +152,7 @@ def test_measures_the_model_it_is_given(tmp_path: Path) -> None:
 def test_end_to_end_covers_the_data_set(tmp_path: Path, count: int, workers: int, warmup: int, timed: int) -> None:
     loader = DataLoader(Files(tmp_path, count), batch_size=2, collate_fn=collate, num_workers=workers)
     scored: list[str] = []
-    counter = image_counter(4, lambda name, mask: scored.append(name))
+    counter = image_counter(ConfusionMatrix(4), lambda name, mask: scored.append(name))
     result = time_end_to_end(two_convolutions(), loader, NORMALISE, counter, stride=8, budget=60)
     assert scored == [str(index) for index in range(count)]
     assert result["images_per_second"] > 0
@@ -164,7 +164,7 @@ def test_end_to_end_covers_the_data_set(tmp_path: Path, count: int, workers: int
 
 def test_end_to_end_stops_when_the_budget_is_spent(tmp_path: Path) -> None:
     loader = DataLoader(Files(tmp_path, 9), batch_size=1, collate_fn=collate)
-    counter = image_counter(4)
+    counter = image_counter(ConfusionMatrix(4))
     assert time_end_to_end(two_convolutions(), loader, NORMALISE, counter, stride=8, budget=0)["images"] == 1
 
 
@@ -214,7 +214,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
             device="cpu",
             loader=empty,
             normalise=NORMALISE,
-            counter=image_counter(4),
+            counter=image_counter(ConfusionMatrix(4)),
             budget=0.01,
         )
 

@@ -28,6 +28,7 @@ def test_results_come_in_order_from_another_thread() -> None:
         for index in range(40):  # more than may wait
             counter.add(str(index), logits_of(index % 3), torch.full((4, 5), index % 3, dtype=torch.uint8))
         assert counter.results() == [(str(index), index % 3, True) for index in range(40)]
+        assert counter.results() == []
 
 
 def test_a_mistake_in_an_image_ends_the_evaluation_with_its_name() -> None:

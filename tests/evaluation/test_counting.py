@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.evaluation.counting import count_pixels, countable
 from ema_seg.evaluation.strata import count_strata, count_strata_by_class
-from ema_seg.runtime.errors import DataError
+from ema_seg.runtime.errors import DataError, ModelError
 
 Maps = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
@@ -75,3 +75,8 @@ def test_labels_that_a_byte_cannot_hold_are_not_counted_as_bytes() -> None:
     confusion = ConfusionMatrix(3)
     with pytest.raises(DataError, match="got 256"):
         confusion.update(np.zeros((2, 2), np.int64), np.full((2, 2), 256))
+
+
+def test_objects_of_no_class_are_refused() -> None:
+    with pytest.raises(ModelError, match="labels and predictions must be below 2"):
+        count_strata(np.full((4, 4), 254, np.uint8), np.zeros((4, 4), np.uint8), 2)

@@ -343,3 +343,9 @@ def test_a_model_learns_the_same_in_strips(decoder, compiled):
     for name, gradient in gradients[0].items():
         if gradient is not None:
             assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_target_of_another_size_is_refused(batch):
+    logits, target = batch
+    with pytest.raises(ValueError, match=r"the target must have the logits' size \(2, 6, 7\), got \(2, 5, 7\)"):
+        build_loss({"dice": {}}, CLASSES)(logits, target[:, :5])

@@ -62,11 +62,14 @@ def _launch(
 ) -> None:
     """Launch phases of a kernel, each on its grid; compile them together first if they are new.
 
-    Nothing is tuned in deterministic mode, in which the order of sums must not depend on trials.
+    Nothing is tuned in deterministic mode, in which the order of sums must not depend on trials, and during CUDA graph
+    capture, which the trials would abort.
     """
     batch, channels, height, width = shape = tuple(x.shape)
     arguments = (*tensors, height, width // plan.unit, batch * channels, family_of(shape, plan))
-    tunes = tuned is not None and not torch.are_deterministic_algorithms_enabled()
+    tunes = tuned is not None and not (
+        torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing()
+    )
     # These phases have one program per group, and no tile.
     alone = [phase for phase in grids if phase in ("gates", "mixing", "small")]
     plans = {phase: for_single_groups(plan) if phase in alone else plan for phase in grids}

@@ -90,17 +90,19 @@ extern "C" int count_pixels(
 }
 
 // Adds intersection and union, 2 x 3 x classes: of objects under limits[0] pixels, under limits[1], and from there on.
-// Returns 1 if memory runs out.
+// Returns 1 if memory runs out, 2 if a label is no class.
 extern "C" int count_objects(
     const uint8_t *prediction, const uint8_t *truth, int64_t height, int64_t width, int64_t classes, int64_t ignored,
     const int64_t *limits, int64_t *counts) try {
     int64_t *intersection = counts, *unions = counts + 3 * classes;
     const auto stratum = [&](int64_t size) { return (size >= limits[0]) + (size >= limits[1]); };
     const int none = static_cast<int>(ignored);
+    bool outside = false;
     each_object(
         height, width, none, [&](int64_t i) { return static_cast<int>(truth[i]); },
         [&](int64_t i) { return truth[i] == prediction[i]; },
         [&](int label, int64_t size, int64_t right) {
+            if ((outside |= label >= classes)) return;
             intersection[stratum(size) * classes + label] += right;
             unions[stratum(size) * classes + label] += size;
         });
@@ -108,8 +110,11 @@ extern "C" int count_objects(
     each_object(
         height, width, none, [&](int64_t i) { return truth[i] == ignored ? none : static_cast<int>(prediction[i]); },
         [&](int64_t i) { return truth[i] != prediction[i]; },
-        [&](int label, int64_t size, int64_t wrong) { unions[stratum(size) * classes + label] += wrong; });
-    return 0;
+        [&](int label, int64_t size, int64_t wrong) {
+            if ((outside |= label >= classes)) return;
+            unions[stratum(size) * classes + label] += wrong;
+        });
+    return outside ? 2 : 0;
 } catch (const std::bad_alloc &) {
     return 1;
 }

@@ -198,7 +198,7 @@ def score(root: Path, folder: Path) -> dict[str, object]:
     import torch
 
     from ema_seg.data import SegmentationDataModule
-    from ema_seg.evaluation import measure_cost, score_images
+    from ema_seg.evaluation import ConfusionMatrix, measure_cost, score_images
     from ema_seg.evaluation.evaluator import image_counter
     from ema_seg.reporting.predictions import PredictionWriter
 
@@ -236,7 +236,7 @@ def score(root: Path, folder: Path) -> dict[str, object]:
         device="cpu",
         loader=loader,
         normalise=data.normalise,
-        counter=image_counter(data.num_classes),
+        counter=image_counter(ConfusionMatrix(data.num_classes)),
         min_repeats=1,
         budget=0.01,
     )
