@@ -322,9 +322,7 @@ def time_end_to_end(
     barrier()
     images, start = 0, time.perf_counter()
     for index, batch in enumerate(loader):
-        logits = predict(model, batch["image"], stride, normalise)
-        for image in zip(batch["name"], logits, batch["mask"], strict=True):
-            counter.add(*image)
+        counter.add_batch(batch, predict(model, batch["image"], stride, normalise))
         if index < warmup:
             counter.results()
             start = time.perf_counter()

@@ -1,9 +1,9 @@
 """Counting of predictions in a thread of its own, beside the model."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -68,6 +68,15 @@ class Counter(Generic[Result]):
         self._waiting.append(self._thread.submit(self._run, name, classes, copied, target))
         while len(self._waiting) > _MOST_WAITING:
             self._results.append(self._waiting.popleft().result())
+
+    def add_batch(self, batch: Mapping[str, Any], logits: Sequence[RowLogits]) -> None:
+        """Count the images of a batch: lists ``name`` and ``mask``; see ``add``.
+
+        The logits of all images share the features of the batch. A caller that keeps none of them frees the features
+        before the next forward.
+        """
+        for name, own, target in zip(batch["name"], logits, batch["mask"], strict=True):
+            self.add(name, own, target)
 
     def results(self) -> list[Result]:
         """Wait for all images and return the results since the last call, in order.

@@ -94,9 +94,7 @@ def score_images(
     counter = image_counter(total, on_prediction)
     with evaluation_mode(model), autocast(device, precision), closing(counter):
         for batch in track(loader, "Evaluating", shown=progress):
-            predicted = predict(model, batch["image"], stride, normalise)
-            for name, logits, target in zip(batch["name"], predicted, batch["mask"], strict=True):
-                counter.add(name, logits, target)
+            counter.add_batch(batch, predict(model, batch["image"], stride, normalise))
         records = counter.results()
     sum_in_place(total.matrix)
     turns = zip_longest(*gather(records))

@@ -227,8 +227,7 @@ class SegmentationModule(LightningModule):
         """
         predicted = predict(self.model, batch["image"], self.stride, self.normalise)
         assert self.counter is not None
-        for name, logits, target in zip(batch["name"], predicted, batch["mask"], strict=True):
-            self.counter.add(name, logits, target)
+        self.counter.add_batch(batch, predicted)
         return predicted
 
     def _count(self, name: str, prediction: NDArray[np.integer], truth: NDArray[np.integer]) -> None:
