@@ -191,12 +191,12 @@ class RowLogits:
 def row_logits(model: nn.Module, images: Tensor) -> RowLogits:
     """Run a model up to the last layer of its head.
 
+    An attribute of the head defers that layer during the call, so no other thread may run the model then.
+
     Args:
         model: maps float images (B, 3, H, W) to logits (B, K, H, W). Without a ``SegmentationHead`` or ``DPTHead`` the
             whole model is run.
         images: its input.
-
-    The head is told by an attribute to stop: no other thread may run the model meanwhile.
     """
     head = next((module for module in model.modules() if isinstance(module, SegmentationHead | DPTHead)), None)
     if head is None:

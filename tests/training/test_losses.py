@@ -322,8 +322,9 @@ def test_a_frozen_input_gets_no_gradient_and_a_crop_counts_alone(name, frozen):
     assert [tensor.grad is None for tensor in inputs] == [index == frozen for index in range(3)]
 
 
-@pytest.mark.parametrize("decoder", ["unet", "fpn"])
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("decoder", "compiled"), [("unet", False), ("fpn", False), pytest.param("unet", True, marks=pytest.mark.slow)]
+)
 def test_a_model_learns_the_same_in_strips(decoder, compiled):
     gradients = []
     for strips in ("off", 3):
