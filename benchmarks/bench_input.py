@@ -24,6 +24,7 @@ import cv2
 import numpy as np
 import torch
 import yaml
+from full_size import DATA_SETS
 from measuring import (
     Spread,
     describe_run,
@@ -51,7 +52,6 @@ import albumentations as A
 SCHEMA = 1
 NAME = "bench_input"
 ROOT = Path(__file__).resolve().parents[1]
-DATA_SETS = {"cityscapes": "cityscapes", "ade20k": "ADEChallengeData2016"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 8
 

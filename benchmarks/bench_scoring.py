@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from full_size import DATA_SETS
 from measuring import (
     Spread,
     describe_run,
@@ -43,7 +44,6 @@ from ema_seg.runtime.host_memory import keep_freed_memory
 
 SCHEMA = 1
 NAME = "bench_scoring"
-DATA_SETS = {"cityscapes": "cityscapes", "ade20k": "ADEChallengeData2016"}
 SCALES = {"fpn": 4, "pspnet": 8}  # decoders by the factor of their last upsampling
 IMAGES = 4
 

@@ -30,6 +30,8 @@ from rich.progress import track
 from ema_seg.data import ADE20KDataset
 from ema_seg.data.street_scene import render_scene
 
+# Folders of the data sets by their names in configurations.
+DATA_SETS = {"cityscapes": "cityscapes", "ade20k": "ADEChallengeData2016"}
 # Cityscapes' splits come from different cities; ADE20K calls its splits otherwise.
 _CITIES = {"train": "aachen", "val": "frankfurt"}
 _ADE_FOLDERS = {"train": "training", "val": "validation"}

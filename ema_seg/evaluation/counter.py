@@ -66,8 +66,7 @@ class Counter(Generic[Result]):
             copied.record(torch.cuda.current_stream(classes.device))
             classes = on_host
         self._waiting.append(self._thread.submit(self._run, name, classes, copied, target))
-        while len(self._waiting) > _MOST_WAITING:
-            self._results.append(self._waiting.popleft().result())
+        self._collect(_MOST_WAITING)
 
     def add_batch(self, batch: Mapping[str, Any], logits: Sequence[RowLogits]) -> None:
         """Count the images of a batch: lists ``name`` and ``mask``; see ``add``.
@@ -84,14 +83,18 @@ class Counter(Generic[Result]):
         Raises:
             EmaSegError: an image could not be counted.
         """
-        while self._waiting:
-            self._results.append(self._waiting.popleft().result())
+        self._collect(0)
         results, self._results = self._results, []
         return results
 
     def close(self) -> None:
         """End the thread; images that still wait are not counted."""
         self._thread.shutdown(cancel_futures=True)
+
+    def _collect(self, most: int) -> None:
+        """Wait for the oldest images until at most ``most`` wait."""
+        while len(self._waiting) > most:
+            self._results.append(self._waiting.popleft().result())
 
     def _run(self, name: str, classes: Tensor, copied: torch.cuda.Event | None, target: Tensor) -> Result:
         if copied is not None:

@@ -1,12 +1,13 @@
 """The most likely class of each pixel, without the logits at the image's resolution."""
 
 import ctypes
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ema_seg.models.head import RowLogits
+from ema_seg.models.head import RowLogits, bytes_at_once
 from ema_seg.runtime.cpp import Library, load_library
 from ema_seg.runtime.errors import ModelError
 
@@ -14,9 +15,6 @@ __all__ = ["most_likely_classes"]
 
 _SOURCE = Path(__file__).parent / "kernels" / "classes.cpp"
 _MOST_CLASSES = 256  # in a byte
-# Bytes of the logits that are computed at once: on a CPU about the size of a core's caches.
-_BYTES_AT_ONCE = {"cpu": 2**21}
-_GPU_BYTES_AT_ONCE = 2**27
 
 
 @torch.no_grad()
@@ -45,12 +43,10 @@ def most_likely_classes(logits: RowLogits) -> Tensor:
 
 def _by_rows(logits: RowLogits, ids: Tensor) -> None:
     """Fill the classes a few rows at a time."""
-    row = logits.shape[1] * logits.shape[3] * 4
-    count = max(1, _BYTES_AT_ONCE.get(ids.device.type, _GPU_BYTES_AT_ONCE) // row)
+    count = logits.rows_at_once()
     for first in range(0, len(ids), count):
         last = min(len(ids), first + count)
-        start, stop = logits.feature_rows(first, last)
-        strip = logits.compute([logits.features[:, :, start:stop], *logits.weights], first, last)[0]
+        strip = logits.compute(logits.inputs_of(first, last), first, last)[0]
         if ids.device.type == "cpu" and ids.dtype == torch.uint8 and _kernels_can(strip):
             strip = strip.contiguous()
             arguments = (strip.data_ptr(), len(strip), strip[0].numel(), ids[first].data_ptr(), torch.get_num_threads())
@@ -62,7 +58,7 @@ def _by_rows(logits: RowLogits, ids: Tensor) -> None:
 def _by_channels(logits: RowLogits, ids: Tensor) -> None:
     """Fill the classes a few channels at a time: interpolation treats each on its own."""
     channel = logits.features[0, 0].nbytes * logits.scale**2
-    count = max(1, _BYTES_AT_ONCE.get(ids.device.type, _GPU_BYTES_AT_ONCE) // channel)
+    count = max(1, bytes_at_once(ids.device) // channel)
     highest = None
     for first, features in enumerate(logits.features.split(count, dim=1)):
         values, found = RowLogits(features, scale=logits.scale, size=logits.size).whole()[0].max(dim=0)
@@ -94,6 +90,7 @@ def _kernels_can(logits: Tensor) -> bool:
     return logits.dtype == torch.float32 and _kernels().loaded is not None
 
 
+@cache
 def _kernels() -> Library:
     library = load_library(_SOURCE, "-ffp-contract=off")
     if library.loaded is not None:

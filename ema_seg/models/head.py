@@ -15,7 +15,12 @@ from segmentation_models_pytorch.decoders.dpt.decoder import DPTSegmentationHead
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["DPTHead", "RowLogits", "SegmentationHead", "row_logits", "splittable_head"]
+__all__ = ["DPTHead", "RowLogits", "SegmentationHead", "bytes_at_once", "row_logits", "splittable_head"]
+
+
+# Bytes of the logits that are computed at once: on a CPU about the size of a core's caches.
+_BYTES_AT_ONCE = {"cpu": 2**22}
+_GPU_BYTES_AT_ONCE = 2**27
 
 
 class SegmentationHead(nn.Sequential):
@@ -131,11 +136,22 @@ class RowLogits:
             return max(0, first - self._halo), min(height, last + self._halo)
         return int(first * self._step), min(height, int((last - 1) * self._step) + 2)
 
+    def rows_at_once(self) -> int:
+        """Return the number of rows of an image that suits the device."""
+        _, classes, _, width = self.shape
+        row = classes * width * max(4, self.features.element_size())
+        return max(1, bytes_at_once(self.device) // max(1, row))
+
+    def inputs_of(self, first: int, last: int) -> list[Tensor]:
+        """Return the inputs of the logits of rows ``first`` to ``last``, as ``compute`` takes them."""
+        start, stop = self.feature_rows(first, last)
+        return [self.features[:, :, start:stop], *self.weights]
+
     def compute(self, inputs: Sequence[Tensor], first: int, last: int, dtype: torch.dtype | None = None) -> Tensor:
         """Compute the logits of some rows of one image.
 
         Args:
-            inputs: as ``inputs``, but of the features only the image's ``feature_rows``, 1 x C x rows x w.
+            inputs: see ``inputs_of``.
             first: first row of the logits.
             last: end of the rows.
             dtype: dtype of a convolution; None for the model's.
@@ -186,6 +202,11 @@ class RowLogits:
         """Distance of two rows of the logits, in rows of the features."""
         height = self.features.shape[2]
         return (height - 1) / (height * self.scale - 1)
+
+
+def bytes_at_once(device: torch.device) -> int:
+    """Return how many bytes of logits are computed at once on a device."""
+    return _BYTES_AT_ONCE.get(device.type, _GPU_BYTES_AT_ONCE)
 
 
 def row_logits(model: nn.Module, images: Tensor) -> RowLogits:

@@ -25,7 +25,7 @@ from ema_seg.models.head import RowLogits
 from ema_seg.runtime.distributed.collectives import sum_in_place
 from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.errors import ConfigError, did_you_mean
-from ema_seg.training.strips import InStrips, Part, Slopes, Strip, Term, strip_rows
+from ema_seg.training.strips import InStrips, Part, Slopes, Strip, Term
 
 __all__ = ["WeightedSum", "build_loss", "loss_names"]
 
@@ -330,7 +330,7 @@ class WeightedSum(nn.Module):
         with torch.autocast(target.device.type, enabled=False):
             height = self.strips if isinstance(self.strips, int) else rows.shape[2]
             if self.strips == "auto":
-                height = strip_rows(rows)
+                height = rows.rows_at_once()
             learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in rows.inputs)
             total: Tensor = InStrips.apply(rows, target, in_strips, height, learns, *rows.inputs)
             # A mean over no pixel would be NaN.

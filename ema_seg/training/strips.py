@@ -13,11 +13,7 @@ from torch import Tensor, nn
 from ema_seg.data.base import IGNORE_INDEX
 from ema_seg.models.head import RowLogits
 
-__all__ = ["InStrips", "Part", "Slopes", "Strip", "Term", "strip_rows"]
-
-# Bytes of the logits in a strip: on a CPU about the size of a core's caches.
-_STRIP_BYTES = {"cpu": 2**22}
-_GPU_STRIP_BYTES = 2**27
+__all__ = ["InStrips", "Part", "Slopes", "Strip", "Term"]
 
 
 class Strip:
@@ -114,13 +110,6 @@ class Term(nn.Module):
         raise NotImplementedError
 
 
-def strip_rows(logits: RowLogits) -> int:
-    """Return the number of rows in a strip that suits the device."""
-    classes, width = logits.shape[1], logits.shape[3]
-    row = classes * width * max(4, logits.features.element_size())
-    return max(1, _STRIP_BYTES.get(logits.features.device.type, _GPU_STRIP_BYTES) // max(1, row))
-
-
 class InStrips(torch.autograd.Function):
     """Weighted sum of terms, computed in strips of rows together with its gradient.
 
@@ -129,7 +118,7 @@ class InStrips(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         context: Any,
         logits: RowLogits,
         target: Tensor,
@@ -138,6 +127,7 @@ class InStrips(torch.autograd.Function):
         learns: bool,
         *inputs: Tensor,
     ) -> Tensor:
+        """Compute the loss, and the gradients of the inputs if they are needed."""
         dtype = torch.promote_types(logits.features.dtype, torch.float32)
         total = torch.zeros((), dtype=dtype, device=target.device)
 
@@ -184,9 +174,8 @@ class InStrips(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(  # noqa: D102
-        context: Any, *outer: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(context: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients, multiplied by that of the loss."""
         gradients, context.gradients = context.gradients, None
         if gradients is None:
             raise RuntimeError("The loss's gradient is gone after its first backward; compute the loss again.")
@@ -210,8 +199,7 @@ class _Place(NamedTuple):
 
     def sources(self, learns: bool = False) -> list[Tensor]:
         """Return the inputs of the strip's logits, detached."""
-        start, stop = self.image.feature_rows(self.first, self.last)
-        inputs = [self.image.features[:, :, start:stop], *self.image.weights]
+        inputs = self.image.inputs_of(self.first, self.last)
         dtypes = _sum_dtypes(inputs)
         return [tensor.detach().to(dtype).requires_grad_(learns) for tensor, dtype in zip(inputs, dtypes, strict=True)]
 

@@ -11,7 +11,7 @@ def bench():
 
 def test_both_ways_give_one_loss_and_their_costs(bench, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "SHAPES", {"cityscapes": (19, 64, 48)})
-    monkeypatch.setattr("ema_seg.training.strips._STRIP_BYTES", {"cpu": 8 * 19 * 48 * 4})
+    monkeypatch.setattr("ema_seg.models.head._BYTES_AT_ONCE", {"cpu": 8 * 19 * 48 * 4})
     monkeypatch.setattr(bench, "keep_freed_memory", lambda: None)
 
     command = ["--shapes", "cityscapes", "--heads", "unet", "fpn", "--budget", "0.01", "--output", str(tmp_path)]

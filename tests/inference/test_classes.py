@@ -51,7 +51,7 @@ def test_threads_share_the_rows(threads):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kernel", [0, 1, 3])
 def test_classes_at_full_resolution_are_those_of_all_logits(kernels, layout, kernel, monkeypatch):
-    monkeypatch.setattr(classes_module, "_BYTES_AT_ONCE", {"cpu": 5 * 29 * 4 * 3})  # three rows
+    monkeypatch.setattr("ema_seg.models.head._BYTES_AT_ONCE", {"cpu": 5 * 29 * 4 * 3})  # three rows
     generator = torch.Generator().manual_seed(0)
     weights = ()
     if kernel:

@@ -22,10 +22,7 @@ def head_like(scale, kernel, dtype=torch.float32, layout=torch.contiguous_format
 
 def rows_of(logits, first, last):
     """Compute some rows of the whole batch, image by image."""
-    start, stop = logits.feature_rows(first, last)
-    images = [image.compute([image.features[:, :, start:stop], *image.weights], first, last)
-              for image in logits.images()]  # fmt: skip
-    return torch.cat(images)
+    return torch.cat([image.compute(image.inputs_of(first, last), first, last) for image in logits.images()])
 
 
 @pytest.mark.parametrize(("scale", "kernel"), [(1, 1), (1, 3), (1, 5), (1, 0), (2, 0), (4, 0), (8, 0)])

@@ -136,6 +136,7 @@ def test_the_cache_is_the_users_unless_a_variable_says_otherwise(monkeypatch, tm
 def test_without_the_kernels_auto_computes_with_pytorch_and_a_request_for_them_says_why(cache, monkeypatch):
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setattr(cpp_kernels, "load_library", cpp.load_library.__wrapped__)
+    monkeypatch.setattr(cpp_kernels, "_load_kernels", cpp_kernels._load_kernels.__wrapped__)
     monkeypatch.setattr(choice, "_reason_unavailable", choice._reason_unavailable.__wrapped__)
     monkeypatch.setattr(choice, "KERNELS", {"cpp": "cpp", "factorised": "factorised"})
     x = torch.zeros(1, 8, 3, 3)

@@ -5,6 +5,7 @@ They use the OpenMP runtime that PyTorch has loaded, with as many threads as PyT
 
 import ctypes
 import struct
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -75,6 +76,7 @@ def _call_kernel(function: str, tensors: tuple[Tensor | None, ...], groups: int,
         )
 
 
+@cache
 def _load_kernels() -> Library:
     library = load_library(_SOURCE, "-ffp-contract=fast")
     if library.loaded is not None:
