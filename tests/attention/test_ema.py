@@ -276,7 +276,6 @@ class LargeResults(TorchDispatchMode):
 def test_on_a_cpu_only_the_results_of_pytorch_operations_have_the_size_of_the_input(layout, dtype, monkeypatch):
     monkeypatch.setattr(factorised, "_CHUNK_BYTES_CPU", 2**14)
     parameters = EMA(16, factor=2)._parameters_of_block()
-    parameters = parameters._replace(w1=parameters.w1.flatten(1))
     x, dy = (laid_out(random((4, 16, 24, 20), dtype=dtype), layout) for _ in range(2))
 
     with LargeResults(x.numel()) as forward:

@@ -38,7 +38,8 @@ def forward(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic:
     count, y = batch * groups, torch.empty_like(x)
     means = parameters.w1.new_empty((count, channels // groups, height + width))
     moments = parameters.w1.new_empty((2, count, channels // groups))
-    _call_kernel("ema_forward", (x, None, y, means, moments, *parameters), groups, eps, dynamic)
+    contiguous = _with_contiguous_w3(parameters)
+    _call_kernel("ema_forward", (x, None, y, means, moments, *contiguous), groups, eps, dynamic)
     return y, means, moments
 
 
@@ -53,9 +54,14 @@ def backward(
     dynamic: bool,
 ) -> tuple[Tensor, Parameters]:
     """Compute the gradients of ``x`` and of the parameters; see ``operator.Kernels``."""
-    dx, gradients = torch.empty_like(x), Parameters(*map(torch.empty_like, parameters))
-    _call_kernel("ema_backward", (x, dy, dx, means, moments, *parameters, *gradients), groups, eps, dynamic)
+    contiguous = _with_contiguous_w3(parameters)
+    dx, gradients = torch.empty_like(x), Parameters(*map(torch.empty_like, contiguous))
+    _call_kernel("ema_backward", (x, dy, dx, means, moments, *contiguous, *gradients), groups, eps, dynamic)
     return dx, gradients
+
+
+def _with_contiguous_w3(parameters: Parameters) -> Parameters:
+    return parameters._replace(w3=parameters.w3.contiguous())
 
 
 def _call_kernel(function: str, tensors: tuple[Tensor | None, ...], groups: int, eps: float, dynamic: bool) -> None:

@@ -219,7 +219,7 @@ def _backward(
     dcolumn_gate = dgated.mul_(row_gate).sum(dim=-2)
     gates = torch.cat([row_gate.squeeze(-1), column_gate.squeeze(-2)], dim=-1)
     dgates = torch.cat([drow_gate, dcolumn_gate], dim=-1) * gates * (1 - gates)
-    drows, dcolumns = (w1.T @ dgates).split([height, width], dim=-1)
+    drows, dcolumns = (w1.flatten(1).T @ dgates).split([height, width], dim=-1)
 
     # The shifted sums in the softmax of the 3×3 branch: the total, minus a border row and column, plus a corner.
     dshifted = torch.einsum("bgo,ocij->bgcij", dm2, w3) / area
@@ -233,7 +233,7 @@ def _backward(
     dx[..., -1, 0] += dshifted[..., 0, 2]
     dx[..., -1, -1] += dshifted[..., 0, 0]
 
-    dw1 = (dgates @ means.transpose(-2, -1)).sum(dim=(0, 1))
+    dw1 = (dgates @ means.transpose(-2, -1)).sum(dim=(0, 1)).view(w1.shape)
     db1 = dgates.sum(dim=(0, 1, 3))
     dw3 = torch.einsum("bgo,bgcij->ocij", dm2, shifted) / area + torch.einsum("bgo,bgcij->ocij", a1, dkernel)
     db3 = dm2.sum(dim=(0, 1)) + (a1 * da1_constant).sum(dim=(0, 1))

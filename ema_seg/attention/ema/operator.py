@@ -1,6 +1,8 @@
 """Custom PyTorch operator of EMA's short form, with its rules for autograd, compilation and the FLOP counter."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -22,10 +24,10 @@ KERNELS = {"cpp": "cpp", "triton": "triton_launch", "factorised": "factorised"}
 class Kernels(Protocol):
     """Interface of a kernel module.
 
-    ``x`` is (B, C, H, W), contiguous or channels-last, and ``dy`` has its layout. The parameters are contiguous, in
-    the dtype of the arithmetic (float64 for a float64 ``x``, else float32), ``w1`` as (Cg, Cg). ``groups``, ``eps``
-    and ``dynamic`` are those of ``reference.forward``. Call ``unavailable`` first; ``forward`` and ``backward`` may
-    raise ModelError if the kernels cannot compute ``x``.
+    ``x`` is (B, C, H, W), contiguous or channels-last, and ``dy`` has its layout. The parameters have the dtype of the
+    arithmetic (float64 for a float64 ``x``, else float32) and are contiguous, ``w3`` contiguous or channels-last.
+    ``groups``, ``eps`` and ``dynamic`` are those of ``reference.forward``. Call ``unavailable`` first; ``forward`` and
+    ``backward`` may raise ModelError if the kernels cannot compute ``x``.
     """
 
     def unavailable(self, x: Tensor) -> str | None:
@@ -55,6 +57,7 @@ class Kernels(Protocol):
         """Compute the gradients, like ``x`` and the parameters, from the inputs and outputs of ``forward``."""
 
 
+@cache
 def import_kernels(name: str) -> Kernels:
     """Import the module of one of ``KERNELS``."""
     return import_module(f"ema_seg.attention.ema.{KERNELS[name]}")
@@ -62,7 +65,7 @@ def import_kernels(name: str) -> Kernels:
 
 def apply(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool, kernels: str) -> Tensor:
     """Re-weight ``x`` with one of ``KERNELS``; other arguments as in ``reference.forward``."""
-    return ema(x, *parameters, groups, eps, dynamic, kernels)[0]
+    return torch.ops.ema_seg.ema.default(x, *parameters, groups, eps, dynamic, kernels)[0]
 
 
 def apply_differentiably(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> Tensor:
@@ -72,27 +75,44 @@ def apply_differentiably(x: Tensor, parameters: Parameters, groups: int, eps: fl
         return reference.forward(x.to(wide), parameters.to(wide), groups, eps, dynamic).to(x.dtype)
 
 
-@torch.library.custom_op("ema_seg::ema", mutates_args=())
-def ema(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w3: Tensor,
-    b3: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    groups: int,
-    eps: float,
-    dynamic: bool,
-    kernels: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+# torch.library.custom_op would take four times as long to call, which a small map on a GPU waits for.
+_LIBRARY = torch.library.Library("ema_seg", "FRAGMENT")
+_PARAMETERS = "Tensor w1, Tensor b1, Tensor w3, Tensor b3, Tensor gamma, Tensor beta"
+_OPTIONS = "int groups, float eps, bool dynamic, str kernels"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_LIBRARY.define(f"ema(Tensor x, {_PARAMETERS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
+_LIBRARY.define(
+    f"ema_backward(Tensor dy, Tensor x, Tensor means, Tensor moments, {_PARAMETERS}, {_OPTIONS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+def _ema(x: Tensor, *parameters_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Call ``Kernels.forward`` for an ``x`` in any memory layout and parameters in any dtype."""
-    parameters = _convert_parameters(Parameters(w1, b1, w3, b3, gamma, beta), x)
-    y, means, moments = import_kernels(kernels).forward(_make_dense(x), parameters, groups, eps, dynamic)
-    return _match_strides(y, x), means, moments
+    *parameters, groups, eps, dynamic, kernels = parameters_and_options
+    dense = _make_dense(x)
+    results = import_kernels(kernels).forward(dense, _convert_parameters(parameters, x), groups, eps, dynamic)
+    return _match_strides(results[0], dense, x), *results[1:]
 
 
-@ema.register_fake
+def _ema_backward(
+    dy: Tensor, x: Tensor, means: Tensor, moments: Tensor, *parameters_and_options: Any
+) -> tuple[Tensor, ...]:
+    """Compute the gradients of x and of the six parameters, each with shape, dtype and strides of its tensor."""
+    *parameters, groups, eps, dynamic, kernels = parameters_and_options
+    dense = _make_dense(x)
+    dx, gradients = import_kernels(kernels).backward(
+        _match_memory_format(dy, dense), dense, means, moments, _convert_parameters(parameters, x), groups, eps, dynamic
+    )
+    return _match_strides(dx, dense, x), *map(_match, gradients, parameters)
+
+
+_LIBRARY.impl("ema", _ema, "CompositeExplicitAutograd")
+_LIBRARY.impl("ema_backward", _ema_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("ema_seg::ema", lib=_LIBRARY)
 def _(x: Tensor, *parameters_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
     w1, groups = parameters_and_options[0], parameters_and_options[6]
     batch, _, height, width = x.shape
@@ -102,60 +122,40 @@ def _(x: Tensor, *parameters_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), means, moments
 
 
-@torch.library.custom_op("ema_seg::ema_backward", mutates_args=())
-def ema_backward(
-    dy: Tensor,
-    x: Tensor,
-    means: Tensor,
-    moments: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w3: Tensor,
-    b3: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    groups: int,
-    eps: float,
-    dynamic: bool,
-    kernels: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of x and of the six parameters, each with the shape and dtype of its tensor."""
-    parameters = Parameters(w1, b1, w3, b3, gamma, beta)
-    dense = _make_dense(x)
-    dx, gradients = import_kernels(kernels).backward(
-        _match_memory_format(dy, dense), dense, means, moments, _convert_parameters(parameters, x), groups, eps, dynamic
-    )
-    dw1, db1, dw3, db3, dgamma, dbeta = (
-        grad.reshape(parameter.shape).to(parameter.dtype) for grad, parameter in zip(gradients, parameters, strict=True)
-    )
-    return _match_strides(dx, x), dw1, db1, dw3, db3, dgamma, dbeta
-
-
-@ema_backward.register_fake
+@torch.library.register_fake("ema_seg::ema_backward", lib=_LIBRARY)
 def _(dy: Tensor, x: Tensor, means: Tensor, moments: Tensor, *parameters_and_options: Any) -> tuple[Tensor, ...]:
-    parameters = parameters_and_options[:6]
-    return torch.empty_like(x), *(parameter.new_empty(parameter.shape) for parameter in parameters)
+    return torch.empty_like(x), *map(torch.empty_like, parameters_and_options[:6])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, *parameters = inputs[:7]
-    _, means, moments = output
-    ctx.mark_non_differentiable(means, moments)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, means, moments, *parameters)
-    ctx.options = inputs[7:]
+class _Differentiable(torch.autograd.Function):
+    """Operator with its backward, which is another operator."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():  # else the dispatcher would call this function again
+            y, means, moments = torch.ops.ema_seg.ema.default(*inputs)
+        ctx.mark_non_differentiable(means, moments)
+        ctx.set_materialize_grads(False)
+        x, *parameters = inputs[:7]
+        ctx.save_for_backward(x, means, moments, *parameters)
+        ctx.options = inputs[7:]
+        return y, means, moments
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        unused = (None,) * len(ctx.options)
+        if dy is None:
+            return (None,) * 7 + unused
+        x, means, moments, *parameters = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _differentiable_backward(dy, x, Parameters(*parameters), *ctx.options[:-1])
+        else:
+            with torch._C._AutoDispatchBelowAutograd():  # spares the dispatcher's rule for operators without a backward
+                grads = torch.ops.ema_seg.ema_backward.default(dy, x, means, moments, *parameters, *ctx.options)
+        return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), *unused
 
 
-def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    unused = (None,) * len(ctx.options)
-    if dy is None:
-        return (None,) * 7 + unused
-    x, means, moments, *parameters = ctx.saved_tensors
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        grads = _differentiable_backward(dy, x, Parameters(*parameters), *ctx.options[:-1])
-    else:
-        grads = ema_backward(dy, x, means, moments, *parameters, *ctx.options)
-    return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), *unused
+_LIBRARY.impl("ema", lambda *inputs: _Differentiable.apply(*inputs), "Autograd")
 
 
 def _differentiable_backward(
@@ -174,9 +174,6 @@ def _without_tf32(device: torch.device) -> AbstractContextManager[None]:
     return tf32(False) if device.type == "cuda" else nullcontext()
 
 
-torch.library.register_autograd("ema_seg::ema", _backward, setup_context=_setup_context)
-
-
 @register_flop_formula(torch.ops.ema_seg.ema)
 def _flops(x_shape: tuple[int, ...], w1_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
     """Count two operations per multiply–add of the gates' 1×1 convolution and the two weighted channel sums."""
@@ -190,18 +187,25 @@ def _flops_of_backward(dy_shape: tuple[int, ...], *shapes: Any, **_: Any) -> int
     return 3 * _flops(dy_shape, shapes[3])
 
 
-def _convert_parameters(parameters: Parameters, x: Tensor) -> Parameters:
-    """Convert the parameters for the kernels: contiguous, in the dtype of the arithmetic, ``w1`` square."""
+def _convert_parameters(parameters: Sequence[Tensor], x: Tensor) -> Parameters:
+    """Convert the parameters for the kernels, to the dtype of the arithmetic; most need no conversion."""
     dtype = compute_dtype(x.dtype)
-    contiguous = Parameters(*(parameter.detach().to(dtype).contiguous() for parameter in parameters))
-    return contiguous._replace(w1=contiguous.w1.flatten(1))
+    return Parameters(
+        *(
+            parameter if parameter.dtype == dtype and _is_dense(parameter) else parameter.to(dtype).contiguous()
+            for parameter in parameters
+        )
+    )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Return whether a tensor is contiguous or channels-last."""
+    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _make_dense(x: Tensor) -> Tensor:
     """Return ``x`` itself if it is contiguous or channels-last, else a contiguous copy."""
-    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    return x.contiguous()
+    return x if _is_dense(x) else x.contiguous()
 
 
 def _match_memory_format(tensor: Tensor, dense: Tensor) -> Tensor:
@@ -210,10 +214,12 @@ def _match_memory_format(tensor: Tensor, dense: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def _match_strides(result: Tensor, x: Tensor) -> Tensor:
-    """Give the result the strides of ``torch.empty_like(x)``, which the fake implementations promise.
+def _match(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Give the gradient the dtype and the strides of its parameter."""
+    matches = gradient.dtype == parameter.dtype and gradient.stride() == parameter.stride()
+    return gradient if matches else torch.empty_like(parameter).copy_(gradient)
 
-    A copy is needed for an ``x`` that is neither contiguous nor channels-last.
-    """
-    promised = torch.empty_like(x, device="meta").stride()
-    return result if result.stride() == promised else torch.empty_like(x).copy_(result)
+
+def _match_strides(result: Tensor, dense: Tensor, x: Tensor) -> Tensor:
+    """Give the result for ``dense`` the strides of ``torch.empty_like(x)``, which the fake implementations promise."""
+    return result if dense is x else torch.empty_like(x).copy_(result)
