@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ema_seg.attention import EMA, AblatedEMA, DynamicEMA, build_attention
 from ema_seg.attention.ema import choice, factorised, module, triton_launch
+from ema_seg.attention.ema.triton_plan import plan_work
 from ema_seg.runtime.errors import ConfigError, ModelError
 
 SHAPES = [(2, 32, 6, 9), (1, 64, 1, 7), (3, 8, 5, 1), (1, 16, 1, 1)]
@@ -288,32 +289,61 @@ def test_on_a_cpu_only_the_results_of_pytorch_operations_have_the_size_of_the_in
 
 DIVISIONS = [
     {"fused": False},
-    {"fused": False, "strips": 2, "parts": 4},
-    {"fused": False, "strips": 4, "parts": 2, "tile_channels": 1, "tile_columns": 8, "tile_rows": 4},
+    {"fused": False, "parts": 3, "spans": 1, "position_parts": 2, "wave": 1},
+    {"fused": False, "parts": 2, "spans": 2, "tile_columns": 4, "tile_rows": 4},
+    {"fused": False, "parts": 2, "spans": 4, "tile_channels": 1, "tile_columns": 4, "position_parts": 3},
     {"fused": True, "tile_groups": 2, "tile_columns": 16, "tile_rows": 8},
+    {"fused": True, "tile_channels": 2, "tile_columns": 8, "stores_weights": False},
 ]
 # Both blocks divide the work alike, so two cases are enough for DynamicEMA.
 DIVIDED = [
     *itertools.product([EMA], ["contiguous", "channels_last"], DIVISIONS),
-    (DynamicEMA, "channels_last", DIVISIONS[2]),
-    (DynamicEMA, "contiguous", DIVISIONS[3]),
+    (DynamicEMA, "channels_last", DIVISIONS[3]),
+    (DynamicEMA, "contiguous", DIVISIONS[4]),
 ]
+
+
+@pytest.fixture
+def divide_work(monkeypatch):
+    """Return a function that forces a division of the work of Triton's kernels: fields of a Plan and of a Work.
+
+    Scratch memory is not a number before a kernel writes it.
+    """
+    allocate = triton_launch._Areas.allocate
+    monkeypatch.setattr(triton_launch._Areas, "allocate", lambda areas, like: allocate(areas, like).fill_(float("nan")))
+
+    def divide(**division):
+        of_work = {
+            name: division.pop(name) for name in ("wave", "parts", "spans", "position_parts") if name in division
+        }
+
+        def divided(shape, *arguments, **options):
+            work = plan_work(shape, *arguments, **options)
+            columns = division.get("tile_columns", 16)
+            partial = of_work.get("parts", 1) * of_work.get("spans", 1) > 1
+            plan = {"tile_columns": columns, "tiled": shape[3] > columns, "fold": 1, "partial": partial, **division}
+            if plan.get("tile_channels", work.plan.width) < work.plan.width:
+                plan["tile_groups"] = 1
+            of_plan = dataclasses.replace(work.plan, **plan)
+            blocks = shape[0] * -(-of_plan.groups // of_plan.tile_groups)
+            return dataclasses.replace(work, plan=of_plan, blocks=blocks, **{"wave": blocks, **of_work})
+
+        monkeypatch.setattr(triton_launch, "plan_work", divided)
+        for cached in (triton_launch._forward_kernel, triton_launch._backward_kernels):
+            monkeypatch.setattr(triton_launch, cached.__name__, cached.__wrapped__)
+
+    return divide
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("block", "layout", "division"), DIVIDED)
-def test_triton_kernels_compute_the_same_however_the_work_is_divided(block, layout, division, monkeypatch):
-    """The test forces plans on a small map: strips and parts with a launch per phase, or tiles in a fused launch."""
-    plan = triton_launch.plan_work
-
-    def divided(x, *arguments, **options):
-        columns = min(division.get("tile_columns", 32), 32)
-        tiles = {"tile_columns": columns, "tiled": x.shape[3] > columns, "fold": 1}
-        return dataclasses.replace(plan(x, *arguments, **options), **{**tiles, **division})
-
-    monkeypatch.setattr(triton_launch, "plan_work", divided)
+def test_triton_kernels_compute_the_same_however_the_work_is_divided(block, layout, division, divide_work):
+    """The test forces plans on a small map: regions and waves with a launch per phase, or tiles in a fused launch."""
+    divide_work(**division)
     block = randomised(block(6, factor=2).double(), scale=0.5)
-    x, dy = random((1, 6, 5, 13)), random((1, 6, 5, 13), seed=2)
+    if layout == "channels_last":
+        block.to(memory_format=torch.channels_last)
+    x, dy = random((2, 6, 5, 13)), random((2, 6, 5, 13), seed=2)
 
     expected = run(block, "reference", x, dy)
     actual = run(block, "triton", laid_out(x, layout), dy, device=device_for("triton"))

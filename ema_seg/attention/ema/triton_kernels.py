@@ -5,15 +5,15 @@ The arithmetic and the names are those of ``factorised``. The work is divided in
 whole groups of channels from the phase before it:
 
 - forward: means of rows and columns; gates; moments of the gated channels; mixing coefficients; weights and output;
-- backward: gates and mixing coefficients again; gradient of the weights' logit; sums of its products with the channels;
-  gradients of the mixing coefficients, means and parameters; gradient of the input. A second kernel sums the
+- backward: gates and mixing coefficients again; gradient of the weights' logit and sums of its products with the
+  channels; gradients of the mixing coefficients, means and parameters; gradient of the input. A second kernel sums the
   parameters' gradients over the groups.
 
-Each phase is a function for some channels and a strip of rows of a block of groups. If the blocks are small, or occupy
-the device and stay in its cache, the phases are fused: one program takes a block through all of them in a single
-launch, with barriers in between, and reads it from memory once. Otherwise each phase is a launch of its own over
-smaller pieces, with partial sums in scratch tensors. For a given tile size all sums have a fixed order, so results
-repeat exactly.
+Each phase is a function for some channels and a region (some rows of some columns) of a block of groups. If the blocks
+are small, the phases are fused: one program takes a block through all of them in a single launch, with barriers in
+between. Otherwise each phase is a launch of its own over smaller regions, with partial sums in scratch memory, and the
+next phase starts with the regions that this one has visited last, which are still in the cache. For a given tile size
+all sums have a fixed order, so results repeat exactly.
 
 The arithmetic is float64 for float64 inputs, else float32. The products of small matrices are sums of products, never
 ``tl.dot``, which may round float32 to tf32.
@@ -51,7 +51,8 @@ def _kernel(function: Any) -> Any:
     """Apply ``triton.jit`` to a kernel, without recompiling it for sizes of 1 or multiples of 16."""
     if triton is None:
         return function
-    return triton.jit(function, do_not_specialize=["height", "width", "width_in_units", "family", "number"])
+    sizes = ["height", "width", "width_in_units", "first", "parts", "spans", "family", "number", "position_parts"]
+    return triton.jit(function, do_not_specialize=sizes)
 
 
 def _jit(function: Any) -> Any:
@@ -80,22 +81,40 @@ PLANES_OF_BACKWARD = 43
 
 
 # ------------------------------------------------------------------------------------------- indexing and memory access
-# ``block`` is (image, first group) of this program, ``strip`` (first row, row after the last) and ``shape`` (height,
-# width, channels of the batch).
+# ``block`` is (image, first group) of this program, ``region`` (part, span, first row, row after the last, first column,
+# column after the last), ``shape`` (height, width, channels of the batch) and ``grid`` (parts, spans): the numbers of
+# regions from top to bottom and from left to right.
 
 
 @_jit
-def _block(plan: tl.constexpr):
+def _block(first, reverse: tl.constexpr, plan: tl.constexpr):
     blocks = (plan.groups + plan.tile_groups - 1) // plan.tile_groups
-    program = tl.program_id(0)
+    program = first + (tl.num_programs(0) - 1 - tl.program_id(0) if reverse else tl.program_id(0))
     return (program // blocks).to(tl.int64), program % blocks * plan.tile_groups
 
 
 @_jit
-def _strip(height):
-    rows = (height + tl.num_programs(1) - 1) // tl.num_programs(1)
-    first = tl.program_id(1) * rows
-    return first, tl.minimum(first + rows, height)
+def _rows_per_part(height, grid):
+    parts = grid[0]
+    return (height + parts - 1) // parts
+
+
+@_jit
+def _columns_per_span(width, grid, plan: tl.constexpr):
+    spans = grid[1]
+    tiles = (width + plan.tile_columns - 1) // plan.tile_columns
+    return (tiles + spans - 1) // spans * plan.tile_columns
+
+
+@_jit
+def _region(shape, grid, reverse: tl.constexpr, plan: tl.constexpr):
+    height, width = shape[0], shape[1]
+    spans = grid[1]
+    program = tl.num_programs(1) - 1 - tl.program_id(1) if reverse else tl.program_id(1)
+    part, span = program // spans, program % spans
+    rows, columns = _rows_per_part(height, grid), _columns_per_span(width, grid, plan)
+    last_row, last_column = tl.minimum((part + 1) * rows, height), tl.minimum((span + 1) * columns, width)
+    return part, span, part * rows, last_row, span * columns, last_column
 
 
 @_jit
@@ -187,12 +206,12 @@ def _map_pointers(maps, block, rows, columns, shape, plan: tl.constexpr):
 
 
 @_jit
-def _load_map(maps, block, rows, columns, first_row, last_row, shape, plan: tl.constexpr):
-    """Load one map per group, [groups, ROWS, COLUMNS]; 0 outside the image and the given rows."""
-    width = shape[1]
+def _load_map(maps, block, rows, columns, shape, plan: tl.constexpr, acc: tl.constexpr):
+    """Load one map per group, [groups, ROWS, COLUMNS]; 0 outside the image."""
+    height, width = shape[0], shape[1]
     pointers, valid = _map_pointers(maps, block, rows, columns, shape, plan)
-    inside = ((rows >= first_row) & (rows < last_row))[:, None] & ((columns >= 0) & (columns < width))[None, :]
-    return tl.load(pointers, mask=valid & inside[None, :, :], other=0.0)
+    inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))[None, :]
+    return tl.load(pointers, mask=valid & inside[None, :, :], other=0.0).to(acc)
 
 
 @_jit
@@ -259,7 +278,12 @@ def _load_taps(w3, c, plan: tl.constexpr):
     o = tl.arange(0, plan.outputs)[:, None, None]
     tap = tl.arange(0, 16)[None, None, :]
     mask = (o < plan.width) & (c < plan.width)[None, :, None] & (tap < 9)
-    return tl.load(w3 + (o * plan.width + c[None, :, None]) * 9 + tap, mask=mask, other=0.0)
+    return tl.load(w3 + _tap_offsets(o, c[None, :, None], tap, plan), mask=mask, other=0.0)
+
+
+@_jit
+def _tap_offsets(o, c, tap, plan: tl.constexpr):
+    return (o * 9 + tap) * plan.width + c if plan.taps_last else (o * plan.width + c) * 9 + tap
 
 
 @_jit
@@ -274,23 +298,21 @@ def _load_square(w1, c, plan: tl.constexpr):
 
 
 @_jit
-def _means(x, means, column_parts, block, strip, shape, plan: tl.constexpr, ROWS: tl.constexpr):
-    """Compute the row means of a strip, and its part of the column means."""
+def _means(x, mean_parts, block, region, shape, plan: tl.constexpr, ROWS: tl.constexpr):
+    """Compute a region's part of the row means and of the column means."""
     COLUMNS: tl.constexpr = plan.tile_columns
     K: tl.constexpr = plan.tile_groups * plan.tile_channels
     height, width, count = shape
-    first_row, last_row = strip
+    part, span, first_row, last_row, first_column, last_column = region
     first_channel, last_channel = _chunk(plan)
-    acc: tl.constexpr = means.dtype.element_ty
+    acc: tl.constexpr = mean_parts.dtype.element_ty
     row_weight = 1.0 / tl.cast(width, acc)
     column_weight = 1.0 / tl.cast(height, acc)
     for c0 in range(first_channel, last_channel, plan.tile_channels):
         channel, base, valid = _channels(block, c0, shape, plan)
-        of_rows = means + channel[:, None] * (height + width)
-        of_columns = of_rows + height
-        if plan.parts > 1:
-            of_columns = column_parts + (tl.program_id(1) * count + channel)[:, None] * width
-        for w0 in range(0, width, plan.tile_columns):
+        of_rows = mean_parts + (span * count + channel)[:, None] * (height + width)
+        of_columns = mean_parts + (part * count + channel)[:, None] * (height + width) + height
+        for w0 in range(first_column, last_column, plan.tile_columns):
             columns = w0 + tl.arange(0, plan.tile_columns)
             total = tl.zeros((K, ROWS, COLUMNS), acc)
             for h0 in range(first_row, last_row, ROWS):
@@ -300,7 +322,7 @@ def _means(x, means, column_parts, block, strip, shape, plan: tl.constexpr, ROWS
                 mask = valid[:, None] & (rows < last_row)[None, :]
                 mean = tl.sum(tile, axis=2) * row_weight
                 if plan.tiled:
-                    mean += tl.load(of_rows + rows[None, :], mask=mask & (w0 > 0), other=0.0)
+                    mean += tl.load(of_rows + rows[None, :], mask=mask & (w0 > first_column), other=0.0)
                 tl.store(of_rows + rows[None, :], mean, mask=mask)
             column_mask = valid[:, None] & (columns < width)[None, :]
             tl.store(of_columns + columns[None, :], tl.sum(total, axis=1) * column_weight, mask=column_mask)
@@ -309,11 +331,13 @@ def _means(x, means, column_parts, block, strip, shape, plan: tl.constexpr, ROWS
 
 
 @_jit
-def _gates(means, column_parts, w1, b1, gates, n, p0, parts: tl.constexpr, shape, plan: tl.constexpr):
-    """Compute the gates at a block of positions (rows, then columns) of a group; sum partial column means first."""
+def _gates(means, mean_parts, w1, b1, gates, n, p0, partial: tl.constexpr, shape, grid, plan: tl.constexpr):
+    """Compute the gates at a block of positions (rows, then columns) of a group; sum partial means first."""
     OUTPUTS: tl.constexpr = plan.outputs
+    INPUTS: tl.constexpr = plan.inputs
     POSITIONS: tl.constexpr = plan.positions
     height, width, count = shape
+    parts, spans = grid
     acc: tl.constexpr = means.dtype.element_ty
     o = tl.arange(0, plan.outputs)
     position = p0 + tl.arange(0, plan.positions)
@@ -324,30 +348,29 @@ def _gates(means, column_parts, w1, b1, gates, n, p0, parts: tl.constexpr, shape
         c = c0 + tl.arange(0, plan.inputs)
         channel = (n * plan.width + c)[:, None]
         mask = (c < plan.width)[:, None] & inside
-        pointers = means + channel * (height + width) + position[None, :]
-        if parts == 1:
-            mean = tl.load(pointers, mask=mask, other=0.0)
+        offsets = channel * (height + width) + position[None, :]
+        if partial:
+            mean = tl.zeros((INPUTS, POSITIONS), acc)
+            for part in range(tl.maximum(parts, spans)):
+                present = tl.where(position < height, part < spans, part < parts)[None, :]
+                mean += tl.load(mean_parts + part * count * (height + width) + offsets, mask=mask & present, other=0.0)
+            tl.store(means + offsets, mean, mask=mask)
         else:
-            of_columns = mask & (position >= height)[None, :]
-            mean = tl.load(pointers, mask=mask & (position < height)[None, :], other=0.0)
-            for part in range(parts):
-                column = column_parts + (part * count + channel) * width + (position - height)[None, :]
-                mean += tl.load(column, mask=of_columns, other=0.0)
-            tl.store(pointers, mean, mask=of_columns)
+            mean = tl.load(means + offsets, mask=mask, other=0.0)
         z += tl.sum(_load_square(w1, c, plan) * mean[None, :, :], axis=1)
     pointers = gates + (n * plan.width + o)[:, None] * (height + width) + position[None, :]
     tl.store(pointers, _sigmoid(z), mask=(o < plan.width)[:, None] & inside)
 
 
 @_jit
-def _moments(x, gates, moment_parts, block, strip, shape, plan: tl.constexpr, ROWS: tl.constexpr):
-    """Compute the means of the gated channels over a strip, and their sums of squared deviations.
+def _moments(x, gates, moment_parts, block, region, shape, grid, plan: tl.constexpr, ROWS: tl.constexpr):
+    """Compute the means of the gated channels over a region, and their sums of squared deviations.
 
     Each tile is centred on its own mean, and tiles are combined by the formula of Chan et al., to avoid cancellation.
     """
     COLUMNS: tl.constexpr = plan.tile_columns
     width, count = shape[1], shape[2]
-    first_row, last_row = strip
+    part, span, first_row, last_row, first_column, last_column = region
     first_channel, last_channel = _chunk(plan)
     acc: tl.constexpr = gates.dtype.element_ty
     K: tl.constexpr = plan.tile_groups * plan.tile_channels
@@ -357,7 +380,7 @@ def _moments(x, gates, moment_parts, block, strip, shape, plan: tl.constexpr, RO
         mean = tl.zeros((K,), acc)
         between = tl.zeros((K,), acc)
         within = tl.zeros((K, ROWS, COLUMNS), acc)
-        for w0 in range(0, width, plan.tile_columns):
+        for w0 in range(first_column, last_column, plan.tile_columns):
             columns = w0 + tl.arange(0, plan.tile_columns)
             for h0 in range(first_row, last_row, ROWS):
                 rows = h0 + tl.arange(0, ROWS)
@@ -374,29 +397,40 @@ def _moments(x, gates, moment_parts, block, strip, shape, plan: tl.constexpr, RO
                 between += delta * delta * (number * share)
                 mean += delta * share
                 number += number_of_tile
-        pointers = moment_parts + 2 * tl.program_id(1) * count + channel
+        pointers = moment_parts + 2 * (part * grid[1] + span) * count + channel
         tl.store(pointers, mean, mask=valid)
         tl.store(pointers + count, between + _sum_pixels(within), mask=valid)
 
 
 @_jit
-def _combine_moments(moments, moment_parts, n, shape, plan: tl.constexpr):
+def _combine_moments(moments, moment_parts, n, shape, grid, plan: tl.constexpr):
     """Store and return mean and 1 / standard deviation, [outputs] each, of a group's gated channels."""
+    OUTPUTS: tl.constexpr = plan.outputs
     height, width, count = shape
+    parts, spans = grid
     acc: tl.constexpr = moments.dtype.element_ty
     o = tl.arange(0, plan.outputs)
     valid = o < plan.width
-    part = tl.arange(0, plan.parts)
-    rows = (height + plan.parts - 1) // plan.parts
-    rows_of_part = tl.maximum(tl.minimum(height - part * rows, rows), 0)
-    number = (tl.cast(rows_of_part, acc) * tl.cast(width, acc))[:, None]
+    rows, columns = _rows_per_part(height, grid), _columns_per_span(width, grid, plan)
     area = tl.cast(height, acc) * tl.cast(width, acc)
-    pointers = moment_parts + (2 * part * count)[:, None] + (n * plan.width + o)[None, :]
-    mean_of_part = tl.load(pointers, mask=valid[None, :], other=0.0)
-    mean = tl.sum(mean_of_part * (number / area), axis=0)
-    distance = mean_of_part - mean[None, :]
-    squares = tl.load(pointers + count, mask=valid[None, :], other=0.0) + number * distance * distance
-    rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / area + plan.eps)
+    mean = tl.zeros((OUTPUTS,), acc)
+    squares = tl.zeros((OUTPUTS,), acc)
+    for squared in tl.static_range(2):  # the squared deviations need the mean
+        for k0 in range(0, parts * spans, 16):
+            k = k0 + tl.arange(0, 16)
+            part, span = k // spans, k % spans
+            pixels = tl.minimum(height - part * rows, rows) * tl.minimum(width - span * columns, columns)
+            number = tl.cast(pixels, acc)[:, None]
+            pointers = moment_parts + (2 * k * count)[:, None] + (n * plan.width + o)[None, :]
+            mask = (k < parts * spans)[:, None] & valid[None, :]
+            mean_of_part = tl.load(pointers, mask=mask, other=0.0)
+            if squared:
+                distance = tl.where(mask, mean_of_part - mean[None, :], 0.0)
+                of_part = tl.load(pointers + count, mask=mask, other=0.0)
+                squares += tl.sum(of_part + number * distance * distance, axis=0)
+            else:
+                mean += tl.sum(mean_of_part * (number / area), axis=0)
+    rstd = 1.0 / tl.sqrt(squares / area + plan.eps)
     pointers = moments + n * plan.width + o
     tl.store(pointers, mean, mask=valid)
     tl.store(pointers + count, rstd, mask=valid)
@@ -525,14 +559,14 @@ def _weights(x, gates, moments, mixing, block, rows, w0, shape, plan: tl.constex
 
 
 @_jit
-def _output(x, y, gates, moments, mixing, block, strip, shape, plan: tl.constexpr, ROWS: tl.constexpr):
-    """Compute the output in a strip: x times the weight map."""
+def _output(x, y, gates, moments, mixing, block, region, shape, plan: tl.constexpr, ROWS: tl.constexpr):
+    """Compute the output in a region: x times the weight map."""
     width = shape[1]
-    first_row, last_row = strip
+    part, span, first_row, last_row, first_column, last_column = region
     acc: tl.constexpr = gates.dtype.element_ty
     for h0 in range(first_row, last_row, ROWS):
         rows = h0 + tl.arange(0, ROWS)
-        for w0 in range(0, width, plan.tile_columns):
+        for w0 in range(first_column, last_column, plan.tile_columns):
             columns = w0 + tl.arange(0, plan.tile_columns)
             weights = _weights(x, gates, moments, mixing, block, rows, w0, shape, plan, ROWS)
             weights = _spread(weights, ROWS, plan.tile_columns, plan)
@@ -558,50 +592,55 @@ def forward_kernel(
     beta,
     gates,
     mixing,
-    column_parts,
+    mean_parts,
     moment_parts,
     height,
     width_in_units,
     count,
+    first,
+    parts,
+    spans,
     family,
     plan: tl.constexpr,
     PHASE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Run one phase of the forward, or all phases for a block of groups if PHASE is "all"."""
+    """Run one phase of the forward for the blocks from ``first`` on, or all phases if PHASE is "all"."""
     FITTING: tl.constexpr = TILE // (plan.tile_groups * plan.tile_channels * plan.tile_columns)
     ROWS: tl.constexpr = plan.tile_rows if plan.tile_rows < FITTING else FITTING
     # Memory-bound phases take larger tiles, to have more loads in flight.
     MORE_ROWS: tl.constexpr = plan.tile_rows if plan.tile_rows < 4 * FITTING else 4 * FITTING
+    REVERSE: tl.constexpr = PHASE == "moments"
     shape = (height, width_in_units * plan.unit, tl.cast(count, tl.int64))  # the constant factor allows wide loads
-    block = _block(plan)
-    strip = _strip(height)
+    grid = (parts, spans)
+    block = _block(first, REVERSE, plan)
+    region = _region(shape, grid, REVERSE, plan)
     image, group = block
     n = image * plan.groups + group
     number = tl.minimum(plan.groups - group, plan.tile_groups)
 
     if PHASE == "all" or PHASE == "means":
-        _means(x, means, column_parts, block, strip, shape, plan, MORE_ROWS)
+        _means(x, mean_parts if plan.partial else means, block, region, shape, plan, MORE_ROWS)
     if PHASE == "gates":
-        _gates(means, column_parts, w1, b1, gates, n, tl.program_id(1) * plan.positions, plan.parts, shape, plan)
+        _gates(means, mean_parts, w1, b1, gates, n, tl.program_id(1) * plan.positions, plan.partial, shape, grid, plan)
     if PHASE == "all":
         tl.debug_barrier()
         for k in range(number):
             for p0 in range(0, height + width_in_units * plan.unit, plan.positions):
-                _gates(means, column_parts, w1, b1, gates, n + k, p0, 1, shape, plan)
+                _gates(means, mean_parts, w1, b1, gates, n + k, p0, False, shape, grid, plan)
         tl.debug_barrier()
     if PHASE == "all" or PHASE == "moments":
-        _moments(x, gates, moment_parts, block, strip, shape, plan, MORE_ROWS)
+        _moments(x, gates, moment_parts, block, region, shape, grid, plan, MORE_ROWS)
     if PHASE == "all":
         tl.debug_barrier()
     if PHASE == "all" or PHASE == "mixing":
         for k in range(number):
-            mean, rstd = _combine_moments(moments, moment_parts, n + k, shape, plan)
+            mean, rstd = _combine_moments(moments, moment_parts, n + k, shape, grid, plan)
             _mixing(x, means, mean, rstd, w3, b3, gamma, beta, mixing, n + k, False, shape, plan)
     if PHASE == "all":
         tl.debug_barrier()
     if PHASE == "all" or PHASE == "output":
-        _output(x, y, gates, moments, mixing, block, strip, shape, plan, ROWS)
+        _output(x, y, gates, moments, mixing, block, region, shape, plan, ROWS)
 
 
 # ------------------------------------------------------------------------------------------ phases of the backward
@@ -616,98 +655,156 @@ def _logit_gradient(
     mixing,
     weights,
     dlogits,
-    dlogit_parts,
     block,
-    strip,
+    rows,
+    w0,
+    last_row,
     shape,
     plan: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Recompute the weights of a strip, and compute the gradient of their logit and its sum over the strip."""
+    """Compute, store and return the gradient of the weights' logit, [groups, ROWS, COLUMNS]; 0 outside the region.
+
+    Store the weights, too, unless they are as many as the channels: to compute them again costs less than to load them.
+    """
     GROUPS: tl.constexpr = plan.tile_groups
     COLUMNS: tl.constexpr = plan.tile_columns
-    image, group = block
-    width, count = shape[1], shape[2]
-    first_row, last_row = strip
+    width = shape[1]
     acc: tl.constexpr = gates.dtype.element_ty
-    total = tl.zeros((GROUPS, ROWS, COLUMNS), acc)
+    columns = w0 + tl.arange(0, plan.tile_columns)
+    weight = _weights(x, gates, moments, mixing, block, rows, w0, shape, plan, ROWS)
+    dweight = tl.zeros((GROUPS, ROWS, COLUMNS), acc)
+    for c0 in range(0, plan.width, plan.tile_channels):
+        _, base, valid = _channels(block, c0, shape, plan)
+        tile = _load_tile(x, base, valid, rows, columns, last_row, shape, plan, acc)
+        tile *= _load_tile(dy, base, valid, rows, columns, last_row, shape, plan, acc)
+        dweight += _sum_channels(tile, ROWS, plan.tile_columns, plan)
+    inside = (rows < last_row)[:, None] & (columns < width)[None, :]
+    dlogit = tl.where(inside[None, :, :], dweight * weight * (1.0 - weight), 0.0)
+    if plan.stores_weights:
+        _store_map(weights, weight, block, rows, columns, last_row, shape, plan)
+    _store_map(dlogits, dlogit, block, rows, columns, last_row, shape, plan)
+    return dlogit
+
+
+@_jit
+def _logit_gradients(
+    x,
+    dy,
+    gates,
+    moments,
+    mixing,
+    weights,
+    dlogits,
+    block,
+    region,
+    shape,
+    plan: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Compute the gradient of the weights' logit in a region, for ``_products`` whose tiles are parts of groups."""
+    part, span, first_row, last_row, first_column, last_column = region
     for h0 in range(first_row, last_row, ROWS):
         rows = h0 + tl.arange(0, ROWS)
-        for w0 in range(0, width, plan.tile_columns):
-            columns = w0 + tl.arange(0, plan.tile_columns)
-            weight = _weights(x, gates, moments, mixing, block, rows, w0, shape, plan, ROWS)
-            dweight = tl.zeros((GROUPS, ROWS, COLUMNS), acc)
-            for c0 in range(0, plan.width, plan.tile_channels):
-                _, base, valid = _channels(block, c0, shape, plan)
-                tile = _load_tile(x, base, valid, rows, columns, last_row, shape, plan, acc)
-                tile *= _load_tile(dy, base, valid, rows, columns, last_row, shape, plan, acc)
-                dweight += _sum_channels(tile, ROWS, plan.tile_columns, plan)
-            dlogit = dweight * weight * (1.0 - weight)
-            _store_map(weights, weight, block, rows, columns, last_row, shape, plan)
-            _store_map(dlogits, dlogit, block, rows, columns, last_row, shape, plan)
-            inside = (rows < last_row)[:, None] & (columns < width)[None, :]
-            total += tl.where(inside[None, :, :], dlogit, 0.0)
-    g = group + tl.arange(0, plan.tile_groups)
-    pointers = dlogit_parts + tl.program_id(1) * (count // plan.width) + image * plan.groups + g
-    tl.store(pointers, _sum_pixels(total), mask=g < plan.groups)
+        for w0 in range(first_column, last_column, plan.tile_columns):
+            _logit_gradient(
+                x, dy, gates, moments, mixing, weights, dlogits, block, rows, w0, last_row, shape, plan, ROWS
+            )
 
 
 @_jit
 def _products(
     x,
+    dy,
     gates,
     moments,
+    mixing,
+    weights,
     dlogits,
-    row_sums,
-    column_parts,
+    dlogit_parts,
+    sum_parts,
     product_parts,
     block,
-    strip,
+    region,
     shape,
+    grid,
     plan: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Sum products over a strip, for the gradients of the mixing coefficients, means and parameters.
+    """Compute the gradient of the logit in a region, and sum its products with the channels.
 
     With u the gated channel: sums along rows and along columns of u · dlogit, u · (u - mean) and u; sums over all
-    pixels of (u - mean) · dlogit and, for each tap, of the shifted x · dlogit.
+    pixels of dlogit, of (u - mean) · dlogit and, for each tap, of the shifted x · dlogit. If a tile is only a part of a
+    group, ``_logit_gradients`` has computed the gradient.
     """
-    height, width, count = shape
-    first_row, last_row = strip
-    first_channel, last_channel = _chunk(plan)
-    acc: tl.constexpr = gates.dtype.element_ty
+    GROUPS: tl.constexpr = plan.tile_groups
     COLUMNS: tl.constexpr = plan.tile_columns
     K: tl.constexpr = plan.tile_groups * plan.tile_channels
     FOLDED: tl.constexpr = COLUMNS // plan.fold
+    image, group = block
+    height, width, count = shape
+    part, span, first_row, last_row, first_column, last_column = region
+    first_channel, last_channel = _chunk(plan)
+    acc: tl.constexpr = gates.dtype.element_ty
+    column = tl.broadcast_to(tl.arange(0, COLUMNS)[None, None, :], (GROUPS, ROWS, COLUMNS))
+    program = part * grid[1] + span
+    total = tl.zeros((GROUPS, ROWS, COLUMNS), acc)
     for c0 in range(first_channel, last_channel, plan.tile_channels):
         channel, base, valid = _channels(block, c0, shape, plan)
         mean = _load_plane(moments, 0, channel, valid, shape)
         taps = ()
         for _ in tl.static_range(9):
             taps += (tl.zeros((K, ROWS, FOLDED), acc),)
+        ends = ()  # of the left and right columns of taps: products with pixels of the tiles beside this one
+        for _ in tl.static_range(6):
+            ends += (tl.zeros((K, ROWS, 1), acc),)
         correlation = tl.zeros((K, ROWS, FOLDED), acc)
-        for w0 in range(0, width, COLUMNS):
+        of_rows = sum_parts + (span * 3 * count + channel)[:, None] * (height + width)
+        of_columns = sum_parts + (part * 3 * count + channel)[:, None] * (height + width) + height
+        next_sum = count * (height + width)
+        for w0 in range(first_column, last_column, COLUMNS):
             columns = w0 + tl.arange(0, COLUMNS)
             with_dlogit = tl.zeros((K, ROWS, COLUMNS), acc)
             with_centred = tl.zeros((K, ROWS, COLUMNS), acc)
             alone = tl.zeros((K, ROWS, COLUMNS), acc)
             for h0 in range(first_row, last_row, ROWS):
                 rows = h0 + tl.arange(0, ROWS)
+                if plan.tile_channels < plan.width:
+                    dlogit_of_group = _load_map(dlogits, block, rows, columns, shape, plan, acc)
+                    dlogit_of_group = tl.where((rows < last_row)[None, :, None], dlogit_of_group, 0.0)
+                else:
+                    dlogit_of_group = _logit_gradient(
+                        x, dy, gates, moments, mixing, weights, dlogits, block, rows, w0, last_row, shape, plan, ROWS
+                    )
+                total += tl.where(c0 == first_channel, dlogit_of_group, 0.0)
                 tile = _load_tile(x, base, valid, rows, columns, last_row, shape, plan, acc)
                 above = _load_tile(x, base, valid, rows - 1, columns, height, shape, plan, acc)
                 below = _load_tile(x, base, valid, rows + 1, columns, height, shape, plan, acc)
-                neighbours = (above, tile, below)
                 # The pixel at column w sees x at w + j - 1 through a tap in column j of the kernel.
-                dlogits_seen = ()
-                for j in tl.static_range(3):
-                    dlogit = _load_map(dlogits, block, rows, columns + (1 - j), first_row, last_row, shape, plan)
-                    dlogits_seen += (_spread(dlogit, ROWS, COLUMNS, plan),)
+                left = tl.gather(dlogit_of_group, tl.minimum(column + 1, COLUMNS - 1), 2)
+                right = tl.gather(dlogit_of_group, tl.maximum(column - 1, 0), 2)
+                dlogit = _spread(dlogit_of_group, ROWS, COLUMNS, plan)
+                dlogits_seen = (
+                    _spread(tl.where(column == COLUMNS - 1, 0.0, left), ROWS, COLUMNS, plan),
+                    dlogit,
+                    _spread(tl.where(column == 0, 0.0, right), ROWS, COLUMNS, plan),
+                )
+                neighbours = (above, tile, below)
                 added = ()
                 for tap in tl.static_range(9):
                     product = dlogits_seen[tap % 3] * neighbours[tap // 3]
                     added += (taps[tap] + _fold(product, ROWS, COLUMNS, plan),)
                 taps = added
-                dlogit = dlogits_seen[1]
+                if plan.tiled:
+                    first = tl.sum(tl.where(column == 0, dlogit_of_group, 0.0), axis=2, keep_dims=True)
+                    last = tl.sum(tl.where(column == COLUMNS - 1, dlogit_of_group, 0.0), axis=2, keep_dims=True)
+                    of_ends = (_spread(first, ROWS, 1, plan), _spread(last, ROWS, 1, plan))
+                    added = ()
+                    for end in tl.static_range(6):
+                        column_of_end = w0 - 1 if end % 2 == 0 else w0 + COLUMNS
+                        pixels = _load_column(x, base, valid, rows + (end // 2 - 1), column_of_end, shape, plan, acc)
+                        added += (ends[end] + of_ends[end % 2] * pixels,)
+                    ends = added
 
                 row_gate, column_gate = _load_axes(gates, channel, valid, rows, columns, shape)
                 gated = tile * row_gate * column_gate
@@ -718,43 +815,30 @@ def _products(
                 with_dlogit += dlogit
                 with_centred += centred
                 alone += gated
-                if not plan.tiled:
-                    pointers = row_sums + channel[:, None] * height + rows[None, :]
-                    mask = valid[:, None] & (rows < last_row)[None, :]
-                    tl.store(pointers, tl.sum(dlogit, axis=2), mask=mask)
-                    tl.store(pointers + count * height, tl.sum(centred, axis=2), mask=mask)
-                    tl.store(pointers + 2 * count * height, tl.sum(gated, axis=2), mask=mask)
-            column_mask = valid[:, None] & (columns < width)[None, :]
-            of_columns = column_parts + (tl.program_id(1) * 3 * count + channel)[:, None] * width + columns[None, :]
-            tl.store(of_columns, tl.sum(with_dlogit, axis=1), mask=column_mask)
-            tl.store(of_columns + count * width, tl.sum(with_centred, axis=1), mask=column_mask)
-            tl.store(of_columns + 2 * count * width, tl.sum(alone, axis=1), mask=column_mask)
-        of_pixels = product_parts + tl.program_id(1) * 10 * count + channel
-        for tap in tl.static_range(9):
-            tl.store(of_pixels + tap * count, _sum_pixels(taps[tap]), mask=valid)
-        tl.store(of_pixels + 9 * count, _sum_pixels(correlation), mask=valid)
-
-        # A row of several tiles is summed in a second pass along the row, not tile by tile.
-        if plan.tiled:
-            for h0 in range(first_row, last_row, ROWS):
-                rows = h0 + tl.arange(0, ROWS)
-                with_dlogit = tl.zeros((K, ROWS, COLUMNS), acc)
-                with_centred = tl.zeros((K, ROWS, COLUMNS), acc)
-                alone = tl.zeros((K, ROWS, COLUMNS), acc)
-                for w0 in range(0, width, COLUMNS):
-                    columns = w0 + tl.arange(0, COLUMNS)
-                    row_gate, column_gate = _load_axes(gates, channel, valid, rows, columns, shape)
-                    gated = _load_tile(x, base, valid, rows, columns, last_row, shape, plan, acc)
-                    gated = gated * row_gate * column_gate
-                    dlogit = _load_map(dlogits, block, rows, columns, first_row, last_row, shape, plan)
-                    with_dlogit += _spread(dlogit, ROWS, COLUMNS, plan) * gated
-                    with_centred += (gated - mean) * gated
-                    alone += gated
-                pointers = row_sums + channel[:, None] * height + rows[None, :]
                 mask = valid[:, None] & (rows < last_row)[None, :]
-                tl.store(pointers, tl.sum(with_dlogit, axis=2), mask=mask)
-                tl.store(pointers + count * height, tl.sum(with_centred, axis=2), mask=mask)
-                tl.store(pointers + 2 * count * height, tl.sum(alone, axis=2), mask=mask)
+                sums = (tl.sum(dlogit, axis=2), tl.sum(centred, axis=2), tl.sum(gated, axis=2))
+                for kind in tl.static_range(3):
+                    pointers = of_rows + kind * next_sum + rows[None, :]
+                    of_row = sums[kind]
+                    if plan.tiled:
+                        of_row += tl.load(pointers, mask=mask & (w0 > first_column), other=0.0)
+                    tl.store(pointers, of_row, mask=mask)
+            column_mask = valid[:, None] & (columns < width)[None, :]
+            tl.store(of_columns + columns[None, :], tl.sum(with_dlogit, axis=1), mask=column_mask)
+            tl.store(of_columns + next_sum + columns[None, :], tl.sum(with_centred, axis=1), mask=column_mask)
+            tl.store(of_columns + 2 * next_sum + columns[None, :], tl.sum(alone, axis=1), mask=column_mask)
+            if plan.tiled:
+                tl.debug_barrier()  # the next tile reads the row sums that this one has stored
+        of_pixels = product_parts + program * 10 * count + channel
+        for tap in tl.static_range(9):
+            product = _sum_pixels(taps[tap])
+            if plan.tiled and tap % 3 != 1:
+                product += _sum_pixels(ends[tap // 3 * 2 + tap % 3 // 2])
+            tl.store(of_pixels + tap * count, product, mask=valid)
+        tl.store(of_pixels + 9 * count, _sum_pixels(correlation), mask=valid)
+    g = group + tl.arange(0, plan.tile_groups)
+    pointers = dlogit_parts + program * (count // plan.width) + image * plan.groups + g
+    tl.store(pointers, _sum_pixels(total), mask=g < plan.groups)
 
 
 @_jit
@@ -770,11 +854,14 @@ def _small_gradients(
     shares,
     n,
     shape,
+    grid,
     plan: tl.constexpr,
 ):
     """Compute the gradients of a group's mixing coefficients, and its shares of db3, dgamma and dbeta."""
+    OUTPUTS: tl.constexpr = plan.outputs
     SQUARE: tl.constexpr = plan.square
     height, width, count = shape
+    regions = grid[0] * grid[1]
     acc: tl.constexpr = moments.dtype.element_ty
     area = tl.cast(height, acc) * tl.cast(width, acc)
     o = tl.arange(0, plan.outputs)
@@ -785,10 +872,15 @@ def _small_gradients(
     a2 = tl.load(pointers + _A2 * count, mask=valid, other=0.0)
     kappa = tl.load(pointers + _KAPPA * count, mask=valid, other=0.0)
 
-    dconstant = tl.sum(tl.load(dlogit_parts + tl.arange(0, plan.strips) * (count // plan.width) + n), axis=0)
-    part = tl.arange(0, plan.parts)[:, None]
-    of_parts = product_parts + (10 * part + 9) * count + (n * plan.width + o)[None, :]
-    correlation = tl.sum(tl.load(of_parts, mask=valid[None, :], other=0.0), axis=0)
+    dconstants = tl.zeros((16,), acc)
+    correlations = tl.zeros((16, OUTPUTS), acc)
+    for k0 in range(0, regions, 16):
+        k = k0 + tl.arange(0, 16)
+        dconstants += tl.load(dlogit_parts + k * (count // plan.width) + n, mask=k < regions, other=0.0)
+        of_parts = product_parts + ((10 * k + 9) * count)[:, None] + (n * plan.width + o)[None, :]
+        correlations += tl.load(of_parts, mask=(k < regions)[:, None] & valid[None, :], other=0.0)
+    dconstant = tl.sum(dconstants, axis=0)
+    correlation = tl.sum(correlations, axis=0)
     da2 = tl.load(gamma + o, mask=valid, other=0.0) * rstd * correlation
     da2 += tl.load(beta + o, mask=valid, other=0.0) * dconstant
     dm2 = _softmax_backward(a2, da2)
@@ -798,9 +890,12 @@ def _small_gradients(
         c = c0 + tl.arange(0, plan.square)
         mask = (c < plan.width)[:, None] & (tap < 9)
         of_taps = tap * count + (n * plan.width + c)[:, None]
-        dkernel = tl.zeros((SQUARE, 16), acc)
-        for k in range(plan.parts):
-            dkernel += tl.load(product_parts + 10 * k * count + of_taps, mask=mask, other=0.0)
+        dkernels = tl.zeros((16, SQUARE, 16), acc)
+        for k0 in range(0, regions, 16):
+            k = (k0 + tl.arange(0, 16))[:, None, None]
+            of_parts = product_parts + 10 * k * count + of_taps[None, :, :]
+            dkernels += tl.load(of_parts, mask=(k < regions) & mask[None, :, :], other=0.0)
+        dkernel = tl.sum(dkernels, axis=0)
         weight = _load_taps(w3, c, plan)
         da1 += tl.sum(tl.sum(weight * dkernel[None, :, :], axis=2), axis=1)
         dshifted = tl.sum(weight * dm2[:, None, None], axis=0) / area
@@ -813,7 +908,7 @@ def _small_gradients(
     tl.store(pointers + _ALPHA * count, -kappa * rstd * rstd * correlation / area, mask=valid)
     tl.store(pointers + _OFFSET * count, offset / area, mask=valid)
     tl.store(pointers + _DM2 * count, dm2, mask=valid)
-    share = shares + (n * (plan.width + 5) + plan.width + 1) * plan.width + o
+    share = shares + n * 4 * plan.width + o
     tl.store(share, a1 * dconstant + dm2, mask=valid)
     tl.store(share + plan.width, a2 * rstd * correlation, mask=valid)
     tl.store(share + 2 * plan.width, a2 * dconstant, mask=valid)
@@ -826,28 +921,33 @@ def _means_gradient(
     gates,
     w1,
     mixing,
-    row_sums,
-    column_parts,
+    sum_parts,
     dmeans,
-    shares,
+    position_shares,
     n,
+    share,
+    first_position,
+    last_position,
     shape,
+    grid,
     plan: tl.constexpr,
 ):
-    """Compute the gradient of a group's means through gates and shifted sums, and its shares of dw1 and db1."""
+    """Compute the gradient of some of a group's means through gates and shifted sums, and a share of dw1 and db1."""
     OUTPUTS: tl.constexpr = plan.outputs
     INPUTS: tl.constexpr = plan.inputs
     POSITIONS: tl.constexpr = plan.positions
     height, width, count = shape
+    parts, spans = grid
     acc: tl.constexpr = means.dtype.element_ty
     o = tl.arange(0, plan.outputs)
     valid = o < plan.width
     channel_o = (n * plan.width + o)[:, None]
     tap = tl.arange(0, 16)[None, :]
+    next_sum = count * (height + width)
     kappa = _load_plane(mixing, _KAPPA, n * plan.width + o, valid, shape)
     alpha = _load_plane(mixing, _ALPHA, n * plan.width + o, valid, shape)
     offset = _load_plane(mixing, _OFFSET, n * plan.width + o, valid, shape)
-    share = shares + n * ((plan.width + 5) * plan.width)
+    of_share = position_shares + share * ((plan.width + 1) * plan.width)
     for c0 in range(0, plan.width, plan.inputs):
         c = c0 + tl.arange(0, plan.inputs)
         channel_c = (n * plan.width + c)[:, None]
@@ -862,22 +962,21 @@ def _means_gradient(
         of_first_column = tl.sum(tl.where(tap % 3 == 2, dshifted, 0.0), axis=1)[:, None]
         dweight = tl.zeros((OUTPUTS, INPUTS), acc)
         dbias = tl.zeros((OUTPUTS, POSITIONS), acc)
-        for p0 in range(0, height + width, plan.positions):
+        for p0 in range(first_position, last_position, plan.positions):
             position = p0 + tl.arange(0, plan.positions)[None, :]
             in_rows = position < height
-            mask = valid[:, None] & in_rows
-            of_rows = row_sums + channel_o * height + position
-            with_dlogit = tl.load(of_rows, mask=mask, other=0.0)
-            with_centred = tl.load(of_rows + count * height, mask=mask, other=0.0)
-            alone = tl.load(of_rows + 2 * count * height, mask=mask, other=0.0)
-            mask = valid[:, None] & (position >= height) & (position < height + width)
-            for part in range(plan.parts):
-                of_columns = column_parts + (3 * part * count + channel_o) * width + (position - height)
-                with_dlogit += tl.load(of_columns, mask=mask, other=0.0)
-                with_centred += tl.load(of_columns + count * width, mask=mask, other=0.0)
-                alone += tl.load(of_columns + 2 * count * width, mask=mask, other=0.0)
-            mask = valid[:, None] & (position < height + width)
-            gate = tl.load(gates + channel_o * (height + width) + position, mask=mask, other=0.0)
+            mask_o = valid[:, None] & (position < height + width)
+            of_positions = channel_o * (height + width) + position
+            with_dlogit = tl.zeros((OUTPUTS, POSITIONS), acc)
+            with_centred = tl.zeros((OUTPUTS, POSITIONS), acc)
+            alone = tl.zeros((OUTPUTS, POSITIONS), acc)
+            for part in range(tl.maximum(parts, spans)):
+                mask = mask_o & tl.where(in_rows, part < spans, part < parts)
+                pointers = sum_parts + part * 3 * next_sum + of_positions
+                with_dlogit += tl.load(pointers, mask=mask, other=0.0)
+                with_centred += tl.load(pointers + next_sum, mask=mask, other=0.0)
+                alone += tl.load(pointers + 2 * next_sum, mask=mask, other=0.0)
+            gate = tl.load(gates + of_positions, mask=mask_o, other=0.0)
             # The sums contain u, and so the first factor of the sigmoid's derivative, gate · (1 - gate).
             dz = (kappa * with_dlogit[:, None, :] + alpha * with_centred[:, None, :] + offset * alone[:, None, :]) * (
                 1.0 - gate[:, None, :]
@@ -895,8 +994,8 @@ def _means_gradient(
             dmean -= tl.where(position == height + width - 1, of_last_column, 0.0)
             tl.store(dmeans + of_positions, dmean, mask=mask)
         square_mask = valid[:, None] & (c < plan.width)[None, :]
-        tl.store(share + o[:, None] * plan.width + c[None, :], dweight, mask=square_mask)
-        tl.store(share + plan.width * plan.width + o, tl.sum(dbias, axis=1), mask=valid)
+        tl.store(of_share + o[:, None] * plan.width + c[None, :], dweight, mask=square_mask)
+        tl.store(of_share + plan.width * plan.width + o, tl.sum(dbias, axis=1), mask=valid)
 
 
 @_jit
@@ -911,28 +1010,32 @@ def _input_gradient(
     dlogits,
     dmeans,
     block,
-    strip,
+    region,
     shape,
     plan: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Compute the gradient of x in a strip."""
+    """Compute the gradient of x in a region."""
     height, width = shape[0], shape[1]
-    first_row, last_row = strip
+    part, span, first_row, last_row, first_column, last_column = region
     acc: tl.constexpr = gates.dtype.element_ty
     COLUMNS: tl.constexpr = plan.tile_columns
     for h0 in range(first_row, last_row, ROWS):
         rows = h0 + tl.arange(0, ROWS)
         at_border = (h0 == 0) | (h0 + ROWS >= height)
-        for w0 in range(0, width, COLUMNS):
+        for w0 in range(first_column, last_column, COLUMNS):
             columns = w0 + tl.arange(0, COLUMNS)
             inside = ((rows < last_row)[:, None] & (columns < width)[None, :])[None, :, :]
-            weight = _spread(_load_map(weights, block, rows, columns, 0, height, shape, plan), ROWS, COLUMNS, plan)
+            if plan.stores_weights:
+                weight = _load_map(weights, block, rows, columns, shape, plan, acc)
+            else:
+                weight = _weights(x, gates, moments, mixing, block, rows, w0, shape, plan, ROWS)
+            weight = _spread(weight, ROWS, COLUMNS, plan)
             # Tap (i, j) of the kernel at pixel (h + 1 - i, w + 1 - j) reads pixel (h, w).
             taps = ()
             for tap in tl.static_range(9):
                 rows_of_tap, columns_of_tap = rows + (1 - tap // 3), columns + (1 - tap % 3)
-                taps += (_load_map(dlogits, block, rows_of_tap, columns_of_tap, 0, height, shape, plan),)
+                taps += (_load_map(dlogits, block, rows_of_tap, columns_of_tap, shape, plan, acc),)
             for c0 in range(0, plan.width, plan.tile_channels):
                 channel, base, valid = _channels(block, c0, shape, plan)
                 offsets = base[:, None, None] + _pixels(rows, columns, shape, plan)[None, :, :]
@@ -982,35 +1085,50 @@ def backward_kernel(
     weights,
     dlogits,
     dlogit_parts,
-    row_sums,
-    column_parts,
+    sum_parts,
     product_parts,
     dmeans,
     shares,
+    position_shares,
     height,
     width_in_units,
     count,
+    first,
+    parts,
+    spans,
     family,
     plan: tl.constexpr,
     PHASE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Run one phase of the backward, or all phases for a block of groups if PHASE is "all"."""
+    """Run one phase of the backward for the blocks from ``first`` on, or all phases if PHASE is "all".
+
+    ``weights`` and ``dlogits`` hold the maps of these blocks only.
+    """
     FITTING: tl.constexpr = TILE // (plan.tile_groups * plan.tile_channels * plan.tile_columns)
     ROWS: tl.constexpr = plan.tile_rows if plan.tile_rows < FITTING else FITTING
+    PARTIAL_TILES: tl.constexpr = plan.tile_channels < plan.width
+    REVERSE: tl.constexpr = PHASE == "products" if PARTIAL_TILES else PHASE == "input"
     shape = (height, width_in_units * plan.unit, tl.cast(count, tl.int64))  # the constant factor allows wide loads
-    block = _block(plan)
-    strip = _strip(height)
+    grid = (parts, spans)
+    block = _block(first, REVERSE, plan)
+    region = _region(shape, grid, REVERSE, plan)
     image, group = block
     n = image * plan.groups + group
     number = tl.minimum(plan.groups - group, plan.tile_groups)
+    positions = height + width_in_units * plan.unit
+    if PHASE == "logit" or PHASE == "products" or PHASE == "input":
+        blocks = (plan.groups + plan.tile_groups - 1) // plan.tile_groups
+        origin = (first // blocks * plan.groups + first % blocks * plan.tile_groups).to(tl.int64)
+        weights -= origin * height * shape[1]
+        dlogits -= origin * height * shape[1]
 
     if PHASE == "all":
         for k in range(number):
-            for p0 in range(0, height + width_in_units * plan.unit, plan.positions):
-                _gates(means, means, w1, b1, gates, n + k, p0, 1, shape, plan)
+            for p0 in range(0, positions, plan.positions):
+                _gates(means, means, w1, b1, gates, n + k, p0, False, shape, grid, plan)
     if PHASE == "mixing" and tl.program_id(1) > 0:  # a group's first program computes the mixing
-        _gates(means, means, w1, b1, gates, n, (tl.program_id(1) - 1) * plan.positions, 1, shape, plan)
+        _gates(means, means, w1, b1, gates, n, (tl.program_id(1) - 1) * plan.positions, False, shape, grid, plan)
     if PHASE == "all" or (PHASE == "mixing" and tl.program_id(1) == 0):
         for k in range(number):
             channel = (n + k) * plan.width + tl.arange(0, plan.outputs)
@@ -1020,26 +1138,64 @@ def backward_kernel(
             _mixing(x, means, mean, rstd, w3, b3, gamma, beta, mixing, n + k, True, shape, plan)
     if PHASE == "all":
         tl.debug_barrier()
-    if PHASE == "all" or PHASE == "logit":
-        _logit_gradient(x, dy, gates, moments, mixing, weights, dlogits, dlogit_parts, block, strip, shape, plan, ROWS)
-    if PHASE == "all":
+    if PHASE == "logit" or (PHASE == "all" and PARTIAL_TILES):
+        _logit_gradients(x, dy, gates, moments, mixing, weights, dlogits, block, region, shape, plan, ROWS)
+    if PHASE == "all" and PARTIAL_TILES:
         tl.debug_barrier()
     if PHASE == "all" or PHASE == "products":
-        _products(x, gates, moments, dlogits, row_sums, column_parts, product_parts, block, strip, shape, plan, ROWS)
+        _products(
+            x,
+            dy,
+            gates,
+            moments,
+            mixing,
+            weights,
+            dlogits,
+            dlogit_parts,
+            sum_parts,
+            product_parts,
+            block,
+            region,
+            shape,
+            grid,
+            plan,
+            ROWS,
+        )
     if PHASE == "all":
         tl.debug_barrier()
     if PHASE == "all" or PHASE == "small":
+        # The programs of a group divide the positions; each computes all of the small gradients.
         for k in range(number):
             _small_gradients(
-                moments, w3, b3, gamma, beta, mixing, dlogit_parts, product_parts, shares, n + k, shape, plan
+                moments, w3, b3, gamma, beta, mixing, dlogit_parts, product_parts, shares, n + k, shape, grid, plan
             )
         tl.debug_barrier()
+        of_program = (positions + plan.positions - 1) // plan.positions
+        of_program = (of_program + tl.num_programs(1) - 1) // tl.num_programs(1) * plan.positions
+        first_position = tl.program_id(1) * of_program
+        last_position = tl.minimum(first_position + of_program, positions)
         for k in range(number):
-            _means_gradient(means, gates, w1, mixing, row_sums, column_parts, dmeans, shares, n + k, shape, plan)
+            share = (n + k) * tl.num_programs(1) + tl.program_id(1)
+            _means_gradient(
+                means,
+                gates,
+                w1,
+                mixing,
+                sum_parts,
+                dmeans,
+                position_shares,
+                n + k,
+                share,
+                first_position,
+                last_position,
+                shape,
+                grid,
+                plan,
+            )
     if PHASE == "all":
         tl.debug_barrier()
     if PHASE == "all" or PHASE == "input":
-        _input_gradient(x, dy, dx, gates, moments, mixing, weights, dlogits, dmeans, block, strip, shape, plan, ROWS)
+        _input_gradient(x, dy, dx, gates, moments, mixing, weights, dlogits, dmeans, block, region, shape, plan, ROWS)
 
 
 # -------------------------------------------------------------------------------------------- sums over the groups
@@ -1068,25 +1224,18 @@ def _sum_w3(mixing, dw3, c0, tap, number, height, width, plan: tl.constexpr):
         shifted = tl.load(of_inputs + _SHIFTED * planes, mask=mask_c, other=0.0)
         dweight += tl.sum(a1[:, None, :] * dkernel[None, :, :] + dm2[:, None, :] * shifted[None, :, :], axis=2)
     c = c0 + tl.arange(0, plan.inputs)[None, :]
-    tl.store(dw3 + (o * plan.width + c) * 9 + tap, dweight, mask=(o < plan.width) & (c < plan.width))
+    tl.store(dw3 + _tap_offsets(o, c, tap, plan), dweight, mask=(o < plan.width) & (c < plan.width))
 
 
 @_jit
-def _sum_shares(shares, dw1, db1, db3, dgamma, first, number, plan: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum a block of the gradients of ``w1``, ``b1``, ``b3`` and ``gamma``, whose shares are consecutive."""
+def _sum_rows(matrix, columns, rows, first, last, acc: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum entries ``first`` to ``last`` of the rows of a matrix; return their indices and sums, [BLOCK] each."""
     entry = first + tl.arange(0, BLOCK)
-    total = tl.zeros((16, BLOCK), dw1.dtype.element_ty)
-    for n0 in range(0, number, 16):
-        n = (n0 + tl.arange(0, 16)).to(tl.int64)[:, None]
-        mask = (n < number) & (entry < (plan.width + 3) * plan.width)[None, :]
-        total += tl.load(shares + n * ((plan.width + 5) * plan.width) + entry[None, :], mask=mask, other=0.0)
-    gradient = tl.sum(total, axis=0)
-    row = entry // plan.width
-    o = entry % plan.width
-    tl.store(dw1 + entry, gradient, mask=row < plan.width)
-    tl.store(db1 + o, gradient, mask=row == plan.width)
-    tl.store(db3 + o, gradient, mask=row == plan.width + 1)
-    tl.store(dgamma + o, gradient, mask=row == plan.width + 2)
+    total = tl.zeros((64, BLOCK), acc)
+    for row in range(0, rows, 64):
+        n = (row + tl.arange(0, 64)).to(tl.int64)[:, None]
+        total += tl.load(matrix + n * columns + entry[None, :], mask=(n < rows) & (entry < last)[None, :], other=0.0)
+    return entry, tl.sum(total, axis=0)
 
 
 @_jit
@@ -1100,7 +1249,7 @@ def _sum_beta(shares, beta, dbeta, number, plan: tl.constexpr):
     for n0 in range(0, number, 16):
         n = (n0 + tl.arange(0, 16)).to(tl.int64)[:, None]
         mask = (n < number) & (o < plan.width)[None, :]
-        pointers = shares + (n * (plan.width + 5) + plan.width + 3) * plan.width + o[None, :]
+        pointers = shares + (n * 4 + 2) * plan.width + o[None, :]
         direct += tl.load(pointers, mask=mask, other=0.0)
         da1 += tl.load(pointers + plan.width, mask=mask, other=0.0)
     gradient = tl.sum(direct, axis=0)
@@ -1112,8 +1261,6 @@ def _sum_beta(shares, beta, dbeta, number, plan: tl.constexpr):
 
 @_kernel
 def parameters_kernel(
-    mixing,
-    shares,
     beta,
     dw1,
     db1,
@@ -1121,23 +1268,46 @@ def parameters_kernel(
     db3,
     dgamma,
     dbeta,
+    gates,
+    mixing,
+    weights,
+    dlogits,
+    dlogit_parts,
+    sum_parts,
+    product_parts,
+    dmeans,
+    shares,
+    position_shares,
     number,
+    position_parts,
     height,
     width,
     plan: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sum the parameters' gradients over the groups.
+    """Sum the parameters' gradients over the groups, from the scratch memory of ``backward_kernel``.
 
-    The first programs take a tap and a block of input channels of ``w3`` each, the next ones blocks of ``w1``, ``b1``,
-    ``b3`` and ``gamma``, the last one ``beta``.
+    The first programs take a tap and a block of input channels of ``w3`` each, the next ones a block of ``w1`` and
+    ``b1`` or of ``b3`` and ``gamma``, whose shares are consecutive, the last one ``beta``.
     """
-    programs_of_w3 = 9 * ((plan.width + plan.inputs - 1) // plan.inputs)
+    acc: tl.constexpr = dw1.dtype.element_ty
+    W1: tl.constexpr = plan.width * plan.width
+    blocks_of_w3 = 9 * ((plan.width + plan.inputs - 1) // plan.inputs)
+    blocks_of_w1 = (W1 + plan.width + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
-    if program < programs_of_w3:
+    if program < blocks_of_w3:
         _sum_w3(mixing, dw3, program // 9 * plan.inputs, program % 9, number, height, width, plan)
+    elif program < blocks_of_w3 + blocks_of_w1:
+        first = (program - blocks_of_w3) * BLOCK
+        rows = number * position_parts
+        entry, gradient = _sum_rows(position_shares, W1 + plan.width, rows, first, W1 + plan.width, acc, BLOCK)
+        tl.store(dw1 + entry, gradient, mask=entry < W1)
+        tl.store(db1 + entry - W1, gradient, mask=(entry >= W1) & (entry < W1 + plan.width))
     elif program < tl.num_programs(0) - 1:
-        _sum_shares(shares, dw1, db1, db3, dgamma, (program - programs_of_w3) * BLOCK, number, plan, BLOCK)
+        first = (program - blocks_of_w3 - blocks_of_w1) * BLOCK
+        entry, gradient = _sum_rows(shares, 4 * plan.width, number, first, 2 * plan.width, acc, BLOCK)
+        tl.store(db3 + entry, gradient, mask=entry < plan.width)
+        tl.store(dgamma + entry - plan.width, gradient, mask=(entry >= plan.width) & (entry < 2 * plan.width))
     else:
         _sum_beta(shares, beta, dbeta, number, plan)
 
