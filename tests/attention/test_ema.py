@@ -276,7 +276,7 @@ class LargeResults(TorchDispatchMode):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_on_a_cpu_only_the_results_of_pytorch_operations_have_the_size_of_the_input(layout, dtype, monkeypatch):
     monkeypatch.setattr(factorised, "_CHUNK_BYTES_CPU", 2**14)
-    parameters = EMA(16, factor=2)._parameters_of_block()
+    parameters = EMA(16, factor=2)._parameters_of_block()[0]
     x, dy = (laid_out(random((4, 16, 24, 20), dtype=dtype), layout) for _ in range(2))
 
     with LargeResults(x.numel()) as forward:
@@ -660,7 +660,7 @@ def test_the_operator_is_registered_as_pytorch_demands(kernels, layout):
         block = block.to(memory_format=torch.channels_last)
     x = laid_out(random((2, 8, 5, 6), dtype=torch.float32), layout).to(device).requires_grad_()
 
-    torch.library.opcheck(torch.ops.ema_seg.ema, (x, *block._parameters_of_block(), 2, 1e-5, False, kernels))
+    torch.library.opcheck(torch.ops.ema_seg.ema, (x, *block._parameters_of_block()[0], 2, 1e-5, False, kernels))
 
 
 @pytest.mark.slow

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ema_seg.attention.ema import triton_launch
-from ema_seg.attention.ema.triton_plan import _plan_for
+from ema_seg.attention.ema import triton_launch, triton_plan
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +36,7 @@ def test_kernels_in_float16_and_float64_and_of_dynamic_ema_compile_for_a_gpu(tmp
     rows, said = run_stub("compile", tmp_path)
 
     assert [row["dtype"] for row in rows] == ["float64", "float16"]
-    assert [row["launches"] for row in rows] == [3, 11]  # fused, and a launch for each phase
+    assert [row["launches"] for row in rows] == [3, 10]  # fused, and a launch for each phase
     assert said == "compiling EMA's Triton kernels, once for each size of a feature map\n"
 
 
@@ -61,8 +60,38 @@ def test_a_device_that_cannot_launch_a_kernel_says_why(monkeypatch):
     assert problem.startswith("Triton cannot launch a kernel on cuda:1 (Failed to find C compiler.")
 
 
-def test_an_empty_batch_has_a_plan():
-    assert _plan_for((0, 16, 1024, 2048), 2, False, 16, False, 1e-5, 3, 132, 50 * 2**20).strips >= 1
+@pytest.fixture
+def plan_for_gpu(monkeypatch):
+    """Return ``plan_work`` for a GPU with 132 multiprocessors and 50 MB of cache, without its device and options."""
+    monkeypatch.setattr(triton_plan, "_device", lambda device: (132, 50 * 2**20))
+    monkeypatch.setattr(triton_plan, "SMALLEST_TILE", 1024)
+    options = {"taps_last": False, "dynamic": False, "eps": 1e-5}
+
+    def plan(shape, groups, dtype=torch.bfloat16, last=True, backward=False):
+        return triton_plan.plan_work(
+            shape, dtype, torch.device("cuda"), last=last, groups=groups, backward=backward, **options
+        )
+
+    return plan
+
+
+def test_an_empty_batch_has_a_plan(plan_for_gpu):
+    work = plan_for_gpu((0, 16, 1024, 2048), 2)
+    assert (work.blocks, work.wave) == (0, 1)
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("shape", [(1, 16, 1024, 2048), (1, 16, 513, 1000), (8, 32, 256, 256), (2, 64, 97, 1025)])
+def test_regions_occupy_the_device_and_none_is_empty(plan_for_gpu, shape, last):
+    batch, _, height, width = shape
+    work = plan_for_gpu(shape, 2, last=last, backward=True)
+
+    rows = -(-height // work.parts)
+    tiles = -(-width // work.plan.tile_columns)
+    assert work.wave * work.parts * work.spans >= 132
+    assert (work.parts - 1) * rows < height
+    assert (work.spans - 1) * -(-tiles // work.spans) < tiles
+    assert batch * 2 >= work.blocks >= 1
 
 
 @pytest.fixture

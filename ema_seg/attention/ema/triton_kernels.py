@@ -81,9 +81,9 @@ PLANES_OF_BACKWARD = 43
 
 
 # ------------------------------------------------------------------------------------------- indexing and memory access
-# ``block`` is (image, first group) of this program, ``region`` (part, span, first row, row after the last, first column,
-# column after the last), ``shape`` (height, width, channels of the batch) and ``grid`` (parts, spans): the numbers of
-# regions from top to bottom and from left to right.
+# ``block`` is (image, first group) of this program, ``region`` (part, span, first row, row after the last, first
+# column, column after the last), ``shape`` (height, width, channels of the batch) and ``grid`` (parts, spans): the
+# numbers of regions from top to bottom and from left to right.
 
 
 @_jit
@@ -562,7 +562,7 @@ def _weights(x, gates, moments, mixing, block, rows, w0, shape, plan: tl.constex
 def _output(x, y, gates, moments, mixing, block, region, shape, plan: tl.constexpr, ROWS: tl.constexpr):
     """Compute the output in a region: x times the weight map."""
     width = shape[1]
-    part, span, first_row, last_row, first_column, last_column = region
+    _part, _span, first_row, last_row, first_column, last_column = region
     acc: tl.constexpr = gates.dtype.element_ty
     for h0 in range(first_row, last_row, ROWS):
         rows = h0 + tl.arange(0, ROWS)
@@ -703,7 +703,7 @@ def _logit_gradients(
     ROWS: tl.constexpr,
 ):
     """Compute the gradient of the weights' logit in a region, for ``_products`` whose tiles are parts of groups."""
-    part, span, first_row, last_row, first_column, last_column = region
+    _part, _span, first_row, last_row, first_column, last_column = region
     for h0 in range(first_row, last_row, ROWS):
         rows = h0 + tl.arange(0, ROWS)
         for w0 in range(first_column, last_column, plan.tile_columns):
@@ -1017,7 +1017,7 @@ def _input_gradient(
 ):
     """Compute the gradient of x in a region."""
     height, width = shape[0], shape[1]
-    part, span, first_row, last_row, first_column, last_column = region
+    _part, _span, first_row, last_row, first_column, last_column = region
     acc: tl.constexpr = gates.dtype.element_ty
     COLUMNS: tl.constexpr = plan.tile_columns
     for h0 in range(first_row, last_row, ROWS):

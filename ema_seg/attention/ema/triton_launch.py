@@ -263,14 +263,18 @@ def _backward_kernels(
     batch, channels, height, width = shape
     number, count, regions = batch * plan.groups, batch * channels, work.parts * work.spans
     chunks = ceil_div(plan.width, plan.tile_channels)
-    phases = {"products": (regions, chunks), "small": (work.position_parts,), "input": (regions,)}
+    phases: dict[str, tuple[int, ...]] = {
+        "products": (regions, chunks),
+        "small": (work.position_parts,),
+        "input": (regions,),
+    }
     if chunks > 1:
         phases = {"logit": (regions,), **phases}
     if plan.fused:
         launches = _launches(shape, work, {"all": ()}, 0, work.blocks)
     else:
-        mixing = {"mixing": (1 + ceil_div(height + width, plan.positions),)}
-        launches = _launches(shape, work, mixing, 0, work.blocks)
+        positions = ceil_div(height + width, plan.positions)
+        launches = _launches(shape, work, {"mixing": (1 + positions,)}, 0, work.blocks)
         for first in range(0, work.blocks, work.wave):
             launches += _launches(shape, work, phases, first, min(first + work.wave, work.blocks))
     acc, of_maps = compute_dtype(dtype), map_dtype(dtype)
@@ -331,9 +335,9 @@ def backward(
 
 def _empty_like(x: Tensor) -> Tensor:
     """Allocate a result, in float32 for bfloat16 in the interpreter, which would truncate instead of rounding."""
-    return (
-        torch.empty_like(x, dtype=torch.float32) if INTERPRETED and x.dtype == torch.bfloat16 else torch.empty_like(x)
-    )
+    if INTERPRETED and x.dtype == torch.bfloat16:
+        return torch.empty_like(x, dtype=torch.float32)
+    return torch.empty_like(x)
 
 
 def unavailable(x: Tensor) -> str | None:

@@ -128,10 +128,9 @@ def plan_work(
     wave, parts, spans = max(1, blocks), 1, 1  # an empty batch needs a plan, too
     if not fused:
         wave = _blocks_of_wave(wave, pixels_of_block * itemsize, tensors, cache_size)
-        chunks = ceil_div(per_group, tile_channels)
         rows_of_tile = max(1, SMALLEST_TILE // (tile_groups * tile_channels * tile_columns))
         tiles = ceil_div(height, rows_of_tile), ceil_div(width, tile_columns)
-        parts, spans = _regions(max(1, ceil_div(2 * processors, wave * chunks)), tiles, (height, width))
+        parts, spans = _regions(max(1, ceil_div(2 * processors, wave)), tiles, (height, width))
 
     outputs = power_of_two(per_group)
     positions = min(64, max(16, _PRODUCT // outputs**2))
@@ -184,7 +183,7 @@ def _blocks_of_wave(blocks: int, bytes_of_block: int, tensors: float, cache_size
 
 
 def _regions(programs: int, tiles: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """Divide an image into at least so many regions of whole tiles if it has them, with as few partial sums as possible.
+    """Divide an image into ``programs`` regions, or as many as it has tiles, with as few partial sums as possible.
 
     No region is empty: the kernels give each the same number of rows, and of tiles from left to right, rounded up.
     """
