@@ -57,7 +57,7 @@ def backward(
     contiguous = _with_contiguous_w3(parameters)
     dx, gradients = torch.empty_like(x), Parameters(*map(torch.empty_like, contiguous))
     _call_kernel("ema_backward", (x, dy, dx, means, moments, *contiguous, *gradients), groups, eps, dynamic)
-    return dx, gradients
+    return dx, gradients._replace(w3=torch.empty_like(parameters.w3).copy_(gradients.w3))
 
 
 def _with_contiguous_w3(parameters: Parameters) -> Parameters:

@@ -54,7 +54,7 @@ class Kernels(Protocol):
         eps: float,
         dynamic: bool,
     ) -> tuple[Tensor, Parameters]:
-        """Compute the gradients, like ``x`` and the parameters, from the inputs and outputs of ``forward``."""
+        """Compute the gradients, from the inputs and outputs of ``forward``; each has the strides of its tensor."""
 
 
 @cache
@@ -101,11 +101,15 @@ def _ema_backward(
 ) -> tuple[Tensor, ...]:
     """Compute the gradients of x and of the six parameters, each with shape, dtype and strides of its tensor."""
     *parameters, groups, eps, dynamic, kernels = parameters_and_options
-    dense = _make_dense(x)
+    dense, converted = _make_dense(x), _convert_parameters(parameters, x)
     dx, gradients = import_kernels(kernels).backward(
-        _match_memory_format(dy, dense), dense, means, moments, _convert_parameters(parameters, x), groups, eps, dynamic
+        _match_memory_format(dy, dense), dense, means, moments, converted, groups, eps, dynamic
     )
-    return _match_strides(dx, dense, x), *map(_match, gradients, parameters)
+    matched = (
+        gradient if parameter is like else torch.empty_like(parameter).copy_(gradient)
+        for gradient, parameter, like in zip(gradients, parameters, converted, strict=True)
+    )
+    return _match_strides(dx, dense, x), *matched
 
 
 _LIBRARY.impl("ema", _ema, "CompositeExplicitAutograd")
@@ -132,8 +136,11 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():  # else the dispatcher would call this function again
-            y, means, moments = torch.ops.ema_seg.ema.default(*inputs)
+        if _are_plain(inputs[0]):
+            y, means, moments = _ema(*inputs)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():  # else the dispatcher would call this function again
+                y, means, moments = torch.ops.ema_seg.ema.default(*inputs)
         ctx.mark_non_differentiable(means, moments)
         ctx.set_materialize_grads(False)
         x, *parameters = inputs[:7]
@@ -143,16 +150,26 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        unused = (None,) * len(ctx.options)
         if dy is None:
-            return (None,) * 7 + unused
+            return (None,) * 11
         x, means, moments, *parameters = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _differentiable_backward(dy, x, Parameters(*parameters), *ctx.options[:-1])
+        elif _are_plain(x, dy):
+            grads = _ema_backward(dy, x, means, moments, *parameters, *ctx.options)
         else:
-            with torch._C._AutoDispatchBelowAutograd():  # spares the dispatcher's rule for operators without a backward
-                grads = torch.ops.ema_seg.ema_backward.default(dy, x, means, moments, *parameters, *ctx.options)
-        return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), *unused
+            grads = torch.ops.ema_seg.ema_backward.default(dy, x, means, moments, *parameters, *ctx.options)
+        return *grads, None, None, None, None  # for the options
+
+
+def _are_plain(x: Tensor, dy: Tensor | None = None) -> bool:
+    """Return whether the dispatcher would only call the kernels.
+
+    It does more in a trace or under the FLOP counter, for subclasses of tensors, and for a batch of gradients.
+    """
+    if type(x) is not Tensor or torch._C._len_torch_dispatch_stack():
+        return False
+    return dy is None or torch._C._dispatch_keys(dy) == torch._C._dispatch_keys(x)
 
 
 _LIBRARY.impl("ema", lambda *inputs: _Differentiable.apply(*inputs), "Autograd")
@@ -212,12 +229,6 @@ def _match_memory_format(tensor: Tensor, dense: Tensor) -> Tensor:
     if dense.is_contiguous():
         return tensor.contiguous()
     return tensor.contiguous(memory_format=torch.channels_last)
-
-
-def _match(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """Give the gradient the dtype and the strides of its parameter."""
-    matches = gradient.dtype == parameter.dtype and gradient.stride() == parameter.stride()
-    return gradient if matches else torch.empty_like(parameter).copy_(gradient)
 
 
 def _match_strides(result: Tensor, dense: Tensor, x: Tensor) -> Tensor:

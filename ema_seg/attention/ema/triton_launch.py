@@ -80,7 +80,9 @@ class _Kernel:
     def __init__(self, kernel: Any, launches: list[_Launch]) -> None:
         self._kernel = kernel
         self._launches = launches
-        self._compiled: list[tuple[Any, tuple[Any, ...]]] = []
+        self._device = 0
+        # The function that launches it, its grid, its binary, and its arguments after the tensors.
+        self._compiled: list[tuple[Any, tuple[int, ...], tuple[Any, Any], tuple[Any, ...]]] = []
 
     def launch(self, tensors: list[Tensor], scratch: Tensor, areas: "_Areas") -> None:
         """Launch the kernel, whose first arguments are the tensors and the areas of the scratch memory."""
@@ -89,8 +91,9 @@ class _Kernel:
         if self._compiled and aligned and not _tunes():
             start = scratch.data_ptr()
             addresses += [start + offset for offset in areas.offsets]
-            for launch, rest in self._compiled:
-                launch(*addresses, *rest)
+            stream = triton.runtime.driver.active.get_current_stream(self._device)
+            for launch, grid, binary, rest in self._compiled:
+                launch(*grid, stream, *binary, None, None, None, *addresses, *rest)
             return
         tensors = [*tensors, *areas.split(scratch)]
         if _tunes():
@@ -99,13 +102,19 @@ class _Kernel:
         if not INTERPRETED:
             _compile_together(self._kernel, self._launches, tensors)
         compiled = [
-            (self._kernel[launch.grid](*tensors, *launch.numbers, **launch.constants, **_OPTIONS), launch)
+            self._kernel[launch.grid](*tensors, *launch.numbers, **launch.constants, **_OPTIONS)
             for launch in self._launches
         ]
         if aligned and not INTERPRETED:
+            self._device = triton.runtime.driver.active.get_current_device()
             self._compiled = [
-                (kernel[_with_three_axes(launch.grid)], (*launch.numbers, *launch.constants.values()))
-                for kernel, launch in compiled
+                (
+                    kernel.run,
+                    (*launch.grid, 1, 1)[:3],
+                    (kernel.function, kernel.packed_metadata),
+                    (*launch.numbers, *launch.constants.values()),
+                )
+                for kernel, launch in zip(compiled, self._launches, strict=True)
             ]
 
     def _launch_tuned(self, tensors: list[Tensor]) -> None:
@@ -117,10 +126,6 @@ class _Kernel:
                 tuned[launch.grid](*tensors, *launch.numbers, **constants)
             else:
                 self._kernel[launch.grid](*tensors, *launch.numbers, **launch.constants, **_OPTIONS)
-
-
-def _with_three_axes(grid: tuple[int, ...]) -> tuple[int, ...]:
-    return (*grid, 1, 1)[:3]
 
 
 def _tunes() -> bool:
