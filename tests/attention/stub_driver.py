@@ -1,4 +1,4 @@
-"""Triton driver without a GPU: kernels are compiled for compute capability 9.0, and a launch does nothing.
+"""EMA's Triton kernels without a GPU: they are compiled for compute capability 9.0, and a launch does nothing.
 
 ``python -m tests.attention.stub_driver compile`` compiles EMA's kernels for some inputs, ``count`` counts the
 compilations of the default training; both print JSON.
@@ -8,57 +8,18 @@ import contextlib
 import json
 import sys
 import time
-from types import SimpleNamespace
+from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
 from ema_seg.attention import EMA, DynamicEMA
-from ema_seg.attention.ema import triton_launch, triton_plan
+from ema_seg.attention.ema import triton_launch
 from ema_seg.models import build_segmenter
 
-PROCESSORS, CACHE = 132, 50 * 2**20  # of an H200
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-
-class StubDriver:
-    """Driver of a device of compute capability 9.0 that accepts every binary and runs none."""
-
-    def __init__(self):
-        self.launches = 0
-        self.utils = SimpleNamespace(
-            load_binary=lambda *_: (1, 1, 32, 0, 1024),
-            unload_module=lambda *_: None,
-            get_device_properties=lambda _: {"max_shared_mem": 232448},
-        )
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def launcher_cls(self, source, metadata):
-        return self._launch
-
-    def _launch(self, *_):
-        self.launches += 1
-
-
-@contextlib.contextmanager
-def stub_gpu():
-    """Take CPU tensors for those of a GPU; yield the driver."""
-    driver = StubDriver()
-    before = triton_plan._device, triton_launch.unavailable
-    triton.runtime.driver.set_active(driver)
-    triton_plan._device, triton_launch.unavailable = lambda device: (PROCESSORS, CACHE), lambda x: None
-    try:
-        yield driver
-    finally:
-        triton_plan._device, triton_launch.unavailable = before
+from bench_ema_host import stub_gpu
 
 
 class NoKernel:

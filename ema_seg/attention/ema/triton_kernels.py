@@ -575,7 +575,8 @@ def _output(x, y, gates, moments, mixing, block, region, shape, plan: tl.constex
                 _, base, valid = _channels(block, c0, shape, plan)
                 offsets = base[:, None, None] + _pixels(rows, columns, shape, plan)[None, :, :]
                 mask = valid[:, None, None] & inside
-                tl.store(y + offsets, tl.load(x + offsets, mask=mask, other=0.0).to(acc) * weights, mask=mask)
+                tile = tl.load(x + offsets, mask=mask, other=0.0).to(acc)
+                tl.store(y + offsets, tile * weights, mask=mask, cache_modifier=plan.store)
 
 
 @_kernel
@@ -1064,7 +1065,7 @@ def _input_gradient(
                     corners = tl.where(first, _load_plane(mixing, _DSHIFTED + 2, channel, valid, shape), 0.0)
                     corners += tl.where(last, _load_plane(mixing, _DSHIFTED + 0, channel, valid, shape), 0.0)
                     total += tl.where((rows == height - 1)[None, :, None], corners, 0.0)
-                tl.store(dx + offsets, total, mask=mask)
+                tl.store(dx + offsets, total, mask=mask, cache_modifier=plan.store)
 
 
 @_kernel

@@ -79,7 +79,7 @@ class _Kernel:
 
     def __init__(self, kernel: Any, launches: list[_Launch]) -> None:
         self._kernel = kernel
-        self._launches = launches
+        self.launches = launches
         self._device = 0
         # The function that launches it, its grid, its binary, and its arguments after the tensors.
         self._compiled: list[tuple[Any, tuple[int, ...], tuple[Any, Any], tuple[Any, ...]]] = []
@@ -100,10 +100,10 @@ class _Kernel:
             self._launch_tuned(tensors)
             return
         if not INTERPRETED:
-            _compile_together(self._kernel, self._launches, tensors)
+            _compile_together(self._kernel, self.launches, tensors)
         compiled = [
             self._kernel[launch.grid](*tensors, *launch.numbers, **launch.constants, **_OPTIONS)
-            for launch in self._launches
+            for launch in self.launches
         ]
         if aligned and not INTERPRETED:
             self._device = triton.runtime.driver.active.get_current_device()
@@ -114,12 +114,12 @@ class _Kernel:
                     (kernel.function, kernel.packed_metadata),
                     (*launch.numbers, *launch.constants.values()),
                 )
-                for kernel, launch in zip(compiled, self._launches, strict=True)
+                for kernel, launch in zip(compiled, self.launches, strict=True)
             ]
 
     def _launch_tuned(self, tensors: list[Tensor]) -> None:
         tuned = _TUNED.get(self._kernel)
-        for launch in self._launches:
+        for launch in self.launches:
             # The other phases have no tile.
             if tuned is not None and launch.constants["PHASE"] not in _PHASES_OF_GROUPS:
                 constants = {name: value for name, value in launch.constants.items() if name != "TILE"}

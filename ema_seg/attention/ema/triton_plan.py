@@ -37,6 +37,7 @@ class Plan:
     fused: bool  # all phases in one launch
     partial: bool  # several regions sum along a row or a column
     stores_weights: bool  # the backward stores the weight maps, and does not compute them a second time
+    store: str  # cache modifier of y and dx: ".cs" if they would take the place of x in the cache
 
     outputs: int  # block of channels o: width, rounded up to a power of two
     inputs: int  # block of channels c, in products with outputs and positions
@@ -96,7 +97,7 @@ def plan_work(
     itemsize, per_group = dtype.itemsize, channels // groups
 
     # What a wave keeps in the cache: x and y, or x, dy, dx and the maps of the groups.
-    stores_weights = per_group > 2
+    stores_weights = per_group > 4
     tensors = 3 + (1 + stores_weights) * map_dtype(dtype).itemsize / (per_group * itemsize) if backward else 2.0
     # A tile reads along the contiguous axis: whole rows of up to 256 columns, or channels of 64 bytes (32 if the
     # image is too large for the cache), the sizes of memory transactions. It holds whole groups of up to 16 channels,
@@ -124,7 +125,7 @@ def plan_work(
     # Fusing pays if launches would take longer than the work. Larger maps are better spread over more programs.
     blocks = batch * ceil_div(groups, tile_groups)
     pixels_of_block = tile_groups * per_group * height * width
-    fused = pixels_of_block <= 32768
+    fused = pixels_of_block <= _LARGEST_FUSED
     wave, parts, spans = max(1, blocks), 1, 1  # an empty batch needs a plan, too
     if not fused:
         wave = _blocks_of_wave(wave, pixels_of_block * itemsize, tensors, cache_size)
@@ -151,6 +152,7 @@ def plan_work(
         fused=fused,
         partial=max(parts, spans) > 1,
         stores_weights=stores_weights,
+        store=".cs" if wave * pixels_of_block * itemsize * tensors > cache_size else "",
         outputs=outputs,
         inputs=min(outputs, max(1, _PRODUCT // (outputs * positions))),
         square=min(outputs, max(1, _PRODUCT // (outputs * 16))),
@@ -171,6 +173,7 @@ def map_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
+_LARGEST_FUSED = 2**15  # elements of a block, 32 tiles for a program to take through each phase
 _SMALLEST_WAVE = 2**23  # bytes of x; less would not occupy a GPU for as long as the launches take
 
 
