@@ -65,7 +65,11 @@ def import_kernels(name: str) -> Kernels:
 
 def apply(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool, kernels: str) -> Tensor:
     """Re-weight ``x`` with one of ``KERNELS``; other arguments as in ``reference.forward``."""
-    return torch.ops.ema_seg.ema.default(x, *parameters, groups, eps, dynamic, kernels)[0]
+    inputs = x, *parameters, groups, eps, dynamic, kernels
+    if torch.compiler.is_compiling() or not _are_plain(x):
+        return torch.ops.ema_seg.ema.default(*inputs)[0]
+    # Past the dispatcher, which takes as long as the launches: a small map on a GPU waits for the host.
+    return (_Differentiable.apply if torch.is_grad_enabled() else _ema)(*inputs)[0]
 
 
 def apply_differentiably(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> Tensor:
