@@ -7,7 +7,8 @@ For each shape, dtype and memory layout, the published form ("reference") and it
 in turns in one process: the forward (in inference mode), and the forward and backward (gradients of the input and of
 all parameters, which have the dtype of the input). A copy of the input is timed in the same rounds. A forward at least
 reads x and writes y, like a copy; a backward reads x and dy and writes dx. So the floor is one copy, and two and a half
-with the backward. Nothing is estimated; if an implementation cannot run, the tables give the reason.
+with the backward. "triton-replayed" replays CUDA graphs of the calls: what the GPU takes when it never waits for the
+host. Nothing is estimated; if an implementation cannot run, the tables give the reason.
 """
 
 import ctypes
@@ -52,7 +53,15 @@ from ema_seg.runtime.host_memory import keep_freed_memory
 SCHEMA = 1
 NAME = "bench_ema"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-IMPLEMENTATIONS = ("reference", "reference-compiled", "factorised", "factorised-compiled", "cpp", "triton")
+IMPLEMENTATIONS = (
+    "reference",
+    "reference-compiled",
+    "factorised",
+    "factorised-compiled",
+    "cpp",
+    "triton",
+    "triton-replayed",
+)
 PASSES = {"forward": "Forward", "training": "Forward and backward"}
 FLOOR_IN_COPIES = {"forward": 1.0, "training": 2.5}
 MIN_ROUNDS = 5
@@ -85,6 +94,7 @@ STYLES = {
     "factorised-compiled": ("#0072B2", "v"),
     "cpp": ("#009E73", "D"),
     "triton": ("#D55E00", "P"),
+    "triton-replayed": ("#CC79A7", "X"),
 }
 
 
@@ -241,7 +251,7 @@ class Candidate:
     """Implementation of EMA, with a method for each pass."""
 
     def __init__(self, implementation: str, shape: Shape, dtype: str, inputs: Sequence[InputSet]) -> None:
-        form, _, compiled = implementation.partition("-")
+        form, _, way = implementation.partition("-")
         module = EMA(shape.channels, factor=shape.groups, implementation=form)
         generator = torch.Generator().manual_seed(0)  # the same parameters for all, none of them zero
         with torch.no_grad():
@@ -250,25 +260,55 @@ class Candidate:
         module.to(inputs[0].x.device, DTYPES[dtype])
         # fullgraph: a graph break is reported, not measured.
         self.function: Callable[[Tensor], Tensor] = (
-            torch.compile(module, dynamic=False, fullgraph=True) if compiled else module
+            torch.compile(module, dynamic=False, fullgraph=True) if way == "compiled" else module
         )
         self.parameters = list(module.parameters())
         self.inputs = inputs
+        self._graphs: dict[Callable[[InputSet], Tensor], list[tuple[torch.cuda.CUDAGraph, Tensor]]] = {}
+        self._replays = way == "replayed"
 
     def forward(self, index: int) -> Tensor:
         """Compute the output for one of the input sets."""
-        with torch.inference_mode():
-            return self.function(self.inputs[index % len(self.inputs)].x)
+        return self._call(self._forward, index)
 
     def training(self, index: int) -> Tensor:
         """Compute the gradients of one of the input sets and of the parameters; return the former."""
-        inputs = self.inputs[index % len(self.inputs)]
-        y = self.function(inputs.leaf)
-        return torch.autograd.grad(y, [inputs.leaf, *self.parameters], inputs.dy)[0]
+        return self._call(self._training, index)
+
+    def _forward(self, inputs: InputSet) -> Tensor:
+        with torch.inference_mode():
+            return self.function(inputs.x)
+
+    def _training(self, inputs: InputSet) -> Tensor:
+        return torch.autograd.grad(self.function(inputs.leaf), [inputs.leaf, *self.parameters], inputs.dy)[0]
+
+    def _call(self, compute: Callable[[InputSet], Tensor], index: int) -> Tensor:
+        if not self._replays:
+            return compute(self.inputs[index % len(self.inputs)])
+        if compute not in self._graphs:
+            self._graphs[compute] = [_capture(partial(compute, inputs)) for inputs in self.inputs]
+        graph, result = self._graphs[compute][index % len(self.inputs)]
+        graph.replay()
+        return result
 
     def saved_bytes(self) -> int:
         """Return the bytes that a forward saves for its backward: each storage once, without the parameters."""
         return saved_bytes(self.function, self.inputs[0].leaf, self.parameters)
+
+
+def _capture(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Capture a call in a CUDA graph; return the graph and the result that a replay computes again.
+
+    Raises:
+        ModelError: there is no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise ModelError("CUDA graphs need a CUDA device")
+    call()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
 
 
 def measure(

@@ -43,7 +43,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
             *("tests/attention/test_ema.py", "tests/attention/test_equations.py", "tests/training"),
             *("tests/evaluation", "-n", "8", "--dist", "worksteal"),
         ],
-        "bench_ema": ["--implementations", "reference", "triton", "--budget", "0.1"],
+        "bench_ema": ["--implementations", "reference", "triton", "triton-replayed", "--budget", "0.1"],
         "bench_ema_model": ["--decoders", "unet", "--layouts", "channels_last", "--budget", "1"],
         "bench_step": ["--overrides", "trainer.precision=bf16-mixed"],
         "bench_loss": ["--budget", "0.5"],

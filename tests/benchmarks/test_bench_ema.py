@@ -10,7 +10,9 @@ from PIL import Image
 
 from tests.benchmarks.conftest import DISTORTING_VARIABLES
 
-IMPLEMENTATIONS = ("reference", "reference-compiled", "factorised", "factorised-compiled", "cpp", "triton")
+IMPLEMENTATIONS = (
+    *("reference", "reference-compiled", "factorised", "factorised-compiled", "cpp", "triton", "triton-replayed"),
+)
 TINY = ("--shapes", "tiny", "--layouts", "channels_last", "--budget", "0.001", "--device", "cpu")
 
 
@@ -55,6 +57,27 @@ def test_a_run_measures_what_can_run_here_and_says_why_the_rest_cannot(run_bench
     for header, *lines in tables(shown):
         assert all(line.count(" | ") == header.count(" | ") for line in lines)
     assert Image.open(tmp_path / "bench_ema_float32.png").width > 1000
+
+
+def test_a_replay_computes_each_input_set_by_its_own_graph(bench, monkeypatch):
+    replayed = []
+
+    class Graph:
+        def __init__(self, call):
+            self.replay = lambda: replayed.append(call())
+
+    monkeypatch.setattr(bench, "_capture", lambda call: (Graph(call), call()))
+    shape, device = bench.Shape("small", 1, 8, 4, 4, 2), torch.device("cpu")
+    inputs = [bench.InputSet.random(shape, "float32", "contiguous", device) for _ in range(2)]
+    replaying, eager = (
+        bench.Candidate(name, shape, "float32", inputs) for name in ("factorised-replayed", "factorised")
+    )
+
+    for index in range(3):
+        for which in bench.PASSES:
+            result = getattr(replaying, which)(index)
+            assert torch.equal(result, getattr(eager, which)(index))
+            assert torch.equal(result, replayed[-1])
 
 
 def test_compiled_implementations_are_measured(bench, quick_compile, tmp_path):

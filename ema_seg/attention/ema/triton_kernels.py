@@ -159,7 +159,7 @@ def _pixels(rows, columns, shape, plan: tl.constexpr):
 def _load_tile(x, base, valid, rows, columns, last_row, shape, plan: tl.constexpr, acc: tl.constexpr):
     """Load a tile of x, [K, ROWS, COLUMNS]; 0 outside the image and from ``last_row`` on."""
     width = shape[1]
-    inside = ((rows >= 0) & (rows < last_row))[:, None] & (columns < width)[None, :]
+    inside = ((rows >= 0) & (rows < last_row))[:, None] & ((columns >= 0) & (columns < width))[None, :]
     pointers = x + (base[:, None, None] + _pixels(rows, columns, shape, plan)[None, :, :])
     return tl.load(pointers, mask=valid[:, None, None] & inside[None, :, :], other=0.0).to(acc)
 
@@ -500,17 +500,47 @@ def _mixing(x, means, mean, rstd, w3, b3, gamma, beta, mixing, n, backward: tl.c
 
 @_jit
 def _weights(x, gates, moments, mixing, block, rows, w0, shape, plan: tl.constexpr, ROWS: tl.constexpr):
-    """Compute the weight map, [groups, ROWS, COLUMNS].
-
-    The products of each kernel column are summed over the channels before they are shifted by a pixel. So x is read at
-    the tile's own columns only, and at one more on each side if a row has several tiles.
-    """
+    """Compute the weight map, [groups, ROWS, COLUMNS]."""
     GROUPS: tl.constexpr = plan.tile_groups
+    COLUMNS: tl.constexpr = plan.tile_columns
     image, group = block
     height = shape[0]
     acc: tl.constexpr = gates.dtype.element_ty
+    if plan.last:
+        logit = tl.zeros((GROUPS, ROWS, COLUMNS), acc)
+        columns = w0 + tl.arange(0, COLUMNS)
+        for c0 in range(0, plan.width, plan.tile_channels):
+            channel, base, valid = _channels(block, c0, shape, plan)
+            row_gate, column_gate = _load_axes(gates, channel, valid, rows, columns, shape)
+            tile = _load_tile(x, base, valid, rows, columns, height, shape, plan, acc)
+            centred = tile * row_gate * column_gate - _load_plane(moments, 0, channel, valid, shape)
+            total = _load_plane(mixing, _KAPPA, channel, valid, shape) * centred
+            for tap in tl.static_range(9):
+                rows_of_tap, columns_of_tap = rows + (tap // 3 - 1), columns + (tap % 3 - 1)
+                tile = _load_tile(x, base, valid, rows_of_tap, columns_of_tap, height, shape, plan, acc)
+                total += _load_plane(mixing, _KERNEL + tap, channel, valid, shape) * tile
+            logit += _sum_channels(total, ROWS, COLUMNS, plan)
+    else:
+        logit = _shifted_logit(x, gates, moments, mixing, block, rows, w0, shape, plan, ROWS)
+    g = group + tl.arange(0, plan.tile_groups)
+    first_channel = (image * plan.groups + g) * plan.width
+    logit += _load_plane(mixing, _LOGIT, first_channel, g < plan.groups, shape)
+    return _sigmoid(logit)
+
+
+@_jit
+def _shifted_logit(x, gates, moments, mixing, block, rows, w0, shape, plan: tl.constexpr, ROWS: tl.constexpr):
+    """Compute the logit of a contiguous input's weight map, but for its constant, [groups, ROWS, COLUMNS].
+
+    Shifted by a column, loads would no longer be wide. So the products of each kernel column are summed over the
+    channels before they are shifted, and x is read at the tile's own columns only, and at one more on each side if a
+    row has several tiles.
+    """
+    GROUPS: tl.constexpr = plan.tile_groups
     COLUMNS: tl.constexpr = plan.tile_columns
     K: tl.constexpr = plan.tile_groups * plan.tile_channels
+    height = shape[0]
+    acc: tl.constexpr = gates.dtype.element_ty
     column = tl.arange(0, COLUMNS)
     left = tl.zeros((GROUPS, ROWS, COLUMNS), acc)
     middle = tl.zeros((GROUPS, ROWS, COLUMNS), acc)
@@ -552,10 +582,7 @@ def _weights(x, gates, moments, mixing, block, rows, w0, shape, plan: tl.constex
     logit = middle
     logit += tl.where(column == 0, before, tl.gather(left, tl.maximum(column - 1, 0), 2))
     logit += tl.where(column == COLUMNS - 1, after, tl.gather(right, tl.minimum(column + 1, COLUMNS - 1), 2))
-    g = group + tl.arange(0, plan.tile_groups)
-    first_channel = (image * plan.groups + g) * plan.width
-    logit += _load_plane(mixing, _LOGIT, first_channel, g < plan.groups, shape)
-    return _sigmoid(logit)
+    return logit
 
 
 @_jit
@@ -779,24 +806,32 @@ def _products(
                     )
                 total += tl.where(c0 == first_channel, dlogit_of_group, 0.0)
                 tile = _load_tile(x, base, valid, rows, columns, last_row, shape, plan, acc)
-                above = _load_tile(x, base, valid, rows - 1, columns, height, shape, plan, acc)
-                below = _load_tile(x, base, valid, rows + 1, columns, height, shape, plan, acc)
-                # The pixel at column w sees x at w + j - 1 through a tap in column j of the kernel.
-                left = tl.gather(dlogit_of_group, tl.minimum(column + 1, COLUMNS - 1), 2)
-                right = tl.gather(dlogit_of_group, tl.maximum(column - 1, 0), 2)
                 dlogit = _spread(dlogit_of_group, ROWS, COLUMNS, plan)
-                dlogits_seen = (
-                    _spread(tl.where(column == COLUMNS - 1, 0.0, left), ROWS, COLUMNS, plan),
-                    dlogit,
-                    _spread(tl.where(column == 0, 0.0, right), ROWS, COLUMNS, plan),
-                )
-                neighbours = (above, tile, below)
-                added = ()
-                for tap in tl.static_range(9):
-                    product = dlogits_seen[tap % 3] * neighbours[tap // 3]
-                    added += (taps[tap] + _fold(product, ROWS, COLUMNS, plan),)
-                taps = added
-                if plan.tiled:
+                # The pixel at column w sees x at w + j - 1 through a tap in column j of the kernel.
+                if plan.last:
+                    added = ()
+                    for tap in tl.static_range(9):
+                        rows_of_tap, columns_of_tap = rows + (tap // 3 - 1), columns + (tap % 3 - 1)
+                        seen = _load_tile(x, base, valid, rows_of_tap, columns_of_tap, height, shape, plan, acc)
+                        added += (taps[tap] + dlogit * seen,)
+                    taps = added
+                else:  # shift the gradient, as ``_shifted_logit`` does
+                    above = _load_tile(x, base, valid, rows - 1, columns, height, shape, plan, acc)
+                    below = _load_tile(x, base, valid, rows + 1, columns, height, shape, plan, acc)
+                    left = tl.gather(dlogit_of_group, tl.minimum(column + 1, COLUMNS - 1), 2)
+                    right = tl.gather(dlogit_of_group, tl.maximum(column - 1, 0), 2)
+                    dlogits_seen = (
+                        _spread(tl.where(column == COLUMNS - 1, 0.0, left), ROWS, COLUMNS, plan),
+                        dlogit,
+                        _spread(tl.where(column == 0, 0.0, right), ROWS, COLUMNS, plan),
+                    )
+                    neighbours = (above, tile, below)
+                    added = ()
+                    for tap in tl.static_range(9):
+                        product = dlogits_seen[tap % 3] * neighbours[tap // 3]
+                        added += (taps[tap] + _fold(product, ROWS, COLUMNS, plan),)
+                    taps = added
+                if plan.tiled and not plan.last:
                     first = tl.sum(tl.where(column == 0, dlogit_of_group, 0.0), axis=2, keep_dims=True)
                     last = tl.sum(tl.where(column == COLUMNS - 1, dlogit_of_group, 0.0), axis=2, keep_dims=True)
                     of_ends = (_spread(first, ROWS, 1, plan), _spread(last, ROWS, 1, plan))
@@ -833,7 +868,7 @@ def _products(
         of_pixels = product_parts + program * 10 * count + channel
         for tap in tl.static_range(9):
             product = _sum_pixels(taps[tap])
-            if plan.tiled and tap % 3 != 1:
+            if plan.tiled and not plan.last and tap % 3 != 1:
                 product += _sum_pixels(ends[tap // 3 * 2 + tap % 3 // 2])
             tl.store(of_pixels + tap * count, product, mask=valid)
         tl.store(of_pixels + 9 * count, _sum_pixels(correlation), mask=valid)
