@@ -174,13 +174,17 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="NAME")
     options = parser.parse_args()
     rows = []
-    for name, layout, dtype in itertools.product(options.shapes, LAYOUTS, ("bfloat16", "float32")):
+    for name, layout in itertools.product(options.shapes, LAYOUTS):
         shape, width = SHAPES[name]
-        forward, both = passes(shape, width, DTYPES[dtype], layout == "channels_last")
-        megabytes = torch.Size(shape).numel() * DTYPES[dtype].itemsize / 1e6
-        rows.append([name, layout, dtype, f"{megabytes:.0f}", f"{forward:.2f}", f"{both:.2f}"])
-    header = ["shape", "layout", "dtype", "MB of x", "passes, forward", "passes, forward and backward"]
-    print(markdown_table(header, rows, text_columns=3))
+        row = [name, layout]
+        for dtype in ("bfloat16", "float32"):
+            counted = passes(shape, width, DTYPES[dtype], layout == "channels_last")
+            megabytes = torch.Size(shape).numel() * DTYPES[dtype].itemsize / 1e6
+            row += [f"{megabytes:.0f}", *(f"{value:.1f}" for value in counted)]
+        rows.append(row)
+    header = ["shape", "layout"]
+    header += [f"{dtype}: {name}" for dtype in ("bf16", "fp32") for name in ("MB of x", "forward", "both")]
+    print(markdown_table(header, rows, text_columns=2))
 
 
 if __name__ == "__main__":
