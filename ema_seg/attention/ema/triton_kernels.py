@@ -693,7 +693,7 @@ def _logit_gradient(
 ):
     """Compute, store and return the gradient of the weights' logit, [groups, ROWS, COLUMNS]; 0 outside the region.
 
-    Store the weights, too, unless they are as many as the channels: to compute them again costs less than to load them.
+    Store the weights, too, if the groups are wide: for a few channels it costs less to compute them again.
     """
     GROUPS: tl.constexpr = plan.tile_groups
     COLUMNS: tl.constexpr = plan.tile_columns

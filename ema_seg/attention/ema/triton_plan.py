@@ -99,28 +99,8 @@ def plan_work(
     # What a wave keeps in the cache: x and y, or x, dy, dx and the maps of the groups.
     stores_weights = per_group > 4
     tensors = 3 + (1 + stores_weights) * map_dtype(dtype).itemsize / (per_group * itemsize) if backward else 2.0
-    # A tile reads along the contiguous axis: whole rows of up to 256 columns, or channels of 64 bytes (32 if the
-    # image is too large for the cache), the sizes of memory transactions. It holds whole groups of up to 16 channels,
-    # so that the sum over a group's channels needs no second pass. Tiles of small images hold more groups.
-    if last:
-        tile_channels = min(power_of_two(per_group), 64)
-        tile_groups = max(1, 64 // itemsize // tile_channels)
-        if 64 * height * width * tensors > cache_size:
-            tile_groups = max(1, tile_groups // 2)
-        tile_columns = min(power_of_two(width), max(1, SMALLEST_TILE // (tile_channels * tile_groups)), 32)
-    else:
-        tile_channels = power_of_two(per_group)
-        tile_columns = min(power_of_two(width), 256, max(1, SMALLEST_TILE // (2 * tile_channels)))
-        if per_group > 16:
-            tile_columns = min(power_of_two(width), 256)
-            fitting = max(1, SMALLEST_TILE // (tile_columns * power_of_two(height)))
-            tile_channels = min(tile_channels, fitting)
-        tile_groups = 1
-    filled = tile_channels * tile_columns * power_of_two(height)
-    if filled < SMALLEST_TILE and tile_channels >= per_group:
-        occupying = batch * groups // max(1, 4 * processors)  # more groups in a program would leave processors idle
-        tile_groups = max(tile_groups, min(SMALLEST_TILE // filled, 1 << max(0, occupying.bit_length() - 1)))
-    tile_groups = min(tile_groups, power_of_two(groups))
+    too_large = 64 * height * width * tensors > cache_size
+    tile_groups, tile_channels, tile_columns = _tile(shape, itemsize, groups, last, too_large, processors)
 
     # Fusing pays if launches would take longer than the work. Larger maps are better spread over more programs.
     blocks = batch * ceil_div(groups, tile_groups)
@@ -161,6 +141,36 @@ def plan_work(
     position_parts = ceil_div(2 * processors, wave * tile_groups) if not fused else 1
     most = ceil_div(height + width, positions)
     return Work(plan, blocks, wave, parts, spans, min(max(1, position_parts), most))
+
+
+def _tile(
+    shape: tuple[int, int, int, int], itemsize: int, groups: int, last: bool, too_large: bool, processors: int
+) -> tuple[int, int, int]:
+    """Return the groups of a tile, the channels of each group and the columns.
+
+    A tile reads along the contiguous axis: whole rows of up to 256 columns, or channels of 64 bytes (32 if the image is
+    ``too_large`` for the cache), the sizes of memory transactions. It holds whole groups of up to 16 channels, so that
+    the sum over a group's channels needs no second pass. Tiles of small images hold more groups.
+    """
+    batch, channels, height, width = shape
+    per_group = channels // groups
+    tile_groups, tile_channels = 1, power_of_two(per_group)
+    if last:
+        tile_channels = min(tile_channels, 64)
+        tile_groups = max(1, 64 // itemsize // tile_channels)
+        if too_large:
+            tile_groups = max(1, tile_groups // 2)
+        tile_columns = min(power_of_two(width), max(1, SMALLEST_TILE // (tile_channels * tile_groups)), 32)
+    elif per_group <= 16:
+        tile_columns = min(power_of_two(width), 256, max(1, SMALLEST_TILE // (2 * tile_channels)))
+    else:
+        tile_columns = min(power_of_two(width), 256)
+        tile_channels = min(tile_channels, max(1, SMALLEST_TILE // (tile_columns * power_of_two(height))))
+    filled = tile_channels * tile_columns * power_of_two(height)
+    if filled < SMALLEST_TILE and tile_channels >= per_group:
+        occupying = batch * groups // max(1, 4 * processors)  # more groups in a program would leave processors idle
+        tile_groups = max(tile_groups, min(SMALLEST_TILE // filled, 1 << max(0, occupying.bit_length() - 1)))
+    return min(tile_groups, power_of_two(groups)), tile_channels, tile_columns
 
 
 def map_dtype(dtype: torch.dtype) -> torch.dtype:
