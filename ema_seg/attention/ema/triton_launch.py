@@ -238,18 +238,9 @@ def _forward_kernel(
 
 def forward(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Re-weight ``x``; see ``operator.Kernels``."""
-    batch, channels, height, width = shape = tuple(x.shape)
+    batch, channels, height, width = x.shape
     number, of_group = batch * groups, channels // groups
-    kernel, areas = _forward_kernel(
-        shape,
-        x.dtype,
-        x.device,
-        last=not x.is_contiguous(),
-        taps_last=not parameters.w3.is_contiguous(),
-        groups=groups,
-        dynamic=dynamic,
-        eps=eps,
-    )
+    kernel, areas = _forward_kernel(**_kind(x, parameters, groups, eps, dynamic))
     y = _empty_like(x)
     means = parameters.w1.new_empty((number, of_group, height + width))
     moments = parameters.w1.new_empty((2, number, of_group))
@@ -319,16 +310,7 @@ def backward(
     dynamic: bool,
 ) -> tuple[Tensor, Parameters]:
     """Compute the gradients of ``x`` and of the parameters; see ``operator.Kernels``."""
-    kernel, areas, sums = _backward_kernels(
-        tuple(x.shape),
-        x.dtype,
-        x.device,
-        last=not x.is_contiguous(),
-        taps_last=not parameters.w3.is_contiguous(),
-        groups=groups,
-        dynamic=dynamic,
-        eps=eps,
-    )
+    kernel, areas, sums = _backward_kernels(**_kind(x, parameters, groups, eps, dynamic))
     dx = _empty_like(x)
     gradients = Parameters(*map(torch.empty_like, parameters))
     scratch = areas.allocate(parameters.w1)
@@ -336,6 +318,20 @@ def backward(
         kernel.launch([dy, x, dx, means, moments, *parameters], scratch, areas)
         sums.launch([parameters.beta, *gradients], scratch, areas)
     return dx if dx.dtype == x.dtype else dx.to(x.dtype), gradients
+
+
+def _kind(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> dict[str, Any]:
+    """Return the arguments of ``plan_work`` for a call, but for its direction."""
+    return {
+        "shape": tuple(x.shape),
+        "dtype": x.dtype,
+        "device": x.device,
+        "last": not x.is_contiguous(),
+        "taps_last": not parameters.w3.is_contiguous(),
+        "groups": groups,
+        "dynamic": dynamic,
+        "eps": eps,
+    }
 
 
 def _empty_like(x: Tensor) -> Tensor:
