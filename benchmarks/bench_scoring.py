@@ -38,8 +38,8 @@ from ema_seg.data import build_dataset
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.evaluation.strata import count_strata, count_strata_by_class
 from ema_seg.inference.classes import most_likely_classes
+from ema_seg.inference.masks import encode_mask
 from ema_seg.models.head import RowLogits
-from ema_seg.reporting.predictions import encode_mask
 from ema_seg.runtime.host_memory import keep_freed_memory
 
 SCHEMA = 1

@@ -16,10 +16,11 @@ from ema_seg.evaluation import ConfusionMatrix, describe_environment, measure_co
 from ema_seg.evaluation.cost import cost_batch_size
 from ema_seg.evaluation.evaluator import image_counter, require_labels
 from ema_seg.inference.device import find_device
+from ema_seg.inference.masks import encode_mask
 from ema_seg.models import load_segmenter, model_stride
 from ema_seg.models.checkpoint import check_classes
 from ema_seg.reporting.history import describe_data, read_curves
-from ema_seg.reporting.predictions import PredictionWriter, encode_mask, lock_report
+from ema_seg.reporting.predictions import PredictionWriter, lock_report
 from ema_seg.reporting.report import FILES, build_report, report_manifest, write_report
 from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.execution import deterministic_algorithms, set_execution, tf32

@@ -94,6 +94,7 @@ def train(
         loss,
         data.normalise,
         classes=data.classes,
+        palette=data.palette,
         optimizer=config["optimizer"],
         schedule=config["schedule"],
         config=config,

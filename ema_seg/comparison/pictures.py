@@ -14,7 +14,7 @@ from ema_seg.comparison.compare import Match
 from ema_seg.comparison.runs import Result
 from ema_seg.comparison.schema import Disagreement, comparison_manifest
 from ema_seg.data.source import IMAGE_FORMATS
-from ema_seg.reporting.predictions import encode_mask
+from ema_seg.inference.masks import encode_mask
 from ema_seg.runtime.errors import EmaSegError, one_line
 from ema_seg.runtime.files import Manifest, file_names, write_file
 

@@ -1,6 +1,5 @@
 """Evaluation: scores of predictions, and cost of a model."""
 
-from ema_seg.evaluation.attention import attention_weights
 from ema_seg.evaluation.confusion import ConfusionMatrix, Scores
 from ema_seg.evaluation.cost import Cost, measure_cost
 from ema_seg.evaluation.environment import describe_environment
@@ -16,7 +15,6 @@ __all__ = [
     "Example",
     "ImageRecord",
     "Scores",
-    "attention_weights",
     "choose_examples",
     "count_strata",
     "describe_environment",

@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING
 from ema_seg.runtime.lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from ema_seg.reporting.figures import colourise, draw_class_iou, draw_confusion_matrix, draw_samples
+    from ema_seg.reporting.figures import draw_class_iou, draw_confusion_matrix, draw_samples
     from ema_seg.reporting.report import build_report, load_report, write_report
     from ema_seg.reporting.tables import print_report, render_markdown
 
 __all__ = [
     "build_report",
-    "colourise",
     "draw_class_iou",
     "draw_confusion_matrix",
     "draw_samples",
@@ -24,7 +23,6 @@ __all__ = [
 # Lazy imports: reading a report needs no torch, whose import takes longer than that work.
 _MODULES = {
     "build_report": "report",
-    "colourise": "figures",
     "draw_class_iou": "figures",
     "draw_confusion_matrix": "figures",
     "draw_samples": "figures",

@@ -17,10 +17,11 @@ from matplotlib.ticker import PercentFormatter
 
 from ema_seg.data.base import IGNORE_INDEX
 from ema_seg.evaluation import Example
+from ema_seg.inference.masks import colourise
 from ema_seg.reporting.tables import describe_model
 from ema_seg.runtime.escaping import for_figure
 
-__all__ = ["colourise", "draw_class_iou", "draw_confusion_matrix", "draw_samples"]
+__all__ = ["draw_class_iou", "draw_confusion_matrix", "draw_samples"]
 
 _IGNORED_COLOUR = (0, 0, 0)
 # Vermillion of Okabe and Ito's colour-blind-safe palette, distinct from grey.
@@ -32,21 +33,6 @@ _BARS_PER_COLUMN = 50
 _LEGEND_CLASSES = 32
 
 Bar = tuple[str, float | None, Sequence[int]]
-
-
-def colourise(mask: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
-    """Paint class ids in their colours.
-
-    Args:
-        mask: integers H x W in [0, K), or 255 for ignored pixels, which become black.
-        palette: K colours, (red, green, blue) from 0 to 255.
-
-    Returns:
-        A uint8 array H x W x 3.
-    """
-    colours = np.full((256, 3), _IGNORED_COLOUR, np.uint8)
-    colours[: len(palette)] = palette
-    return colours[mask]
 
 
 def draw_confusion_matrix(report: Mapping[str, Any]) -> Figure:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ema_seg.data.decoding import decode_image
 from ema_seg.data.normalise import Normalise
 from ema_seg.data.source import File, FolderSource
-from ema_seg.evaluation.attention import attention_weights
+from ema_seg.inference.attention import attention_weights
 from ema_seg.models import load_segmenter, model_stride
 from ema_seg.runtime.errors import DataError, EmaSegError, ModelError, one_line
 from ema_seg.runtime.escaping import for_terminal

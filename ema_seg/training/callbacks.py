@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from ema_seg.data import SegmentationDataModule
 from ema_seg.data.normalise import Normalise
 from ema_seg.data.transforms import TensorSample
-from ema_seg.evaluation import Example, attention_weights, predict_example
+from ema_seg.evaluation import Example, predict_example
+from ema_seg.inference.attention import attention_weights
 from ema_seg.reporting import draw_samples
 from ema_seg.runtime.errors import DataError
 from ema_seg.runtime.files import write_file

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
 
 from ema_seg.data.base import IGNORE_INDEX
+from ema_seg.data.folder import distinct_colors
 from ema_seg.data.normalise import Normalise
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.evaluation.confusion import Scores
@@ -52,6 +53,7 @@ class SegmentationModule(LightningModule):
         optimizer: keyword arguments of ``build_optimizer``.
         schedule: keyword arguments of ``build_schedule``.
         classes: the K class names.
+        palette: their colours, (red, green, blue) from 0 to 255; None for distinct ones.
         config: the run's whole configuration as plain data; like the class names it is stored in every
             checkpoint, so that a checkpoint alone is enough to rebuild the model.
 
@@ -67,6 +69,7 @@ class SegmentationModule(LightningModule):
         normalise: Normalise,
         *,
         classes: Sequence[str],
+        palette: Sequence[Sequence[int]] | None = None,
         optimizer: Mapping[str, Any],
         schedule: Mapping[str, Any],
         config: Mapping[str, Any],
@@ -76,6 +79,7 @@ class SegmentationModule(LightningModule):
         self.loss = loss
         self.normalise = normalise
         self.classes = list(classes)
+        self.palette = [list(colour) for colour in palette or distinct_colors(len(classes))]
         self.config = dict(config)
         self.optimizer_settings = dict(optimizer)
         self.schedule_settings = dict(schedule)
@@ -119,7 +123,11 @@ class SegmentationModule(LightningModule):
         loss = build_loss(config["loss"], len(classes), strips=strips)
         settings = {"optimizer": config["optimizer"], "schedule": config["schedule"], "config": config}
         normalise = Normalise(config["data"]["mean"], config["data"]["std"])
-        return cls(model, loss, normalise, classes=classes, **settings).train().to(torch.device(map_location or "cpu"))
+        return (
+            cls(model, loss, normalise, classes=classes, palette=checkpoint.get("palette"), **settings)
+            .train()
+            .to(torch.device(map_location or "cpu"))
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the logits (B, K, H, W) of uint8 RGB images (B, 3, H, W)."""
@@ -268,10 +276,11 @@ class SegmentationModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add config, class names and the sums of the epoch to the checkpoint, unless a loss was not finite."""
+        """Add config, classes, palette and the sums of the epoch to the checkpoint, unless a loss was not finite."""
         self.finite.check()
         checkpoint["config"] = self.config
         checkpoint["classes"] = self.classes
+        checkpoint["palette"] = self.palette
         checkpoint["sums"] = self._global_sums().cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ema_seg.comparison.schema import Comparison, Contrast, Curve, Disagreement, Job, Row, Summary
 from ema_seg.evaluation.strata import STRATA
-from ema_seg.reporting import colourise
+from ema_seg.inference.masks import colourise
 
 CLASSES = (
     "sky", "building", "pole", "road", "side|walk", "tree", 'sign <pole> & "light"', "fence", "car", "__proto__",

@@ -6,7 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ema_seg.evaluation import ConfusionMatrix, Evaluation
-from ema_seg.reporting import colourise, draw_class_iou, draw_confusion_matrix, draw_samples
+from ema_seg.inference.masks import colourise
+from ema_seg.reporting import draw_class_iou, draw_confusion_matrix, draw_samples
 from tests.reporting.test_report import CLASSES, PALETTE, make_evaluation, make_panel, make_report
 
 

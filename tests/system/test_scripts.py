@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import ema_seg
 from ema_seg.cli.command_line import quoted
 from ema_seg.cli.resume import _unfinished_run
 from ema_seg.cli.run_folder import _hold_unused
@@ -87,6 +88,19 @@ def test_a_run_leaves_its_directory_as_promised(finished_run):
         "pictures/epoch_002.png",
     } <= files
     assert any(name.startswith("tensorboard/events") for name in files)
+
+
+@pytest.mark.parametrize("source", [".", "checkpoints/best.ckpt"])
+def test_a_loaded_run_predicts_the_masks_of_its_report(finished_run, camvid_root, source):
+    segmenter = ema_seg.load(finished_run / source, device="cpu")
+    report = json.loads((finished_run / "report/report.json").read_text())
+
+    assert list(segmenter.classes) == report["classes"]
+    assert [list(colour) for colour in segmenter.palette] == report["palette"]
+    assert report["images"]
+    for image in report["images"]:
+        found = segmenter(camvid_root / "val" / "images" / f"{Path(image['name']).name}.jpg")
+        assert np.array_equal(found.mask, np.array(Image.open(finished_run / "report" / image["prediction"])))
 
 
 def test_a_run_prints_the_report_and_its_path(finished):

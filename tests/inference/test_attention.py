@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ema_seg.data.normalise import Normalise
-from ema_seg.evaluation import attention_weights
+from ema_seg.inference.attention import attention_weights
 from ema_seg.models import build_segmenter
 
 NORMALISE = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

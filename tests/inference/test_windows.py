@@ -1,0 +1,61 @@
+"""Tests of the prediction of large images in windows."""
+
+import itertools
+
+import pytest
+import torch
+
+from ema_seg.inference.windows import OVERLAP, blend_windows, window_starts
+
+
+@pytest.mark.parametrize("length", [1, 300, 301, 450, 473, 1000, 1001, 5000])
+def test_windows_cover_a_length_and_share_enough(length):
+    starts = window_starts(length, 300)
+
+    assert starts[0] == 0
+    assert starts[-1] == max(0, length - 300)
+    assert all(before + 300 - after >= OVERLAP for before, after in itertools.pairwise(starts))
+
+
+def colours_of(part):
+    """Predict logits that depend on the pixel alone."""
+    return torch.cat([part.double(), part[:1].double().square()])
+
+
+@pytest.mark.parametrize(("height", "width"), [(200, 300), (700, 301), (301, 700), (1100, 950)])
+def test_a_model_that_sees_single_pixels_predicts_the_same_in_windows(height, width):
+    image = torch.rand(3, height, width)
+    whole = colours_of(image)
+
+    found = torch.full_like(whole, float("nan"))
+    rows = []
+    for top, logits in blend_windows(image, 300, colours_of):
+        found[:, top : top + logits.shape[1]] = logits
+        rows += range(top, top + logits.shape[1])
+
+    assert rows == list(range(height))
+    torch.testing.assert_close(found, whole)
+
+
+def test_one_window_changes_nothing():
+    image = torch.rand(3, 20, 30)
+    ((top, logits),) = blend_windows(image, 300, colours_of)
+
+    assert top == 0
+    assert torch.equal(logits, colours_of(image))
+
+
+def test_windows_fade_into_each_other():
+    image = torch.zeros(3, 8, 1000)
+    numbers = iter(range(100))
+
+    def numbered(part):
+        return torch.full((1, *part.shape[1:]), float(next(numbers)))
+
+    ((_, logits),) = blend_windows(image, 300, numbered)
+
+    steps = logits[0, 0].diff()
+    assert logits[0, 0, 0] == 0
+    assert logits[0, 0, -1] == len(window_starts(1000, 300)) - 1
+    assert steps.min() >= 0
+    assert steps.max() <= 2 / OVERLAP  # three windows meet at some pixels
