@@ -25,6 +25,7 @@ from ema_seg.training.trainer import build_trainer
 from tests.training.synchronisations import Synchronisations
 
 ENCODER = "tu-test_efficientnet"
+PALETTE = [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
 NORMALISE = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -43,6 +44,7 @@ def module(model, terms=None):
         build_loss(terms or {"cross_entropy": {}}, 3),
         NORMALISE,
         classes=["a", "b", "c"],
+        palette=PALETTE,
         optimizer={"name": "adamw", "lr": 1e-3, "encoder_lr_factor": 1.0, "weight_decay": 0.0},
         schedule={"name": "constant"},
         config={"seed": 0},
@@ -63,13 +65,13 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_samples(value):
         module(model).training_step(batch, 0)
 
 
-def test_a_checkpoint_carries_the_configuration_and_the_classes():
+def test_a_checkpoint_carries_the_configuration_the_classes_and_their_colours():
     checkpoint = {}
 
     module(segmenter()).on_save_checkpoint(checkpoint)
 
     assert checkpoint.pop("sums").tolist() == [0.0] * 5
-    assert checkpoint == {"config": {"seed": 0}, "classes": ["a", "b", "c"]}
+    assert checkpoint == {"config": {"seed": 0}, "classes": ["a", "b", "c"], "palette": PALETTE}
 
 
 class Failing(checkpoints._ArchiveFile):
