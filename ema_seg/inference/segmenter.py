@@ -1,5 +1,6 @@
 """A trained model, ready for use: pictures in, masks out."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -36,8 +37,8 @@ Picture = str | PathLike[str] | Image.Image | NDArray[np.uint8]
 
 # Larger images are predicted in windows. A model's features take about 0.6 KB per pixel.
 _MOST_PIXELS = 2048 * 2048
-_WINDOW = 1024
-_BYTES_OF_BAND = 2**29  # logits of a row of windows
+_LARGEST_WINDOW = 1024
+_BYTES_OF_WINDOW = 2**27  # of its logits
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,17 +230,16 @@ class Segmenter:
             (logits,) = predict(self.model, [part], self.stride, self.normalise)
             return logits.whole()[0].float()
 
-        for top, logits in blend_windows(image, self._window(width), predict_window):
-            rows = slice(top, top + logits.shape[1])
-            mask[rows] = most_likely_classes(RowLogits(logits[None])).cpu().numpy()
+        for top, left, logits in blend_windows(image, self._window(), predict_window):
+            place = slice(top, top + logits.shape[1]), slice(left, left + logits.shape[2])
+            mask[place] = most_likely_classes(RowLogits(logits[None])).cpu().numpy()
             if found is not None:
-                found[:, rows] = logits.softmax(dim=0).cpu().numpy()
+                found[:, *place] = logits.softmax(dim=0).cpu().numpy()
         return mask, found
 
-    def _window(self, width: int) -> int:
-        """Return the size of a window: smaller for many classes and wide images."""
-        fitting = _BYTES_OF_BAND // (4 * len(self.classes) * width) // self.stride * self.stride
-        return min(_WINDOW, max(fitting, 2 * OVERLAP))
+    def _window(self) -> int:
+        """Return the size of a window: smaller for many classes."""
+        return max(2 * OVERLAP, min(_LARGEST_WINDOW, math.isqrt(_BYTES_OF_WINDOW // (4 * len(self.classes)))))
 
     def _weight_maps(self, image: Tensor) -> dict[str, NDArray[np.float32]]:
         found = attention_weights(self.model, image, self.stride, self.normalise)

@@ -1,7 +1,7 @@
 """Prediction of images that are too large for the memory, in windows that overlap.
 
 Where windows overlap the logits of all count, with weights that fall linearly to zero at each window's edge, so that no
-seam shows. Memory holds the logits of one window and of the overlap with the row of windows above.
+seam shows. Memory holds the logits of one window, and of the pixels that it shares with the next ones.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,37 +16,42 @@ OVERLAP = 128  # pixels that neighbours share at least
 Predict = Callable[[Tensor], Tensor]
 
 
-def blend_windows(image: Tensor, window: int, predict: Predict) -> Iterator[tuple[int, Tensor]]:
-    """Predict an image window by window; yield its logits from top to bottom.
+def blend_windows(image: Tensor, window: int, predict: Predict) -> Iterator[tuple[int, int, Tensor]]:
+    """Predict an image window by window; yield its logits in blocks that cover it.
 
     Args:
         image: 3 x H x W.
         window: height and width of a window; an image that is smaller in a direction has one window there.
-        predict: maps a window 3 x h x w to logits K x h x w.
+        predict: maps a window 3 x h x w to logits K x h x w, which may be overwritten.
 
     Yields:
-        The first row and the logits K x rows x W of consecutive rows. Logits beside the edge of the image, where one
-        window covers a pixel, are that window's own.
+        The first row, the first column and the logits K x h x w of a block. Where one window alone covers a pixel its
+        logits are that window's.
     """
     height, width = image.shape[1:]
     tops, lefts = window_starts(height, window), window_starts(width, window)
     rows, columns = min(window, height), min(window, width)
     down, across = _weights(tops, rows), _weights(lefts, columns)
-    pending: Tensor | None = None  # weighted logits of the rows that the windows above share with the next ones
+    from_above: Tensor | None = None  # weighted logits of the rows that the windows above share with the next ones
     for index, top in enumerate(tops):
-        below = tops[index + 1] if index + 1 < len(tops) else height
-        band: Tensor | None = None
+        finished_rows = (tops[index + 1] if index + 1 < len(tops) else height) - top
+        below: Tensor | None = None
+        from_left: Tensor | None = None  # likewise of columns
         for place, left in enumerate(lefts):
+            finished = (lefts[place + 1] if place + 1 < len(lefts) else width) - left
             logits = predict(image[:, top : top + rows, left : left + columns])
-            if band is None:
-                band = logits.new_zeros((len(logits), rows, width))
-            band[:, :, left : left + columns] += logits * across[place].to(logits)
-        assert band is not None
-        band *= down[index].to(band)[:, None]
-        if pending is not None:
-            band[:, : pending.shape[1]] += pending
-        yield top, band[:, : below - top]
-        pending = band[:, below - top :].clone()
+            logits *= (down[index][:, None] * across[place]).to(logits)
+            if from_left is not None:
+                logits[:, :, : from_left.shape[2]] += from_left
+            from_left = logits[:, :, finished:].clone()
+            block = logits[:, :, :finished]
+            if from_above is not None:
+                block[:, : from_above.shape[1]] += from_above[:, :, left : left + finished]
+            if below is None:
+                below = logits.new_empty((len(logits), rows - finished_rows, width))
+            below[:, :, left : left + finished] = block[:, finished_rows:]
+            yield top, left, block[:, :finished_rows]
+        from_above = below
 
 
 def window_starts(length: int, window: int) -> list[int]:

@@ -119,7 +119,7 @@ def test_a_large_picture_is_predicted_in_windows(segmenter, monkeypatch):
     picture = np.stack([rows // 3, columns // 3, (rows + columns) // 6], axis=-1).astype(np.uint8)
     whole = segmenter(picture, probabilities=True)
     monkeypatch.setattr(segmenter_module, "_MOST_PIXELS", 1000)
-    monkeypatch.setattr(segmenter_module, "_WINDOW", 384)
+    monkeypatch.setattr(segmenter_module, "_LARGEST_WINDOW", 384)
 
     found = segmenter(picture, probabilities=True)
 
