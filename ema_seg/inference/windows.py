@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["OVERLAP", "blend_windows", "window_starts"]
+__all__ = ["OVERLAP", "blend_windows", "window_layout"]
 
-OVERLAP = 128  # pixels that neighbours share at least
+OVERLAP = 128  # pixels that neighbours share
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -21,7 +21,7 @@ def blend_windows(image: Tensor, window: int, predict: Predict) -> Iterator[tupl
 
     Args:
         image: 3 x H x W.
-        window: height and width of a window; an image that is smaller in a direction has one window there.
+        window: largest height and width of a window, at least twice ``OVERLAP``.
         predict: maps a window 3 x h x w to logits K x h x w, which may be overwritten.
 
     Yields:
@@ -29,37 +29,40 @@ def blend_windows(image: Tensor, window: int, predict: Predict) -> Iterator[tupl
         logits are that window's.
     """
     height, width = image.shape[1:]
-    tops, lefts = window_starts(height, window), window_starts(width, window)
-    rows, columns = min(window, height), min(window, width)
+    (tops, rows), (lefts, columns) = window_layout(height, window), window_layout(width, window)
     down, across = _weights(tops, rows), _weights(lefts, columns)
-    from_above: Tensor | None = None  # weighted logits of the rows that the windows above share with the next ones
+    shared_rows = [top + rows - following for top, following in zip(tops, [*tops[1:], height], strict=True)]
+    shared_columns = [left + columns - following for left, following in zip(lefts, [*lefts[1:], width], strict=True)]
+    from_above = torch.empty(0)  # weighted logits of the rows that a row of windows shares with the one below
     for index, top in enumerate(tops):
-        finished_rows = (tops[index + 1] if index + 1 < len(tops) else height) - top
-        below: Tensor | None = None
+        own_rows = rows - shared_rows[index]
         from_left: Tensor | None = None  # likewise of columns
         for place, left in enumerate(lefts):
-            finished = (lefts[place + 1] if place + 1 < len(lefts) else width) - left
+            own_columns = columns - shared_columns[place]
             logits = predict(image[:, top : top + rows, left : left + columns])
             logits *= (down[index][:, None] * across[place]).to(logits)
             if from_left is not None:
                 logits[:, :, : from_left.shape[2]] += from_left
-            from_left = logits[:, :, finished:].clone()
-            block = logits[:, :, :finished]
-            if from_above is not None:
-                block[:, : from_above.shape[1]] += from_above[:, :, left : left + finished]
-            if below is None:
-                below = logits.new_empty((len(logits), rows - finished_rows, width))
-            below[:, :, left : left + finished] = block[:, finished_rows:]
-            yield top, left, block[:, :finished_rows]
-        from_above = below
+            from_left = logits[:, :, own_columns:].clone()
+            block, own = logits[:, :, :own_columns], slice(left, left + own_columns)
+            if index > 0:
+                block[:, : shared_rows[index - 1]] += from_above[:, : shared_rows[index - 1], own]
+            elif place == 0:
+                from_above = logits.new_empty((len(logits), max(shared_rows), width))
+            from_above[:, : shared_rows[index], own] = block[:, own_rows:]
+            yield top, left, block[:, :own_rows]
 
 
-def window_starts(length: int, window: int) -> list[int]:
-    """Return the first pixels of windows that cover a length evenly and share ``OVERLAP`` pixels or more."""
+def window_layout(length: int, window: int) -> tuple[list[int], int]:
+    """Return the first pixels of windows that cover a length, and their size.
+
+    Neighbours share ``OVERLAP`` pixels or one more: the windows are smaller rather than share more.
+    """
     if length <= window:
-        return [0]
+        return [0], length
     count = -(-(length - OVERLAP) // (window - OVERLAP))
-    return [round(index * (length - window) / (count - 1)) for index in range(count)]
+    size = -(-(length + (count - 1) * OVERLAP) // count)
+    return [index * (length - size) // (count - 1) for index in range(count)], size
 
 
 def _weights(starts: list[int], window: int) -> list[Tensor]:
