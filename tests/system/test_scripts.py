@@ -103,6 +103,21 @@ def test_a_loaded_run_predicts_the_masks_of_its_report(finished_run, camvid_root
         assert np.array_equal(found.mask, np.array(Image.open(finished_run / "report" / image["prediction"])))
 
 
+def test_the_page_on_using_a_model_does_what_it_says(finished_run, camvid_root, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/my_run").symlink_to(finished_run)
+    shutil.copy(next((camvid_root / "val" / "images").iterdir()), tmp_path / "street.jpg")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/use.md").read_text(), re.DOTALL):
+        exec(block, names)  # noqa: S102
+
+    assert np.array_equal(np.array(Image.open("mask.png")), names["result"].mask)
+    assert Image.open("overlay.jpg").size == Image.open("street.jpg").size
+    assert names["details"].probabilities.shape[1:] == names["result"].mask.shape
+
+
 def test_a_run_prints_the_report_and_its_path(finished):
     out, err = ((finished / name).read_text() for name in ("out", "err"))
 
