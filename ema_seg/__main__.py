@@ -9,6 +9,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "train": ("ema_seg.cli.train", "train, test and report a model, or a sweep of them (python train.py)"),
     "eval": ("ema_seg.cli.eval", "evaluate a run or a checkpoint (python eval.py)"),
+    "predict": ("ema_seg.cli.predict", "segment images with a run or a checkpoint"),
     "compare": ("ema_seg.comparison.__main__", "compare the runs of a sweep, or single runs"),
     "check": ("ema_seg.data.check", "check the files of a data set"),
     "sweeps": ("ema_seg.sweeps.__main__", "show the jobs of a sweep"),

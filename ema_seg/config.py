@@ -19,6 +19,7 @@ __all__ = [
     "DataArguments",
     "Evaluating",
     "Evaluation",
+    "Predicting",
     "Rebuilding",
     "Section",
     "Sweep",
@@ -399,6 +400,35 @@ class Evaluating(Section):
     epochs: Any = None  # set by the configurations of the data sets
     evaluation: Evaluation
     report: Report
+
+
+class Predicting(Section):
+    """All settings of ``ema-seg predict``."""
+
+    run: OptionalPath
+    """folder of a run, or a checkpoint"""
+    source: OptionalPath
+    """image, folder of images, or pattern"""
+    out: OptionalPath
+    """folder for the results"""
+    device: Name
+    """auto, cpu, cuda, cuda:1, mps"""
+    precision: Annotated[Literal["32-true", "bf16-mixed", "16-mixed"], Must("32-true, bf16-mixed or 16-mixed")]
+    """precision of autocast"""
+    compile: Flag
+    """compile the model, once for each size of an image"""
+    batch_size: Positive
+    """images of equal size that are predicted together"""
+    workers: Positive
+    """threads that read and write"""
+    alpha: Annotated[float, Field(ge=0, le=1), Must("a number from 0 to 1")]
+    """share of the classes' colours in the overlays"""
+    probabilities: Flag
+    """also write probabilities/"""
+    weight_maps: Flag
+    """also write weight_maps/"""
+    overwrite: Flag
+    """predict again what is there"""
 
 
 def check_settings(config: Mapping[str, Any], schema: type[Section], path: str = "") -> None:

@@ -20,13 +20,14 @@ from tests.attention import test_equations as equations
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-COMMAND = re.compile(r"^\s*python (train|eval)\.py ?([^#\n]*)", re.MULTILINE)
-HELP = [ROOT / "configs" / "hydra" / "help" / f"{script}.yaml" for script in ("train", "eval")]
+COMMAND = re.compile(r"^\s*(?:python (train|eval)\.py|ema-seg (predict)) ?([^#\n]*)", re.MULTILINE)
+HELP = [ROOT / "configs" / "hydra" / "help" / f"{script}.yaml" for script in ("train", "eval", "predict")]
 
 
 def commands():
     for page in (*PAGES, *HELP):
-        for script, arguments in COMMAND.findall(page.read_text()):
+        for *scripts, arguments in COMMAND.findall(page.read_text()):
+            script = "".join(scripts)
             if "--config-dir" in arguments:  # needs files that the user writes; tested below
                 continue
             yield pytest.param(script, shlex.split(arguments), id=f"{page.name}: {script} {arguments.strip()}")

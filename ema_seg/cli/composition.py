@@ -22,7 +22,7 @@ from ema_seg.cli.command_line import key_of
 from ema_seg.cli.early_checks import options_of
 from ema_seg.cli.hydra_patches import Loader, create_config_search_path, get_args_parser, validating_loader
 from ema_seg.cli.trust import restrict_environment, settings_of
-from ema_seg.config import Evaluating, Section, Training, describe_settings, suggest_own
+from ema_seg.config import Evaluating, Predicting, Section, Training, describe_settings, suggest_own
 from ema_seg.runtime.errors import ConfigError, EmaSegError, did_you_mean, one_line, own_cause
 
 __all__ = ["CONFIGS", "compose", "launch"]
@@ -30,7 +30,7 @@ __all__ = ["CONFIGS", "compose", "launch"]
 _PACKAGE = Path(__file__).resolve().parents[1]
 # The project's own configurations: inside an installed package, beside it in a clone.
 CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
-_SCHEMAS: dict[str, type[Section]] = {"Training": Training, "Evaluating": Evaluating}
+_SCHEMAS: dict[str, type[Section]] = {"Training": Training, "Evaluating": Evaluating, "Predicting": Predicting}
 # It overrides methods of Hydra, so that its frames count as Hydra's.
 _LOADER = Loader.__module__
 

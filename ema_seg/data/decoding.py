@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, TiffImagePlugin
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from ema_seg.data.source import IMAGE_FORMATS, File
 from ema_seg.runtime.errors import DataError
@@ -303,4 +303,6 @@ def _is_lossy_webp(data: bytes) -> bool:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its text has the address of a buffer
+        return "not an image of a known format"
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -22,7 +22,7 @@ from ema_seg.inference.attention import attention_weights
 from ema_seg.inference.classes import most_likely_classes
 from ema_seg.inference.device import find_device
 from ema_seg.inference.masks import colourise, encode_mask
-from ema_seg.inference.prediction import autocast, predict
+from ema_seg.inference.prediction import autocast, predict, segment
 from ema_seg.inference.windows import OVERLAP, blend_windows
 from ema_seg.models import load_segmenter, model_stride
 from ema_seg.models.head import RowLogits
@@ -193,9 +193,47 @@ class Segmenter:
             return [self._segment(image, probabilities, weight_maps) for image in images]
         return self._segment(images, probabilities, weight_maps)
 
+    def segment_batch(self, images: Sequence[NDArray[np.uint8]]) -> list[Segmentation]:
+        """Segment RGB arrays H x W x 3, those of one size together; see ``__call__``."""
+        if any(image.shape[0] * image.shape[1] > _MOST_PIXELS for image in images):
+            return [self._segment(image, False, False) for image in images]
+        tensors = [_as_tensor(image) for image in images]
+        with self._computing():
+            masks = segment(self.model, tensors, self.stride, self.normalise)
+        return [
+            Segmentation(image, mask.cpu().numpy(), self.classes, self.palette)
+            for image, mask in zip(images, masks, strict=True)
+        ]
+
+    def read(self, picture: Picture) -> NDArray[np.uint8]:
+        """Read a picture as uint8 RGB H x W x 3, as ``__call__`` does.
+
+        Raises:
+            DataError: see ``__call__``.
+        """
+        if isinstance(picture, str | PathLike):
+            path = Path(picture)
+            return decode_image(File(FolderSource(path.parent), path.name), upright=self.upright)
+        if isinstance(picture, Image.Image):
+            if picture.mode.startswith(("I", "F")):
+                raise DataError(
+                    f"the PIL image has mode {picture.mode}; expected 8 bits a channel: scale it to 0 … 255."
+                )
+            turned = ImageOps.exif_transpose(picture) if self.upright else picture
+            return np.array(turned.convert("RGB"))
+        array = np.asarray(picture)
+        if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+            raise DataError(
+                f"the picture is {array.dtype} of shape {array.shape}; expected uint8 H x W x 3 (RGB), H x W (grey) or "
+                "H x W x 4 (RGBA), a path or a PIL image."
+            )
+        if not array.size:
+            raise DataError(f"the picture of shape {array.shape} has no pixel; expected one at least.")
+        return np.repeat(array[..., None], 3, axis=2) if array.ndim == 2 else array[..., :3]
+
     def _segment(self, picture: Picture, probabilities: bool, weight_maps: bool) -> Segmentation:
-        image = self._read(picture)
-        tensor = torch.from_numpy(image if image.flags.writeable else image.copy()).permute(2, 0, 1)
+        image = self.read(picture)
+        tensor = _as_tensor(image)
         in_windows = tensor[0].numel() > _MOST_PIXELS
         if in_windows and weight_maps:
             raise ConfigError(
@@ -245,35 +283,15 @@ class Segmenter:
         found = attention_weights(self.model, image, self.stride, self.normalise)
         return {name: maps.cpu().numpy() for name, maps in found.items()}
 
-    def _read(self, picture: Picture) -> NDArray[np.uint8]:
-        """Read a picture as uint8 RGB H x W x 3.
 
-        Raises:
-            DataError: see ``__call__``.
-        """
-        if isinstance(picture, str | PathLike):
-            path = Path(picture)
-            return decode_image(File(FolderSource(path.parent), path.name), upright=self.upright)
-        if isinstance(picture, Image.Image):
-            if picture.mode.startswith(("I", "F")):
-                raise DataError(
-                    f"the PIL image has mode {picture.mode}; expected 8 bits a channel: scale it to 0 … 255."
-                )
-            turned = ImageOps.exif_transpose(picture) if self.upright else picture
-            return np.array(turned.convert("RGB"))
-        array = np.asarray(picture)
-        if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-            raise DataError(
-                f"the picture is {array.dtype} of shape {array.shape}; expected uint8 H x W x 3 (RGB), H x W (grey) or "
-                "H x W x 4 (RGBA), a path or a PIL image."
-            )
-        if not array.size:
-            raise DataError(f"the picture of shape {array.shape} has no pixel; expected one at least.")
-        return np.repeat(array[..., None], 3, axis=2) if array.ndim == 2 else array[..., :3]
+def _as_tensor(image: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(image if image.flags.writeable else image.copy()).permute(2, 0, 1)
 
 
 def _checkpoint_of(source: Path) -> Path:
     """Return the checkpoint of a run's folder, or the path itself for a file."""
+    if not source.exists():
+        raise DataError(f"{source}: no such folder or file; give the folder of a run, or a checkpoint of train.py.")
     if not source.is_dir():
         return source
     best = source / "checkpoints" / "best.ckpt"

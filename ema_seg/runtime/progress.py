@@ -5,8 +5,9 @@ from typing import TypeVar
 
 from rich import progress
 from rich.console import Console
+from rich.text import Text
 
-__all__ = ["track"]
+__all__ = ["CountedProgress", "track"]
 
 T = TypeVar("T")
 
@@ -16,3 +17,26 @@ def track(items: Iterable[T], description: str, *, shown: bool = True) -> Iterab
     console = Console(stderr=True)
     disable = not (shown and console.is_terminal)
     return progress.track(items, description=description, console=console, transient=True, disable=disable)
+
+
+class CountedProgress(progress.Progress):
+    """Progress bar with the number of images, images/s and the time to go, if standard error is a terminal."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        super().__init__(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            _SpeedColumn(),
+            progress.TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+
+
+class _SpeedColumn(progress.ProgressColumn):
+    def render(self, task: progress.Task) -> Text:
+        """Show the images per second."""
+        return Text("" if task.speed is None else f"{task.speed:.1f} images/s")

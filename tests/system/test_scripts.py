@@ -103,6 +103,40 @@ def test_a_loaded_run_predicts_the_masks_of_its_report(finished_run, camvid_root
         assert np.array_equal(found.mask, np.array(Image.open(finished_run / "report" / image["prediction"])))
 
 
+def test_predict_writes_the_masks_of_the_report_and_names_what_it_cannot_read(
+    finished_run, camvid_root, tmp_path, run_script
+):
+    source = shutil.copytree(camvid_root / "val" / "images", tmp_path / "images")
+    (source / "broken.jpg").write_bytes(b"no image")
+
+    status, out, err = run_script("predict", f"run={finished_run}", f"source={source}", f"out={tmp_path / 'out'}")
+
+    images = json.loads((finished_run / "report/report.json").read_text())["images"]
+    assert status == 1
+    assert out == f"{len(images)} of {len(images) + 1} images: {tmp_path / 'out'}\n"
+    assert err.startswith(f"error: {source / 'broken.jpg'}: cannot be decoded as an image (")
+    for image in images:
+        own = tmp_path / "out" / "masks" / f"{Path(image['name']).name}.png"
+        evaluated = finished_run / "report" / image["prediction"]
+        assert np.array_equal(np.array(Image.open(own)), np.array(Image.open(evaluated)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["source=a.png", "out=b"], "run: must be set; give run=<the folder of a run or a checkpoint>."),
+        (["run=nowhere", "source=.", "out=b"], "nowhere: no such folder or file; give the folder of a run"),
+        (["run=a", "source=b", "out=c", "alpha=2"], "alpha: must be a number from 0 to 1, got 2"),
+    ],
+)
+def test_predict_refuses_a_mistake_in_a_sentence(arguments, message, run_script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "picture.png").touch()
+    status, _, err = run_script("predict", *arguments)
+    assert status == 1
+    assert message in err
+
+
 def test_the_page_on_using_a_model_does_what_it_says(finished_run, camvid_root, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/my_run").symlink_to(finished_run)
