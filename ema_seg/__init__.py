@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 
 def load(
-    source: str | PathLike[str], *, device: str = "auto", precision: str = "32-true", compile: bool = False
+    source: str | PathLike[str], *, device: str = "auto", precision: str | None = None, compile: bool = False
 ) -> Segmenter:
     """Load a trained model, ready to segment pictures.
 
@@ -24,7 +24,7 @@ def load(
     Args:
         source: the folder of a run, whose best checkpoint is taken, or a checkpoint of ``train.py``.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        precision: "32-true", "bf16-mixed" or "16-mixed".
+        precision: "32-true", "bf16-mixed" or "16-mixed"; None for that of the run's evaluation.
         compile: compile the model, for pictures of one size.
 
     Raises:

@@ -413,8 +413,10 @@ class Predicting(Section):
     """folder for the results"""
     device: Name
     """auto, cpu, cuda, cuda:1, mps"""
-    precision: Annotated[Literal["32-true", "bf16-mixed", "16-mixed"], Must("32-true, bf16-mixed or 16-mixed")]
-    """precision of autocast"""
+    precision: Annotated[
+        Literal["32-true", "bf16-mixed", "16-mixed"] | None, Must("32-true, bf16-mixed or 16-mixed, or null")
+    ]
+    """precision of autocast; null: that of the run's evaluation"""
     compile: Flag
     """compile the model, once for each size of an image"""
     batch_size: Positive

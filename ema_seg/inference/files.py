@@ -186,12 +186,13 @@ class _Results:
         """
         marker = self._out / "model.json"
         known = {"model": origin, "classes": self._header[1:]}
-        if marker.is_file() and not overwrite and json.loads(marker.read_bytes()) != known:
+        content = json.dumps(known, indent=1).encode()
+        if marker.is_file() and not overwrite and marker.read_bytes() != content:
             raise DataError(
                 f"out={self._out}: has results of another model (model.json names it); choose another folder, or set "
                 "overwrite=true."
             )
-        write_file(marker, json.dumps(known, indent=1).encode())
+        write_file(marker, content)
         areas = self._out / "areas.csv"
         if areas.is_file() and not overwrite:
             with areas.open(newline="", encoding="utf-8") as file:

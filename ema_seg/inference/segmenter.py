@@ -47,7 +47,7 @@ class Segmentation:
 
     Attributes:
         image: the picture, uint8 RGB H x W x 3.
-        mask: class ids in [0, K), H x W; uint8, or int64 for more than 256 classes.
+        mask: class ids in [0, K), uint8 H x W.
         classes: the K class names.
         palette: their colours, (red, green, blue) from 0 to 255.
         probabilities: float32 K x H x W, if they were asked for.
@@ -56,7 +56,7 @@ class Segmentation:
     """
 
     image: NDArray[np.uint8]
-    mask: NDArray[np.integer]
+    mask: NDArray[np.uint8]
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     probabilities: NDArray[np.float32] | None = None
@@ -85,15 +85,10 @@ class Segmentation:
         """Write the mask as a PNG of class ids with their colours as palette.
 
         Raises:
-            DataError: the path does not end in ``.png``, there are more than 256 classes, or the file cannot be
-                written.
+            DataError: the path does not end in ``.png``, or the file cannot be written.
         """
         if Path(path).suffix.lower() != ".png":
             raise DataError(f"{path}: a mask is written as PNG, which keeps class ids; end the path in .png.")
-        if len(self.classes) > 256:
-            raise DataError(
-                f"{path}: {len(self.classes)} classes do not fit the bytes of a PNG; save the mask's array."
-            )
         write_file(Path(path), encode_mask(self.mask, self.palette))
 
 
@@ -137,22 +132,23 @@ class Segmenter:
         source: str | PathLike[str],
         *,
         device: str = "auto",
-        precision: str = "32-true",
+        precision: str | None = None,
         compile: bool = False,
     ) -> "Segmenter":
         """Load the model of a run or of a checkpoint; see ``ema_seg.load``."""
         found = find_device(device)
         model, saved = load_segmenter(_checkpoint_of(Path(source)))
         config, classes = saved["config"], saved["classes"]
+        evaluation = config.get("evaluation", {})
         model.to(found)
-        set_execution(model, channels_last=bool(config.get("training", {}).get("channels_last")), compile=compile)
+        set_execution(model, channels_last=bool(evaluation.get("channels_last")), compile=compile)
         return cls(
             model,
             classes=classes,
             palette=saved.get("palette") or distinct_colors(len(classes)),
             normalise=Normalise(config["data"]["mean"], config["data"]["std"]),
             upright=config["data"].get("orientation", "upright") == "upright",
-            precision=precision,
+            precision=precision or evaluation.get("precision", "32-true"),
             multiply_in_tf32=config.get("training", {}).get("tf32"),
         )
 
@@ -253,16 +249,15 @@ class Segmenter:
         stack.enter_context(autocast(next(self.model.parameters()).device, self.precision))
         return stack
 
-    def _predict_whole(self, image: Tensor, probabilities: bool) -> tuple[NDArray[np.integer], Any]:
+    def _predict_whole(self, image: Tensor, probabilities: bool) -> tuple[NDArray[np.uint8], Any]:
         (logits,) = predict(self.model, [image], self.stride, self.normalise)
         found = logits.whole()[0].float().softmax(dim=0).cpu().numpy() if probabilities else None
         return most_likely_classes(logits).cpu().numpy(), found
 
-    def _predict_windows(self, image: Tensor, probabilities: bool) -> tuple[NDArray[np.integer], Any]:
+    def _predict_windows(self, image: Tensor, probabilities: bool) -> tuple[NDArray[np.uint8], Any]:
         height, width = image.shape[1:]
-        count = len(self.classes)
-        mask = np.empty((height, width), np.uint8 if count <= 256 else np.int64)
-        found = np.empty((count, height, width), np.float32) if probabilities else None
+        mask = np.empty((height, width), np.uint8)
+        found = np.empty((len(self.classes), height, width), np.float32) if probabilities else None
 
         def predict_window(part: Tensor) -> Tensor:
             (logits,) = predict(self.model, [part], self.stride, self.normalise)

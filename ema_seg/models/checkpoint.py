@@ -21,7 +21,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of ``train.py`` onto the CPU, without running code that it may contain.
 
     Returns:
-        At least ``state_dict``, ``config`` (the run's configuration) and ``classes`` (the class names).
+        At least ``state_dict``, ``config`` (the run's configuration) and ``classes`` (the class names); ``palette``
+        (their colours) if the checkpoint has it.
 
     Raises:
         CheckpointError: the file is missing, damaged or not written by ``train.py``.
@@ -62,6 +63,12 @@ def _check_contents(path: Path, checkpoint: Mapping[str, Any]) -> None:
         raise CheckpointError(f"ckpt={path}: {found}; give a checkpoint from before its training diverged.")
     if not isinstance(classes, list | tuple) or not classes or not all(isinstance(name, str) for name in classes):
         raise CheckpointError(f"ckpt={path}: its classes must be a list of names; give one that train.py wrote.")
+    palette = checkpoint.get("palette")
+    if palette is not None and not _is_palette(palette, len(classes)):
+        raise CheckpointError(
+            f"ckpt={path}: its palette must hold three numbers from 0 to 255 for each of its {len(classes)} classes; "
+            "give one that train.py wrote."
+        )
     if not isinstance(config, dict):
         raise CheckpointError(f"ckpt={path}: its config must hold settings by name; give one that train.py wrote.")
     try:
@@ -72,6 +79,15 @@ def _check_contents(path: Path, checkpoint: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"ckpt={path}: its config was not written by train.py ({reason}); give another checkpoint."
         ) from error
+
+
+def _is_palette(palette: object, count: int) -> bool:
+    if not isinstance(palette, list) or len(palette) != count:
+        return False
+    return all(
+        isinstance(colour, list) and len(colour) == 3 and all(type(part) is int and 0 <= part <= 255 for part in colour)
+        for colour in palette
+    )
 
 
 def model_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

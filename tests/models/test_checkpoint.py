@@ -56,6 +56,7 @@ def test_a_checkpoint_of_the_right_form_is_read(saved):
         ("config.trainer", "gpu", "trainer: must be a section of settings, got 'gpu'"),
         ("classes", 2, "its classes must be a list of names"),
         ("classes", [], "its classes must be a list of names"),
+        ("palette", [[0, 0, 256]], "its palette must hold three numbers from 0 to 255"),
         ("state_dict", [], "its state_dict must hold weights by name"),
         ("state_dict", {1: torch.zeros(1)}, "its state_dict must hold weights by name"),
     ],
