@@ -236,5 +236,5 @@ class _Results:
 
 def _npz(arrays: Mapping[str, NDArray[np.float32]]) -> bytes:
     content = BytesIO()
-    np.savez(content, **arrays)  # type: ignore[arg-type]
+    np.savez(content, **arrays)  # type: ignore[arg-type]  # one of the names could be allow_pickle, a bool
     return content.getvalue()

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ema_seg.inference.files import find_images, segment_files
 from ema_seg.runtime.errors import DataError
-from tests.inference.test_segmenter import CLASSES, segmenter  # noqa: F401  # a fixture
+from tests.inference.conftest import CLASSES
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def source(tmp_path):
     return folder
 
 
-def predict(segmenter, source, out, **options):  # noqa: F811
+def predict(segmenter, source, out, **options):
     return segment_files(segmenter, *find_images(str(source)), out, origin="mine", **options)
 
 
@@ -35,7 +35,7 @@ def areas_in(out):
     return {row[0]: [float(value) for value in row[1:]] for row in rows}
 
 
-def test_each_image_has_a_mask_an_overlay_and_areas(segmenter, source, tmp_path):  # noqa: F811
+def test_each_image_has_a_mask_an_overlay_and_areas(segmenter, source, tmp_path):
     assert predict(segmenter, source, tmp_path / "out", batch_size=2) == []
 
     names = {"a": "a.png", "b.png": "b.png", "b.bmp": "b.bmp", "deep/c": "deep/c.png"}
@@ -48,7 +48,7 @@ def test_each_image_has_a_mask_an_overlay_and_areas(segmenter, source, tmp_path)
         assert areas[name] == pytest.approx(list(expected.areas().values()), abs=1e-6)
 
 
-def test_probabilities_and_weight_maps_are_written_on_request(segmenter, source, tmp_path):  # noqa: F811
+def test_probabilities_and_weight_maps_are_written_on_request(segmenter, source, tmp_path):
     predict(segmenter, source / "a.png", tmp_path / "out", probabilities=True, weight_maps=True)
 
     expected = segmenter(source / "a.png", probabilities=True, weight_maps=True)
@@ -58,7 +58,7 @@ def test_probabilities_and_weight_maps_are_written_on_request(segmenter, source,
     assert sorted(maps) == sorted(expected.weight_maps)
 
 
-def test_the_same_call_goes_on_where_it_was_left(segmenter, source, tmp_path, monkeypatch):  # noqa: F811
+def test_the_same_call_goes_on_where_it_was_left(segmenter, source, tmp_path, monkeypatch):
     out = tmp_path / "out"
     predict(segmenter, source, out)
     before = areas_in(out)
@@ -77,7 +77,7 @@ def test_the_same_call_goes_on_where_it_was_left(segmenter, source, tmp_path, mo
     assert areas_in(out) == before
 
 
-def test_an_image_that_cannot_be_read_is_named_and_the_others_are_predicted(segmenter, source, tmp_path):  # noqa: F811
+def test_an_image_that_cannot_be_read_is_named_and_the_others_are_predicted(segmenter, source, tmp_path):
     (source / "a.png").write_bytes(b"no image")
 
     (problem,) = predict(segmenter, source, tmp_path / "out")
@@ -86,7 +86,7 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_predicted(segm
     assert sorted(areas_in(tmp_path / "out")) == ["b.bmp", "b.png", "deep/c"]
 
 
-def test_results_of_another_model_are_not_mixed_in(segmenter, source, tmp_path):  # noqa: F811
+def test_results_of_another_model_are_not_mixed_in(segmenter, source, tmp_path):
     images, root = find_images(str(source))
     segment_files(segmenter, images, root, tmp_path / "out", origin="mine")
 

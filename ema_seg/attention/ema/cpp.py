@@ -57,7 +57,9 @@ def backward(
     contiguous = _with_contiguous_w3(parameters)
     dx, gradients = torch.empty_like(x), Parameters(*map(torch.empty_like, contiguous))
     _call_kernel("ema_backward", (x, dy, dx, means, moments, *contiguous, *gradients), groups, eps, dynamic)
-    return dx, gradients._replace(w3=torch.empty_like(parameters.w3).copy_(gradients.w3))
+    if contiguous.w3 is not parameters.w3:
+        gradients = gradients._replace(w3=torch.empty_like(parameters.w3).copy_(gradients.w3))
+    return dx, gradients
 
 
 def _with_contiguous_w3(parameters: Parameters) -> Parameters:

@@ -96,7 +96,7 @@ def plan_work(
     processors, cache_size = _device(device)
     itemsize, per_group = dtype.itemsize, channels // groups
 
-    # What a wave keeps in the cache: x and y, or x, dy, dx and the maps of the groups.
+    # Tensors of a wave in the cache: x and y, or x, dy, dx and the maps of the groups.
     stores_weights = per_group > 4
     tensors = 3 + (1 + stores_weights) * map_dtype(dtype).itemsize / (per_group * itemsize) if backward else 2.0
     too_large = 64 * height * width * tensors > cache_size
