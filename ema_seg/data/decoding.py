@@ -7,12 +7,12 @@ lossy compression or transparent pixels.
 import io
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import NamedTuple
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import simplejpeg
+from kornia_rs.io import decode_image_png_u8
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
@@ -36,6 +36,8 @@ _TURNS: Mapping[int, Callable[[Pixels], Pixels]] = {
     8: np.rot90,
 }
 _INVERSE = {6: 8, 8: 6}
+# kornia-rs's names of Pillow's raw modes of 8 bits a channel; it decodes a palette to its indices.
+_PNG_MODES: Mapping[object, str] = {"RGB": "rgb", "L": "mono", "P": "mono"}
 # Keywords of the texts in a PNG in which Pillow looks for an orientation tag.
 _PNG_KEYWORDS = (b"Raw profile type", b"XML:com.adobe.xmp")
 
@@ -89,8 +91,8 @@ def decode_image(file: File, *, upright: bool = False) -> Pixels:
         orientation = _orientation(image, data)  # after the depth: it may load a PNG, and Pillow then forgets the depth
         if image.format in _JPEG:
             pixels = _decode_jpeg(image, data)
-        elif image.format == "PNG" and image.mode == "RGB":
-            pixels = _decode_png(image, data)
+        elif image.mode == "RGB":
+            pixels = _stored_pixels(image, data)
         else:
             pixels = np.array(image.convert("RGB"))
         return _turn(pixels, image, orientation, upright)
@@ -132,10 +134,9 @@ def decode_mask(
                 raise DataError(f"{file}: the mask has {depth}; expected 8 bits a channel.")
             if image.mode == "P":
                 _require_colors(image, file)
-            return _turn(np.array(image.convert("RGB")), image, orientation, upright)
-        values = _decode_grey_png(image, data)
-        if values is None:
-            values = np.array(image.convert("L") if image.mode == "LA" else image)
+            colors = _stored_pixels(image, data) if image.mode == "RGB" else np.array(image.convert("RGB"))
+            return _turn(colors, image, orientation, upright)
+        values = np.array(image.convert("L")) if image.mode == "LA" else _stored_pixels(image, data)
         if values.dtype not in (np.uint8, np.bool_) and (values.min() < 0 or values.max() > 255):
             worst = values.max() if values.max() > 255 else values.min()
             raise DataError(f"{file}: mask value {worst} is outside the class list, expected values from 0 to 255.")
@@ -163,30 +164,15 @@ def _decode_jpeg(image: Image.Image, data: bytes) -> Pixels:
     return np.array(image.convert("RGB"))
 
 
-def _decode_png(image: Image.Image, data: bytes) -> Pixels:
-    """Decode an RGB PNG with OpenCV, which is faster than Pillow; leave damaged ones to Pillow."""
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    if pixels is None or pixels.shape[:2] != (image.height, image.width):
-        return np.array(image.convert("RGB"))
-    return np.asarray(pixels, dtype=np.uint8)
-
-
-def _decode_grey_png(image: Image.Image, data: bytes) -> Pixels | None:
-    """Decode a grey PNG of 8 bits with OpenCV, which is faster than Pillow; return None for any other image."""
-    arguments = _decoder_arguments(image)
-    if (
-        image.format != "PNG"
-        or image.mode != "L"
-        or not arguments
-        or arguments[0] != "L"
-        or "transparency" in image.info
-    ):
-        return None
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if pixels is None or pixels.dtype != np.uint8 or pixels.shape != (image.height, image.width):
-        return None
-    return np.asarray(pixels)
+def _stored_pixels(image: Image.Image, data: bytes) -> NDArray[Any]:
+    """Decode an image without a change of its mode; PNGs of 8 bits two to seven times as fast as Pillow and OpenCV."""
+    raw_mode = next(iter(_decoder_arguments(image)), None)
+    if image.format == "PNG" and raw_mode in _PNG_MODES:
+        # kornia-rs raises no other type. What it refuses, Pillow decodes, or says what is wrong.
+        with suppress(Exception):
+            pixels = decode_image_png_u8(data, (image.height, image.width), _PNG_MODES[raw_mode])
+            return np.asarray(pixels if image.mode == "RGB" else pixels[..., 0])
+    return np.array(image)
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:

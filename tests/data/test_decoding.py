@@ -277,6 +277,18 @@ def test_a_truncated_mask_is_named(tmp_path: Path) -> None:
         decode_mask(as_file(truncate(tmp_path / "a.png")))
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_a_damaged_png_is_named_once(tmp_path: Path, mode: str, capfd: pytest.CaptureFixture[str]) -> None:
+    Image.fromarray(random_image(0, 64, 64)).convert(mode).save(tmp_path / "a.png")
+    data = bytearray((tmp_path / "a.png").read_bytes())
+    data[len(data) // 2] ^= 8
+    (tmp_path / "a.png").write_bytes(data)
+    for decode in (decode_image, decode_mask):
+        with pytest.raises(DataError, match=r"a\.png: cannot be decoded as"):
+            decode(as_file(tmp_path / "a.png"))
+    assert capfd.readouterr().err == ""
+
+
 def test_a_mask_of_another_mode_is_refused(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(DataError, match=r"a\.tif: the mask has mode F, expected grey, palette or RGB"):
