@@ -161,6 +161,10 @@ class Model(OpenSection):
     """encoder of smp, or tu-<name> of timm"""
     encoder_weights: OptionalPath
     """packaged, imagenet, a file, or null"""
+    auxiliary: Annotated[
+        float | None, Field(gt=0, allow_inf_nan=False), Must("a number above 0, such as 0.4, or null")
+    ] = None
+    """weight of the loss of an auxiliary head on the encoder, which only the training has; null: no such head"""
 
 
 class Attention(OpenSection):

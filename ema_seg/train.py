@@ -13,6 +13,7 @@ from lightning import Callback
 
 from ema_seg.data import SegmentationDataModule
 from ema_seg.models import segmenter_from_config
+from ema_seg.models.auxiliary import add_auxiliary_head
 from ema_seg.models.checkpoint import check_classes
 from ema_seg.runtime.distributed.preemption import Preemption
 from ema_seg.runtime.execution import set_execution
@@ -80,9 +81,11 @@ def train(
     data.skipped.attach_file(run / "skipped.csv")
     data.setup("fit")
 
-    # Model: encoder, decoder and attention blocks.
+    # Model: encoder, decoder and attention blocks, and in training an auxiliary head.
     weights = weights_to_match(config, saved)
     model = segmenter_from_config(config, data.num_classes, pretrained=not resume, weights=weights)
+    if config["model"].get("auxiliary"):
+        add_auxiliary_head(model, data.num_classes)
     set_execution(model, channels_last=settings["channels_last"], compile=settings["compile"])
 
     # Loss: features of the head's last layer and masks to a scalar.

@@ -57,7 +57,7 @@ def _by_rows(logits: RowLogits, ids: Tensor) -> None:
 
 def _by_channels(logits: RowLogits, ids: Tensor) -> None:
     """Fill the classes a few channels at a time: interpolation treats each on its own."""
-    channel = logits.features[0, 0].nbytes * logits.scale**2
+    channel = int(logits.features[0, 0].nbytes * logits.scale**2)
     count = max(1, bytes_at_once(ids.device) // channel)
     highest = None
     for first, features in enumerate(logits.features.split(count, dim=1)):
@@ -74,12 +74,13 @@ def _by_channels(logits: RowLogits, ids: Tensor) -> None:
 
 def _upsampled_by_kernel(logits: RowLogits, ids: Tensor) -> None:
     height, width = logits.features.shape[2:]
+    full = (int(height * logits.scale), int(width * logits.scale))
     # As PyTorch decides.
     four_taps = logits.features.is_contiguous(memory_format=torch.channels_last)
     features = logits.features.contiguous()
     failed = _kernels().loaded.highest_upsampled_classes(  # type: ignore[union-attr]
         features.data_ptr(),
-        *(features.shape[1], height, width, height * logits.scale, width * logits.scale, *ids.shape, four_taps),
+        *(features.shape[1], height, width, *full, *ids.shape, four_taps),
         *(ids.data_ptr(), torch.get_num_threads()),
     )
     if failed:

@@ -134,8 +134,9 @@ def segmenter_from_config(
     """Build the segmenter of a run's configuration; see ``build_segmenter``.
 
     Args:
-        config: holds ``model`` (decoder, encoder, encoder_weights and options), ``attention`` (name and
-            options) and ``placement`` (``encoder``, ``decoder``, ``head`` as booleans; ``encoder_stages``).
+        config: holds ``model`` (decoder, encoder, encoder_weights and options; ``auxiliary`` is ignored: see
+            ``ema_seg.models.auxiliary``), ``attention`` (name and options) and ``placement`` (``encoder``,
+            ``decoder``, ``head`` as booleans; ``encoder_stages``).
         classes: number of classes.
         pretrained: False keeps the encoder's weights random, for a model that gets its weights from a checkpoint.
         weights: see ``build_segmenter``.
@@ -144,6 +145,7 @@ def segmenter_from_config(
         EmaSegError: see ``build_segmenter``.
     """
     arguments = dict(config["model"])
+    arguments.pop("auxiliary", None)  # only a training has that head
     for option in arguments:
         if option not in ("decoder", "encoder", "encoder_weights") and (
             not isinstance(option, str) or option in _RESERVED_ARGUMENTS

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ema_seg.config import Rebuilding, check_settings, require_plain
+from ema_seg.models.auxiliary import AUXILIARY
 from ema_seg.models.build import segmenter_from_config
 from ema_seg.models.weights import first_not_finite
 from ema_seg.runtime.errors import CheckpointError, ConfigError, DataError, one_line
@@ -91,12 +92,36 @@ def _is_palette(palette: object, count: int) -> bool:
 
 
 def model_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Select the segmenter's state dict from a checkpoint that ``load_checkpoint`` has read."""
+    """Select the segmenter's state dict from a checkpoint that ``load_checkpoint`` has read.
+
+    The auxiliary head, which only a training has, is left out.
+    """
     return {
         name.removeprefix(_MODEL_PREFIX): tensor
         for name, tensor in checkpoint["state_dict"].items()
-        if name.startswith(_MODEL_PREFIX)
+        if name.startswith(_MODEL_PREFIX) and not name.startswith(f"{_MODEL_PREFIX}{AUXILIARY}.")
     }
+
+
+def load_auxiliary_weights(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Load the weights of a segmenter's auxiliary head from a checkpoint that ``load_checkpoint`` has read.
+
+    Raises:
+        CheckpointError: the checkpoint's weights are not those of the head.
+    """
+    prefix = f"{_MODEL_PREFIX}{AUXILIARY}."
+    weights = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith(prefix)
+    }
+    try:
+        model.get_submodule(AUXILIARY).load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"ckpt: its weights do not fit the auxiliary head of its config ({one_line(error)[:300]}); give another "
+            "checkpoint."
+        ) from error
 
 
 def load_segmenter(path: Path) -> tuple[nn.Module, dict[str, Any]]:

@@ -37,7 +37,7 @@ class SegmentationHead(nn.Sequential):
     def __init__(self, head: SmpHead) -> None:
         super().__init__(*head.children())
         self.deferred = False
-        self.scale = int(getattr(head[1], "scale_factor", 1))
+        self.scale: float = getattr(head[1], "scale_factor", 1)
 
     @property
     def last_conv(self) -> nn.Conv2d | None:
@@ -60,7 +60,7 @@ class DPTHead(nn.Module):
         super().__init__()
         self.head = head.head
         self.deferred = False
-        self.scale = int(head.upsampling_factor)
+        self.scale: float = head.upsampling_factor
 
     def forward(self, features: Tensor) -> Tensor:
         """Compute the logits of features (B, C, h, w), or the input of the last layer."""
@@ -82,15 +82,15 @@ class RowLogits:
     Attributes:
         features: the input of the head's last layer, B x C x h x w.
         weights: weight and bias of the last layer, if it is a convolution (stride 1, same size).
-        scale: factor by which the last layer upsamples, with aligned corners; 1 for none. Without a convolution and an
-            upsampling the features are the logits.
+        scale: factor by which the last layer upsamples, with aligned corners; 1 for none. It may be a fraction if its
+            product with h and w is whole. Without a convolution and an upsampling the features are the logits.
         size: H and W, if the logits are cropped at the bottom or right.
         dtype: dtype in which the model computes the convolution, if it differs from that of the features.
     """
 
     features: Tensor
     weights: tuple[Tensor, ...] = ()
-    scale: int = 1
+    scale: float = 1
     size: tuple[int, int] | None = None
     dtype: torch.dtype | None = None
 
@@ -99,7 +99,7 @@ class RowLogits:
         """The logits' shape (B, K, H, W)."""
         batch, channels, height, width = self.features.shape
         classes = len(self.weights[0]) if self.weights else channels
-        return torch.Size((batch, classes, *(self.size or (height * self.scale, width * self.scale))))
+        return torch.Size((batch, classes, *(self.size or (int(height * self.scale), int(width * self.scale)))))
 
     @property
     def device(self) -> torch.device:
@@ -181,7 +181,7 @@ class RowLogits:
     def _interpolate(self, features: Tensor, first: int, last: int) -> Tensor:
         start, stop = self.feature_rows(first, last)
         # PyTorch interpolates the channels-last layout fastest. Later operations are faster in the other one.
-        size = (stop - start, features.shape[3] * self.scale)
+        size = (stop - start, int(features.shape[3] * self.scale))
         wide = F.interpolate(
             features.contiguous(memory_format=torch.channels_last), size=size, mode="bilinear", align_corners=True
         ).contiguous()
@@ -243,7 +243,7 @@ def _conv2d(features: Tensor, weights: Sequence[Tensor], padding: tuple[int, int
     return F.conv2d(features, weights[0], weights[1] if len(weights) > 1 else None, padding=padding)
 
 
-def _upsample(logits: Tensor, scale: int) -> Tensor:
+def _upsample(logits: Tensor, scale: float) -> Tensor:
     if scale == 1:
         return logits
     return F.interpolate(logits, scale_factor=scale, mode="bilinear", align_corners=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ema_seg.runtime.errors import ModelError
 from ema_seg.runtime.execution import evaluation_mode
 
-__all__ = ["PLACEMENTS", "place_attention", "run_once"]
+__all__ = ["PLACEMENTS", "place_attention", "run_encoder", "run_once"]
 
 PLACEMENTS = ("encoder", "decoder", "head")
 
@@ -229,6 +229,13 @@ def run_once(model: SegmentationModel) -> None:
     """Run the model on a small image, to raise the errors of its forward pass."""
     with evaluation_mode(model), torch.inference_mode():
         model(_small_image(model))
+
+
+def run_encoder(model: SegmentationModel) -> list[Tensor]:
+    """Compute the encoder's feature maps of a small image."""
+    with evaluation_mode(model), torch.inference_mode():
+        output = model.encoder(_small_image(model))
+    return list(output[0] if isinstance(output, tuple) else output)
 
 
 def _small_image(model: SegmentationModel) -> Tensor:

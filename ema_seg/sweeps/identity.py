@@ -48,6 +48,8 @@ def hash_config(config: Mapping[str, Any]) -> str:
         left_out.append("placement")  # no block to place
     if config.get("training", {}).get("tf32") is None:
         left_out.append("training.tf32")  # as before there was the setting
+    if config.get("model", {}).get("auxiliary") is None:
+        left_out.append("model.auxiliary")  # likewise
     kept = _without(config, "", left_out)
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

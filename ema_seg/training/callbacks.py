@@ -26,7 +26,7 @@ from ema_seg.runtime.errors import DataError
 from ema_seg.runtime.files import write_file
 from ema_seg.runtime.texts import read_rows
 from ema_seg.training.averaging import UNAVERAGED
-from ema_seg.training.module import SegmentationModule
+from ema_seg.training.module import AUXILIARY_LOSS, SegmentationModule
 
 __all__ = ["EpochLog", "KernelSearch", "Pictures", "ProgressBar", "attention_map"]
 
@@ -45,7 +45,7 @@ _COLUMNS = (
     "val/loss",
 )
 # Columns that are written only if a run has values for them.
-_OPTIONAL = (UNAVERAGED,)
+_OPTIONAL = (UNAVERAGED, AUXILIARY_LOSS)
 
 
 class ProgressBar(TQDMProgressBar):
@@ -211,9 +211,11 @@ def _line(row: dict[str, Any], trainer: Trainer) -> str:
     scores = f"val mIoU {row['val/miou']:.4f}" if "val/miou" in row else "not validated"
     if UNAVERAGED in row:
         scores += f" ({row[UNAVERAGED]:.4f} without averaging)"
+    losses = f"{row['train/loss']:.3f}"
+    if AUXILIARY_LOSS in row:
+        losses += f" (auxiliary {row[AUXILIARY_LOSS]:.3f})"
     return (
-        f"{epoch_of(trainer)}  loss {row['train/loss']:.3f}  {scores}  "
-        f"{row['images_per_second']:.1f} images/s  {row['seconds']:.0f} s"
+        f"{epoch_of(trainer)}  loss {losses}  {scores}  {row['images_per_second']:.1f} images/s  {row['seconds']:.0f} s"
     )
 
 

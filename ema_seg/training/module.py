@@ -22,6 +22,8 @@ from ema_seg.evaluation.confusion import Scores
 from ema_seg.evaluation.counter import Counter
 from ema_seg.inference.prediction import LESS_MEMORY, model_input, predict
 from ema_seg.models import load_segmenter, model_stride
+from ema_seg.models.auxiliary import add_auxiliary_head, auxiliary_logits
+from ema_seg.models.checkpoint import load_auxiliary_weights
 from ema_seg.models.head import RowLogits, row_logits
 from ema_seg.runtime.distributed.collectives import sum_in_place
 from ema_seg.runtime.distributed.ranks import rank_info, single_process
@@ -32,10 +34,13 @@ from ema_seg.training.losses import build_loss
 from ema_seg.training.optimisation import build_optimizer, build_schedule
 from ema_seg.training.parallel.sharded import full_tensor
 
-__all__ = ["MONITORED", "SegmentationModule"]
+__all__ = ["AUXILIARY_LOSS", "MONITORED", "SegmentationModule"]
 
 # The score that selects the best checkpoint, stops a training early and prunes a search.
 MONITORED = "val/miou"
+
+# Column of the auxiliary head's loss, before its weight.
+AUXILIARY_LOSS = "train/auxiliary_loss"
 
 
 class SegmentationModule(LightningModule):
@@ -45,6 +50,9 @@ class SegmentationModule(LightningModule):
     ``train/gradient_norm`` and ``train/gradient_norm_max``; a checkpoint within an epoch keeps their sums. It logs per
     validation ``val/miou``, ``val/mean_accuracy``, ``val/pixel_accuracy`` and ``val_iou/<class>`` of each class that
     occurs, all from one confusion matrix, and ``val/loss``, the mean over the images of each whole image's loss.
+
+    With an auxiliary head (``ema_seg.models.auxiliary``) it minimises ``train/loss``, which is that of the model's own
+    logits, plus ``config["model"]["auxiliary"]`` times ``train/auxiliary_loss``, the same loss of the head's logits.
 
     Args:
         model: maps float images (B, 3, H, W) to logits (B, K, H, W).
@@ -92,10 +100,11 @@ class SegmentationModule(LightningModule):
         # For the progress bar. Lightning would read a logged value for it in each step, and so wait for the device.
         self.last_loss: Tensor | None = None
         self.crops = "images"  # size of the last batch's crops, for messages
-        # Sums of loss times images, images, gradient norms and steps, and the largest norm. Lightning's own means
-        # would restart in a run that resumes within an epoch.
+        self.auxiliary_weight: float | None = self.config.get("model", {}).get("auxiliary")
+        # Sums of loss times images, images, gradient norms and steps, and the largest norm; and with an auxiliary head,
+        # of its loss times images. Lightning's own means would restart in a run that resumes within an epoch.
         self.sums: Tensor
-        self.register_buffer("sums", torch.zeros(5), persistent=False)
+        self.register_buffer("sums", torch.zeros(5 if self.auxiliary_weight is None else 6), persistent=False)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # every argument of the constructor is in the checkpoint
@@ -113,6 +122,9 @@ class SegmentationModule(LightningModule):
         path = Path(checkpoint_path)
         model, checkpoint = load_segmenter(path)
         config, classes = checkpoint["config"], checkpoint["classes"]
+        if config["model"].get("auxiliary"):
+            add_auxiliary_head(model, len(classes))
+            load_auxiliary_weights(model, checkpoint)
         for name in ("loss", "optimizer", "schedule"):
             if not isinstance(config.get(name), Mapping):
                 raise CheckpointError(
@@ -153,6 +165,7 @@ class SegmentationModule(LightningModule):
         try:
             with reraise_size_errors(batch["image"]):
                 logits = row_logits(self.model, model_input(self.model, batch["image"], self.normalise))
+                auxiliary = auxiliary_logits(self.model)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -161,11 +174,15 @@ class SegmentationModule(LightningModule):
                 "norm over features pooled to 1 x 1; raise it."
             ) from error
         loss = self.loss(logits, batch["mask"])
-        self.finite.add(loss, self.global_step, self.current_epoch, batch["name"])
         size = len(batch["name"])
         self.last_loss = loss.detach()
         self.sums[0] += loss.detach().float() * size
         self.sums[1] += size
+        if auxiliary is not None and self.auxiliary_weight is not None:
+            auxiliary_loss = self.loss(auxiliary, batch["mask"])
+            self.sums[5] += auxiliary_loss.detach().float() * size
+            loss = loss + self.auxiliary_weight * auxiliary_loss
+        self.finite.add(loss, self.global_step, self.current_epoch, batch["name"])
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -180,16 +197,18 @@ class SegmentationModule(LightningModule):
 
     def epoch_means(self) -> dict[str, float]:
         """Return mean loss and gradient norms of this epoch so far; a collective."""
-        loss, images, norm, steps, largest = self._global_sums().tolist()
-        return {
+        loss, images, norm, steps, largest, *auxiliary = self._global_sums().tolist()
+        means = {
             "train/loss": loss / images,
             "train/gradient_norm": norm / steps if steps else float("nan"),
             "train/gradient_norm_max": largest,
         }
+        return means | ({AUXILIARY_LOSS: auxiliary[0] / images} if auxiliary else {})
 
     def _global_sums(self) -> Tensor:
-        """All-reduce the sums of loss and images; the gradient norms are equal on all ranks already."""
-        return torch.cat([sum_in_place(self.sums[:2].clone()), self.sums[2:]])
+        """All-reduce the sums of losses and images; the gradient norms are equal on all ranks already."""
+        own = sum_in_place(torch.cat([self.sums[:2], self.sums[5:]]))
+        return torch.cat([own[:2], self.sums[2:5], own[2:]])
 
     def on_train_epoch_end(self) -> None:
         """Log the means of the epoch."""
@@ -284,11 +303,12 @@ class SegmentationModule(LightningModule):
         checkpoint["sums"] = self._global_sums().cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the sums of the epoch: rank 0 takes the totals of loss and images, the others start those at zero."""
+        """Restore the sums of the epoch: rank 0 takes the totals of losses and images, the others start at zero."""
         if "sums" in checkpoint:
             self.sums.copy_(checkpoint["sums"])
             if rank_info().rank:
                 self.sums[:2] = 0
+                self.sums[5:] = 0
 
 
 def _tags(group: str, classes: Sequence[str]) -> list[str]:

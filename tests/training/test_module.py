@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 from ema_seg.attention import EMA
 from ema_seg.data.normalise import Normalise
 from ema_seg.models import build_segmenter
+from ema_seg.models.auxiliary import add_auxiliary_head
+from ema_seg.models.head import RowLogits
 from ema_seg.runtime.errors import CheckpointError, ConfigError, DataError, TrainingError
 from ema_seg.runtime.files import write_file
 from ema_seg.training import checkpoints
@@ -38,7 +40,7 @@ def segmenter(**arguments):
     return build_segmenter("fpn", classes=3, encoder=ENCODER, **arguments)
 
 
-def module(model, terms=None):
+def module(model, terms=None, auxiliary=None):
     return SegmentationModule(
         model,
         build_loss(terms or {"cross_entropy": {}}, 3),
@@ -47,7 +49,7 @@ def module(model, terms=None):
         palette=PALETTE,
         optimizer={"name": "adamw", "lr": 1e-3, "encoder_lr_factor": 1.0, "weight_decay": 0.0},
         schedule={"name": "constant"},
-        config={"seed": 0},
+        config={"seed": 0} if auxiliary is None else {"seed": 0, "model": {"auxiliary": auxiliary}},
     )
 
 
@@ -386,3 +388,35 @@ def test_kernels_are_searched_for_in_training_alone(tmp_path):
     for trainer, searches in ((plain, True), (deterministic, False)):
         assert any(isinstance(callback, KernelSearch) for callback in trainer.callbacks) == searches
     torch.use_deterministic_algorithms(False)
+
+
+def test_the_auxiliary_loss_is_added_by_its_weight_and_logged_without_it():
+    model = segmenter()
+    add_auxiliary_head(model, 3)
+    plain, guided = module(segmenter()), module(model, auxiliary=0.4)
+    (batch,) = small_batches(1)
+    batch["image"] = batch["image"].repeat(1, 1, 2, 2)
+    batch["mask"] = batch["mask"].repeat(1, 2, 2)
+    losses = []
+    for lightning_module in (plain, guided):
+        torch.manual_seed(0)
+        losses.append(lightning_module.train().training_step(batch, 0).item())
+
+    means = guided.epoch_means()
+
+    assert means["train/loss"] == plain.epoch_means()["train/loss"] == losses[0]
+    assert losses[1] == pytest.approx(losses[0] + 0.4 * means["train/auxiliary_loss"])
+    assert "train/auxiliary_loss" not in plain.epoch_means()
+    checkpoint = {}
+    guided.on_save_checkpoint(checkpoint)
+    assert len(checkpoint["sums"]) == 6
+
+
+def test_the_auxiliary_loss_is_computed_in_strips(monkeypatch):
+    model = build_segmenter("linknet", classes=3, encoder=ENCODER)
+    add_auxiliary_head(model, 3)
+    monkeypatch.setattr(RowLogits, "whole", lambda self: pytest.fail("all logits at once"))
+
+    module(model, auxiliary=0.4).train().training_step(small_batches(1)[0], 0).backward()
+
+    assert model.auxiliary.layers[0].weight.grad.abs().sum() > 0

@@ -9,6 +9,7 @@ import torch
 from ema_seg.data import SegmentationDataModule
 from ema_seg.inference import autocast
 from ema_seg.models import model_stride, segmenter_from_config
+from ema_seg.models.auxiliary import add_auxiliary_head, auxiliary_logits
 from ema_seg.models.head import row_logits
 from ema_seg.runtime.distributed.collectives import gather
 from ema_seg.runtime.distributed.ranks import rank_info, single_process
@@ -132,7 +133,10 @@ class _Attempt:
 
     def _train(self, batch_size: int) -> None:
         config, device = self.config, self.device
-        model = segmenter_from_config(config, self.classes, pretrained=False).to(device).train()
+        model = segmenter_from_config(config, self.classes, pretrained=False)
+        if config["model"].get("auxiliary"):
+            add_auxiliary_head(model, self.classes)
+        model.to(device).train()
         stride = model_stride(model)
         height, width = (side + -side % stride for side in self.crop[1:])
         memory_format = torch.channels_last if config["training"]["channels_last"] else torch.contiguous_format
@@ -147,6 +151,8 @@ class _Attempt:
         for _ in range(2):
             with autocast(device, config["trainer"]["precision"]):
                 value = loss(row_logits(model, images), target)
+                if (auxiliary := auxiliary_logits(model)) is not None:
+                    value = value + loss(auxiliary, target)
             value.backward()
             optimizer.step()
             optimizer.zero_grad()
