@@ -156,7 +156,7 @@ class Model(OpenSection):
     """Section ``model``."""
 
     decoder: Name
-    """decoder of segmentation-models-pytorch"""
+    """decoder of segmentation-models-pytorch, or linear"""
     encoder: Name
     """encoder of smp, or tu-<name> of timm"""
     encoder_weights: OptionalPath

@@ -7,7 +7,15 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
-from ema_seg.cli.sources import read_keys, read_parameters, read_source, smp_decoders, smp_encoders, timm_models
+from ema_seg.cli.sources import (
+    plain_transformers,
+    read_keys,
+    read_parameters,
+    read_source,
+    smp_decoders,
+    smp_encoders,
+    timm_models,
+)
 from ema_seg.config import Training, check_settings, suggest_own
 from ema_seg.data import DATASETS
 from ema_seg.runtime.errors import ConfigError, DataError, did_you_mean
@@ -23,6 +31,9 @@ _RESERVED_OPTIONS = (
     *("overfit_batches", "reload_dataloaders_every_n_epochs", "use_distributed_sampler"),
 )
 
+# File whose tables name the decoders beside smp's.
+_BUILD = "ema_seg/models/build.py"
+
 # Loggers that need a package of the same name, installed as an extra.
 _PACKAGES = ("mlflow", "wandb")
 
@@ -35,9 +46,14 @@ class _ComponentName(NamedTuple):
     known: Callable[[], list[str]]
 
 
+def _decoders() -> list[str]:
+    known = smp_decoders()
+    return known and [*known, *read_keys(_BUILD, "_OWN_DECODERS")]
+
+
 _NAMES = (
     _ComponentName("data", "name", lambda: sorted(DATASETS)),
-    _ComponentName("model", "decoder", smp_decoders),
+    _ComponentName("model", "decoder", _decoders),
     _ComponentName("attention", "name", lambda: read_keys("ema_seg/attention/__init__.py", "_BLOCKS")),
     _ComponentName("optimizer", "name", lambda: read_keys("ema_seg/training/optimisation.py", "_OPTIMIZERS")),
     _ComponentName("schedule", "name", lambda: read_keys("ema_seg/training/optimisation.py", "_SCHEDULES")),
@@ -67,6 +83,7 @@ def check_early(config: Mapping[str, Any]) -> None:
                 f"loss.{name}: there is no such loss; choose from {', '.join(losses)}.{did_you_mean(name, losses)}"
             )
     _check_encoder(config["model"]["encoder"])
+    _check_pair(config["model"])
     for name in config.get("logger", {}):
         if name in _PACKAGES and find_spec(name) is None:
             raise ConfigError(f"logger={name}: its package is not installed; run {install_command(name)}.")
@@ -105,7 +122,10 @@ def options_of(section: str, config: Mapping[str, Any]) -> list[str]:
     if section == "trainer":
         return [option for option in _trainer_options() if option not in _RESERVED_OPTIONS]
     if section == "model":
-        return read_parameters("segmentation_models_pytorch/decoders", str(config["model"]["decoder"]))
+        decoder = str(config["model"]["decoder"])
+        ours = decoder in read_keys(_BUILD, "_OWN_DECODERS")
+        folder = f"ema_seg/models/{decoder}.py" if ours else "segmentation_models_pytorch/decoders"
+        return read_parameters(folder, decoder)
     if section == "optimizer":
         return read_parameters("torch/optim", str(config["optimizer"]["name"]))
     if first == "logger" and rest:
@@ -128,6 +148,18 @@ def _check_encoder(name: str) -> None:
         hint = did_you_mean(name, [*known, *(f"tu-{model}" for model in models)], most=3)
         raise ConfigError(
             f"model.encoder: neither smp nor timm has an encoder {name!r}; timm's are named 'tu-<name>'.{hint}"
+        )
+
+
+def _check_pair(model: Mapping[str, Any]) -> None:
+    """Reject a decoder that does not read a plain vision transformer's feature maps, which have one stride."""
+    decoder, encoder = model["decoder"], model["encoder"]
+    fitting = read_keys(_BUILD, "_TRANSFORMER_DECODERS")
+    is_plain = encoder.startswith("tu-") and encoder[3:].partition(".")[0] in plain_transformers()
+    if fitting and is_plain and decoder not in fitting:
+        raise ConfigError(
+            f"model.decoder={decoder}: reads feature maps of several strides, which the vision transformer "
+            f"model.encoder={encoder} does not have; choose model={', '.join(fitting)}, or another encoder."
         )
 
 

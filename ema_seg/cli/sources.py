@@ -11,7 +11,15 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["read_keys", "read_parameters", "read_source", "smp_decoders", "smp_encoders", "timm_models"]
+__all__ = [
+    "plain_transformers",
+    "read_keys",
+    "read_parameters",
+    "read_source",
+    "smp_decoders",
+    "smp_encoders",
+    "timm_models",
+]
 
 _SMP, _TIMM = "segmentation_models_pytorch", "timm"
 _ENCODERS = re.compile(r'^    "([\w-]+)": \{\s+"(?:encoder|params|pretrained_settings)"', re.MULTILINE)
@@ -21,7 +29,7 @@ _DEPRECATED = re.compile(r"^register_model_deprecations\(__name__, \{(.*?)\}\)",
 
 @cache
 def read_keys(path: str, table: str) -> list[str]:
-    """Return the keys of a dict, or the names in a list, that a module assigns to ``table``.
+    """Return the keys of a dict, or the names and texts in a list, that a module assigns to ``table``.
 
     Args:
         path: Path of the file from its top-level package on, such as ``"ema_seg/attention/__init__.py"``.
@@ -31,7 +39,7 @@ def read_keys(path: str, table: str) -> list[str]:
         if name == table and isinstance(value, ast.Dict):
             return [key.value for key in value.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
         if name == table and isinstance(value, ast.List):
-            return [element.id for element in value.elts if isinstance(element, ast.Name)]
+            return [name for element in value.elts for name in _names(element)]
     return []
 
 
@@ -65,9 +73,16 @@ def smp_encoders() -> list[str]:
 
 
 @cache
-def timm_models() -> list[str]:
-    """Return the names of timm's models, the deprecated ones last."""
-    texts = [_text(file) for file in _files(f"{_TIMM}/models")]
+def plain_transformers() -> list[str]:
+    """Return the names of timm's plain vision transformers; see ``ema_seg.models.vision_transformer``."""
+    modules = read_keys("ema_seg/models/vision_transformer.py", "_MODULES")
+    return [name for module in modules for name in timm_models(f"{module}.py")]
+
+
+@cache
+def timm_models(file: str = "") -> list[str]:
+    """Return the names of timm's models, or those in one of its files; the deprecated ones last."""
+    texts = [_text(path) for path in _files(f"{_TIMM}/models/{file}")]
     names = [name for text in texts for name in _REGISTERED.findall(text)]
     tables = [table for text in texts for table in _DEPRECATED.findall(text)]
     return names + [name for table in tables for name in re.findall(r"""['"]([\w.]+)['"]\s*:""", table)]
@@ -82,6 +97,12 @@ def _arguments(method: ast.stmt) -> list[str]:
     if not isinstance(method, ast.FunctionDef) or method.name != "__init__":
         return []
     return [argument.arg for argument in (*method.args.args[1:], *method.args.kwonlyargs)]
+
+
+def _names(element: ast.expr) -> list[str]:
+    if isinstance(element, ast.Name):
+        return [element.id]
+    return [element.value] if isinstance(element, ast.Constant) and isinstance(element.value, str) else []
 
 
 def _assignments(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:

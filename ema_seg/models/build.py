@@ -12,13 +12,26 @@ from torch import nn
 from ema_seg.attention import build_attention
 from ema_seg.attention.ema.module import groups_in_weights
 from ema_seg.models.head import splittable_head
+from ema_seg.models.linear import Linear
 from ema_seg.models.placement import PLACEMENTS, place_attention, run_once
+from ema_seg.models.vision_transformer import (
+    FeaturePyramid,
+    PyramidDecoder,
+    TransformerEncoder,
+    fit_dpt_to_patch,
+    is_plain_transformer,
+)
 from ema_seg.models.weights import check_encoder_name, load_encoder_weights
 from ema_seg.runtime.errors import ConfigError, ModelError, did_you_mean, one_line
 
 __all__ = ["build_segmenter", "decoder_names", "model_stride", "segmenter_from_config"]
 
-_DECODERS: dict[str, type[nn.Module]] = dict(smp.MODEL_ARCHITECTURES_MAPPING)
+# Decoders beside those of smp.
+_OWN_DECODERS: dict[str, type[nn.Module]] = {"linear": Linear}
+_DECODERS: dict[str, type[nn.Module]] = {**smp.MODEL_ARCHITECTURES_MAPPING, **_OWN_DECODERS}
+# Decoders of a plain vision transformer; those with an upsampling factor of their heads, if any, read its pyramid.
+_TRANSFORMER_DECODERS = ["dpt", "linear", "unet", "fpn", "upernet"]
+_PYRAMID_DECODERS = {"unet": None, "fpn": 4, "upernet": 4}
 
 # Options of smp and timm that are fixed here: images are RGB, logits have the images' size, and weights are loaded
 # without running code.
@@ -32,7 +45,7 @@ _FIXED_DEPTH = ("fpn", "pspnet")
 
 
 def decoder_names() -> tuple[str, ...]:
-    """Return the names of the decoders for ``build_segmenter``: all of segmentation-models-pytorch."""
+    """Return the names of the decoders for ``build_segmenter``: all of segmentation-models-pytorch, and ours."""
     return tuple(_DECODERS)
 
 
@@ -55,7 +68,9 @@ def build_segmenter(
     blocks starts from the same values as in the plain model built under the same random seed.
 
     Args:
-        decoder: smp's name of the architecture, such as ``"unet"``, ``"fpn"`` or ``"deeplabv3plus"``.
+        decoder: smp's name of the architecture, such as ``"unet"``, ``"fpn"`` or ``"deeplabv3plus"``, or ``"linear"``.
+            Plain vision transformers, such as DINOv2 and DINOv3, have ``"dpt"``, ``"linear"``, ``"unet"``, ``"fpn"``
+            and ``"upernet"``.
         classes: number K of classes.
         encoder: an smp encoder such as ``"resnet50"``, or ``"tu-<name>"`` for any timm model.
         encoder_weights: None for random weights; ``"imagenet"`` for those on the model hub; ``"packaged"`` for
@@ -81,7 +96,7 @@ def build_segmenter(
     """
     if decoder not in _DECODERS:
         raise ConfigError(
-            f"model.decoder: unknown decoder {decoder!r}; smp has {', '.join(_DECODERS)}."
+            f"model.decoder: unknown decoder {decoder!r}; there are {', '.join(_DECODERS)}."
             f"{did_you_mean(decoder, _DECODERS)}"
         )
     check_encoder_name(encoder)
@@ -176,13 +191,29 @@ def model_stride(model: nn.Module) -> int:
 
 def _check_options(decoder: str, encoder: str, options: Mapping[str, Any]) -> None:
     """Reject fixed and unknown options; a timm encoder takes further ones unless they look like a misspelling."""
+    plain = is_plain_transformer(encoder)
+    if plain and decoder not in _TRANSFORMER_DECODERS:
+        raise ConfigError(
+            f"model.decoder={decoder}: reads feature maps of several strides, which the vision transformer "
+            f"model.encoder={encoder} does not have; choose model={', '.join(_TRANSFORMER_DECODERS)}, or another "
+            "encoder."
+        )
+    if decoder == "dpt" and not plain and "dynamic_img_size" not in options:
+        raise ConfigError(
+            f"model.decoder=dpt: needs a plain vision transformer that takes images of any size, got model.encoder="
+            f"{encoder}; choose one such as tu-vit_small_patch14_dinov2, or another decoder."
+        )
     known = {
         name
         for name, parameter in inspect.signature(_DECODERS[decoder]).parameters.items()
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD
     } - {"encoder_name", "encoder_weights", "classes", *_FIXED_OPTIONS}
     for option, value in options.items():
-        if option in _FIXED_OPTIONS or (option == "encoder_depth" and decoder in _FIXED_DEPTH):
+        if (
+            option in _FIXED_OPTIONS
+            or (option == "encoder_depth" and (decoder in _FIXED_DEPTH or (plain and decoder in _PYRAMID_DECODERS)))
+            or (option == "dynamic_img_size" and plain and decoder != "dpt")
+        ):
             raise ConfigError(
                 f"model.{option}={value!r}: this option is fixed: {decoder} takes RGB images, returns logits of their "
                 "size, and loads its weights from model.encoder_weights; remove it."
@@ -215,11 +246,40 @@ def _shown(options: Mapping[str, Any]) -> str:
 def _construct(
     decoder: str, encoder: str, weights: str | None, classes: int, options: Mapping[str, Any]
 ) -> SegmentationModel:
+    if decoder in _PYRAMID_DECODERS and is_plain_transformer(encoder):
+        return _construct_pyramid(decoder, encoder, weights, classes, options)
     # Otherwise a vision transformer takes images of one size only.
     defaults = {"dynamic_img_size": True} if decoder == "dpt" else {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message="For 'tu-'")  # we use the name "imagenet" for all encoders
-        return _DECODERS[decoder](
+        model = _DECODERS[decoder](
             encoder_name=encoder, encoder_weights=weights, classes=classes, **(defaults | dict(options))
         )
+    if decoder == "dpt":
+        fit_dpt_to_patch(model)
+    return model
+
+
+def _construct_pyramid(
+    decoder: str, encoder: str, weights: str | None, classes: int, options: Mapping[str, Any]
+) -> SegmentationModel:
+    """Build an smp model on the feature pyramid of a plain vision transformer."""
+    known = inspect.signature(_DECODERS[decoder]).parameters
+    of_decoder = {option: value for option, value in options.items() if option in known}
+    of_encoder = {option: value for option, value in options.items() if option not in known}
+    # The lowest level of the pyramid has a stride of two patches.
+    transformer = TransformerEncoder(encoder[3:], pretrained=weights is not None, patches=2, **of_encoder)
+    pyramid = FeaturePyramid(transformer.out_channels[-1])
+    if (factor := _PYRAMID_DECODERS[decoder]) is not None:
+        of_decoder["upsampling"] = factor * transformer.patch_size / 16
+    # smp's own way to add an encoder; it builds the decoder for the pyramid's channels.
+    name = f"pyramid-{id(pyramid)}"
+    smp.encoders.encoders[name] = {"encoder": lambda **_: pyramid, "params": {}, "pretrained_settings": {}}
+    try:
+        model = _DECODERS[decoder](encoder_name=name, encoder_weights=None, classes=classes, **of_decoder)
+    finally:
+        del smp.encoders.encoders[name]
+    model.decoder = PyramidDecoder(pyramid, model.get_submodule("decoder"))
+    model.encoder = transformer
+    return model

@@ -18,6 +18,7 @@ import torch
 from segmentation_models_pytorch.base import SegmentationModel
 from torch import Tensor, nn
 
+from ema_seg.models.vision_transformer import PyramidDecoder
 from ema_seg.runtime.errors import ModelError
 from ema_seg.runtime.execution import evaluation_mode
 
@@ -71,8 +72,10 @@ class AttentionOnFeatures(nn.Module):
     """Encoder with attention on chosen feature maps, before the decoder reads them.
 
     Args:
-        encoder: an smp encoder; it returns a list of feature maps, or that list and prefix tokens.
+        encoder: an encoder as smp's; it returns a list of feature maps, or that list and prefix tokens.
         attention: one block per chosen index into that list.
+
+    The feature pyramid of a vision transformer takes the place of an encoder.
     """
 
     def __init__(self, encoder: nn.Module, attention: dict[int, nn.Module]) -> None:
@@ -131,16 +134,18 @@ def place_attention(
     blocks = _decoder_blocks(model, decoder)
     probe = _probe(model, [block for _, _, block in blocks])
     paths = {module: path for path, module in model.named_modules()}
+    parent, name = _feature_source(model)
+    source = getattr(parent, name)
 
     if "encoder" in placements:
         stages = _chosen_stages(probe.stages, encoder_stages, decoder)
-        attention = {stage: build_block(probe.stages[stage], f"encoder.attention.{stage}") for stage in stages}
-        model.encoder = AttentionOnFeatures(model.encoder, attention)
+        attention = {stage: build_block(probe.stages[stage], f"{paths[source]}.attention.{stage}") for stage in stages}
+        setattr(parent, name, AttentionOnFeatures(source, attention))
     if "decoder" in placements:
-        for (parent, name, block), channels in zip(blocks, probe.block_channels, strict=True):
+        for (container, place, block), channels in zip(blocks, probe.block_channels, strict=True):
             # Unet++ keeps placeholder blocks without channels for encoders that lack the stride-2 feature map.
             if channels > 0:
-                _replace(parent, name, AttentionAfter(block, build_block(channels, f"{paths[block]}.attention")))
+                _replace(container, place, AttentionAfter(block, build_block(channels, f"{paths[block]}.attention")))
     if "head" in placements:
         attention_block = build_block(probe.head_channels, "segmentation_head.attention")
         model.segmentation_head = AttentionBefore(attention_block, model.segmentation_head)
@@ -149,7 +154,8 @@ def place_attention(
 def _decoder_blocks(model: SegmentationModel, decoder: str) -> list[tuple[nn.Module, str, nn.Module]]:
     """List the decoder's blocks as (parent module, name in it, block), in order of registration."""
     if decoder in _BLOCK_CONTAINERS:
-        container = getattr(model.decoder, _BLOCK_CONTAINERS[decoder])
+        whole = model.decoder.decoder if isinstance(model.decoder, PyramidDecoder) else model.decoder
+        container = getattr(whole, _BLOCK_CONTAINERS[decoder])
         return [(container, name, block) for name, block in container.named_children()]
     if decoder in _BLOCK_ATTRIBUTES:
         return [
@@ -158,6 +164,11 @@ def _decoder_blocks(model: SegmentationModel, decoder: str) -> list[tuple[nn.Mod
             if hasattr(model.decoder, name)
         ]
     return [(model, "decoder", model.decoder)]
+
+
+def _feature_source(model: SegmentationModel) -> tuple[nn.Module, str]:
+    """Return the module whose output the decoder reads, as (parent module, name in it)."""
+    return (model.decoder, "pyramid") if isinstance(model.decoder, PyramidDecoder) else (model, "encoder")
 
 
 def _replace(parent: nn.Module, name: str, block: nn.Module) -> None:
@@ -203,7 +214,7 @@ def _probe(model: SegmentationModel, blocks: list[nn.Module]) -> _Probe:
         return (list(features), *tokens) if tokens else list(features)
 
     handles = [
-        model.encoder.register_forward_hook(detach_features),
+        getattr(*_feature_source(model)).register_forward_hook(detach_features),
         model.segmentation_head.register_forward_pre_hook(lambda _, inputs: head_input.append(inputs[0])),
         *(
             block.register_forward_hook(lambda module, _, output: channels.update({module: output.shape[1]}))
@@ -239,8 +250,11 @@ def run_encoder(model: SegmentationModel) -> list[Tensor]:
 
 
 def _small_image(model: SegmentationModel) -> Tensor:
-    """Build the smallest image that every decoder takes: PAN pools its stride-32 features three times."""
-    size = getattr(model.encoder, "input_size", None)  # vision transformers: the size they were trained at
+    """Build a small image that every decoder takes: PAN pools its stride-32 features three times."""
+    encoder: Any = model.encoder.encoder if isinstance(model.encoder, AttentionOnFeatures) else model.encoder
+    size = getattr(encoder, "input_size", None)  # of a vision transformer that takes one size only
     height, width = size[1:] if size else (256, 256)
+    if getattr(getattr(encoder, "model", None), "dynamic_img_size", False):
+        height = width = 4 * encoder.output_stride
     parameter = next(model.parameters())
     return torch.zeros(1, 3, height, width, dtype=parameter.dtype, device=parameter.device)

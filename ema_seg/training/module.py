@@ -20,7 +20,7 @@ from ema_seg.data.normalise import Normalise
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.evaluation.confusion import Scores
 from ema_seg.evaluation.counter import Counter
-from ema_seg.inference.prediction import LESS_MEMORY, model_input, predict
+from ema_seg.inference.prediction import LESS_MEMORY, model_input, pad_to_stride, predict
 from ema_seg.models import load_segmenter, model_stride
 from ema_seg.models.auxiliary import add_auxiliary_head, auxiliary_logits
 from ema_seg.models.checkpoint import load_auxiliary_weights
@@ -92,6 +92,8 @@ class SegmentationModule(LightningModule):
         self.optimizer_settings = dict(optimizer)
         self.schedule_settings = dict(schedule)
         self.stride = model_stride(model)
+        # A patch of 14 pixels divides none of the usual crops, so they are padded as the images of an evaluation are.
+        self.pads_crops = self.stride & (self.stride - 1) != 0
         self.confusion = ConfusionMatrix(len(classes))
         self.counter: Counter[None] | None = None  # of the validation that runs
         self.validation_losses: list[Tensor] = []
@@ -164,8 +166,8 @@ class SegmentationModule(LightningModule):
         self._check_crops(batch["image"])
         try:
             with reraise_size_errors(batch["image"]):
-                logits = row_logits(self.model, model_input(self.model, batch["image"], self.normalise))
-                auxiliary = auxiliary_logits(self.model)
+                images = pad_to_stride(model_input(self.model, batch["image"], self.normalise), self.stride)
+                logits, auxiliary = row_logits(self.model, images), auxiliary_logits(self.model)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -173,13 +175,14 @@ class SegmentationModule(LightningModule):
                 f"data.batch_size: must be at least 2 per process, got {len(batch['name'])}: the model has a batch "
                 "norm over features pooled to 1 x 1; raise it."
             ) from error
-        loss = self.loss(logits, batch["mask"])
+        height, width = batch["image"].shape[-2:]
+        loss = self.loss(logits.crop(height, width), batch["mask"])
         size = len(batch["name"])
         self.last_loss = loss.detach()
         self.sums[0] += loss.detach().float() * size
         self.sums[1] += size
         if auxiliary is not None and self.auxiliary_weight is not None:
-            auxiliary_loss = self.loss(auxiliary, batch["mask"])
+            auxiliary_loss = self.loss(auxiliary.crop(height, width), batch["mask"])
             self.sums[5] += auxiliary_loss.detach().float() * size
             loss = loss + self.auxiliary_weight * auxiliary_loss
         self.finite.add(loss, self.global_step, self.current_epoch, batch["name"])
@@ -218,7 +221,7 @@ class SegmentationModule(LightningModule):
     def _check_crops(self, images: Tensor) -> None:
         height, width = images.shape[-2:]
         self.crops = f"{height} x {width} pixels"
-        if height % self.stride or width % self.stride:
+        if not self.pads_crops and (height % self.stride or width % self.stride):
             raise ConfigError(
                 f"data.augmentation: the sides of crops must be multiples of {self.stride}, the model's stride, got "
                 f"{height} x {width} pixels; change data.augmentation.crop.height and width."

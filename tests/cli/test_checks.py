@@ -53,6 +53,10 @@ def test_what_lightning_or_a_loss_takes_is_not_refused(config, values):
         ({"seed": -1}, "seed: must be a whole number from 0 to 4294967295, got -1"),
         ({"seed": True}, "seed: must be a whole number from 0 to 4294967295, got True"),
         ({"data__root": None}, r"data\.root is not set"),
+        (
+            {"model__encoder": "tu-vit_small_patch14_dinov2.lvd142m"},
+            r"model\.decoder=linknet: reads feature maps of several strides, .*; choose model=dpt, linear, unet, fpn, ",
+        ),
         ({"model__auxiliary": 0}, r"model\.auxiliary: must be a number above 0, such as 0\.4, or null, got 0\."),
         ({"data__name": "camvit"}, r"data\.name='camvit'"),
         ({"data__classs": 3}, r"data\.classs=3 is not an option"),

@@ -37,6 +37,7 @@ EXPECTED_BLOCKS = {
     "upernet": (4, 3),
     "segformer": (4, 1),
     "dpt": (4, 4),
+    "linear": (1, 1),
 }
 
 
@@ -81,8 +82,8 @@ def test_the_depth_of_an_encoder_can_be_chosen_where_the_size_follows_it():
     assert model.eval()(torch.zeros(1, 3, 40, 48)).shape == (1, 2, 40, 48)
 
 
-def test_the_table_covers_every_decoder_of_smp():
-    assert set(decoder_names()) == set(EXPECTED_BLOCKS) == set(smp.MODEL_ARCHITECTURES_MAPPING)
+def test_the_table_covers_every_decoder_of_smp_and_ours():
+    assert set(decoder_names()) == set(EXPECTED_BLOCKS) == {*smp.MODEL_ARCHITECTURES_MAPPING, "linear"}
 
 
 @pytest.mark.parametrize("decoder", decoder_names())
@@ -106,7 +107,7 @@ def test_every_placement_is_in_the_graph_of_every_decoder(decoder):
         assert block.conv3x3.bias.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("decoder", decoder_names())
+@pytest.mark.parametrize("decoder", smp.MODEL_ARCHITECTURES_MAPPING)
 def test_none_is_plain_smp_bit_for_bit(decoder):
     ours = build(decoder, attention="none", placements=PLACEMENTS)
     torch.manual_seed(0)

@@ -24,6 +24,7 @@ from ema_seg.training.loggers import build_loggers
 from ema_seg.training.losses import build_loss
 from ema_seg.training.module import SegmentationModule
 from ema_seg.training.trainer import build_trainer
+from tests.models.test_vision_transformer import EXPECTED, small
 from tests.training.synchronisations import Synchronisations
 
 ENCODER = "tu-test_efficientnet"
@@ -420,3 +421,38 @@ def test_the_auxiliary_loss_is_computed_in_strips(monkeypatch):
     module(model, auxiliary=0.4).train().training_step(small_batches(1)[0], 0).backward()
 
     assert model.auxiliary.layers[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("decoder", EXPECTED)
+def test_crops_are_padded_to_patches_of_14_pixels(decoder):
+    model = small(decoder)
+    add_auxiliary_head(model, 3)
+    lightning_module = module(model.train(), auxiliary=0.4)
+    (batch,) = small_batches(1)
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[2:]))
+
+    lightning_module.training_step(batch, 0).backward()
+    loss = lightning_module.epoch_means()["train/loss"]
+
+    stride = lightning_module.stride
+    assert seen == [(-(-32 // stride) * stride,) * 2]
+    assert math.isfinite(loss)
+    assert model.encoder.model.cls_token.grad.abs().sum() > 0
+
+
+def test_the_loss_of_a_padded_crop_is_that_of_its_own_pixels():
+    model = small("linear")
+    lightning_module = module(model.eval())
+    (batch,) = small_batches(1)
+    padded = nn.functional.pad(NORMALISE(batch["image"]), (0, 10, 0, 10))
+    expected = nn.functional.cross_entropy(model(padded)[..., :32, :32], batch["mask"].long())
+
+    assert lightning_module.training_step(batch, 0).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_crops_that_a_convolutional_encoder_cannot_halve_are_refused():
+    (batch,) = small_batches(1)
+    batch["image"] = batch["image"][..., :30]
+    with pytest.raises(ConfigError, match=r"crops must be multiples of 32, the model's stride, got 32 x 30 pixels"):
+        module(segmenter()).training_step(batch, 0)

@@ -1,7 +1,8 @@
-"""An auxiliary head from the configuration to the loaded model."""
+"""Trainings from the configuration to the loaded model."""
 
 import csv
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -49,3 +50,15 @@ def test_a_training_with_an_auxiliary_head_resumes_and_leaves_a_model_without_it
     assert torch.equal(again.model.auxiliary.layers[0].weight, whole["state_dict"]["model.auxiliary.layers.0.weight"])
     with pytest.raises(ConfigError, match=r"model\.auxiliary=None: must be 0\.4, as in the checkpoint"):
         train(config(), tmp_path / "whole", resume=True, quiet=True)
+
+
+def test_a_foundation_encoder_is_trained_with_crops_that_its_patches_do_not_divide(config, tmp_path):
+    transformer = ("model=linear", "model.encoder=tu-vit_small_patch14_dinov2", "model.encoder_weights=null")
+    narrow = ("+model.embed_dim=32", "+model.num_heads=2", "+model.img_size=56")
+    rest = ("placement=everywhere", "model.auxiliary=0.4", "trainer.precision=bf16-mixed", "epochs=1")
+
+    best = train(config(*transformer, *narrow, *rest), tmp_path, quiet=True)
+
+    segmenter = ema_seg.load(best, device="cpu")
+    assert segmenter.stride == 14
+    assert segmenter(np.zeros((45, 61, 3), np.uint8)).mask.shape == (45, 61)
