@@ -103,8 +103,8 @@ def model_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_auxiliary_weights(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Load the weights of a segmenter's auxiliary head from a checkpoint that ``load_checkpoint`` has read.
+def load_auxiliary_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Load the weights of a segmenter's auxiliary head from a checkpoint that ``load_checkpoint`` has read from a path.
 
     Raises:
         CheckpointError: the checkpoint's weights are not those of the head.
@@ -119,8 +119,8 @@ def load_auxiliary_weights(model: nn.Module, checkpoint: Mapping[str, Any]) -> N
         model.get_submodule(AUXILIARY).load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(
-            f"ckpt: its weights do not fit the auxiliary head of its config ({one_line(error)[:300]}); give another "
-            "checkpoint."
+            f"ckpt={path}: its weights do not fit the auxiliary head of its config ({one_line(error)[:300]}); give "
+            "another checkpoint."
         ) from error
 
 

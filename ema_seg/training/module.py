@@ -126,7 +126,7 @@ class SegmentationModule(LightningModule):
         config, classes = checkpoint["config"], checkpoint["classes"]
         if config["model"].get("auxiliary"):
             add_auxiliary_head(model, len(classes))
-            load_auxiliary_weights(model, checkpoint)
+            load_auxiliary_weights(model, checkpoint, path)
         for name in ("loss", "optimizer", "schedule"):
             if not isinstance(config.get(name), Mapping):
                 raise CheckpointError(

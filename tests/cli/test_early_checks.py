@@ -17,9 +17,12 @@ from ema_seg.attention import attention_names
 from ema_seg.cli import command_line, early_checks, sources
 from ema_seg.cli.command_line import read_config, reports_errors
 from ema_seg.cli.early_checks import check_root
+from ema_seg.models import decoder_names
+from ema_seg.models.vision_transformer import _MODULES
 from ema_seg.runtime.errors import ConfigError, DataError
 from ema_seg.training.losses import loss_names
 from tests.conftest import ROOT
+from tests.models.test_vision_transformer import EXPECTED
 
 HEAVY = """
 import contextlib, importlib, io, sys
@@ -67,6 +70,10 @@ def test_a_refusal_that_needs_no_heavy_library_imports_none(tmp_path):
 
 def test_names_read_from_source_files_are_those_of_the_libraries():
     assert set(sources.timm_models()) == set(timm.models._registry._model_entrypoints)
+    assert set(timm.list_models(module=_MODULES)) <= set(sources.plain_transformers()) < set(sources.timm_models())
+    assert set(early_checks._decoders()) == set(decoder_names())
+    assert sources.read_keys(early_checks._BUILD, "_TRANSFORMER_DECODERS") == list(EXPECTED)
+    assert early_checks.options_of("model", {"model": {"decoder": "linear"}})[-1] == "decoder_maps"
     assert sorted(sources.smp_encoders()) == sorted(smp.encoders.encoders)
     assert sources.smp_decoders() == list(smp.MODEL_ARCHITECTURES_MAPPING)
     assert tuple(sources.read_keys("ema_seg/attention/__init__.py", "_BLOCKS")) == attention_names()

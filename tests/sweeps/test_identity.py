@@ -8,6 +8,7 @@ CONFIG = {
     "seed": 0,
     "epochs": 4,
     "data": {"name": "camvid", "root": "/a", "workers": 2, "batch_size": 4},
+    "model": {"decoder": "unet"},
     "attention": {"name": "ema", "factor": "auto"},
     "trainer": {"accelerator": "cpu", "precision": "32-true"},
     "training": {"progress_bar": "auto", "compile": False},
@@ -38,6 +39,7 @@ def with_change(key, value):
         ("training.pictures_every", 3),
         ("training.loss_strips", "off"),
         ("training.tf32", None),
+        ("model.auxiliary", None),
         ("evaluation.device", "cuda:1"),
         ("evaluation.budget", 1.0),
         ("report.dir", "elsewhere"),
@@ -57,6 +59,7 @@ def test_where_and_how_a_job_runs_is_no_part_of_it(key, value):
         ("data.batch_size", 8),
         ("trainer.precision", "bf16-mixed"),
         ("training.tf32", True),
+        ("model.auxiliary", 0.4),
     ],
 )
 def test_what_changes_the_result_is_part_of_it(key, value):
