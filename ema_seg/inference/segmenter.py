@@ -25,6 +25,7 @@ from ema_seg.inference.masks import colourise, encode_mask
 from ema_seg.inference.prediction import autocast, predict, segment
 from ema_seg.inference.windows import OVERLAP, blend_windows
 from ema_seg.models import load_segmenter, model_stride
+from ema_seg.models.checkpoint import checkpoint_path
 from ema_seg.models.head import RowLogits
 from ema_seg.runtime.errors import ConfigError, DataError
 from ema_seg.runtime.execution import set_execution, tf32
@@ -137,7 +138,7 @@ class Segmenter:
     ) -> "Segmenter":
         """Load the model of a run or of a checkpoint; see ``ema_seg.load``."""
         found = find_device(device)
-        model, saved = load_segmenter(_checkpoint_of(Path(source)))
+        model, saved = load_segmenter(checkpoint_path(Path(source)))
         config, classes = saved["config"], saved["classes"]
         evaluation = config.get("evaluation", {})
         model.to(found)
@@ -281,18 +282,3 @@ class Segmenter:
 
 def _as_tensor(image: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(image if image.flags.writeable else image.copy()).permute(2, 0, 1)
-
-
-def _checkpoint_of(source: Path) -> Path:
-    """Return the checkpoint of a run's folder, or the path itself for a file."""
-    if not source.exists():
-        raise DataError(f"{source}: no such folder or file; give the folder of a run, or a checkpoint of train.py.")
-    if not source.is_dir():
-        return source
-    best = source / "checkpoints" / "best.ckpt"
-    if not best.is_file():
-        raise DataError(
-            f"{source}: the folder has no checkpoints/best.ckpt; give the folder of a run that has validated, or a "
-            "checkpoint."
-        )
-    return best

@@ -13,9 +13,28 @@ from ema_seg.models.build import segmenter_from_config
 from ema_seg.models.weights import first_not_finite
 from ema_seg.runtime.errors import CheckpointError, ConfigError, DataError, one_line
 
-__all__ = ["check_classes", "load_checkpoint", "load_segmenter", "model_weights"]
+__all__ = ["check_classes", "checkpoint_path", "load_checkpoint", "load_segmenter", "model_weights"]
 
 _MODEL_PREFIX = "model."
+
+
+def checkpoint_path(source: Path) -> Path:
+    """Return the best checkpoint of a run's folder, or the path itself for a file.
+
+    Raises:
+        DataError: there is no such file or folder, or the folder has no best checkpoint.
+    """
+    if not source.exists():
+        raise DataError(f"{source}: no such folder or file; give the folder of a run, or a checkpoint of train.py.")
+    if not source.is_dir():
+        return source
+    best = source / "checkpoints" / "best.ckpt"
+    if not best.is_file():
+        raise DataError(
+            f"{source}: the folder has no checkpoints/best.ckpt; give the folder of a run that has validated, or a "
+            "checkpoint."
+        )
+    return best
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

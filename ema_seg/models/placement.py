@@ -22,7 +22,15 @@ from ema_seg.models.vision_transformer import PyramidDecoder
 from ema_seg.runtime.errors import ModelError
 from ema_seg.runtime.execution import evaluation_mode
 
-__all__ = ["PLACEMENTS", "place_attention", "run_encoder", "run_once"]
+__all__ = [
+    "PLACEMENTS",
+    "attention_tensors",
+    "names_without_wrappers",
+    "parameter_stages",
+    "place_attention",
+    "run_encoder",
+    "run_once",
+]
 
 PLACEMENTS = ("encoder", "decoder", "head")
 
@@ -102,6 +110,72 @@ class AttentionOnFeatures(nn.Module):
             for stage, feature in enumerate(features)
         ]
         return (features, *tokens) if tokens else features
+
+
+# Attribute of each wrapper that holds the wrapped module.
+_WRAPPED = {AttentionAfter: "block", AttentionBefore: "head", AttentionOnFeatures: "encoder"}
+
+
+def names_without_wrappers(model: nn.Module) -> dict[str, str]:
+    """Map the name of each parameter and buffer to its name in the model without attention.
+
+    ``decoder.blocks.0.block.conv1.weight`` becomes ``decoder.blocks.0.conv1.weight``; the tensors of attention blocks
+    keep their names, such as ``decoder.blocks.0.attention.conv1x1.weight``.
+    """
+    wrappers = {path: _WRAPPED[type(module)] for path, module in model.named_modules() if type(module) in _WRAPPED}
+    names = {name: name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    for path in sorted(wrappers, key=len, reverse=True):  # the inner ones first
+        wrapped = f"{path}.{wrappers[path]}."
+        for name, plain in names.items():
+            if plain.startswith(wrapped):
+                names[name] = f"{path}.{plain.removeprefix(wrapped)}"
+    return names
+
+
+def attention_tensors(model: nn.Module) -> set[str]:
+    """Return the names of the parameters and buffers of the attention blocks that ``place_attention`` inserted."""
+    blocks = tuple(f"{path}.attention." for path, module in model.named_modules() if type(module) in _WRAPPED)
+    return {name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name.startswith(blocks)}
+
+
+def parameter_stages(model: nn.Module) -> dict[str, int]:
+    """Find the stage of each of the encoder's parameters: the index of the first feature map that depends on it.
+
+    The gradients of the feature maps of a small image find the stages, so no table per encoder is needed.
+
+    Args:
+        model: a segmenter.
+
+    Returns:
+        The stage by the parameter's name in ``model``, from 0; attention blocks on the encoder's features are left out.
+        A parameter that no feature map depends on has the last stage.
+    """
+    prefix, encoder = "encoder.", model.encoder
+    if isinstance(encoder, AttentionOnFeatures):
+        prefix, encoder = "encoder.encoder.", encoder.encoder
+    assert isinstance(encoder, nn.Module)
+    parameters = dict(encoder.named_parameters())
+    trained = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    found: dict[str, int] = {}
+    stage = -1
+    try:
+        with evaluation_mode(model), torch.enable_grad():
+            for parameter in parameters.values():
+                parameter.requires_grad_(parameter.is_floating_point())
+            output = encoder(_small_image(model))
+            for feature in output[0] if isinstance(output, tuple) else output:
+                left = [name for name in parameters if name not in found]
+                if not (feature.requires_grad and left):
+                    continue  # the image itself, or a map without channels
+                wanted = [parameters[name] for name in left]
+                gradients = torch.autograd.grad(feature.sum(), wanted, retain_graph=True, allow_unused=True)
+                reached = [name for name, gradient in zip(left, gradients, strict=True) if gradient is not None]
+                stage += bool(reached)
+                found |= dict.fromkeys(reached, stage)
+    finally:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(trained[name])
+    return {f"{prefix}{name}": found.get(name, max(stage, 0)) for name in parameters}
 
 
 def place_attention(
@@ -249,7 +323,7 @@ def run_encoder(model: SegmentationModel) -> list[Tensor]:
     return list(output[0] if isinstance(output, tuple) else output)
 
 
-def _small_image(model: SegmentationModel) -> Tensor:
+def _small_image(model: nn.Module) -> Tensor:
     """Build a small image that every decoder takes: PAN pools its stride-32 features three times."""
     encoder: Any = model.encoder.encoder if isinstance(model.encoder, AttentionOnFeatures) else model.encoder
     size = getattr(encoder, "input_size", None)  # of a vision transformer that takes one size only
