@@ -57,6 +57,9 @@ _OTHER_NAMES = {
     "training.early_stopping": "early_stopping patience callbacks.early_stopping.patience",
     "training.progress_bar": "progress_bar trainer.enable_progress_bar",
     "logger": "trainer.logger loggers",
+    "init_from": "finetune fine_tune finetune_from load_from init_weights initial_checkpoint train.init_from",
+    "freeze.parts": "freeze_encoder freeze_backbone frozen_stages freeze_layers model.freeze trainer.freeze",
+    "optimizer.layer_decay": "layer_decay layer_decay_rate llrd",
     "hydra.run.dir": "output_dir out_dir save_dir log_dir work_dir trainer.default_root_dir",
     "resume": "ckpt_path ckpt checkpoint checkpoint_path resume_from resume_from_checkpoint trainer.ckpt_path run",
     "ckpt": "ckpt_path checkpoint checkpoint_path model_path model",
@@ -191,20 +194,22 @@ class Optimizer(OpenSection):
     """Section ``optimizer``."""
 
     name: Name
-    """optimiser"""
+    """optimiser of timm"""
     lr: Number
     """highest learning rate"""
     encoder_lr_factor: Number
     """factor of the encoder's learning rate"""
     weight_decay: Number
     """weight decay"""
+    layer_decay: Annotated[float | None, Field(gt=0, le=1), Must("a number above 0 and at most 1, or null")] = None
+    """factor of the learning rate for each stage of the encoder, from the decoder on; null: none"""
 
 
 class Schedule(OpenSection):
     """Section ``schedule``."""
 
     name: Name
-    """learning-rate schedule"""
+    """learning-rate schedule of timm"""
 
 
 class Trainer(OpenSection):
@@ -296,6 +301,17 @@ class Steps(Section):
     """progress bar; auto: on a terminal"""
 
 
+class Freeze(Section):
+    """Section ``freeze``."""
+
+    parts: Annotated[
+        list[Annotated[str, Field(min_length=1)]] | None, Must("a list of parts or patterns, such as [encoder]")
+    ] = None
+    """parts of the model that do not train: encoder, decoder, head, attention, or patterns of names; null: none"""
+    until: OptionalPositive = None
+    """epochs after which they train; null: never"""
+
+
 class Report(Section):
     """Section ``report``."""
 
@@ -314,6 +330,9 @@ class Training(Section):
     """folder of the run to continue, or auto"""
     rerun: OptionalPath = None
     """folder of the run to repeat"""
+    init_from: OptionalPath = None
+    """folder of a run, or a checkpoint, whose weights the training starts from where they fit"""
+    freeze: Freeze = Freeze()
     reproducible: Flag = False
     """deterministic algorithms alone"""
     data: Data
@@ -538,7 +557,7 @@ def suggest_own(key: str, is_known: Callable[[str], bool]) -> str:
     if "resume" in own:
         return (
             " resume=<folder of a run> goes on with a run; python eval.py ckpt=<file> evaluates a checkpoint; "
-            "model.encoder_weights=<file> starts from weights."
+            "init_from=<run or checkpoint> starts from its weights; model.encoder_weights=<file> from an encoder's."
         )
     return f" Did you mean {' or '.join(map(repr, own))}?" if own else ""
 

@@ -15,13 +15,15 @@ from ema_seg.cli.sources import (
     smp_decoders,
     smp_encoders,
     timm_models,
+    timm_optimizers,
+    timm_schedules,
 )
 from ema_seg.config import Training, check_settings, suggest_own
 from ema_seg.data import DATASETS
 from ema_seg.runtime.errors import ConfigError, DataError, did_you_mean
 from ema_seg.runtime.extras import install_command
 
-__all__ = ["check_early", "check_root", "options_of"]
+__all__ = ["check_early", "check_root", "check_source", "options_of"]
 
 # Timeout in seconds for checking that a path exists; reading the data waits longer for a slow disk.
 _DISK_TIMEOUT = 1.0
@@ -55,8 +57,7 @@ _NAMES = (
     _ComponentName("data", "name", lambda: sorted(DATASETS)),
     _ComponentName("model", "decoder", _decoders),
     _ComponentName("attention", "name", lambda: read_keys("ema_seg/attention/__init__.py", "_BLOCKS")),
-    _ComponentName("optimizer", "name", lambda: read_keys("ema_seg/training/optimisation.py", "_OPTIMIZERS")),
-    _ComponentName("schedule", "name", lambda: read_keys("ema_seg/training/optimisation.py", "_SCHEDULES")),
+    _ComponentName("schedule", "name", timm_schedules),
 )
 
 
@@ -84,6 +85,10 @@ def check_early(config: Mapping[str, Any]) -> None:
             )
     _check_encoder(config["model"]["encoder"])
     _check_pair(config["model"])
+    name, optimizers = config["optimizer"]["name"], timm_optimizers()
+    if optimizers and name not in optimizers:
+        hint = did_you_mean(name, optimizers, most=3)
+        raise ConfigError(f"optimizer.name={name!r}: timm has no such optimiser; correct it.{hint}")
     for name in config.get("logger", {}):
         if name in _PACKAGES and find_spec(name) is None:
             raise ConfigError(f"logger={name}: its package is not installed; run {install_command(name)}.")
@@ -111,6 +116,25 @@ def check_root(data: Mapping[str, Any]) -> None:
         )
 
 
+def check_source(source: str | None) -> None:
+    """Check that the run or checkpoint of ``init_from`` exists.
+
+    Raises:
+        ConfigError: the path does not exist, or the folder has no best checkpoint.
+    """
+    if source is None:
+        return
+    if _is_missing(Path(source)):
+        raise ConfigError(
+            f"init_from={source}: no such file or folder; give the folder of a run, or a checkpoint of train.py."
+        )
+    if _ask(Path(source).is_dir) and _is_missing(Path(source) / "checkpoints" / "best.ckpt"):
+        raise ConfigError(
+            f"init_from={source}: the folder has no checkpoints/best.ckpt; give the folder of a run that has "
+            "validated, or a checkpoint."
+        )
+
+
 def options_of(section: str, config: Mapping[str, Any]) -> list[str]:
     """List the options of the component that a section of the configuration selects; empty if they are not known.
 
@@ -127,7 +151,8 @@ def options_of(section: str, config: Mapping[str, Any]) -> list[str]:
         folder = f"ema_seg/models/{decoder}.py" if ours else "segmentation_models_pytorch/decoders"
         return read_parameters(folder, decoder)
     if section == "optimizer":
-        return read_parameters("torch/optim", str(config["optimizer"]["name"]))
+        name = str(config["optimizer"]["name"])
+        return read_parameters("torch/optim", name) or read_parameters("timm/optim", name)
     if first == "logger" and rest:
         return read_parameters("lightning/pytorch/loggers", f"{rest}logger")
     if first == "loss" and rest in read_keys("ema_seg/training/losses.py", "_LOSSES"):
@@ -165,6 +190,11 @@ def _check_pair(model: Mapping[str, Any]) -> None:
 
 def _is_missing(path: Path) -> bool:
     """Return whether a path does not exist; False if the disk does not answer in time."""
+    return _ask(path.exists) is False
+
+
+def _ask(question: Callable[[], bool]) -> bool | None:
+    """Return the answer to a question about a path; None if the disk does not answer in time."""
     answer: Future[bool] = Future()
-    Thread(target=lambda: answer.set_result(path.exists()), daemon=True).start()
-    return bool(wait([answer], _DISK_TIMEOUT).done) and not answer.result()
+    Thread(target=lambda: answer.set_result(question()), daemon=True).start()
+    return answer.result() if wait([answer], _DISK_TIMEOUT).done else None

@@ -19,11 +19,14 @@ __all__ = [
     "smp_decoders",
     "smp_encoders",
     "timm_models",
+    "timm_optimizers",
+    "timm_schedules",
 ]
 
 _SMP, _TIMM = "segmentation_models_pytorch", "timm"
 _ENCODERS = re.compile(r'^    "([\w-]+)": \{\s+"(?:encoder|params|pretrained_settings)"', re.MULTILINE)
 _REGISTERED = re.compile(r"^@register_model\s*\n(?:@.*\n)*def (\w+)", re.MULTILINE)
+_OPTIMIZERS = re.compile(r"""OptimInfo\(\s*(?:name=)?['"](\w+)['"]|register_alias\(['"](\w+)['"]""")
 _DEPRECATED = re.compile(r"^register_model_deprecations\(__name__, \{(.*?)\}\)", re.MULTILINE | re.DOTALL)
 
 
@@ -86,6 +89,19 @@ def timm_models(file: str = "") -> list[str]:
     names = [name for text in texts for name in _REGISTERED.findall(text)]
     tables = [table for text in texts for table in _DEPRECATED.findall(text)]
     return names + [name for table in tables for name in re.findall(r"""['"]([\w.]+)['"]\s*:""", table)]
+
+
+@cache
+def timm_optimizers() -> list[str]:
+    """Return the names of timm's optimisers."""
+    return [name or alias for name, alias in _OPTIMIZERS.findall(read_source(f"{_TIMM}/optim/_optim_factory.py"))]
+
+
+@cache
+def timm_schedules() -> list[str]:
+    """Return the names of timm's learning-rate schedules that ``build_schedule`` takes, and ``constant``."""
+    names = [file.stem.removesuffix("_lr") for file in _files(f"{_TIMM}/scheduler") if file.stem.endswith("_lr")]
+    return ["constant", *(name for name in names if name != "plateau")] if names else []
 
 
 def read_source(path: str) -> str:

@@ -46,10 +46,14 @@ def hash_config(config: Mapping[str, Any]) -> str:
     left_out = machine_keys(config)
     if config.get("attention", {}).get("name") == "none":
         left_out.append("placement")  # no block to place
-    if config.get("training", {}).get("tf32") is None:
-        left_out.append("training.tf32")  # as before there was the setting
-    if config.get("model", {}).get("auxiliary") is None:
-        left_out.append("model.auxiliary")  # likewise
+    # Unused settings, as before they existed.
+    for section, key in (("training", "tf32"), ("optimizer", "layer_decay"), ("model", "auxiliary")):
+        if config.get(section, {}).get(key) is None:
+            left_out.append(f"{section}.{key}")
+    if config.get("init_from") is None:
+        left_out.append("init_from")
+    if not (config.get("freeze") or {}).get("parts"):
+        left_out.append("freeze")
     kept = _without(config, "", left_out)
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -10,6 +10,7 @@ CONFIG = {
     "data": {"name": "camvid", "root": "/a", "workers": 2, "batch_size": 4},
     "model": {"decoder": "unet"},
     "attention": {"name": "ema", "factor": "auto"},
+    "optimizer": {"name": "adamw"},
     "trainer": {"accelerator": "cpu", "precision": "32-true"},
     "training": {"progress_bar": "auto", "compile": False},
     "evaluation": {"device": "auto", "budget": 10.0, "precision": "32-true"},
@@ -40,6 +41,9 @@ def with_change(key, value):
         ("training.loss_strips", "off"),
         ("training.tf32", None),
         ("model.auxiliary", None),
+        ("optimizer.layer_decay", None),
+        ("init_from", None),
+        ("freeze", {"parts": None, "until": None}),
         ("evaluation.device", "cuda:1"),
         ("evaluation.budget", 1.0),
         ("report.dir", "elsewhere"),
@@ -60,6 +64,9 @@ def test_where_and_how_a_job_runs_is_no_part_of_it(key, value):
         ("trainer.precision", "bf16-mixed"),
         ("training.tf32", True),
         ("model.auxiliary", 0.4),
+        ("optimizer.layer_decay", 0.7),
+        ("init_from", "/runs/one"),
+        ("freeze", {"parts": ["encoder"], "until": None}),
     ],
 )
 def test_what_changes_the_result_is_part_of_it(key, value):
