@@ -14,6 +14,7 @@ _IGNORED = (
     r"The '.*_dataloader' does not have many workers",
     r"You're resuming from a checkpoint that ended before the epoch ended",  # the data module resumes within the epoch
     r"`broadcast_buffers` is deprecated",  # some supported versions of torch lack the new name
+    r"Found \d+ module\(s\) in eval mode at the start of training",  # those that freeze.parts names
     r"Grad strides do not match bucket view strides",  # single-channel weights: strides are ambiguous
     r"It is recommended to use `self.log\(.*sync_dist=True\)`",  # the values are equal on all ranks
 )
