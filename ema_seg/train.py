@@ -5,6 +5,7 @@ module of its own: data in ``ema_seg/data``, model in ``ema_seg/models``, the re
 a batch is ``SegmentationModule.training_step``.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from ema_seg.models import segmenter_from_config
 from ema_seg.models.auxiliary import add_auxiliary_head
 from ema_seg.models.checkpoint import check_classes
 from ema_seg.runtime.distributed.preemption import Preemption
+from ema_seg.runtime.distributed.ranks import rank_info
+from ema_seg.runtime.escaping import for_terminal
 from ema_seg.runtime.execution import set_execution
 from ema_seg.training.checkpoints import (
     BestCheckpoint,
@@ -25,6 +28,8 @@ from ema_seg.training.checkpoints import (
     stopped_early,
     weights_to_match,
 )
+from ema_seg.training.freezing import freeze_parts
+from ema_seg.training.initial import gives_encoder, initialise, load_trained
 from ema_seg.training.lightning_patches import ignore_warnings
 from ema_seg.training.losses import build_loss
 from ema_seg.training.module import MONITORED, SegmentationModule
@@ -83,9 +88,19 @@ def train(
 
     # Model: encoder, decoder and attention blocks, and in training an auxiliary head.
     weights = weights_to_match(config, saved)
-    model = segmenter_from_config(config, data.num_classes, pretrained=not resume, weights=weights)
+    trained = load_trained(config["init_from"]) if config.get("init_from") and not resume else None
+    pretrained = not resume and (trained is None or not gives_encoder(trained.config, config))
+    model = segmenter_from_config(config, data.num_classes, pretrained=pretrained, weights=weights)
     if config["model"].get("auxiliary"):
         add_auxiliary_head(model, data.num_classes)
+
+    # Initial weights: all that fits of another run's model.
+    taken = None if trained is None else initialise(model, trained, data.classes)
+    if taken and not quiet and rank_info().rank == 0:
+        print("\n".join(map(for_terminal, taken.splitlines())), file=sys.stderr, flush=True)
+
+    # Frozen parts: before the devices are set up, because DDP reduces what is trainable then.
+    unfreezing = freeze_parts(model, config.get("freeze") or {}, saved["epoch"] if saved else 0)
     set_execution(model, channels_last=settings["channels_last"], compile=settings["compile"])
 
     # Loss: features of the head's last layer and masks to a scalar.
@@ -101,6 +116,7 @@ def train(
         optimizer=config["optimizer"],
         schedule=config["schedule"],
         config=config,
+        frozen=unfreezing.names if unfreezing else (),
     )
 
     # Callbacks: checkpoints, log, pictures, weight averaging, early stopping.
@@ -110,7 +126,9 @@ def train(
     best = BestCheckpoint(run, monitor=MONITORED, mode="max", save_weights_only=weights_only)
     last = LastCheckpoint(run, settings.get("checkpoint_every"), preemption)
     log, *others = build_callbacks(settings, run, quiet=quiet)
-    start = TrainingStart(config, run, best, path, on_start)
+    if unfreezing:
+        others.append(unfreezing)
+    start = TrainingStart(config, run, best, path, on_start, taken)
 
     # Trainer: devices, precision, number of epochs. TrainingStart comes after the log, which checks metrics.csv.
     trainer = build_trainer(config["trainer"], run, [best, last, log, start, *others, *callbacks])

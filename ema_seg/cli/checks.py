@@ -17,6 +17,7 @@ from ema_seg.data.datamodule import check_batch_divides
 from ema_seg.models import segmenter_from_config
 from ema_seg.runtime.distributed.ranks import single_process
 from ema_seg.runtime.errors import ConfigError, did_you_mean, one_line
+from ema_seg.training.freezing import find_parts
 from ema_seg.training.loggers import check_loggers
 from ema_seg.training.losses import build_loss
 from ema_seg.training.optimisation import build_optimizer, build_schedule
@@ -54,6 +55,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     processes = requested_world_size(config["trainer"])
     if config["data"]["batch_size"] != "auto":
         check_batch_divides(config["data"]["batch_size"], processes)
+    _check_freeze(config)
     _check_loss(config["loss"])
     build_schedule(_check_optimizer(config["optimizer"]), _STEPS, **config["schedule"])
     check_loggers(config.get("logger", {}))
@@ -67,13 +69,17 @@ def check_model(config: Mapping[str, Any]) -> None:
     Raises:
         EmaSegError: see ``segmenter_from_config``.
     """
-    _build_model(json.dumps({key: config[key] for key in ("model", "attention", "placement")}))
+    settings = {key: config[key] for key in ("model", "attention", "placement")}
+    frozen = (config.get("freeze") or {}).get("parts") or []
+    _build_model(json.dumps({**settings, "init_from": bool(config.get("init_from")), "freeze": frozen}))
 
 
 @cache
 def _build_model(text: str) -> None:
     config = json.loads(text)
-    segmenter_from_config(config, _CLASSES, pretrained=config["model"].get("encoder_weights") != "imagenet")
+    pretrained = not config["init_from"] and config["model"].get("encoder_weights") != "imagenet"
+    model = segmenter_from_config(config, _CLASSES, pretrained=pretrained)
+    find_parts(model, config["freeze"])
 
 
 def _check_data(settings: Mapping[str, Any]) -> None:
@@ -81,6 +87,21 @@ def _check_data(settings: Mapping[str, Any]) -> None:
     batch_size = 1 if settings["batch_size"] == "auto" else settings["batch_size"]
     module = SegmentationDataModule(**{**settings, **complete, "batch_size": batch_size})
     check_dataset(module.dataset_name, module.root, module.options)
+
+
+def _check_freeze(config: Mapping[str, Any]) -> None:
+    settings = config.get("freeze") or {}
+    until, epochs = settings.get("until"), config["trainer"].get("max_epochs")
+    if until is not None and not settings.get("parts"):
+        raise ConfigError(
+            f"freeze.until={until}: has no effect without freeze.parts; set that, as in freeze.parts=[encoder], or "
+            "remove it."
+        )
+    if until is not None and epochs not in (None, -1) and until >= epochs:
+        raise ConfigError(
+            f"freeze.until={until}: must be less than the {epochs} epochs of the training; lower it, or set null to "
+            "keep the parts frozen."
+        )
 
 
 def _check_loss(terms: Mapping[str, Any]) -> None:
@@ -100,7 +121,7 @@ def _check_loss(terms: Mapping[str, Any]) -> None:
 def _check_optimizer(settings: Mapping[str, Any]) -> Optimizer:
     """Build the optimiser and take a step: torch checks some of its settings only then."""
     layer = nn.Linear(1, 1)
-    optimizer = build_optimizer(layer, **settings)
+    optimizer = build_optimizer(layer, **settings, stages={})
     layer(torch.zeros(1, 1)).sum().backward()
     try:
         optimizer.step()

@@ -16,7 +16,8 @@ from ema_seg.cli.checks import check_config
 from ema_seg.data.datamodule import check_batch_divides
 from ema_seg.evaluate import evaluate
 from ema_seg.inference.device import find_device
-from ema_seg.models import encoder_normalisation
+from ema_seg.models import encoder_normalisation, load_checkpoint
+from ema_seg.models.checkpoint import checkpoint_path
 from ema_seg.reporting import load_report
 from ema_seg.reporting.report import FILES, report_manifest
 from ema_seg.runtime.distributed.collectives import broadcast, require_shared
@@ -28,8 +29,9 @@ from ema_seg.runtime.execution import deterministic_algorithms, tf32
 from ema_seg.runtime.files import write_file
 from ema_seg.runtime.texts import read_json, read_yaml
 from ema_seg.training import find_batch_size, resolve_world_size, set_cuda_device, training_device
+from ema_seg.training.initial import gives_encoder
 
-__all__ = ["complete_config", "evaluate_run", "produce_run"]
+__all__ = ["complete_config", "complete_paths", "evaluate_run", "produce_run"]
 
 
 def produce_run(
@@ -91,7 +93,7 @@ def _train_and_evaluate(
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])  # the summation order depends on it
     seed_everything(config["seed"], workers=True, verbose=False)
-    complete_config(config)
+    complete_config(config, resumed=run if settings["resume"] else None)
     quiet = settings["quiet"] or here.rank > 0
     wanted = bool(config["trainer"].get("deterministic"))
     multiply = tf32(config["training"].get("tf32"))
@@ -253,13 +255,41 @@ def _assess(
     return evaluate(checkpoint, data, settings, directory, run=run, job=job)
 
 
-def complete_config(config: Mapping[str, Any]) -> None:
-    """Fill in the encoder's normalisation and make paths absolute, in place, so that the saved config is complete."""
-    data, model = config["data"], config["model"]
+def complete_config(config: dict[str, Any], resumed: Path | None = None) -> None:
+    """Fill in the encoder's normalisation and make paths absolute, in place, so that the saved config is complete.
+
+    Args:
+        config: the configuration of a run.
+        resumed: the run's folder if it is resumed; its normalisation is taken.
+
+    Raises:
+        EmaSegError: see ``encoder_normalisation`` and ``load_checkpoint``.
+    """
+    data = config["data"]
     if data["mean"] is None or data["std"] is None:
-        normalisation = encoder_normalisation(model["encoder"], model["encoder_weights"])
-        for key, values in normalisation._asdict().items():
+        for key, values in _normalisation(config, resumed).items():
             data[key] = list(values) if data[key] is None else data[key]
-    for key in ("root", "classes"):
-        if data.get(key) is not None:
-            data[key] = str(Path(data[key]).absolute())
+    complete_paths(config)
+
+
+def complete_paths(config: dict[str, Any]) -> None:
+    """Make the paths that identify a run absolute, in place."""
+    for section, key in ((config["data"], "root"), (config["data"], "classes"), (config, "init_from")):
+        if section.get(key) is not None:
+            section[key] = str(Path(section[key]).absolute())
+
+
+def _normalisation(config: Mapping[str, Any], resumed: Path | None) -> Mapping[str, Any]:
+    """Return mean and std of the resumed run, of the run that gives the encoder, or of the encoder's weights."""
+    if resumed is not None:
+        # Rank 0 alone reads the file, because it rewrites it next.
+        return broadcast(_mean_and_std(read_yaml(resumed / "config.yaml")) if rank_info().rank == 0 else {})
+    if config.get("init_from"):
+        trained = load_checkpoint(checkpoint_path(Path(config["init_from"])))["config"]
+        if gives_encoder(trained, config):
+            return _mean_and_std(trained)
+    return encoder_normalisation(config["model"]["encoder"], config["model"]["encoder_weights"])._asdict()
+
+
+def _mean_and_std(config: Any) -> dict[str, Any]:
+    return {key: config["data"][key] for key in ("mean", "std")}

@@ -42,10 +42,10 @@ def _unfinished_run(composed: DictConfig) -> Path | None:
     check_root(config["data"])
     with gc_frozen_imports():
         from ema_seg.cli.checks import check_config
-        from ema_seg.cli.launch import complete_config
+        from ema_seg.cli.launch import complete_paths
 
     check_config(config)
-    complete_config(config)
+    complete_paths(config)
     found = [here] if named else sorted(here.parent.glob("*"), key=lambda folder: folder.name, reverse=True)
     for folder in found:
         if not named and is_running(folder):
@@ -105,9 +105,10 @@ def require_same_job(config: dict[str, Any], run: Path) -> None:
 
 
 def _is_same(config: dict[str, Any], saved: dict[str, Any]) -> bool:
-    """Return whether both have the same identity; ``data.batch_size=auto`` takes the saved batch size."""
-    if config["data"]["batch_size"] == "auto":
-        config = {**config, "data": {**config["data"], "batch_size": saved.get("data", {}).get("batch_size")}}
+    """Return whether both have the same identity; values that a run fills in itself are the saved ones."""
+    own = {key for key in ("mean", "std") if config["data"][key] is None}
+    own |= {"batch_size"} if config["data"]["batch_size"] == "auto" else set()
+    config = {**config, "data": config["data"] | {key: saved.get("data", {}).get(key) for key in own}}
     return hash_config(config) == hash_config(saved)
 
 

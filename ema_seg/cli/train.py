@@ -12,9 +12,9 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from ema_seg.cli.command_line import argument, expand_home, reports_errors, run_config
+from ema_seg.cli.command_line import argument, expand_home, key_of, reports_errors, run_config
 from ema_seg.cli.composition import CONFIGS, compose, launch
-from ema_seg.cli.early_checks import check_early, check_root
+from ema_seg.cli.early_checks import check_early, check_root, check_source
 from ema_seg.cli.job import gpus_per_job, train_job
 from ema_seg.cli.resume import (
     register_repeated,
@@ -53,6 +53,11 @@ def main() -> None:
             )
         if rerun and (resumed or _is_sweep()):
             raise ConfigError(f"rerun={rerun}: repeats one run from its start; remove resume and -m.")
+        if resumed not in (None, "auto") and any(key_of(text) == "init_from" for text in sys.argv[1:]):
+            raise ConfigError(
+                f"resume={resumed}: continues with the weights of that run, which init_from would replace; remove one "
+                "of the two."
+            )
         config_name = "train"
         if rerun:
             config_name = register_repeated(Path(rerun))
@@ -113,6 +118,8 @@ def _train_run(composed: DictConfig, run: Path) -> None:
 
     check_early(config)
     check_root(config["data"])
+    if not config["resume"]:
+        check_source(config.get("init_from"))
 
     # Heavy imports only now, so that --help, --cfg and early errors answer at once.
     with gc_frozen_imports():

@@ -260,6 +260,7 @@ def require_same_model(saved: Mapping[str, Any], config: Mapping[str, Any], run:
         if section == "placement" and config["attention"]["name"] == "none":
             continue  # there is no block to place
         differing += list(_differences(section, saved["config"].get(section, {}), config[section]))
+    differing += _differences("freeze", saved["config"].get("freeze") or {}, config.get("freeze") or {})
     averaged = [settings.get("training", {}).get("weight_averaging") for settings in (saved["config"], config)]
     if bool(averaged[0]) != bool(averaged[1]):  # a checkpoint with averaging holds both kinds of weights
         differing.append(("training.weight_averaging", *averaged))

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from os import PathLike
 from pathlib import Path
@@ -25,6 +25,7 @@ from ema_seg.models import load_segmenter, model_stride
 from ema_seg.models.auxiliary import add_auxiliary_head, auxiliary_logits
 from ema_seg.models.checkpoint import load_auxiliary_weights
 from ema_seg.models.head import RowLogits, row_logits
+from ema_seg.models.placement import parameter_stages
 from ema_seg.runtime.distributed.collectives import sum_in_place
 from ema_seg.runtime.distributed.ranks import rank_info, single_process
 from ema_seg.runtime.errors import CheckpointError, ConfigError
@@ -62,6 +63,7 @@ class SegmentationModule(LightningModule):
         schedule: keyword arguments of ``build_schedule``.
         classes: the K class names.
         palette: their colours, (red, green, blue) from 0 to 255; None for distinct ones.
+        frozen: names of parameters of ``model`` that do not train yet, but will later.
         config: the run's whole configuration as plain data; like the class names it is stored in every
             checkpoint, so that a checkpoint alone is enough to rebuild the model.
 
@@ -81,6 +83,7 @@ class SegmentationModule(LightningModule):
         optimizer: Mapping[str, Any],
         schedule: Mapping[str, Any],
         config: Mapping[str, Any],
+        frozen: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.model = model
@@ -91,6 +94,9 @@ class SegmentationModule(LightningModule):
         self.config = dict(config)
         self.optimizer_settings = dict(optimizer)
         self.schedule_settings = dict(schedule)
+        self.frozen = frozen
+        # Before the devices are set up: FSDP would shard the encoder that finding the stages runs.
+        self.stages = parameter_stages(model) if self.optimizer_settings.get("layer_decay") is not None else None
         self.stride = model_stride(model)
         # A patch of 14 pixels divides none of the usual crops, so they are padded as the images of an evaluation are.
         self.pads_crops = self.stride & (self.stride - 1) != 0
@@ -287,7 +293,8 @@ class SegmentationModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimiser and its schedule, which advances after every optimiser step."""
-        optimizer = build_optimizer(self.model, **self.optimizer_settings)
+        settings = {**self.optimizer_settings, "stages": self.stages, "later": self.frozen}
+        optimizer = build_optimizer(self.model, **settings)
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise ConfigError(

@@ -20,6 +20,7 @@ __all__ = ["TrainingStart"]
 class TrainingStart(Callback):
     """Start of a training: runs the last checks, starts the loggers, writes ``environment.json``, calls ``on_start``.
 
+    ``taken`` is the table of ``initialise``, which it writes into ``init_from.txt``; None for no file.
     It comes after ``EpochLog``, which checks ``metrics.csv``.
     """
 
@@ -30,9 +31,10 @@ class TrainingStart(Callback):
         best: BestCheckpoint,
         checkpoint: Path | None,
         on_start: Callable[[], None],
+        taken: str | None = None,
     ) -> None:
         self.config, self.run, self.best = config, run, best
-        self.checkpoint, self.on_start = checkpoint, on_start
+        self.checkpoint, self.on_start, self.taken = checkpoint, on_start, taken
         # Passed to Lightning later, because it would start them before it restores a checkpoint.
         self.loggers = build_loggers(run, config.get("logger", {}))
         self.reached = False
@@ -54,6 +56,8 @@ class TrainingStart(Callback):
         if self.checkpoint is not None:
             replace_last(self.checkpoint)
         _write_environment(self.run, trainer)
+        if self.taken and trainer.is_global_zero:
+            write_file(self.run / "init_from.txt", f"{self.taken}\n".encode())
         self.on_start()
 
 

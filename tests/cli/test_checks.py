@@ -110,14 +110,25 @@ def test_what_lightning_or_a_loss_takes_is_not_refused(config, values):
         ({"optimizer__capturable": True}, "optimizer=.*'capturable': True.*torch cannot train with these"),
         ({"optimizer__differentiable": True}, "optimizer=.*'differentiable': True.*torch cannot train with these"),
         ({"optimizer__betas": [0.9]}, "optimizer: torch refuses"),
-        ({"optimizer__model": 3}, "optimizer: torch refuses"),
+        ({"optimizer__model": 3}, r"optimizer\.model: adamw has no such option"),
+        (
+            {"optimizer__layer_decay": 1.5},
+            r"optimizer\.layer_decay: must be a number above 0 and at most 1, or null, got",
+        ),
+        ({"freeze__parts": "encoder"}, r"freeze\.parts: must be a list of parts or patterns, such as \[encoder\], got"),
+        ({"freeze__until": 1}, r"freeze\.until=1: has no effect without freeze\.parts"),
+        ({"freeze": {"parts": ["encoder"], "until": 2}}, r"freeze\.until=2: must be less than the 2 epochs"),
+        ({"freeze": {"part": ["encoder"]}}, r"freeze\.part: there is no such setting; .* Did you mean 'freeze\.parts'"),
         ({"schedule__optimizer": 3}, r"schedule\.optimizer: poly has no such option"),
         (
             {"loss": {"cross_entropy": {"label_smoothing": "x"}}},
             r"label_smoothing must be a number from 0 to 1, got 'x'",
         ),
         ({"loss": {"cross_entropy": {"label_smoothing": 7}}}, r"label_smoothing must be a number from 0 to 1, got 7"),
-        ({"schedule": {"name": "poly", "power": -0.5}}, r"schedule\.power=-0\.5: poly must give a learning rate"),
+        (
+            {"schedule": {"name": "poly", "power": -0.5}},
+            r"schedule\.power=-0\.5: poly must give a learning rate from 0",
+        ),
         ({"placement__encoder": "yes"}, r"placement\.encoder: must be true or false, got 'yes'"),
         ({"training__chekpoint_every": 3}, r"training\.chekpoint_every: there is no such setting"),
         ({"report": 3}, "report: must be a section of settings, got 3; set report.<name>=<value>"),
@@ -129,8 +140,11 @@ def test_what_lightning_or_a_loss_takes_is_not_refused(config, values):
         ({"logger__paper": {}}, r"logger\.paper: must be one of"),
         ({"attention__name": "emma"}, "must be one of none, ema, .* Did you mean 'ema'"),
         ({"model__decoder": "unnet"}, r"model\.decoder='unnet': must be one of unet, .* Did you mean 'unet'"),
-        ({"optimizer__name": "adam"}, r"optimizer\.name='adam': must be one of adamw, sgd.* Did you mean 'adamw'"),
-        ({"schedule__name": "linear"}, r"schedule\.name='linear': must be one of poly, cosine, constant"),
+        ({"optimizer__name": "adamv"}, r"optimizer\.name='adamv': timm has no such optimiser; .*'adam'"),
+        (
+            {"schedule__name": "linear"},
+            r"schedule\.name='linear': must be one of constant, cosine, multistep, poly, step",
+        ),
         ({"trainer__gpus": 2}, r"no such option\. Did you mean 'trainer\.devices'"),
         ({"data__workers": "two"}, r"data\.workers: must be a whole number from 0 to 1024 .*, got 'two'"),
         ({"evaluation__batch_size": 2.5}, r"evaluation\.batch_size: must be a whole number of at least 1, got 2\.5"),
@@ -161,6 +175,8 @@ def test_another_machines_device_is_no_mistake(config):
 def test_a_model_that_cannot_be_built_is_named(config):
     with pytest.raises(ModelError, match="factor"):
         check_model(changed(config, attention__factor=7))
+    with pytest.raises(ConfigError, match=r"freeze\.parts: 'encodr' matches nothing .* Did you mean 'encoder"):
+        check_model(changed(config, freeze__parts=["encodr"]))
     with pytest.raises(CheckpointError, match=r"model\.encoder_weights=/nowhere\.pth: no such file"):
         check_model(changed(config, model__encoder_weights="/nowhere.pth"))
     check_model(changed(config, model__encoder_weights="imagenet"))  # not downloaded by the check

@@ -9,6 +9,7 @@ import sys
 import pytest
 import segmentation_models_pytorch as smp
 import timm
+import timm.optim
 from lightning import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch.optim import SGD
@@ -20,6 +21,7 @@ from ema_seg.cli.early_checks import check_root
 from ema_seg.models import decoder_names
 from ema_seg.models.vision_transformer import _MODULES
 from ema_seg.runtime.errors import ConfigError, DataError
+from ema_seg.training import optimisation
 from ema_seg.training.losses import loss_names
 from tests.conftest import ROOT
 from tests.models.test_vision_transformer import EXPECTED
@@ -49,6 +51,11 @@ def test_a_refusal_that_needs_no_heavy_library_imports_none(tmp_path):
         ("train", "epochs=ten"): "error: epochs: must be a whole number of at least 1, got 'ten'",
         ("train", "model.encoder=resnet81"): "error: model.encoder: neither smp nor timm has an encoder 'resnet81'",
         ("train", "data=folder", "data.root=missing"): "error: data.root=missing: no such file or folder",
+        ("train", "data=street", "init_from=missing"): "error: init_from=missing: no such file or folder",
+        ("train", "data=street", "init_from=."): "error: init_from=.: the folder has no checkpoints/best.ckpt",
+        ("train", "resume=run", "init_from=run"): "error: resume=run: continues with the weights of that run",
+        ("train", "optimizer.name=adamv"): "error: optimizer.name='adamv': timm has no such optimiser",
+        ("train", "schedule.name=cosin"): "error: schedule.name='cosin': must be one of constant, cosine",
         ("train", "resume=auto", "data=folder", "data.root=missing"): "error: data.root=missing: no such file",
         ("train", "logger=[tensorboard,mlflow]"): "error: logger=mlflow: its package is not installed; run pip install",
         ("eval", "ckpt=missing.ckpt"): "error: ckpt=missing.ckpt: no such file",
@@ -77,6 +84,8 @@ def test_names_read_from_source_files_are_those_of_the_libraries():
     assert sorted(sources.smp_encoders()) == sorted(smp.encoders.encoders)
     assert sources.smp_decoders() == list(smp.MODEL_ARCHITECTURES_MAPPING)
     assert tuple(sources.read_keys("ema_seg/attention/__init__.py", "_BLOCKS")) == attention_names()
+    assert set(sources.timm_optimizers()) == set(timm.optim.list_optimizers())
+    assert sources.timm_schedules() == ["constant", *sorted(optimisation._schedules())]
     assert tuple(sources.read_keys("ema_seg/training/losses.py", "_LOSSES")) == loss_names()
     for folder, part in (
         ("lightning/pytorch/trainer/trainer.py", Trainer),
@@ -123,6 +132,8 @@ def test_a_root_that_is_made_or_does_not_answer_is_no_missing_one(monkeypatch, t
             r"add it with \+model\.decoder_atrous",
         ),
         ("train", ["optimizer.amsgrat=true"], r"Did you mean '\+optimizer\.amsgrad'\?$"),
+        ("train", ["optimizer.name=lion", "optimizer.beta=1"], r"Did you mean '\+optimizer\.betas'\?$"),
+        ("train", ["freeze_encoder=true"], r"Did you mean 'freeze\.parts'\?$"),
         ("train", ["loss.lovasz.weight=1"], r"add it with \+loss\.lovasz\.weight=1$"),
         ("train", ["logger.project=x", "logger=wandb"], r"Did you mean 'logger\.wandb\.project'\?$"),
         ("train", ["ckpt_path=a.ckpt"], r"resume=<folder of a run> goes on with a run; python eval\.py ckpt=<file>"),

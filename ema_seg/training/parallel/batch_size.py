@@ -15,6 +15,7 @@ from ema_seg.runtime.distributed.collectives import gather
 from ema_seg.runtime.distributed.ranks import rank_info, single_process
 from ema_seg.runtime.errors import ConfigError
 from ema_seg.runtime.limits import is_out_of_memory
+from ema_seg.training.freezing import freeze_parts
 from ema_seg.training.losses import build_loss
 from ema_seg.training.optimisation import build_optimizer
 
@@ -137,6 +138,9 @@ class _Attempt:
         if config["model"].get("auxiliary"):
             add_auxiliary_head(model, self.classes)
         model.to(device).train()
+        frozen = config.get("freeze") or {}
+        if frozen.get("until") is None:
+            freeze_parts(model, frozen, epoch=0)
         stride = model_stride(model)
         height, width = (side + -side % stride for side in self.crop[1:])
         memory_format = torch.channels_last if config["training"]["channels_last"] else torch.contiguous_format
@@ -144,7 +148,7 @@ class _Attempt:
         kept = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(self.copies)]
         strips = config["training"].get("loss_strips", "auto")
         loss = build_loss(config["loss"], self.classes, strips=strips).to(device)
-        optimizer = build_optimizer(model, **config["optimizer"])
+        optimizer = build_optimizer(model, **{**config["optimizer"], "layer_decay": None})
         images = torch.zeros(batch_size, 3, height, width, device=device).to(memory_format=memory_format)
         # Contains all classes, because some losses allocate memory for each class present.
         target = torch.randint(self.classes, (batch_size, height, width), device=device)
