@@ -318,3 +318,16 @@ def test_a_sweep_is_started_once(monkeypatch):
 
     with pytest.raises(ConfigError, match="torchrun has started several processes"):
         train._broadcast_start_time("torchrun", None)
+
+
+def test_two_processes_unfreeze_as_one_does(root, tmp_path, entry, run_script):
+    """DDP reduces only the gradients of the parameters that could be trained when it wrapped the model."""
+    options = (*TINY, *EVEN, f"data.root={root}", "epochs=2", "freeze.parts=[encoder,decoder.p5]", "freeze.until=1")
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    status, _, err = run_script("train", *options, f"hydra.run.dir={alone}")
+    assert status == 0, err
+
+    status, err = entry.run(*options, "trainer=ddp_cpu", f"hydra.run.dir={shared}")
+
+    assert status == 0, err
+    assert_close_weights(shared, alone)
