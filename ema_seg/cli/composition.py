@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ema_seg.cli.command_line import key_of
 from ema_seg.cli.early_checks import options_of
 from ema_seg.cli.hydra_patches import Loader, create_config_search_path, get_args_parser, validating_loader
+from ema_seg.cli.sources import timm_optimizers
 from ema_seg.cli.trust import restrict_environment, settings_of
 from ema_seg.config import Evaluating, Predicting, Section, Training, describe_settings, suggest_own
 from ema_seg.runtime.errors import ConfigError, EmaSegError, did_you_mean, one_line, own_cause
@@ -199,6 +200,8 @@ def _missing(error: MissingConfigException) -> str:
     group, _, option = str(error.missing_cfg_file).rpartition("/")
     known = sorted(error.options)
     text = f"{group}={option}: there is no such option; choose from {', '.join(known)}."
+    if group == "optimizer" and option in timm_optimizers():
+        return f"{text} timm's {option} is optimizer.name={option}."
     return text + did_you_mean(option, known)
 
 

@@ -133,6 +133,7 @@ def test_a_root_that_is_made_or_does_not_answer_is_no_missing_one(monkeypatch, t
         ),
         ("train", ["optimizer.amsgrat=true"], r"Did you mean '\+optimizer\.amsgrad'\?$"),
         ("train", ["optimizer.name=lion", "optimizer.beta=1"], r"Did you mean '\+optimizer\.betas'\?$"),
+        ("train", ["optimizer=lion"], r"choose from adamw, sgd\. timm's lion is optimizer\.name=lion\.$"),
         ("train", ["freeze_encoder=true"], r"Did you mean 'freeze\.parts'\?$"),
         ("train", ["loss.lovasz.weight=1"], r"add it with \+loss\.lovasz\.weight=1$"),
         ("train", ["logger.project=x", "logger=wandb"], r"Did you mean 'logger\.wandb\.project'\?$"),
