@@ -64,7 +64,14 @@ def test_the_average_and_the_plain_weights_are_both_scored_by_name(tmp_path):
         build_loss({"cross_entropy": {}}, 3),
         Normalise((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
         classes=["road", "traffic light", "traffic_light"],
-        optimizer={"name": "sgd", "lr": 0.1, "encoder_lr_factor": 1.0, "weight_decay": 0.0},
+        optimizer={
+            "name": "sgd",
+            "lr": 0.1,
+            "encoder_lr_factor": 1.0,
+            "weight_decay": 0.0,
+            "momentum": 0.0,
+            "nesterov": False,
+        },
         schedule={"name": "constant"},
         config={"seed": 0},
     )

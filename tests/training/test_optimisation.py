@@ -3,12 +3,14 @@ import math
 import pytest
 import timm.optim
 import torch
+import yaml
 from torch import nn
 
 from ema_seg.models import build_segmenter
 from ema_seg.models.placement import parameter_stages
 from ema_seg.runtime.errors import ConfigError
 from ema_seg.training.optimisation import build_optimizer, build_schedule
+from tests.conftest import ROOT
 
 ADAMW = {"name": "adamw", "lr": 1e-2, "encoder_lr_factor": 0.1, "weight_decay": 0.05}
 
@@ -124,6 +126,16 @@ def test_schedules_of_timm_count_steps_or_shares_of_them():
     two = rates(8, name="cosine", cycle_limit=2)
     assert two[:4] == pytest.approx(two[4:])
     assert two[2] == pytest.approx(1 + math.cos(math.pi / 2))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "schedule").iterdir()), ids=lambda path: path.stem)
+def test_every_schedule_of_the_configurations_rises_to_its_peak_and_never_above(path):
+    values = rates(20, **yaml.safe_load(path.read_text()))
+
+    assert max(values) == values[2] == pytest.approx(2.0, rel=1e-5)
+    assert values[0] < values[1] < values[2]
+    assert path.stem == "constant" or values[-1] < 1.0
+    assert values[2:] == sorted(values[2:], reverse=True)
 
 
 def test_groups_keep_their_own_peaks():
