@@ -29,8 +29,9 @@ from PIL import Image
 
 from ema_seg.data.folder import distinct_colors
 from ema_seg.data.normalise import Normalise
-from ema_seg.inference.files import find_images, segment_files
+from ema_seg.inference.files import find_files, segment_files
 from ema_seg.inference.prediction import model_input, pad_to_stride
+from ema_seg.inference.results import Results
 from ema_seg.inference.segmenter import Segmenter
 from ema_seg.models import build_segmenter
 from ema_seg.runtime.execution import set_execution
@@ -65,7 +66,7 @@ def measure(
     normalise = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     names = [f"class {index}" for index in range(CLASSES)]
     segmenter = Segmenter(model, classes=names, palette=distinct_colors(CLASSES), normalise=normalise)
-    images, root = find_images(str(source))
+    images = find_files(str(source))
     pixels = [torch.from_numpy(segmenter.read(image).copy()).permute(2, 0, 1) for image in images]
     batches = [
         pad_to_stride(model_input(model, torch.stack(pixels[first : first + batch_size]).to(device), normalise), 32)
@@ -78,10 +79,9 @@ def measure(
                 model(batch)
 
     def command(_: int) -> None:
-        problems = segment_files(
-            segmenter, images, root, folder / "out", origin="benchmark", batch_size=batch_size, overwrite=True
-        )
-        assert not problems
+        results = Results(folder / "out", segmenter)
+        results.claim("benchmark", overwrite=True)
+        assert not segment_files(images, results, batch_size=batch_size, overwrite=True)
 
     calls = {"forward": forward, "predict": command}
     for call in calls.values():

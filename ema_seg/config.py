@@ -431,7 +431,7 @@ class Predicting(Section):
     run: OptionalPath
     """folder of a run, or a checkpoint"""
     source: OptionalPath
-    """image, folder of images, or pattern"""
+    """image or video, folder of them, pattern, or camera:0"""
     out: OptionalPath
     """folder for the results"""
     device: Name

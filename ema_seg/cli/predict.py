@@ -1,5 +1,6 @@
 """The command ``ema-seg predict``: from its arguments to masks, overlays and areas of many images."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from ema_seg.runtime.escaping import for_terminal
 from ema_seg.runtime.host_memory import gc_frozen_imports, keep_freed_memory
 
 __all__ = ["main"]
+
+_CAMERA = re.compile("camera:([0-9]+)")
 
 
 @reports_errors
@@ -29,7 +32,7 @@ def _predict(composed: DictConfig) -> None:
     check_settings(config, Predicting)
     for key, meaning in (
         ("run", "the folder of a run or a checkpoint"),
-        ("source", "an image, a folder or a pattern"),
+        ("source", "an image, a video, a folder, a pattern or camera:0"),
         ("out", "a folder for the results"),
     ):
         if config[key] is None:
@@ -37,24 +40,32 @@ def _predict(composed: DictConfig) -> None:
 
     # Heavy imports only now, so that --help and --cfg answer at once.
     with gc_frozen_imports():
-        from ema_seg.inference.files import find_images, segment_files
+        from ema_seg.inference.files import find_files, is_video, segment_files
+        from ema_seg.inference.results import Results
         from ema_seg.inference.segmenter import Segmenter
+        from ema_seg.inference.video import segment_camera, segment_videos
 
-    images, root = find_images(config["source"])
-    out = Path(config["out"])
+    source, out = config["source"], Path(config["out"])
+    camera = _CAMERA.fullmatch(source)
+    files = {} if camera else find_files(source)
     options = {key: config[key] for key in ("device", "precision", "compile")}
+    details = {key: config[key] for key in ("alpha", "probabilities", "weight_maps")}
     segmenter = Segmenter.load(config["run"], **options)
-    kept = ("batch_size", "workers", "alpha", "probabilities", "weight_maps", "overwrite")
-    problems = segment_files(
-        segmenter,
-        images,
-        root,
-        out,
-        origin=str(Path(config["run"]).resolve()),
-        **{key: config[key] for key in kept},
-    )
+    results = Results(out, segmenter, **details)
+    results.claim(str(Path(config["run"]).resolve()), overwrite=config["overwrite"])
+
+    work = {key: config[key] for key in ("batch_size", "workers", "overwrite")}
+    if camera:
+        segment_camera(int(camera[1]), results, **work)
+        print(out)
+        return
+    problems: list[str] = []
+    if images := {file: name for file, name in files.items() if not is_video(file)}:
+        problems += segment_files(images, results, **work)
+    if videos := {file: name for file, name in files.items() if is_video(file)}:
+        problems += segment_videos(videos, results, **work)
     for problem in problems:
         print(f"error: {for_terminal(problem)}", file=sys.stderr)
-    print(f"{len(images) - len(problems)} of {len(images)} images: {out}")
+    print(f"{len(files) - len(problems)} of {len(files)} {'files' if videos else 'images'}: {out}")
     if problems:
         sys.exit(1)

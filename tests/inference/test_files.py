@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ema_seg.inference.files import find_images, segment_files
+from ema_seg.inference.files import find_files, segment_files
+from ema_seg.inference.results import Results
 from ema_seg.runtime.errors import DataError
 from tests.inference.conftest import CLASSES
 
@@ -24,8 +25,10 @@ def source(tmp_path):
     return folder
 
 
-def predict(segmenter, source, out, **options):
-    return segment_files(segmenter, *find_images(str(source)), out, origin="mine", **options)
+def predict(segmenter, source, out, *, batch_size=4, overwrite=False, **details):
+    results = Results(out, segmenter, **details)
+    results.claim("mine", overwrite=overwrite)
+    return segment_files(find_files(str(source)), results, batch_size=batch_size, overwrite=overwrite)
 
 
 def areas_in(out):
@@ -87,23 +90,25 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_predicted(segm
 
 
 def test_results_of_another_model_are_not_mixed_in(segmenter, source, tmp_path):
-    images, root = find_images(str(source))
-    segment_files(segmenter, images, root, tmp_path / "out", origin="mine")
+    predict(segmenter, source, tmp_path / "out")
 
+    theirs = Results(tmp_path / "out", segmenter)
     with pytest.raises(DataError, match="has results of another model"):
-        segment_files(segmenter, images, root, tmp_path / "out", origin="theirs")
-    segment_files(segmenter, images, root, tmp_path / "out", origin="theirs", overwrite=True)
+        theirs.claim("theirs")
+    theirs.claim("theirs", overwrite=True)
+    assert not theirs.has("a")
 
 
 def test_a_source_is_a_file_a_folder_or_a_pattern(source, tmp_path):
-    assert find_images(str(source / "a.png")) == ([source / "a.png"], source)
-    assert [file.name for file in find_images(str(source))[0]] == ["a.png", "b.bmp", "b.png", "c.png"]
-    assert find_images(str(source / "**" / "*.png"))[1] == source
-    assert [file.name for file in find_images(str(source / "*.b*"))[0]] == ["b.bmp"]
+    (source / "b.mp4").touch()
+    assert find_files(str(source / "a.png")) == {source / "a.png": "a"}
+    assert list(find_files(str(source)).values()) == ["a", "b.bmp", "b.mp4", "b.png", "deep/c"]
+    assert list(find_files(str(source / "**" / "*.png")).values()) == ["a", "b", "deep/c"]
+    assert find_files(str(source / "*.b*")) == {source / "b.bmp": "b"}
     for missing in ("nothing", "*.gif"):
         with pytest.raises(DataError, match="there is no such file or folder, and no file matches"):
-            find_images(str(source / missing))
+            find_files(str(source / missing))
     shutil.rmtree(source / "deep")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="the folder has no images"):
-        find_images(str(tmp_path / "empty"))
+        find_files(str(tmp_path / "empty"))
