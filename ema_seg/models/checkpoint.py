@@ -13,7 +13,7 @@ from ema_seg.models.build import segmenter_from_config
 from ema_seg.models.weights import first_not_finite
 from ema_seg.runtime.errors import CheckpointError, ConfigError, DataError, one_line
 
-__all__ = ["check_classes", "checkpoint_path", "load_checkpoint", "load_segmenter", "model_weights"]
+__all__ = ["check_classes", "check_contents", "checkpoint_path", "load_checkpoint", "load_segmenter", "model_weights"]
 
 _MODEL_PREFIX = "model."
 
@@ -64,11 +64,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"ckpt={path}: the file was not written by train.py (it lacks {', '.join(missing)}); "
             "to start from foreign encoder weights use model.encoder_weights=<file>."
         )
-    _check_contents(path, checkpoint)
+    check_contents(path, checkpoint)
     return checkpoint
 
 
-def _check_contents(path: Path, checkpoint: Mapping[str, Any]) -> None:
+def check_contents(path: Path, checkpoint: Mapping[str, Any]) -> None:
     """Check the types of weights, config and classes, and that the weights are finite."""
     weights, config, classes = (checkpoint[key] for key in ("state_dict", "config", "classes"))
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):

@@ -51,8 +51,7 @@ def _features_and_weights(
 ) -> tuple[Tensor, Tensor]:
     wide = compute_dtype(x.dtype)
     features = x.unflatten(1, (groups, -1)).to(wide)
-    # torch.export would record the context as an operator of its own, which is not a plain one.
-    with nullcontext() if torch.compiler.is_exporting() else without_autocast(x.device):
+    with without_autocast(x.device):
         return features, _Forward.of(features, parameters.to(wide), eps, dynamic).weights
 
 

@@ -87,7 +87,7 @@ class EMA(nn.Module):
         arguments = x, parameters, self.groups, eps, self.dynamic
         if implementation == "reference":
             return reference.forward(*arguments)
-        if _is_exporting_or_tracing():
+        if torch.jit.is_tracing():
             return factorised.plain(*arguments)
         if _is_transformed():
             return operator.apply_differentiably(*arguments)
@@ -96,8 +96,9 @@ class EMA(nn.Module):
     def implementation_for(self, x: Tensor) -> str:
         """Return the name of the implementation that ``forward`` uses for ``x``.
 
-        Exported graphs and traces use the plain operators of ``factorised``, whatever was requested. Transforms of
-        ``torch.func`` and forward-mode derivatives use ``reference``, whose operators support all of them.
+        ``torch.export`` records the plain operators of ``reference``, and a trace those of ``factorised``, whatever was
+        requested. Transforms of ``torch.func`` and forward-mode derivatives use ``reference``, whose operators support
+        all of them.
 
         Raises:
             ConfigError: the environment variable names no implementation.
@@ -120,7 +121,11 @@ class EMA(nn.Module):
 
     def _choose(self, x: Tensor, parameters: Parameters) -> str:
         self._check(x, parameters)
-        return "factorised" if _is_exporting_or_tracing() else choice.select_implementation(self.implementation, x)
+        # Other software may read what they record. With symbolic sizes, the few operators of the published form are
+        # recorded three times as fast; a trace would fix the sizes into which it splits.
+        if torch.compiler.is_exporting():
+            return "reference"
+        return "factorised" if torch.jit.is_tracing() else choice.select_implementation(self.implementation, x)
 
     def _check(self, x: Tensor, parameters: Parameters) -> None:
         channels = self.groups * parameters.w1.shape[0]
@@ -152,11 +157,6 @@ class DynamicEMA(EMA):
     """
 
     dynamic = True
-
-
-def _is_exporting_or_tracing() -> bool:
-    """Return whether torch.export or a trace is recording a graph, which other software may read."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _is_transformed() -> bool:
