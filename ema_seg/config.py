@@ -425,6 +425,29 @@ class Evaluating(Section):
     report: Report
 
 
+class Exporting(Section):
+    """All settings of ``ema-seg export``."""
+
+    run: OptionalPath
+    """folder of a run, or a checkpoint"""
+    format: Annotated[Literal["onnx", "torch", "openvino"], Must("onnx, torch or openvino")]
+    """onnx, torch (a program of torch.export) or openvino"""
+    precision: Annotated[Literal["fp32", "fp16", "int8"], Must("fp32, fp16 or int8")]
+    """fp32, fp16, or int8, calibrated on the training split"""
+    processing: Flag
+    """uint8 RGB in, class ids out; false: normalised images in, logits out"""
+    out: OptionalPath
+    """folder; null: exported/<format>_<precision> in the run's folder"""
+    images: Positive
+    """images of the evaluation split to verify on"""
+    calibration_images: Positive
+    """images of the training split for int8"""
+    budget: Annotated[float, Field(gt=0, allow_inf_nan=False), Must("a positive number of seconds")]
+    """seconds to time the model and the artefact for"""
+    data: Data
+    epochs: Any = None  # set by the configurations of the data sets
+
+
 class Predicting(Section):
     """All settings of ``ema-seg predict``."""
 

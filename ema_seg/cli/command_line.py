@@ -130,6 +130,22 @@ def saved_config(run: Path, key: str) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(_linked(OmegaConf.create(read_config(run, key)))))
 
 
+def config_of_run_or_checkpoint(source: Path, key: str) -> dict[str, Any]:
+    """Read the configuration of a run's folder, a checkpoint or an exported model, which the override ``key`` names.
+
+    Raises:
+        ConfigError: see ``read_config``.
+        CheckpointError: there is no such file, or it is not one of this project.
+    """
+    if source.is_dir() or key == "run" and not source.exists():
+        return saved_config(source, key)
+    if not source.is_file():  # checked before torch is imported
+        raise CheckpointError(f"{key}={source}: no such file; give the path of a checkpoint that train.py wrote.")
+    from ema_seg.models import load_checkpoint
+
+    return cast(dict[str, Any], load_checkpoint(source)["config"])
+
+
 def read_config(run: Path, key: str) -> dict[str, Any]:
     """Read the configuration in a run's folder, which the override ``key`` names.
 

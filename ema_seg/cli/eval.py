@@ -7,24 +7,17 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from ema_seg.cli.command_line import (
-    argument,
-    expand_home,
-    plain_config,
-    reports_errors,
-    saved_config,
-)
-from ema_seg.cli.composition import CONFIGS, compose, launch
+from ema_seg.cli.command_line import argument, config_of_run_or_checkpoint, expand_home, plain_config, reports_errors
+from ema_seg.cli.composition import CONFIGS, compose, launch, offer_settings_of_run
 from ema_seg.cli.early_checks import check_root
 from ema_seg.config import Evaluating, check_settings
 from ema_seg.runtime.distributed.group import join_launcher
 from ema_seg.runtime.distributed.launchers import detect_launcher
 from ema_seg.runtime.distributed.ranks import rank_info
-from ema_seg.runtime.errors import CheckpointError, ConfigError, EmaSegError
+from ema_seg.runtime.errors import ConfigError, EmaSegError
 from ema_seg.runtime.host_memory import gc_frozen_imports, keep_freed_memory
 from ema_seg.sweeps import read_job
 
@@ -37,25 +30,15 @@ def main() -> None:
     keep_freed_memory()
     sys.argv = expand_home(sys.argv)
     with join_launcher():
-        saved = _saved_config()
-        store = ConfigStore.instance()
-        for group in ("data", "evaluation"):
-            # Hydra would follow a defaults list in them, and a stranger's cache would be written to.
-            section = {key: value for key, value in saved.get(group, {}).items() if key not in ("defaults", "cache")}
-            store.store("of_run", section, group=group)
+        offer_settings_of_run(_saved_config(), "data", "evaluation")
         launch(_evaluate, CONFIGS, "eval", compose(CONFIGS, "eval"))
 
 
 def _saved_config() -> dict[str, Any]:
     """Read the configuration of the run or checkpoint on the command line; empty if there is none."""
-    if run := argument("run"):
-        return saved_config(Path(run), key="run")
-    if ckpt := argument("ckpt"):
-        if not Path(ckpt).is_file():  # checked before torch is imported
-            raise CheckpointError(f"ckpt={ckpt}: no such file; give the path of a checkpoint that train.py wrote.")
-        from ema_seg.models import load_checkpoint
-
-        return load_checkpoint(Path(ckpt))["config"]
+    for key in ("run", "ckpt"):
+        if source := argument(key):
+            return config_of_run_or_checkpoint(Path(source), key=key)
     return {}
 
 
