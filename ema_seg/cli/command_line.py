@@ -18,6 +18,7 @@ from ema_seg.config import require_plain
 from ema_seg.runtime.distributed.exit_handlers import exit_if_preempted
 from ema_seg.runtime.distributed.group import report_first_failure
 from ema_seg.runtime.errors import (
+    CheckpointError,
     ConfigError,
     DataError,
     EmaSegError,
@@ -31,6 +32,7 @@ from ema_seg.runtime.texts import read_yaml
 
 __all__ = [
     "argument",
+    "config_of_run_or_checkpoint",
     "expand_home",
     "key_of",
     "plain_config",
@@ -137,7 +139,7 @@ def config_of_run_or_checkpoint(source: Path, key: str) -> dict[str, Any]:
         ConfigError: see ``read_config``.
         CheckpointError: there is no such file, or it is not one of this project.
     """
-    if source.is_dir() or key == "run" and not source.exists():
+    if source.is_dir() or (key == "run" and not source.exists()):
         return saved_config(source, key)
     if not source.is_file():  # checked before torch is imported
         raise CheckpointError(f"{key}={source}: no such file; give the path of a checkpoint that train.py wrote.")

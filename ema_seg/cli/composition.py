@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 import traceback
+from collections.abc import Mapping
 from difflib import get_close_matches
 from itertools import dropwhile
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, cast
 
 import hydra
 from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -23,17 +25,30 @@ from ema_seg.cli.early_checks import options_of
 from ema_seg.cli.hydra_patches import Loader, create_config_search_path, get_args_parser, validating_loader
 from ema_seg.cli.sources import timm_optimizers
 from ema_seg.cli.trust import restrict_environment, settings_of
-from ema_seg.config import Evaluating, Predicting, Section, Training, describe_settings, suggest_own
+from ema_seg.config import Evaluating, Exporting, Predicting, Section, Training, describe_settings, suggest_own
 from ema_seg.runtime.errors import ConfigError, EmaSegError, did_you_mean, one_line, own_cause
 
-__all__ = ["CONFIGS", "compose", "launch"]
+__all__ = ["CONFIGS", "compose", "launch", "offer_settings_of_run"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # The project's own configurations: inside an installed package, beside it in a clone.
 CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
-_SCHEMAS: dict[str, type[Section]] = {"Training": Training, "Evaluating": Evaluating, "Predicting": Predicting}
+_SCHEMAS: dict[str, type[Section]] = {
+    "Training": Training,
+    "Evaluating": Evaluating,
+    "Exporting": Exporting,
+    "Predicting": Predicting,
+}
 # It overrides methods of Hydra, so that its frames count as Hydra's.
 _LOADER = Loader.__module__
+
+
+def offer_settings_of_run(saved: Mapping[str, Any], *groups: str) -> None:
+    """Register the sections of a run's configuration as ``of_run`` in the config groups of their names."""
+    for group in groups:
+        # Hydra would follow a defaults list in them, and a stranger's cache would be written to.
+        section = {key: value for key, value in saved.get(group, {}).items() if key not in ("defaults", "cache")}
+        ConfigStore.instance().store("of_run", section, group=group)
 
 
 def compose(folder: Path, config_name: str) -> DictConfig:

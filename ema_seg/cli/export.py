@@ -44,9 +44,7 @@ def _export(composed: DictConfig) -> None:
     folder = f"{config['format']}_{config['precision']}"
     out = Path(config["out"] or (source if run else source.parent) / "exported" / folder)
     options = ("format", "precision", "processing", "images", "calibration_images", "budget")
-    report = export(
-        checkpoint_path(source), config["data"], out, run=run, **{key: config[key] for key in options}
-    )
+    report = export(checkpoint_path(source), config["data"], out, run=run, **{key: config[key] for key in options})
     print(_summary(report))
     print(f"{out / report['file']}")
 
