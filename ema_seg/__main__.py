@@ -10,6 +10,7 @@ _COMMANDS = {
     "train": ("ema_seg.cli.train", "train, test and report a model, or a sweep of them (python train.py)"),
     "eval": ("ema_seg.cli.eval", "evaluate a run or a checkpoint (python eval.py)"),
     "predict": ("ema_seg.cli.predict", "segment images with a run or a checkpoint"),
+    "demo": ("ema_seg.cli.demo", "show what one or two models see in a picture, on a local page"),
     "export": ("ema_seg.cli.export", "export a model to ONNX, torch.export or OpenVINO, verified"),
     "compare": ("ema_seg.comparison.__main__", "compare the runs of a sweep, or single runs"),
     "check": ("ema_seg.data.check", "check the files of a data set"),

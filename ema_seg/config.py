@@ -17,6 +17,7 @@ __all__ = [
     "LONGEST_TIMEOUT",
     "Data",
     "DataArguments",
+    "Demonstrating",
     "Evaluating",
     "Evaluation",
     "Predicting",
@@ -477,6 +478,27 @@ class Predicting(Section):
     """also write weight_maps/"""
     overwrite: Flag
     """predict again what is there"""
+
+
+class Demonstrating(Section):
+    """All settings of ``ema-seg demo``."""
+
+    run: OptionalPath
+    """folder of a run, or a checkpoint"""
+    other: OptionalPath
+    """a second one, to compare with; null: none"""
+    examples: OptionalPath
+    """folder of example pictures; null: some of the run's evaluation split, if its data is there"""
+    port: Annotated[int | None, Field(ge=1, le=65535), Must("a port from 1 to 65535, or null for a free one")]
+    """port of 127.0.0.1; null: a free one"""
+    share: Flag
+    """also give the page a public address on the internet, through a tunnel of Gradio's makers"""
+    device: Name
+    """auto, cpu, cuda, cuda:1, mps"""
+    precision: Annotated[
+        Literal["32-true", "bf16-mixed", "16-mixed"] | None, Must("32-true, bf16-mixed or 16-mixed, or null")
+    ]
+    """precision of autocast; null: that of the run's evaluation"""
 
 
 def check_settings(config: Mapping[str, Any], schema: type[Section], path: str = "") -> None:

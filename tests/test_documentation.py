@@ -20,8 +20,8 @@ from tests.attention import test_equations as equations
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-COMMAND = re.compile(r"^\s*(?:python (train|eval)\.py|ema-seg (predict)) ?([^#\n]*)", re.MULTILINE)
-HELP = [ROOT / "configs" / "hydra" / "help" / f"{script}.yaml" for script in ("train", "eval", "predict")]
+COMMAND = re.compile(r"^\s*(?:python (train|eval)\.py|ema-seg (demo|predict)) ?([^#\n]*)", re.MULTILINE)
+HELP = [ROOT / "configs" / "hydra" / "help" / f"{script}.yaml" for script in ("train", "eval", "predict", "demo")]
 
 
 def commands():

@@ -25,7 +25,16 @@ from ema_seg.cli.early_checks import options_of
 from ema_seg.cli.hydra_patches import Loader, create_config_search_path, get_args_parser, validating_loader
 from ema_seg.cli.sources import timm_optimizers
 from ema_seg.cli.trust import restrict_environment, settings_of
-from ema_seg.config import Evaluating, Exporting, Predicting, Section, Training, describe_settings, suggest_own
+from ema_seg.config import (
+    Demonstrating,
+    Evaluating,
+    Exporting,
+    Predicting,
+    Section,
+    Training,
+    describe_settings,
+    suggest_own,
+)
 from ema_seg.runtime.errors import ConfigError, EmaSegError, did_you_mean, one_line, own_cause
 
 __all__ = ["CONFIGS", "compose", "launch", "offer_settings_of_run"]
@@ -38,6 +47,7 @@ _SCHEMAS: dict[str, type[Section]] = {
     "Evaluating": Evaluating,
     "Exporting": Exporting,
     "Predicting": Predicting,
+    "Demonstrating": Demonstrating,
 }
 # It overrides methods of Hydra, so that its frames count as Hydra's.
 _LOADER = Loader.__module__
