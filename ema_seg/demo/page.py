@@ -43,6 +43,7 @@ _CSS = """
 .note { opacity: .7; }
 """
 _THUMBNAIL = 320  # pixels
+_COLUMNS = 8  # of examples
 _DAY = 86400  # seconds
 _SESSIONS = 8  # whose last result stays in memory
 
@@ -140,8 +141,7 @@ def build_page(models: Sequence[Model], examples: Sequence[Example]) -> gr.Block
                     [thumbnail for _, thumbnail in thumbnails],
                     show_label=False,
                     allow_preview=False,
-                    columns=max(4, len(thumbnails)),
-                    height=110,
+                    columns=_COLUMNS,
                     object_fit="cover",
                     format="jpeg",
                     buttons=[],

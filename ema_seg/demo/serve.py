@@ -81,4 +81,4 @@ def serve(
     except KeyboardInterrupt:
         pass
     finally:
-        page.close()
+        page.close(verbose=False)

@@ -1,5 +1,6 @@
 """The entry points, as a user runs them."""
 
+import contextlib
 import copy
 import csv
 import json
@@ -7,9 +8,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 import zipfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,14 +31,14 @@ import ema_seg
 from ema_seg.cli.command_line import quoted
 from ema_seg.cli.resume import _unfinished_run
 from ema_seg.cli.run_folder import _hold_unused
-from ema_seg.config import Evaluating, Training, describe_settings
+from ema_seg.config import Demonstrating, Evaluating, Training, describe_settings
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.models import load_segmenter
 from ema_seg.runtime.distributed.exit_handlers import PREEMPTION_SIGNALS, install_exit_handlers
 from ema_seg.sweeps import is_running, lock_run
 from ema_seg.training.checkpoints import require_same_model
 from ema_seg.training.module import SegmentationModule
-from tests.conftest import QUICK, ROOT, made_once, write_camvid
+from tests.conftest import QUICK, ROOT, free_port, is_alive, made_once, write_camvid
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +138,55 @@ def test_predict_refuses_a_mistake_in_a_sentence(arguments, message, run_script,
     status, _, err = run_script("predict", *arguments)
     assert status == 1
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "run: must be set; give run=<the folder of a run or a checkpoint>."),
+        (["run=nowhere"], "nowhere: no such folder or file; give the folder of a run"),
+        (["run=a", "port=0"], "port: must be a port from 1 to 65535, or null for a free one, got 0"),
+        (["run=a", "port=taken"], "Address already in use; choose another port, or port=null for a free one."),
+        (["run={run}", "examples=nowhere"], "examples=nowhere: there is no such folder; give a folder of images."),
+    ],
+)
+def test_demo_refuses_a_mistake_in_a_sentence(arguments, message, finished_run, run_script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        arguments = [text.format(run=finished_run).replace("taken", port) for text in arguments]
+        status, out, err = run_script("demo", *arguments)
+    assert (status, out) == (1, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_demo_names_the_command_that_installs_gradio(run_script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    status, _, err = run_script("demo", "run=a")
+    assert status == 1
+    assert re.search(r"^error: ema-seg demo needs Gradio \(.*\); install it with pip install .*\[demo\]'\.$", err)
+
+
+def test_demo_serves_a_page_to_this_machine_until_it_is_interrupted(finished_run, entry):
+    port = free_port()
+    arguments = ("demo", f"run={finished_run}", f"other={finished_run / 'checkpoints/last.ckpt'}", f"port={port}")
+    process = entry.start(*arguments, script="ema_seg/__main__", env={**os.environ, "http_proxy": "http://127.0.0.1:9"})
+    deadline = time.monotonic() + 60
+    while "Ctrl-C" not in entry.out and time.monotonic() < deadline and is_alive(process):
+        time.sleep(0.1)
+    with contextlib.suppress(OSError):  # a server that has ended; the assertions below tell
+        page = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}/")
+        text = page.read().decode()
+    listening = subprocess.run(["cat", f"/proc/{process}/net/tcp"], capture_output=True, text=True).stdout
+    os.kill(process, signal.SIGINT)
+    status, err = entry.wait()
+
+    assert (status, err) == (0, "")
+    assert entry.out == f"http://127.0.0.1:{port}/  (Ctrl-C ends the demo)\n"
+    assert re.search(rf" 0100007F:{port:04X} 00000000:0000 0A ", listening)  # 127.0.0.1 alone
+    assert not re.search(rf" 00000000:{port:04X} ", listening)
+    assert all(name in text for name in ("run and ", "Or choose an example"))
 
 
 def test_the_page_on_using_a_model_does_what_it_says(finished_run, camvid_root, tmp_path, monkeypatch):
@@ -889,7 +941,7 @@ def test_help_names_every_group_and_every_option():
             assert option.stem in re.findall(r"\w+", help_text), option
 
 
-@pytest.mark.parametrize(("script", "schema"), [("train", Training), ("eval", Evaluating)])
+@pytest.mark.parametrize(("script", "schema"), [("train", Training), ("eval", Evaluating), ("demo", Demonstrating)])
 def test_help_gives_the_meaning_of_every_setting(script, schema, run_script):
     lines = run_script(script, "--help")[1].splitlines()
 
