@@ -67,6 +67,13 @@ class Model:
 
 
 def model_names(sources: list[str]) -> list[str]:
-    """Name models by the folders of their runs, or by the paths as given where that names two of them alike."""
-    names = [Path(source).resolve().name if Path(source).is_dir() else source for source in sources]
+    """Name models by their runs and checkpoints, or by the paths as given where that names two of them alike."""
+    names = [_short_name(Path(source)) for source in sources]
     return names if len(set(names)) == len(names) else sources
+
+
+def _short_name(path: Path) -> str:
+    if path.is_dir():
+        return path.resolve().name
+    run = path.resolve().parent
+    return f"{run.parent.name}/{path.name}" if run.name == "checkpoints" else path.name

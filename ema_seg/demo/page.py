@@ -34,11 +34,14 @@ _CSS = """
   font-size: var(--text-md); }
 .prose table:is(.areas, .pairs) :is(tr, td, th) { padding: .25em .5em; border: 0; text-align: left;
   border-bottom: 1px solid var(--border-color-primary); font-family: var(--font); }
-.prose table:is(.areas, .pairs) :is(td, th):last-child { text-align: right; font-variant-numeric: tabular-nums; }
+.prose table:is(.areas, .pairs) :is(td, th):last-child { text-align: right; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
 .missing { margin-top: .5em; } .missing summary { cursor: pointer; opacity: .7; }
 .missing span { display: inline-block; margin: .2em 1em .2em 0; }
 .range { display: flex; gap: .6em; align-items: center; font-variant-numeric: tabular-nums; }
 .range i { flex: 1; height: .8em; border-radius: 2px; }
+.prose :is(h1, h2, h3, th, td, p) { overflow-wrap: anywhere; }
+#examples :is(.grid-wrap, .preview) { min-height: 0; }
 .message { padding: .6em .8em; border-left: 4px solid #d03050; background: var(--block-background-fill); }
 .note { opacity: .7; }
 """
@@ -142,6 +145,7 @@ def build_page(models: Sequence[Model], examples: Sequence[Example]) -> gr.Block
                     show_label=False,
                     allow_preview=False,
                     columns=_COLUMNS,
+                    height="auto",
                     object_fit="cover",
                     format="jpeg",
                     buttons=[],
@@ -271,8 +275,10 @@ def _listen_to_column(column: _Column, options: dict[str, Any]) -> None:
 
 def _build_results(models: Sequence[Model]) -> tuple[list[_Column], gr.Image, gr.HTML]:
     """Build the components of the results: a column for each model, the differences, and columns of weight maps."""
-    masks: list[tuple[Any, ...]] = []
     alone = len(models) == 1
+    masks: list[tuple[Any, ...]] = []
+    areas: list[gr.HTML] = []
+    weights: list[tuple[Any, ...]] = []
     with gr.Row():
         for index, model in enumerate(models):
             with gr.Column(min_width=300):
@@ -281,17 +287,25 @@ def _build_results(models: Sequence[Model]) -> tuple[list[_Column], gr.Image, gr
                 time = gr.HTML(elem_id=f"time-{index}")
                 with gr.Row():
                     overlay, mask = _picture("overlay", f"overlay-{index}"), _picture("mask", f"mask-{index}")
-                areas = gr.HTML(elem_id=f"areas-{index}")
-                masks.append((time, overlay, mask, areas))
+                masks.append((time, overlay, mask))
+                if not alone:
+                    areas.append(gr.HTML(elem_id=f"areas-{index}"))
     with gr.Column(visible=not alone, elem_id="difference"), gr.Row():
         with gr.Column(min_width=300):
             difference = _picture("differing pixels", "difference-picture")
         with gr.Column(min_width=300):
             pairs = gr.HTML()
     with gr.Row():
-        weights = [_build_weights(index, "" if alone else model.name) for index, model in enumerate(models)]
-    found = zip(models, masks, weights, strict=True)
-    return [_Column(model, gr.State(), gr.State(), *first, *last) for model, first, last in found], difference, pairs
+        if alone:
+            with gr.Column(min_width=300):
+                areas.append(gr.HTML(elem_id="areas-0"))
+        for index, model in enumerate(models):
+            weights.append(_build_weights(index, "" if alone else model.name))
+    columns = [
+        _Column(model, gr.State(), gr.State(), *pictures, table, *maps)
+        for model, pictures, table, maps in zip(models, masks, areas, weights, strict=True)
+    ]
+    return columns, difference, pairs
 
 
 def _build_weights(index: int, name: str) -> tuple[Any, ...]:

@@ -38,7 +38,7 @@ def test_one_thread_at_a_time_uses_a_model():
     assert segmenter.most == 1
 
 
-def test_models_are_named_by_their_folders_unless_two_are_alike(tmp_path):
+def test_models_are_named_by_their_runs_unless_two_are_alike(tmp_path):
     for name in ("a/run", "b/run", "b/other"):
         (tmp_path / name).mkdir(parents=True)
     run, same, other = (str(tmp_path / name) for name in ("a/run", "b/run", "b/other"))
@@ -46,4 +46,5 @@ def test_models_are_named_by_their_folders_unless_two_are_alike(tmp_path):
     assert model_names([run]) == ["run"]
     assert model_names([run, other]) == ["run", "other"]
     assert model_names([run, same]) == [run, same]
+    assert model_names([run, f"{run}/checkpoints/last.ckpt"]) == ["run", "run/last.ckpt"]
     assert model_names([run, "best.ckpt"]) == ["run", "best.ckpt"]
