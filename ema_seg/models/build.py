@@ -12,6 +12,7 @@ from torch import nn
 from ema_seg.attention import build_attention
 from ema_seg.attention.ema.module import groups_in_weights
 from ema_seg.models.head import splittable_head
+from ema_seg.models.hub_methods import HubMethods
 from ema_seg.models.linear import Linear
 from ema_seg.models.placement import PLACEMENTS, place_attention, run_once
 from ema_seg.models.vision_transformer import (
@@ -28,7 +29,12 @@ __all__ = ["build_segmenter", "decoder_names", "model_stride", "segmenter_from_c
 
 # Decoders beside those of smp.
 _OWN_DECODERS: dict[str, type[nn.Module]] = {"linear": Linear}
-_DECODERS: dict[str, type[nn.Module]] = {**smp.MODEL_ARCHITECTURES_MAPPING, **_OWN_DECODERS}
+_DECODERS: dict[str, type[nn.Module]] = {
+    name: type(kind.__name__, (HubMethods, kind), {"__module__": __name__, "__doc__": kind.__doc__})
+    for name, kind in {**smp.MODEL_ARCHITECTURES_MAPPING, **_OWN_DECODERS}.items()
+}
+# Pickle looks for a model's class in the module that it names.
+globals().update({kind.__name__: kind for kind in _DECODERS.values()})
 # Decoders of a plain vision transformer; those with an upsampling factor of their heads, if any, read its pyramid.
 _TRANSFORMER_DECODERS = ["dpt", "linear", "unet", "fpn", "upernet"]
 _PYRAMID_DECODERS = {"unet": None, "fpn": 4, "upernet": 4}

@@ -1,6 +1,7 @@
 """Reading of checkpoints, and models rebuilt from a checkpoint alone."""
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -10,35 +11,54 @@ from torch import nn
 from ema_seg.config import Rebuilding, check_settings, require_plain
 from ema_seg.models.auxiliary import AUXILIARY
 from ema_seg.models.build import segmenter_from_config
+from ema_seg.models.hub_methods import HubMethods
+from ema_seg.models.shared import CONFIG, WEIGHTS, read_shared
 from ema_seg.models.weights import first_not_finite
 from ema_seg.runtime.errors import CheckpointError, ConfigError, DataError, one_line
+from ema_seg.runtime.hub import download_model, hub_address
 
 __all__ = ["check_classes", "check_contents", "checkpoint_path", "load_checkpoint", "load_segmenter", "model_weights"]
 
 _MODEL_PREFIX = "model."
 
 
-def checkpoint_path(source: Path) -> Path:
-    """Return the best checkpoint of a run's folder, or the path itself for a file.
+def checkpoint_path(source: str | PathLike[str]) -> Path:
+    """Find the file of weights that a run, a shared model or a checkpoint has.
+
+    Args:
+        source: the folder of a run, whose best checkpoint is taken; a folder that ``ema-seg push`` wrote; a model on
+            the Hub (``hf://user/name``, ``hf://user/name@revision``), which is downloaded; or a file.
+
+    Returns:
+        The path of a checkpoint, or of a ``model.safetensors``, for ``load_checkpoint``.
 
     Raises:
-        DataError: there is no such file or folder, or the folder has no best checkpoint.
+        ConfigError: the address of the Hub is malformed.
+        DataError: there is no such file or folder, the folder has no model, or the Hub cannot be reached.
     """
-    if not source.exists():
-        raise DataError(f"{source}: no such folder or file; give the folder of a run, or a checkpoint of train.py.")
-    if not source.is_dir():
-        return source
-    best = source / "checkpoints" / "best.ckpt"
+    if (address := hub_address(source)) is not None:
+        return download_model(address, (CONFIG, WEIGHTS)) / WEIGHTS
+    path = Path(source)
+    if not path.exists():
+        raise DataError(f"{path}: no such folder or file; give the folder of a run, or a checkpoint of train.py.")
+    if not path.is_dir():
+        return path
+    best = path / "checkpoints" / "best.ckpt"
+    if not best.is_file() and (path / CONFIG).exists():
+        return path / WEIGHTS
     if not best.is_file():
         raise DataError(
-            f"{source}: the folder has no checkpoints/best.ckpt; give the folder of a run that has validated, or a "
+            f"{path}: the folder has no checkpoints/best.ckpt; give the folder of a run that has validated, or a "
             "checkpoint."
         )
     return best
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of ``train.py`` onto the CPU, without running code that it may contain.
+    """Read a checkpoint of ``train.py`` or a shared model onto the CPU, without running code that it may contain.
+
+    Args:
+        path: the checkpoint, or the ``model.safetensors`` of a shared model; see ``checkpoint_path``.
 
     Returns:
         At least ``state_dict``, ``config`` (the run's configuration) and ``classes`` (the class names); ``palette``
@@ -47,6 +67,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, damaged or not written by ``train.py``.
     """
+    if path.suffix == ".safetensors":
+        checkpoint = read_shared(path)
+        check_contents(path, checkpoint)
+        return checkpoint
     if not path.is_file():
         raise CheckpointError(f"ckpt={path}: no such file; give the path of a checkpoint that train.py wrote.")
     try:
@@ -163,6 +187,8 @@ def load_segmenter(path: Path) -> tuple[nn.Module, dict[str, Any]]:
             f"ckpt={path}: its weights do not fit the model of its config ({one_line(error)[:300]}); give another "
             "checkpoint."
         ) from error
+    assert isinstance(model, HubMethods)
+    model.origin = {key: checkpoint.get(key) for key in ("config", "classes", "palette")}
     return model.eval(), checkpoint
 
 

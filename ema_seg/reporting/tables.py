@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ema_seg.runtime.escaping import for_markdown, for_markdown_code, for_terminal
 
-__all__ = ["describe_model", "format_number", "print_report", "render_markdown"]
+__all__ = ["describe_model", "format_number", "print_report", "render_markdown", "render_sections"]
 
 _SCORES = {
     "miou": "mIoU",
@@ -63,6 +63,30 @@ def render_markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> s
         figures: names of the figures in ``figures/`` beside the Markdown file.
     """
     return "\n".join(_markdown_lines(report, figures)) + "\n"
+
+
+def render_sections(report: Mapping[str, Any]) -> dict[str, str]:
+    """Render scores and costs of a report as Markdown by title, without paths and names of runs.
+
+    Args:
+        report: result of ``build_report`` or ``load_report``.
+    """
+    data, environment = report["data"], report["environment"]
+    of_data = f"Measured on {data['images']} images of {data['name']}, split {data['split']}."
+    classes = [
+        *_markdown_table(("score", ""), _score_rows(report)),
+        "",
+        *_markdown_table(("class", "IoU"), _class_rows(report)),
+    ]
+    if report["absent_classes"]:
+        classes += ["", for_markdown(_absent_sentence(report))]
+    packages = environment["packages"]
+    machine = (
+        f"{environment['threads']} CPU threads; ema-seg {packages['ema-seg']}, torch {packages['torch']}, Python "
+        f"{environment['python']}."
+    )
+    cost = [*_markdown_table(("cost", ""), _cost_rows(report)), "", for_markdown(f"{_cost_sentence(report)} {machine}")]
+    return {"Scores": "\n".join([for_markdown(of_data), "", *classes]), "Cost": "\n".join(cost)}
 
 
 def describe_model(report: Mapping[str, Any]) -> str:

@@ -1,0 +1,230 @@
+"""Format of a shared model: a folder with ``config.json`` and ``model.safetensors``, on disk or on the Hub.
+
+=====================  =============================================================================================
+``schema``             ``"ema-seg.model/1"``
+``ema_seg_version``    the version that wrote it
+``classes``            the K names
+``palette``            K colours, [red, green, blue] from 0 to 255; or null
+``stride``             height and width of the model's input, in pixels, are multiples of it
+``config``             the run's configuration without paths, loggers and devices; see ``shared_config``
+``scores``             ``data``, ``split``, ``images``, ``miou``, ``mean_accuracy``, ``pixel_accuracy``, ``fw_iou`` and
+                       ``iou`` (K values) of the run's report; null if they were not measured
+=====================  =============================================================================================
+
+``model.safetensors`` has the segmenter's tensors by their names. No file is code, and none is run.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import ema_seg
+from ema_seg.runtime.errors import CheckpointError, DataError, one_line
+from ema_seg.runtime.files import Manifest, write_file
+from ema_seg.runtime.texts import read_json
+
+__all__ = ["CARD", "CONFIG", "PANEL", "SCHEMA", "VERSION", "WEIGHTS", "read_shared", "shared_config", "write_shared"]
+
+SCHEMA = "ema-seg.model/1"
+VERSION = ema_seg.__version__
+CONFIG, WEIGHTS, CARD, PANEL = "config.json", "model.safetensors", "README.md", "panel.png"
+
+# Settings that describe a model and its training, and nothing of the machine or its paths.
+_SECTIONS = ("model", "attention", "placement", "loss", "optimizer", "schedule", "freeze", "data", "evaluation")
+_VALUES = ("seed", "epochs", "reproducible")
+_TRAINER = (
+    *("precision", "max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val"),
+    *("gradient_clip_algorithm", "sync_batchnorm", "deterministic", "limit_train_batches"),
+)
+_TRAINING = ("channels_last", "compile", "tf32", "weight_averaging", "early_stopping", "loss_strips")
+_PUBLIC_WEIGHTS = ("imagenet", "packaged", None)
+# Stands for a path of the machine that trained.
+_FILE = "file"
+
+
+def shared_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Select the settings of a run's configuration that may be shared.
+
+    The result has no path: ``data.root`` is missing (``???``), so that an evaluation asks for it, and any other path is
+    ``"file"``. Loggers, devices, the sweep and the run's folder are left out, and so is the auxiliary head, whose
+    weights are not shared.
+
+    Args:
+        config: the resolved configuration of ``train.py`` as plain data.
+    """
+    shared = {key: _without_paths(config[key]) for key in (*_VALUES, *_SECTIONS) if key in config}
+    for section, keys in (("trainer", _TRAINER), ("training", _TRAINING)):
+        found = config.get(section, {})
+        shared[section] = {key: _without_paths(found[key]) for key in keys if key in found}
+    data, model = shared["data"], shared["model"]
+    if data.get("root") is not None:
+        data["root"] = "???"
+    for key in ("cache", "classes"):
+        if key in data:
+            data[key] = None
+    if model.get("encoder_weights") not in _PUBLIC_WEIGHTS:
+        model["encoder_weights"] = _FILE
+    if "auxiliary" in model:
+        model["auxiliary"] = None
+    if "device" in shared.get("evaluation", {}):
+        shared["evaluation"]["device"] = "auto"
+    return shared
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(item) for item in value]
+    return _FILE if isinstance(value, str) and ("/" in value or "\\" in value) else value
+
+
+def write_shared(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    *,
+    classes: list[str],
+    palette: list[list[int]] | None,
+    stride: int,
+    config: Mapping[str, Any],
+    card: str,
+    scores: Mapping[str, Any] | None = None,
+    panel: bytes | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a shared model into a folder, whole or not at all.
+
+    Args:
+        folder: missing or empty, or, with ``overwrite``, an earlier shared model. Its other files stay.
+        weights: the segmenter's state dict.
+        classes: the K class names.
+        palette: their colours.
+        stride: see ``model_stride``.
+        config: the run's configuration; see ``shared_config``.
+        card: the model card, Markdown.
+        scores: see this module.
+        panel: the picture of the card, PNG.
+        overwrite: replace an earlier shared model.
+
+    Raises:
+        DataError: the folder has files of others or an earlier model, or a file cannot be written.
+    """
+    content = {
+        "schema": SCHEMA,
+        # segmentation_models_pytorch looks for a class of this name, and so names the right function in its error.
+        "_model_class": "ema_seg.load",
+        "ema_seg_version": VERSION,
+        "classes": list(classes),
+        "palette": palette,
+        "stride": stride,
+        "config": shared_config(config),
+        "scores": scores,
+    }
+    # safetensors takes no views, and no tensors that share memory.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+    files = {CONFIG: f"{json.dumps(content, indent=1, ensure_ascii=False)}\n".encode(errors="backslashreplace")}
+    files[CARD] = card.encode(errors="backslashreplace")
+    if panel is not None:
+        files[PANEL] = panel
+    with _new_folder(folder, overwrite) as new:
+        Manifest(new).claim([*files, WEIGHTS])
+        try:
+            save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                f"{folder / WEIGHTS}: cannot be written ({one_line(error)}); free disk space or give permission."
+            ) from error
+        (new / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors' files are private
+        for name, data in files.items():
+            write_file(new / name, data)
+
+
+@contextmanager
+def _new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield an empty folder beside ``folder`` whose files take their place there at the end of the block."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder}: is a file; give a folder.")
+    present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    ours = Manifest(folder) if present else None
+    if ours and CONFIG not in ours.files:
+        raise DataError(
+            f"{folder}: has files that ema-seg did not write as a model, such as {present[0]}; choose a new folder."
+        )
+    if ours and not overwrite:
+        raise DataError(f"{folder}: has a model already; choose a new folder, or set overwrite=true.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error.strerror}); give permission.") from error
+    try:
+        yield new
+        new.chmod(0o777 & ~_umask())  # mkdtemp's folders are private
+        if ours is None:
+            new.replace(folder)
+            return
+        names = [path.name for path in new.iterdir() if path.name != CONFIG]
+        ours.check(name for name in [CONFIG, *names] if name != "written_files.json")
+        # Without its config the folder is no model, so that a kill leaves the old one, the new one or none.
+        (folder / CONFIG).unlink(missing_ok=True)
+        ours.remove([PANEL])
+        for name in [*names, CONFIG]:
+            (new / name).replace(folder / name)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error.strerror}); give permission.") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_shared(path: Path) -> dict[str, Any]:
+    """Read a shared model from its ``model.safetensors`` and the ``config.json`` beside it.
+
+    Returns:
+        ``state_dict``, ``config``, ``classes`` and ``palette`` under the names of a checkpoint, not checked further.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the folder is a model of another program.
+    """
+    description = path.parent / CONFIG
+    try:
+        content = read_json(description, advice="get the model again")
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{description}: cannot be read ({error.strerror}); give a folder that ema-seg push wrote."
+        ) from error
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise CheckpointError(
+            f"{description}: must be a model with the schema {SCHEMA!r}, got {schema!r}; give a folder that ema-seg "
+            "push wrote."
+        )
+    missing = [key for key in ("config", "classes", "palette") if key not in content]
+    if missing:
+        raise CheckpointError(f"{description}: lacks {', '.join(missing)}; get the model again.")
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; get the model again, with all of its files.") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: is truncated or not a safetensors file ({one_line(error)}); get the model again."
+        ) from error
+    weights = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    return {"state_dict": weights, **{key: content[key] for key in ("config", "classes", "palette")}}
