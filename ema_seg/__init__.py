@@ -22,13 +22,14 @@ def load(
     ``ema_seg.load("runs/my_run")("street.jpg").save("mask.png")``
 
     Args:
-        source: the folder of a run, whose best checkpoint is taken, or a checkpoint of ``train.py``.
+        source: the folder of a run, whose best checkpoint is taken, or a checkpoint of ``train.py``; or a model that
+            ``ema-seg push`` wrote: its folder, ``hf://user/name`` or ``hf://user/name@revision``.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         precision: "32-true", "bf16-mixed" or "16-mixed"; None for that of the run's evaluation.
         compile: compile the model, for pictures of one size.
 
     Raises:
-        EmaSegError: the source is not a run or a checkpoint, or this machine does not have the device.
+        EmaSegError: the source is not one of these, the Hub cannot be reached, or this machine lacks the device.
     """
     from ema_seg.inference.segmenter import Segmenter  # takes seconds to import
 

@@ -12,6 +12,7 @@ _COMMANDS = {
     "predict": ("ema_seg.cli.predict", "segment images with a run or a checkpoint"),
     "demo": ("ema_seg.cli.demo", "show what one or two models see in a picture, on a local page"),
     "export": ("ema_seg.cli.export", "export a model to ONNX, torch.export or OpenVINO, verified"),
+    "push": ("ema_seg.cli.push", "share a model with its model card: in a folder or on the Hugging Face Hub"),
     "compare": ("ema_seg.comparison.__main__", "compare the runs of a sweep, or single runs"),
     "check": ("ema_seg.data.check", "check the files of a data set"),
     "sweeps": ("ema_seg.sweeps.__main__", "show the jobs of a sweep"),

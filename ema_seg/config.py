@@ -21,6 +21,7 @@ __all__ = [
     "Evaluating",
     "Evaluation",
     "Predicting",
+    "Pushing",
     "Rebuilding",
     "Section",
     "Sweep",
@@ -499,6 +500,23 @@ class Demonstrating(Section):
         Literal["32-true", "bf16-mixed", "16-mixed"] | None, Must("32-true, bf16-mixed or 16-mixed, or null")
     ]
     """precision of autocast; null: that of the run's evaluation"""
+class Pushing(Section):
+    """All settings of ``ema-seg push``."""
+
+    run: OptionalPath
+    """folder of a run, or a checkpoint"""
+    to: OptionalPath
+    """folder, or hf://user/name on the Hub"""
+    license: Annotated[
+        str | None,
+        Field(pattern=r"^[a-z0-9][a-z0-9.-]*$"),
+        Must("the Hub's identifier of a licence, such as mit or cc-by-4.0, or null"),
+    ]
+    """licence of the model; null: not stated"""
+    private: Flag
+    """a new model on the Hub is private"""
+    overwrite: Flag
+    """replace an earlier model"""
 
 
 def check_settings(config: Mapping[str, Any], schema: type[Section], path: str = "") -> None:

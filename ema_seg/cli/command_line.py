@@ -28,6 +28,7 @@ from ema_seg.runtime.errors import (
     own_cause,
 )
 from ema_seg.runtime.escaping import for_terminal
+from ema_seg.runtime.hub import hub_address
 from ema_seg.runtime.texts import read_yaml
 
 __all__ = [
@@ -133,19 +134,23 @@ def saved_config(run: Path, key: str) -> dict[str, Any]:
 
 
 def config_of_run_or_checkpoint(source: Path, key: str) -> dict[str, Any]:
-    """Read the configuration of a run's folder, a checkpoint or an exported model, which the override ``key`` names.
+    """Read the configuration of a run's folder, a checkpoint, or an exported or shared model, which ``key`` names.
 
     Raises:
         ConfigError: see ``read_config``.
         CheckpointError: there is no such file, or it is not one of this project.
     """
-    if source.is_dir() or (key == "run" and not source.exists()):
+    is_shared = hub_address(source) is not None or (
+        (source / "config.json").is_file() and not (source / "config.yaml").exists()
+    )
+    if not is_shared and (source.is_dir() or (key == "run" and not source.exists())):
         return saved_config(source, key)
-    if not source.is_file():  # checked before torch is imported
+    if not is_shared and not source.is_file():  # checked before torch is imported
         raise CheckpointError(f"{key}={source}: no such file; give the path of a checkpoint that train.py wrote.")
     from ema_seg.models import load_checkpoint
+    from ema_seg.models.checkpoint import checkpoint_path
 
-    return cast(dict[str, Any], load_checkpoint(source)["config"])
+    return cast(dict[str, Any], load_checkpoint(checkpoint_path(source))["config"])
 
 
 def read_config(run: Path, key: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from ema_seg.config import (
     describe_settings,
     suggest_own,
 )
+from ema_seg.config import Evaluating, Exporting, Predicting, Pushing, Section, Training, describe_settings, suggest_own
 from ema_seg.runtime.errors import ConfigError, EmaSegError, did_you_mean, one_line, own_cause
 
 __all__ = ["CONFIGS", "compose", "launch", "offer_settings_of_run"]
@@ -48,6 +49,7 @@ _SCHEMAS: dict[str, type[Section]] = {
     "Exporting": Exporting,
     "Predicting": Predicting,
     "Demonstrating": Demonstrating,
+    "Pushing": Pushing,
 }
 # It overrides methods of Hydra, so that its frames count as Hydra's.
 _LOADER = Loader.__module__

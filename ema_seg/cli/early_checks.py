@@ -22,6 +22,7 @@ from ema_seg.config import Training, check_settings, suggest_own
 from ema_seg.data import DATASETS
 from ema_seg.runtime.errors import ConfigError, DataError, did_you_mean
 from ema_seg.runtime.extras import install_command
+from ema_seg.runtime.hub import hub_address
 
 __all__ = ["check_early", "check_root", "check_source", "options_of"]
 
@@ -117,18 +118,19 @@ def check_root(data: Mapping[str, Any]) -> None:
 
 
 def check_source(source: str | None) -> None:
-    """Check that the run or checkpoint of ``init_from`` exists.
+    """Check that the run, checkpoint or shared model of ``init_from`` exists; of one on the Hub check the address.
 
     Raises:
-        ConfigError: the path does not exist, or the folder has no best checkpoint.
+        ConfigError: the path does not exist, or the folder has no model; or the address is malformed.
     """
-    if source is None:
+    if source is None or hub_address(source) is not None:
         return
     if _is_missing(Path(source)):
         raise ConfigError(
             f"init_from={source}: no such file or folder; give the folder of a run, or a checkpoint of train.py."
         )
-    if _ask(Path(source).is_dir) and _is_missing(Path(source) / "checkpoints" / "best.ckpt"):
+    models = ("checkpoints/best.ckpt", "config.json")
+    if _ask(Path(source).is_dir) and all(_is_missing(Path(source) / file) for file in models):
         raise ConfigError(
             f"init_from={source}: the folder has no checkpoints/best.ckpt; give the folder of a run that has "
             "validated, or a checkpoint."

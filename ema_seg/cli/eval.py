@@ -19,6 +19,7 @@ from ema_seg.runtime.distributed.launchers import detect_launcher
 from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.errors import ConfigError, EmaSegError
 from ema_seg.runtime.host_memory import gc_frozen_imports, keep_freed_memory
+from ema_seg.runtime.hub import hub_address
 from ema_seg.sweeps import read_job
 
 __all__ = ["main"]
@@ -50,14 +51,18 @@ def _evaluate(composed: DictConfig) -> None:
         raise ConfigError("run, ckpt: exactly one must be set; give run=<folder of a run> or ckpt=<checkpoint file>.")
     check_settings(config, Evaluating)
     check_root(config["data"])
-    run = Path(config["run"]) if config["run"] else _run_of(Path(config["ckpt"]))
-    checkpoint = Path(config["ckpt"] or run / "checkpoints" / "best.ckpt")
+    source = config["run"] or config["ckpt"]
+    if hub_address(source) is not None and config["report"]["dir"] is None:
+        raise ConfigError(f"report.dir: must be set for the model {source}; give report.dir=<folder>.")
 
     # Heavy imports only now, so that --help and --cfg answer at once.
     with gc_frozen_imports():
         from ema_seg.cli.launch import evaluate_run
+        from ema_seg.models.checkpoint import checkpoint_path
         from ema_seg.reporting import print_report
 
+    checkpoint = checkpoint_path(source)
+    run = Path(config["run"]) if config["run"] else _run_of(checkpoint)
     directory = Path(config["report"]["dir"] or _default_folder(run))
     try:
         report = evaluate_run(

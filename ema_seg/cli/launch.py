@@ -27,6 +27,7 @@ from ema_seg.runtime.distributed.spawn import run_together
 from ema_seg.runtime.errors import ConfigError, DataError, Preempted, TrainingError
 from ema_seg.runtime.execution import deterministic_algorithms, tf32
 from ema_seg.runtime.files import write_file
+from ema_seg.runtime.hub import hub_address
 from ema_seg.runtime.texts import read_json, read_yaml
 from ema_seg.training import find_batch_size, resolve_world_size, set_cuda_device, training_device
 from ema_seg.training.initial import gives_encoder
@@ -275,7 +276,7 @@ def complete_config(config: dict[str, Any], resumed: Path | None = None) -> None
 def complete_paths(config: dict[str, Any]) -> None:
     """Make the paths that identify a run absolute, in place."""
     for section, key in ((config["data"], "root"), (config["data"], "classes"), (config, "init_from")):
-        if section.get(key) is not None:
+        if section.get(key) is not None and hub_address(section[key]) is None:
             section[key] = str(Path(section[key]).absolute())
 
 
@@ -285,7 +286,7 @@ def _normalisation(config: Mapping[str, Any], resumed: Path | None) -> Mapping[s
         # Rank 0 alone reads the file, because it rewrites it next.
         return broadcast(_mean_and_std(read_yaml(resumed / "config.yaml")) if rank_info().rank == 0 else {})
     if config.get("init_from"):
-        trained = load_checkpoint(checkpoint_path(Path(config["init_from"])))["config"]
+        trained = load_checkpoint(checkpoint_path(config["init_from"]))["config"]
         if gives_encoder(trained, config):
             return _mean_and_std(trained)
     return encoder_normalisation(config["model"]["encoder"], config["model"]["encoder_weights"])._asdict()

@@ -12,6 +12,7 @@ from ema_seg.config import Predicting, check_settings
 from ema_seg.runtime.errors import ConfigError
 from ema_seg.runtime.escaping import for_terminal
 from ema_seg.runtime.host_memory import gc_frozen_imports, keep_freed_memory
+from ema_seg.runtime.hub import hub_address
 
 __all__ = ["main"]
 
@@ -52,7 +53,8 @@ def _predict(composed: DictConfig) -> None:
     details = {key: config[key] for key in ("alpha", "probabilities", "weight_maps")}
     segmenter = Segmenter.load(config["run"], **options)
     results = Results(out, segmenter, **details)
-    results.claim(str(Path(config["run"]).resolve()), overwrite=config["overwrite"])
+    origin = config["run"] if hub_address(config["run"]) else str(Path(config["run"]).resolve())
+    results.claim(origin, overwrite=config["overwrite"])
 
     work = {key: config[key] for key in ("batch_size", "workers", "overwrite")}
     if camera:

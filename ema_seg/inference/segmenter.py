@@ -138,7 +138,7 @@ class Segmenter:
     ) -> "Segmenter":
         """Load the model of a run or of a checkpoint; see ``ema_seg.load``."""
         found = find_device(device)
-        model, saved = load_segmenter(checkpoint_path(Path(source)))
+        model, saved = load_segmenter(checkpoint_path(source))
         config, classes = saved["config"], saved["classes"]
         evaluation = config.get("evaluation", {})
         model.to(found)

@@ -53,11 +53,11 @@ from ema_seg.runtime.texts import read_json
 if TYPE_CHECKING:
     from ema_seg.evaluation import Cost, Evaluation, Example
 
-__all__ = ["FILES", "SCHEMA", "build_report", "load_report", "report_manifest", "write_report"]
+__all__ = ["FILES", "PANEL", "SCHEMA", "build_report", "load_report", "report_manifest", "write_report"]
 
 SCHEMA = "ema-seg.report/2"
-_PANEL = "figures/panel.png"
-FILES = ("report.json", "report.md", "figures/confusion_matrix.png", "figures/per_class_iou.png", _PANEL)
+PANEL = "figures/panel.png"
+FILES = ("report.json", "report.md", "figures/confusion_matrix.png", "figures/per_class_iou.png", PANEL)
 """Files of a report's folder besides ``predictions/`` and the manifest."""
 
 
@@ -155,12 +155,12 @@ def write_report(report: Mapping[str, Any], directory: str | Path, panel: "Seque
         "per_class_iou": draw_class_iou(report),
     }
     manifest = report_manifest(directory)
-    manifest.claim(file for file in FILES if panel or file != _PANEL)
+    manifest.claim(file for file in FILES if panel or file != PANEL)
     if panel:
         figures["panel"] = draw_samples(panel, report["classes"], report["palette"], describe_model(report))
     else:
         # An earlier report's panel would show another model's predictions.
-        manifest.remove([_PANEL])
+        manifest.remove([PANEL])
     for name, figure in figures.items():
         content = BytesIO()
         figure.savefig(content, format="png", dpi=150)

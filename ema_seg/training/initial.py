@@ -45,13 +45,13 @@ def load_trained(source: str) -> TrainedModel:
     """Load the weights that an evaluation of the model would use; later random numbers do not depend on it.
 
     Args:
-        source: the folder of a run, of which the best checkpoint is taken, or a checkpoint of ``train.py``.
+        source: see ``checkpoint_path``.
 
     Raises:
         CheckpointError: see ``load_segmenter``.
         DataError: see ``checkpoint_path``.
     """
-    path = checkpoint_path(Path(source))
+    path = checkpoint_path(source)
     with torch.random.fork_rng(devices=[]):
         model, checkpoint = load_segmenter(path)
     names = names_without_wrappers(model)
