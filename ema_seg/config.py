@@ -333,7 +333,7 @@ class Training(Section):
     rerun: OptionalPath = None
     """folder of the run to repeat"""
     init_from: OptionalPath = None
-    """folder of a run, or a checkpoint, whose weights the training starts from where they fit"""
+    """run, checkpoint or shared model whose weights the training starts from where they fit"""
     freeze: Freeze = Freeze()
     reproducible: Flag = False
     """deterministic algorithms alone"""
@@ -418,7 +418,7 @@ class Evaluating(Section):
     run: OptionalPath
     """folder of the run to evaluate"""
     ckpt: OptionalPath
-    """checkpoint to evaluate"""
+    """checkpoint or shared model to evaluate"""
     devices: Annotated[str | int | list[Any], Must("a number of devices")]
     """number of processes, each on its own GPU if there are GPUs"""
     data: Data
@@ -454,7 +454,7 @@ class Predicting(Section):
     """All settings of ``ema-seg predict``."""
 
     run: OptionalPath
-    """folder of a run, or a checkpoint"""
+    """folder of a run, checkpoint, or shared model"""
     source: OptionalPath
     """image or video, folder of them, pattern, or camera:0"""
     out: OptionalPath

@@ -22,6 +22,8 @@ from tests.conftest import ROOT
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMAND = re.compile(r"^\s*(?:python (train|eval)\.py|ema-seg (demo|predict)) ?([^#\n]*)", re.MULTILINE)
 HELP = [ROOT / "configs" / "hydra" / "help" / f"{script}.yaml" for script in ("train", "eval", "predict", "demo")]
+COMMAND = re.compile(r"^\s*(?:python (train|eval)\.py|ema-seg (predict|push)) ?([^#\n]*)", re.MULTILINE)
+HELP = [ROOT / "configs" / "hydra" / "help" / f"{script}.yaml" for script in ("train", "eval", "predict", "push")]
 
 
 def commands():

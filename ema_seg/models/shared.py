@@ -226,5 +226,6 @@ def read_shared(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: is truncated or not a safetensors file ({one_line(error)}); get the model again."
         ) from error
-    weights = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    # Copies: the file is mapped into memory, and a read after another program has cut it kills the process.
+    weights = {f"model.{name}": tensor.clone() for name, tensor in tensors.items()}
     return {"state_dict": weights, **{key: content[key] for key in ("config", "classes", "palette")}}

@@ -124,6 +124,45 @@ def test_predict_writes_the_masks_of_the_report_and_names_what_it_cannot_read(
         assert np.array_equal(np.array(Image.open(own)), np.array(Image.open(evaluated)))
 
 
+def test_a_pushed_run_is_predicted_and_evaluated_as_the_run(finished_run, camvid_root, tmp_path, run_script):
+    shared = tmp_path / "shared"
+    status, out, err = run_script("push", f"run={finished_run}", f"to={shared}", "license=mit")
+    report = json.loads((finished_run / "report/report.json").read_text())
+    assert status == 0, err
+    assert out == f"mIoU: {report['miou']:.2%} on {len(report['images'])} images of camvid val\n{shared}\n"
+    written = "".join((shared / name).read_text() for name in ("README.md", "config.json"))
+    assert str(finished_run.parent) not in written
+    assert str(camvid_root) not in written
+
+    segmenter = ema_seg.load(shared, device="cpu")
+    for image in report["images"]:
+        found = segmenter(camvid_root / "val" / "images" / f"{Path(image['name']).name}.jpg")
+        assert np.array_equal(found.mask, np.array(Image.open(finished_run / "report" / image["prediction"])))
+
+    arguments = ("eval", f"ckpt={shared}", f"report.dir={tmp_path / 'report'}")
+    assert "data.root is not set; give data.root=<value>" in run_script(*arguments)[2]
+    status, _, err = run_script(*arguments, f"data.root={camvid_root}")
+    assert status == 0, err
+    again = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert again["confusion_matrix"] == report["confusion_matrix"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["to=a"], "run: must be set; give run=<the folder of a run or a checkpoint>."),
+        (["run=a"], "to: must be set; give to=<a folder or hf://user/name>."),
+        (["run=nowhere", "to=a"], "run=nowhere: no such folder or file; give the folder of a run"),
+        (["run=a", "to=hf://user"], "hf://user: must be hf://user/name or hf://user/name@revision"),
+        (["run=a", "to=b", "license='M I T'"], "license: must be the Hub's identifier of a licence, such as mit"),
+    ],
+)
+def test_push_refuses_a_mistake_in_a_sentence(arguments, message, run_script):
+    status, _, err = run_script("push", *arguments)
+    assert status == 1
+    assert message in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
