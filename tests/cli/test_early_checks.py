@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import segmentation_models_pytorch as smp
@@ -17,7 +18,8 @@ from torch.optim import SGD
 from ema_seg.attention import attention_names
 from ema_seg.cli import command_line, early_checks, sources
 from ema_seg.cli.command_line import read_config, reports_errors
-from ema_seg.cli.early_checks import check_root
+from ema_seg.cli.early_checks import check_root, check_source
+from ema_seg.cli.launch import complete_paths
 from ema_seg.models import decoder_names
 from ema_seg.models.vision_transformer import _MODULES
 from ema_seg.runtime.errors import ConfigError, DataError
@@ -53,6 +55,11 @@ def test_a_refusal_that_needs_no_heavy_library_imports_none(tmp_path):
         ("train", "data=folder", "data.root=missing"): "error: data.root=missing: no such file or folder",
         ("train", "data=street", "init_from=missing"): "error: init_from=missing: no such file or folder",
         ("train", "data=street", "init_from=."): "error: init_from=.: the folder has no checkpoints/best.ckpt",
+        (
+            "train",
+            "data=street",
+            "init_from=hf://me",
+        ): "error: hf://me: must be hf://user/name or hf://user/name@revision",
         ("train", "resume=run", "init_from=run"): "error: resume=run: continues with the weights of that run",
         ("train", "optimizer.name=adamv"): "error: optimizer.name='adamv': timm has no such optimiser",
         ("train", "schedule.name=cosin"): "error: schedule.name='cosin': must be one of constant, cosine",
@@ -182,3 +189,21 @@ def test_the_users_own_variable_brings_the_traceback(wanted, monkeypatch, capsys
     assert lines[-1] == "error: epochs=ten is no number."
     assert (lines[0] == "Traceback (most recent call last):") is wanted
     assert (len(lines) > 1) is wanted
+
+
+def test_a_source_is_a_run_a_shared_model_or_an_address(tmp_path):
+    (tmp_path / "config.json").touch()
+
+    for source in (None, str(tmp_path), "hf://user/name", "hf://user/name@v1"):
+        check_source(source)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"the folder has no checkpoints/best\.ckpt"):
+        check_source(str(tmp_path))
+
+
+def test_an_address_of_the_hub_is_no_path_of_a_run():
+    config = {"data": {"root": "data", "classes": None}, "init_from": "hf://user/name"}
+
+    complete_paths(config)
+
+    assert config == {"data": {"root": str(Path("data").absolute()), "classes": None}, "init_from": "hf://user/name"}
