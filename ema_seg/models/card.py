@@ -1,5 +1,6 @@
 """Model card of a shared model: front matter for the Hub, and Markdown from the run's configuration and report."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def render_card(
         scores: see ``ema_seg.models.shared``; None if they were not measured.
         tables: further sections of the report, Markdown by title.
         command: the command line of the training, if it is known; its paths are left out.
-        selected: whether the weights were selected by their score on the validation split.
+        selected: whether the weights were selected by their score on the images of ``scores``.
         panel: whether ``panel.png`` lies beside the card.
     """
     started = config.get("init_from") is not None
@@ -137,21 +138,22 @@ def _training(config: Mapping[str, Any], started: bool, command: Sequence[str] |
 
 
 def shared_command(command: Sequence[str]) -> str:
-    """Return a command line without paths, loggers and folders."""
+    """Return a command line for a shell, with ``…`` for each path, and without loggers and folders."""
     program, *arguments = command
     kept = []
     for text in arguments:
-        key, equals, value = text.partition("=")
-        if key.lstrip("+~").partition(".")[0] in ("hydra", "logger", "report", "resume", "rerun"):
+        name, equals, value = text.partition("=")
+        key = name.lstrip("+~")
+        if key.partition(".")[0] in ("hydra", "logger", "report") or key in ("data.cache", "data.classes"):
             continue
-        if key.lstrip("+~") in ("data.cache", "data.classes") or text.startswith(("-", "/")):
+        if not equals:  # of Hydra's options only these two have no value that could be a path
+            kept += [text] if text in ("-m", "--multirun") else []
             continue
-        private = key in ("data.root", "init_from") or "/" in value or "\\" in value
-        if key == "model.encoder_weights" and value not in ("imagenet", "packaged", "null"):
-            private = True
-        kept.append(f"{key}=…" if private and equals else text)
-    name = program.replace("\\", "/").rpartition("/")[2]
-    return " ".join([*(("python", name) if name.endswith(".py") else (name,)), *kept])
+        is_path = key in ("data.root", "init_from", "resume", "rerun") or "/" in value or "\\" in value
+        is_path |= key == "model.encoder_weights" and value not in ("imagenet", "packaged", "null")
+        kept.append(f"{name}=…" if is_path else shlex.quote(text))
+    program = program.replace("\\", "/").rpartition("/")[2].replace("__main__.py", "python -m ema_seg")
+    return " ".join(["python", program, *kept] if program.endswith(".py") else [program, *kept])
 
 
 def _limits(
@@ -168,6 +170,6 @@ def _limits(
     split = for_markdown(str(scores["split"]))
     yield f"It was scored on {scores['images']} images of {data} ({split}), and on no other data."
     yield "Pixels without a label were not scored."
-    if selected and scores["split"] == "val":
+    if selected:
         yield "The epoch was selected by the score on the same images, so the scores are optimistic."
     yield "The scores are of one training; their variation over seeds is not part of this card."

@@ -64,7 +64,7 @@ def push(
         scores=scores,
         tables=render_sections(report) if report else None,
         command=_training_command(run) if run else None,
-        selected=best,
+        selected=report is not None and _selected_it(report),
         panel=image is not None,
     )
     content = {
@@ -113,6 +113,13 @@ def _scores(report: Mapping[str, Any]) -> dict[str, Any]:
         "images": data["images"],
         **{key: report[key] for key in _SCORES},
     }
+
+
+def _selected_it(report: Mapping[str, Any]) -> bool:
+    """Return whether a report of a best checkpoint is of the images whose score selected that checkpoint."""
+    scored, trained = report["data"], report["config"]["data"]
+    same_root = trained.get("root") in (None, scored["root"])
+    return scored["split"] == "val" and scored["name"] == trained["name"] and same_root
 
 
 def _training_command(run: Path) -> list[str] | None:

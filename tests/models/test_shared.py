@@ -130,12 +130,14 @@ def test_what_is_private_stays_here(folder):
 def test_a_command_is_shown_without_paths():
     command = ["/home/me/train.py", "data=camvid", "data.root=secret", "model.encoder_weights=x.pth", "init_from=run"]
     command += ["logger=wandb", "+logger.wandb.project=secret", "hydra.run.dir=secret", "--config-dir", "/secret"]
-    command += ["++data.extra=a/b", "optimizer.lr=1e-3", "model.encoder_weights=imagenet"]
+    command += ["++data.extra=a/b", "resume=secret", "optimizer.lr=1e-3", "data.size=[1, 2]", "-m"]
 
     assert shared_command(command) == (
-        "python train.py data=camvid data.root=… model.encoder_weights=… init_from=… ++data.extra=… optimizer.lr=1e-3 "
-        "model.encoder_weights=imagenet"
+        "python train.py data=camvid data.root=… model.encoder_weights=… init_from=… ++data.extra=… resume=… "
+        "optimizer.lr=1e-3 'data.size=[1, 2]' -m"
     )
+    assert shared_command(["/home/me/bin/ema-seg train", "epochs=1"]) == "ema-seg train epochs=1"
+    assert shared_command(["/home/me/ema_seg/__main__.py train"]) == "python -m ema_seg train"
 
 
 def test_names_of_classes_are_no_markup_in_the_card(folder):

@@ -9,13 +9,11 @@ import torch
 import yaml
 
 import ema_seg
-from ema_seg.reporting import write_report
 from ema_seg.reporting.push import push
 from ema_seg.runtime.errors import ConfigError, DataError
+from ema_seg.runtime.files import write_file
 from tests.models.test_shared import CLASSES, CONFIG, write_checkpoint
-from tests.reporting.test_report import make_evaluation, make_panel, make_report
-
-pytestmark = pytest.mark.usefixtures("blank_figures")
+from tests.reporting.test_report import make_evaluation, make_report
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +40,9 @@ def report_of(run, **changes):
         **changes,
     }
     report = make_report(**settings)
-    write_report(report, run / "report", make_panel())
-    return json.loads((run / "report" / "report.json").read_text())
+    write_file(run / "report" / "report.json", json.dumps(report).encode())
+    write_file(run / "report" / "figures" / "panel.png", b"panel")
+    return report
 
 
 def front_matter(folder):
@@ -61,7 +60,7 @@ def test_a_run_is_shared_with_its_scores_costs_machine_command_and_picture(run, 
     assert content["scores"]["iou"] == report["iou"]
     assert (content["scores"]["images"], content["scores"]["split"]) == (3, "val")
     assert content["stride"] == 32
-    assert (out / "panel.png").read_bytes() == (run / "report" / "figures" / "panel.png").read_bytes()
+    assert (out / "panel.png").read_bytes() == b"panel"
     assert (matter["license"], matter["pipeline_tag"], matter["library_name"]) == (
         *("cc-by-4.0", "image-segmentation", "ema-seg"),
     )
@@ -77,13 +76,25 @@ def test_a_run_is_shared_with_its_scores_costs_machine_command_and_picture(run, 
         "on Some GPU",
         "mIoU, large objects",
         "`python train.py data=folder data.root=…`",
-        "so the scores are optimistic",
         "![The images with the best, the median and the worst mIoU](panel.png)",
         "## Licence\n\ncc-by-4.0",
     ):
         assert text in card, text
     assert not any(word in card for word in ("secret", "someone", str(tmp_path)))
     assert ema_seg.load(out, device="cpu").classes == tuple(CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "selected"),
+    [({}, True), ({"split": "test"}, False), ({"root": "/other"}, False), ({"name": "street"}, False)],
+)
+def test_the_card_says_whether_the_scored_images_selected_the_epoch(changes, selected, run, tmp_path):
+    report_of(run, data={"name": "folder", "root": CONFIG["data"]["root"], "split": "val", **changes})
+
+    push(run, tmp_path / "out")
+
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("The epoch was selected by the score on the same images" in card) is selected
 
 
 def test_a_run_without_a_report_and_a_lone_checkpoint_have_no_scores(run, tmp_path):
