@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import stat
+from pathlib import Path
 
 import pytest
 import segmentation_models_pytorch as smp
@@ -288,4 +289,22 @@ def test_a_folder_is_written_whole_or_not_at_all(model, folder, tmp_path, monkey
             model.save_pretrained(target, **options)
 
     assert [path.name for path in tmp_path.iterdir()] == ["shared"]
+    assert ema_seg.load(folder, device="cpu").classes == tuple(CLASSES)
+
+
+def test_an_interrupted_replacement_is_no_mixture_and_can_be_repeated(model, folder, monkeypatch):
+    def interrupt(path, target):
+        if target.name == "model.safetensors":
+            raise OSError(28, "No space left on device")
+        return replace(path, target)
+
+    replace = Path.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupt)
+        with pytest.raises(DataError, match="shared: cannot be written"):
+            model.save_pretrained(folder, overwrite=True)
+    with pytest.raises(DataError, match="the folder has no"):
+        ema_seg.load(folder)
+
+    model.save_pretrained(folder, overwrite=True)
     assert ema_seg.load(folder, device="cpu").classes == tuple(CLASSES)
