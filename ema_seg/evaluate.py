@@ -13,11 +13,12 @@ from ema_seg.config import Evaluation, check_settings
 from ema_seg.data import SegmentationDataModule
 from ema_seg.data.datamodule import SampleSelection
 from ema_seg.evaluation import ConfusionMatrix, describe_environment, measure_cost, predict_examples, score_images
-from ema_seg.evaluation.cost import cost_batch_size
+from ema_seg.evaluation.cost import complete_cost, cost_batch_size
 from ema_seg.evaluation.evaluator import image_counter, require_labels
 from ema_seg.inference.device import find_device
+from ema_seg.inference.loading import load_model
 from ema_seg.inference.masks import encode_mask
-from ema_seg.models import load_segmenter, model_stride
+from ema_seg.models import model_stride, segmenter_from_config
 from ema_seg.models.checkpoint import check_classes
 from ema_seg.reporting.history import describe_data, read_curves
 from ema_seg.reporting.predictions import PredictionWriter, lock_report
@@ -44,7 +45,7 @@ def evaluate(
     measured, so that evaluations that write to it run one after another.
 
     Args:
-        checkpoint: a checkpoint that ``train.py`` wrote.
+        checkpoint: a checkpoint that ``train.py`` wrote, or an exported model.
         data: arguments of ``SegmentationDataModule``; its ``evaluation_split`` is scored. A ``mean`` or ``std``
             of None takes the training's value.
         settings: ``device``, ``precision``, ``channels_last``, ``compile``, and for the cost ``batch_size``,
@@ -66,9 +67,12 @@ def evaluate(
     device, precision = find_device(settings["device"]), settings["precision"]
     curves = read_curves(run)
 
-    # Model: rebuilt from the checkpoint alone.
-    model, saved = load_segmenter(checkpoint)
-    config, stride = saved["config"], model_stride(model)
+    # Model: rebuilt from the checkpoint alone, or an exported one, which computes as its file says.
+    model, saved, stride, normalise, exported = load_model(checkpoint, device)
+    config = saved["config"]
+    if exported:
+        precision = "32-true"
+        config = {**config, "export": {"format": exported.format, "precision": exported.precision}}
 
     # Data: its classes must be the model's. The normalisation belongs to the model, not to the data.
     data = {**data, **{key: data[key] or config["data"][key] for key in ("mean", "std")}}
@@ -78,8 +82,8 @@ def evaluate(
     dataset = module.test_dataset
     advice = "evaluate on data with the same classes"
     check_classes(saved["classes"], module.classes, module.dataset_name, checkpoint, advice)
-    model.to(device)
-    set_execution(model, channels_last=settings["channels_last"], compile=settings["compile"])
+    normalise = normalise if exported else module.normalise
+    set_execution(model, channels_last=settings["channels_last"], compile=settings["compile"] and not exported)
 
     deterministic = deterministic_algorithms(bool(config["trainer"].get("deterministic")))
     with lock_report(directory), tf32(config.get("training", {}).get("tf32")):
@@ -98,7 +102,7 @@ def evaluate(
                     model,
                     size=tuple(first_size),
                     stride=stride,
-                    normalise=module.normalise,
+                    normalise=normalise,
                     batch_size=batch_size,
                     device=device,
                     precision=precision,
@@ -106,6 +110,9 @@ def evaluate(
                     counter=encoding,
                     budget=settings["budget"],
                 )
+            if exported:
+                original = segmenter_from_config(config, module.num_classes, pretrained=False).eval()
+                cost = complete_cost(cost, original, model_stride(original), precision=exported.precision)
             if batch_size < settings["batch_size"]:
                 cost["throughput"]["capped_batch_size"] = settings["batch_size"]
 
@@ -117,7 +124,7 @@ def evaluate(
                     loader,
                     module.classes,
                     stride=stride,
-                    normalise=module.normalise,
+                    normalise=normalise,
                     device=device,
                     precision=precision,
                     on_prediction=write_prediction,
@@ -135,7 +142,7 @@ def evaluate(
             model,
             SampleSelection(module, [positions[image["name"]] for image in evaluation.images]),
             evaluation.images,
-            normalise=module.normalise,
+            normalise=normalise,
             stride=stride,
             device=device,
             precision=precision,

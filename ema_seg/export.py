@@ -143,8 +143,8 @@ def export(
         }
         if precision == "fp32" and report["equal_pixels"] < _LEAST_EQUAL:
             raise ModelError(
-                f"format={format}: the artefact's masks have {report['equal_pixels']:.2%} of the model's pixels, expected "
-                f"at least {_LEAST_EQUAL:.1%}; it is not kept. Export with another format."
+                f"format={format}: {report['equal_pixels']:.2%} of the artefact's pixels are those of the model; "
+                f"expected at least {_LEAST_EQUAL:.1%}, so it is not kept; export to another format."
             )
         for file in Path(unverified).iterdir():
             file.replace(out / file.name)

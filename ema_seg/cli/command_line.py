@@ -147,9 +147,12 @@ def config_of_run_or_checkpoint(source: Path, key: str) -> dict[str, Any]:
         return saved_config(source, key)
     if not is_shared and not source.is_file():  # checked before torch is imported
         raise CheckpointError(f"{key}={source}: no such file; give the path of a checkpoint that train.py wrote.")
+    from ema_seg.inference.exported import ExportedModel, is_exported
     from ema_seg.models import load_checkpoint
     from ema_seg.models.checkpoint import checkpoint_path
 
+    if is_exported(source):
+        return ExportedModel(source).metadata.config
     return cast(dict[str, Any], load_checkpoint(checkpoint_path(source))["config"])
 
 

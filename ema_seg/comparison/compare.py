@@ -36,7 +36,7 @@ CONFIDENCE = 0.95
 Array = NDArray[np.float64]
 
 # Getters of the costs in a report; costs that depend on the batch size are those of the larger batch.
-_COSTS: dict[str, Callable[[Mapping[str, Any]], float]] = {
+_COSTS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "images_per_second": lambda report: report["throughput"]["forward"][-1]["images_per_second"],
     "latency": lambda report: report["throughput"]["forward"][-1]["latency"]["median"],
     "memory": lambda report: report["throughput"]["forward"][-1]["peak_memory"],

@@ -27,6 +27,7 @@ from ema_seg.runtime.limits import reraise_out_of_memory, reraise_size_errors
 __all__ = [
     "Cost",
     "LiveBytes",
+    "complete_cost",
     "cost_batch_size",
     "count_macs",
     "count_parameters",
@@ -142,6 +143,29 @@ def measure_cost(
             "forward": forward,
             "end_to_end": end_to_end,
         },
+    )
+
+
+def complete_cost(cost: Cost, original: nn.Module, stride: int, *, precision: str) -> Cost:
+    """Complete the cost of an exported model with what PyTorch cannot see of it.
+
+    Args:
+        cost: cost of the exported model.
+        original: the model that was exported, in evaluation mode, with any weights: its parameters and operations are
+            counted.
+        stride: its stride.
+        precision: that of the exported model.
+
+    Returns:
+        The cost, without the peak memory, which is unknown.
+    """
+    throughput = cost["throughput"]
+    images = pad_to_stride(torch.zeros(1, 3, *throughput["size"]), stride)
+    forward = [{**entry, "peak_memory": None} for entry in throughput["forward"]]
+    return Cost(
+        parameters=count_parameters(original),
+        gmacs=count_macs(original, images) / 1e9,
+        throughput={**throughput, "precision": precision, "padded_size": list(images.shape[-2:]), "forward": forward},
     )
 
 

@@ -74,7 +74,7 @@ class Deployable(nn.Module):
 
     def example(self) -> Tensor:
         """Return an input of the artefact."""
-        height, width = 5 * self.stride, 7 * self.stride
+        height, width = 9 * self.stride, 11 * self.stride  # PAN pools the smallest map three times
         if self.processing:
             return torch.zeros(2, height - 3, width - 5, 3, dtype=torch.uint8)
         return torch.zeros(2, 3, height, width)
@@ -197,10 +197,10 @@ def _exportable(model: nn.Module) -> nn.Module:
     """Replace, in place, modules whose graph would hold for one size alone."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.AdaptiveAvgPool2d):
-            size = module.output_size
+            size: Any = module.output_size
             height, width = (size, size) if isinstance(size, int) else size
-            if (height, width) != (1, 1):
-                model.set_submodule(name, AdaptiveAveragePooling((int(height or 1), int(width or 1))))
+            if (height, width) != (1, 1) and height and width:
+                model.set_submodule(name, AdaptiveAveragePooling((height, width)))
     return model
 
 
@@ -227,7 +227,7 @@ def _quantise_onnx(path: Path, calibration: Callable[[], Iterator[NDArray[Any]]]
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self._images = calibration()
 

@@ -116,10 +116,10 @@ class ExportedModel(nn.Module):
             self.head = _class_layer(len(self.metadata.classes))
 
     @property
-    def normalise(self) -> Callable[..., Tensor]:
+    def normalise(self) -> Normalise:
         """The normalisation of the module's input."""
         data = self.metadata.config["data"]
-        return _keep_bytes if self.metadata.processing else Normalise(data["mean"], data["std"])
+        return _Bytes() if self.metadata.processing else Normalise(data["mean"], data["std"])
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute logits B x K x H x W of images B x 3 x H x W; see the class."""
@@ -130,8 +130,15 @@ class ExportedModel(nn.Module):
         return self.head(ids[:, None].float().to(images.device))
 
 
-def _keep_bytes(images: Tensor, *_: object) -> Tensor:
-    return images
+class _Bytes(Normalise):
+    """The normalisation of an artefact that normalises itself: none."""
+
+    def __init__(self) -> None:
+        super().__init__((0, 0, 0), (1, 1, 1))
+
+    def __call__(self, images: Tensor, *_: object) -> Tensor:
+        """Return the images unchanged."""
+        return images
 
 
 def _class_layer(classes: int) -> SegmentationHead:

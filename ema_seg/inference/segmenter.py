@@ -21,10 +21,12 @@ from ema_seg.data.source import File, FolderSource
 from ema_seg.inference.attention import attention_weights
 from ema_seg.inference.classes import most_likely_classes
 from ema_seg.inference.device import find_device
+from ema_seg.inference.exported import ExportedModel
+from ema_seg.inference.loading import load_model
 from ema_seg.inference.masks import colourise, encode_mask
-from ema_seg.inference.prediction import autocast, predict, segment
+from ema_seg.inference.prediction import autocast, device_of, predict, segment
 from ema_seg.inference.windows import OVERLAP, blend_windows
-from ema_seg.models import load_segmenter, model_stride
+from ema_seg.models import model_stride
 from ema_seg.models.checkpoint import checkpoint_path
 from ema_seg.models.head import RowLogits
 from ema_seg.runtime.errors import ConfigError, DataError
@@ -101,6 +103,7 @@ class Segmenter:
         classes: names of its K classes.
         palette: their colours, (red, green, blue) from 0 to 255.
         normalise: the normalisation that the model was trained with.
+        stride: number that height and width of the model's input must be multiples of; None for ``model_stride``.
         upright: apply the orientation tags of files and PIL images; else take pixels as stored.
         precision: see ``ema_seg.inference.autocast``.
         multiply_in_tf32: see ``training.tf32``.
@@ -113,6 +116,7 @@ class Segmenter:
         classes: Sequence[str],
         palette: Sequence[Sequence[int]],
         normalise: Normalise,
+        stride: int | None = None,
         upright: bool = True,
         precision: str = "32-true",
         multiply_in_tf32: bool | None = None,
@@ -121,7 +125,7 @@ class Segmenter:
         self.classes = tuple(classes)
         self.palette = tuple((int(red), int(green), int(blue)) for red, green, blue in palette)
         self.normalise = normalise
-        self.stride = model_stride(model)
+        self.stride = stride or model_stride(model)
         self.upright = upright
         self.precision = precision
         self._tf32 = multiply_in_tf32
@@ -136,18 +140,20 @@ class Segmenter:
         precision: str | None = None,
         compile: bool = False,
     ) -> "Segmenter":
-        """Load the model of a run or of a checkpoint; see ``ema_seg.load``."""
-        found = find_device(device)
-        model, saved = load_segmenter(checkpoint_path(source))
-        config, classes = saved["config"], saved["classes"]
-        evaluation = config.get("evaluation", {})
-        model.to(found)
-        set_execution(model, channels_last=bool(evaluation.get("channels_last")), compile=compile)
+        """Load the model of a run, a checkpoint or an exported file; see ``ema_seg.load``."""
+        path = checkpoint_path(source)
+        loaded = load_model(path, find_device(device))
+        if loaded.exported and (precision or compile):
+            raise ConfigError(f"{path}: an exported model computes as its file says; remove precision and compile.")
+        config, classes = loaded.saved["config"], loaded.saved["classes"]
+        evaluation = {} if loaded.exported else config.get("evaluation", {})
+        set_execution(loaded.model, channels_last=bool(evaluation.get("channels_last")), compile=compile)
         return cls(
-            model,
+            loaded.model,
             classes=classes,
-            palette=saved.get("palette") or distinct_colors(len(classes)),
-            normalise=Normalise(config["data"]["mean"], config["data"]["std"]),
+            palette=loaded.saved.get("palette") or distinct_colors(len(classes)),
+            normalise=loaded.normalise,
+            stride=loaded.stride,
             upright=config["data"].get("orientation", "upright") == "upright",
             precision=precision or evaluation.get("precision", "32-true"),
             multiply_in_tf32=config.get("training", {}).get("tf32"),
@@ -232,6 +238,11 @@ class Segmenter:
         image = self.read(picture)
         tensor = _as_tensor(image)
         in_windows = tensor[0].numel() > _MOST_PIXELS
+        if isinstance(self.model, ExportedModel):
+            if weight_maps:
+                raise ConfigError("weight_maps: an exported model does not return them; load the run or a checkpoint.")
+            if probabilities and self.model.metadata.processing:
+                raise ConfigError("probabilities: the exported model returns classes; export it with processing=false.")
         if in_windows and weight_maps:
             raise ConfigError(
                 f"weight_maps: the picture has {image.shape[1]} x {image.shape[0]} pixels and is predicted in windows, "
@@ -247,7 +258,7 @@ class Segmenter:
         stack = ExitStack()
         stack.enter_context(torch.inference_mode())
         stack.enter_context(tf32(self._tf32))
-        stack.enter_context(autocast(next(self.model.parameters()).device, self.precision))
+        stack.enter_context(autocast(device_of(self.model), self.precision))
         return stack
 
     def _predict_whole(self, image: Tensor, probabilities: bool) -> tuple[NDArray[np.uint8], Any]:
@@ -262,6 +273,9 @@ class Segmenter:
 
         def predict_window(part: Tensor) -> Tensor:
             (logits,) = predict(self.model, [part], self.stride, self.normalise)
+            if isinstance(self.model, ExportedModel) and self.model.metadata.processing:  # windows vote
+                votes = torch.eye(len(self.classes), device=logits.device)[most_likely_classes(logits).int()]
+                return votes.permute(2, 0, 1)
             return logits.whole()[0].float()
 
         for top, left, logits in blend_windows(image, self._window(), predict_window):

@@ -163,8 +163,9 @@ def _cost_rows(report: Mapping[str, Any]) -> list[Row]:
             (f"images/s, {batch}", format_number(entry["images_per_second"])),
             (f"latency, {batch}", f"{format_number(1e3 * latency['median'])} ms"),
             (f"latency p95, {batch}", f"{format_number(1e3 * latency['p95'])} ms"),
-            (f"peak memory, {batch}", f"{entry['peak_memory'] / 2**20:.1f} MiB"),
         ]
+        if entry["peak_memory"] is not None:  # of an exported model it is unknown
+            rows.append((f"peak memory, {batch}", f"{entry['peak_memory'] / 2**20:.1f} MiB"))
     if throughput["end_to_end"]:
         rows.append(("images/s, end to end", format_number(throughput["end_to_end"]["images_per_second"])))
     return rows
