@@ -32,6 +32,9 @@ from ema_seg.cli.command_line import quoted
 from ema_seg.cli.resume import _unfinished_run
 from ema_seg.cli.run_folder import _hold_unused
 from ema_seg.config import Demonstrating, Evaluating, Training, describe_settings
+from ema_seg.comparison.configurations import group_runs
+from ema_seg.comparison.runs import read_runs
+from ema_seg.config import Evaluating, Training, describe_settings
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.models import load_segmenter
 from ema_seg.runtime.distributed.exit_handlers import PREEMPTION_SIGNALS, install_exit_handlers
@@ -161,6 +164,62 @@ def test_push_refuses_a_mistake_in_a_sentence(arguments, message, run_script):
     status, _, err = run_script("push", *arguments)
     assert status == 1
     assert message in err
+def test_an_exported_run_is_verified_and_goes_where_a_checkpoint_goes(finished_run, camvid_root, tmp_path, run_script):
+    out = tmp_path / "exported"
+
+    status, text, err = run_script("export", f"run={finished_run}", f"out={out}", "budget=0.01")
+
+    assert status == 0, err
+    assert sorted(file.name for file in out.iterdir()) == ["export.json", "model.onnx"]
+    verified = json.loads((out / "export.json").read_text())
+    own = json.loads((finished_run / "report/report.json").read_text())
+    assert verified["equal_pixels"] > 0.999 and verified["images"] == len(own["images"])
+    assert verified["miou"]["model"] == own["miou"]
+    assert verified["miou"]["artefact"] == pytest.approx(own["miou"], abs=0.01)
+    assert f"mIoU                  {verified['miou']['artefact']:.2%}" in text and text.endswith(f"{out}/model.onnx\n")
+
+    status, _, err = run_script("eval", f"ckpt={out}/model.onnx", "evaluation.budget=0.1", f"report.dir={tmp_path}/b")
+    assert status == 0, err
+    report = json.loads((tmp_path / "b/report.json").read_text())
+    assert report["miou"] == pytest.approx(verified["miou"]["artefact"])
+    assert report["config"]["export"] == {"format": "onnx", "precision": "fp32"}
+    assert (report["parameters"], report["gmacs"]) == (own["parameters"], own["gmacs"])
+    _, configurations = group_runs(read_runs([finished_run, tmp_path / "b"]).runs)
+    assert len(configurations) == 2
+
+    source = camvid_root / "val" / "images"
+    status, _, err = run_script("predict", f"run={out}/model.onnx", f"source={source}", f"out={tmp_path}/masks")
+    assert status == 0, err
+    image = own["images"][0]
+    masks = (
+        tmp_path / "masks/masks" / f"{Path(image['name']).name}.png",
+        finished_run / "report" / image["prediction"],
+    )
+    found, expected = (np.array(Image.open(mask)) for mask in masks)
+    assert np.mean(found == expected) > 0.999
+
+
+def test_an_artefact_that_differs_is_not_kept(finished_run, tmp_path, run_script, monkeypatch):
+    monkeypatch.setattr("ema_seg.export._LEAST_EQUAL", 1.1)
+
+    status, _, err = run_script(
+        "export", f"run={finished_run}", f"out={tmp_path / 'out'}", "format=torch", "processing=false", "budget=0.01"
+    )
+
+    assert status == 1
+    assert "of the artefact's pixels are those of the model; expected at least" in err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_export_refuses_a_mistake_in_a_sentence(finished_run, run_script):
+    for arguments, message in (
+        (["format=onnx"], "run: must be set; give run=<the folder of a run or a checkpoint>."),
+        ([f"run={finished_run}", "format=tflite"], "format: must be onnx, torch or openvino, got 'tflite'"),
+        ([f"run={finished_run}", "format=torch", "precision=int8"], "precision=int8: format=torch has fp32, fp16;"),
+    ):
+        status, _, err = run_script("export", *arguments)
+        assert status == 1
+        assert message in err
 
 
 @pytest.mark.parametrize(
