@@ -419,6 +419,7 @@ class Evaluating(Section):
     """folder of the run to evaluate"""
     ckpt: OptionalPath
     """checkpoint or shared model to evaluate"""
+    """checkpoint or exported file to evaluate"""
     devices: Annotated[str | int | list[Any], Must("a number of devices")]
     """number of processes, each on its own GPU if there are GPUs"""
     data: Data

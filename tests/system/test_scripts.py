@@ -302,6 +302,22 @@ def test_the_page_on_using_a_model_does_what_it_says(finished_run, camvid_root, 
     assert names["details"].probabilities.shape[1:] == names["result"].mask.shape
 
 
+def test_the_notebook_runs_from_its_folder(finished_run, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/my_run").symlink_to(finished_run)
+    (tmp_path / "examples").mkdir()
+    monkeypatch.chdir(tmp_path / "examples")
+    names = {}
+
+    for cell in json.loads((ROOT / "examples/first_steps.ipynb").read_text())["cells"]:
+        assert "outputs" not in cell or not cell["outputs"]
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)  # noqa: S102
+
+    assert sum(share for _, share in names["shares"]) == pytest.approx(1)
+    assert len(names["figure"].axes) == len(names["maps"]) > 0
+
+
 def test_a_run_prints_the_report_and_its_path(finished):
     out, err = ((finished / name).read_text() for name in ("out", "err"))
 
