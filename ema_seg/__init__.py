@@ -23,8 +23,7 @@ def load(
 
     Args:
         source: the folder of a run, whose best checkpoint is taken, or a checkpoint of ``train.py``; or a model that
-            ``ema-seg push`` wrote: its folder, ``hf://user/name`` or ``hf://user/name@revision``.
-        source: the folder of a run, whose best checkpoint is taken, a checkpoint of ``train.py``, or a file that
+            ``ema-seg push`` wrote: its folder, ``hf://user/name`` or ``hf://user/name@revision``; or a file that
             ``ema-seg export`` wrote.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         precision: "32-true", "bf16-mixed" or "16-mixed"; None for that of the run's evaluation.

@@ -418,8 +418,7 @@ class Evaluating(Section):
     run: OptionalPath
     """folder of the run to evaluate"""
     ckpt: OptionalPath
-    """checkpoint or shared model to evaluate"""
-    """checkpoint or exported file to evaluate"""
+    """checkpoint, exported file or shared model to evaluate"""
     devices: Annotated[str | int | list[Any], Must("a number of devices")]
     """number of processes, each on its own GPU if there are GPUs"""
     data: Data
@@ -455,7 +454,7 @@ class Predicting(Section):
     """All settings of ``ema-seg predict``."""
 
     run: OptionalPath
-    """folder of a run, checkpoint, or shared model"""
+    """folder of a run, checkpoint, exported file, or shared model"""
     source: OptionalPath
     """image or video, folder of them, pattern, or camera:0"""
     out: OptionalPath

@@ -40,11 +40,15 @@ def _export(composed: DictConfig) -> None:
         from ema_seg.models.checkpoint import checkpoint_path
 
     source = Path(config["run"])
+    if config["out"] is None and not source.exists():
+        raise ConfigError(f"out: must be set for run={config['run']}; give out=<a folder>.")
     run = source if source.is_dir() else None
     folder = f"{config['format']}_{config['precision']}"
     out = Path(config["out"] or (source if run else source.parent) / "exported" / folder)
     options = ("format", "precision", "processing", "images", "calibration_images", "budget")
-    report = export(checkpoint_path(source), config["data"], out, run=run, **{key: config[key] for key in options})
+    report = export(
+        checkpoint_path(config["run"]), config["data"], out, run=run, **{key: config[key] for key in options}
+    )
     print(_summary(report))
     print(f"{out / report['file']}")
 

@@ -164,6 +164,8 @@ def test_push_refuses_a_mistake_in_a_sentence(arguments, message, run_script):
     status, _, err = run_script("push", *arguments)
     assert status == 1
     assert message in err
+
+
 def test_an_exported_run_is_verified_and_goes_where_a_checkpoint_goes(finished_run, camvid_root, tmp_path, run_script):
     out = tmp_path / "exported"
 
@@ -190,13 +192,9 @@ def test_an_exported_run_is_verified_and_goes_where_a_checkpoint_goes(finished_r
     source = camvid_root / "val" / "images"
     status, _, err = run_script("predict", f"run={out}/model.onnx", f"source={source}", f"out={tmp_path}/masks")
     assert status == 0, err
-    image = own["images"][0]
-    masks = (
-        tmp_path / "masks/masks" / f"{Path(image['name']).name}.png",
-        finished_run / "report" / image["prediction"],
-    )
-    found, expected = (np.array(Image.open(mask)) for mask in masks)
-    assert np.mean(found == expected) > 0.999
+    name, evaluated = (own["images"][0][key] for key in ("name", "prediction"))
+    found = np.array(Image.open(tmp_path / "masks/masks" / f"{Path(name).name}.png"))
+    assert np.mean(found == np.array(Image.open(finished_run / "report" / evaluated))) > 0.999
 
 
 def test_an_artefact_that_differs_is_not_kept(finished_run, tmp_path, run_script, monkeypatch):
