@@ -500,6 +500,8 @@ class Demonstrating(Section):
         Literal["32-true", "bf16-mixed", "16-mixed"] | None, Must("32-true, bf16-mixed or 16-mixed, or null")
     ]
     """precision of autocast; null: that of the run's evaluation"""
+
+
 class Pushing(Section):
     """All settings of ``ema-seg push``."""
 

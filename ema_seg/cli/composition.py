@@ -30,12 +30,12 @@ from ema_seg.config import (
     Evaluating,
     Exporting,
     Predicting,
+    Pushing,
     Section,
     Training,
     describe_settings,
     suggest_own,
 )
-from ema_seg.config import Evaluating, Exporting, Predicting, Pushing, Section, Training, describe_settings, suggest_own
 from ema_seg.runtime.errors import ConfigError, EmaSegError, did_you_mean, one_line, own_cause
 
 __all__ = ["CONFIGS", "compose", "launch", "offer_settings_of_run"]

@@ -31,10 +31,9 @@ import ema_seg
 from ema_seg.cli.command_line import quoted
 from ema_seg.cli.resume import _unfinished_run
 from ema_seg.cli.run_folder import _hold_unused
-from ema_seg.config import Demonstrating, Evaluating, Training, describe_settings
 from ema_seg.comparison.configurations import group_runs
 from ema_seg.comparison.runs import read_runs
-from ema_seg.config import Evaluating, Training, describe_settings
+from ema_seg.config import Demonstrating, Evaluating, Training, describe_settings
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.models import load_segmenter
 from ema_seg.runtime.distributed.exit_handlers import PREEMPTION_SIGNALS, install_exit_handlers
