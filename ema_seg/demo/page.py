@@ -131,7 +131,7 @@ def build_page(models: Sequence[Model], examples: Sequence[Example]) -> gr.Block
     """
     thumbnails = _with_thumbnails(examples, models[0].segmenter)
     title = " and ".join(model.name for model in models)
-    # Pictures that were dropped do not stay: Gradio deletes its copies at the end, and after a day.
+    # Gradio deletes its copies of pictures after a day.
     page = gr.Blocks(title=f"ema-seg: {title}", analytics_enabled=False, delete_cache=(_DAY, _DAY))
     with page:
         gr.HTML(f"<h1>{as_html(title)}</h1>")
@@ -201,7 +201,7 @@ def build_page(models: Sequence[Model], examples: Sequence[Example]) -> gr.Block
                 return fail(error, example.name, "")
 
         def on_result(*found: Segmentation | None) -> dict[Any, Any]:
-            updates: dict[Any, Any] = {}
+            updates: dict[Any, Any] = {message: gr.update()}  # Gradio takes no empty dict
             for column, result in zip(columns, found, strict=True):
                 if result is None:
                     continue
@@ -276,9 +276,9 @@ def _listen_to_column(column: _Column, options: dict[str, Any]) -> None:
 def _build_results(models: Sequence[Model]) -> tuple[list[_Column], gr.Image, gr.HTML]:
     """Build the components of the results: a column for each model, the differences, and columns of weight maps."""
     alone = len(models) == 1
-    masks: list[tuple[Any, ...]] = []
+    pictures: list[Any] = []
     areas: list[gr.HTML] = []
-    weights: list[tuple[Any, ...]] = []
+    weights: list[Any] = []
     with gr.Row():
         for index, model in enumerate(models):
             with gr.Column(min_width=300):
@@ -287,7 +287,7 @@ def _build_results(models: Sequence[Model]) -> tuple[list[_Column], gr.Image, gr
                 time = gr.HTML(elem_id=f"time-{index}")
                 with gr.Row():
                     overlay, mask = _picture("overlay", f"overlay-{index}"), _picture("mask", f"mask-{index}")
-                masks.append((time, overlay, mask))
+                pictures.append((time, overlay, mask))
                 if not alone:
                     areas.append(gr.HTML(elem_id=f"areas-{index}"))
     with gr.Column(visible=not alone, elem_id="difference"), gr.Row():
@@ -302,8 +302,8 @@ def _build_results(models: Sequence[Model]) -> tuple[list[_Column], gr.Image, gr
         for index, model in enumerate(models):
             weights.append(_build_weights(index, "" if alone else model.name))
     columns = [
-        _Column(model, gr.State(), gr.State(), *pictures, table, *maps)
-        for model, pictures, table, maps in zip(models, masks, areas, weights, strict=True)
+        _Column(model, gr.State(), gr.State(), *(*shown, table, *maps))
+        for model, shown, table, maps in zip(models, pictures, areas, weights, strict=True)
     ]
     return columns, difference, pairs
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
+from tempfile import TemporaryDirectory
 
 from ema_seg.demo.examples import Example
 from ema_seg.demo.models import Model
@@ -68,17 +69,21 @@ def serve(
     check_port(port)
     for model in models:
         model.warm_up()
-    page = build_page(models, examples)
     # Gradio checks its own server with a request, which must not go through a proxy.
     os.environ["no_proxy"] = ",".join(filter(None, [os.environ.get("no_proxy"), _HOST]))
-    try:
-        with redirect_stdout(StringIO()):  # several lines about tunnels
-            start_page(page, _HOST, port, share)
-        if share and page.share_url is None:
-            raise ConfigError("share=true: the tunnel cannot be opened; check the network, or leave share=true out.")
-        print(f"{page.share_url or page.local_url}  (Ctrl-C ends the demo)", flush=True)
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        page.close(verbose=False)
+    with TemporaryDirectory(prefix="ema-seg-demo-", dir=os.environ.get("GRADIO_TEMP_DIR")) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # dropped pictures and results do not outlive the demo
+        page = build_page(models, examples)
+        try:
+            with redirect_stdout(StringIO()):  # several lines about tunnels
+                start_page(page, _HOST, port, share)
+            if share and page.share_url is None:
+                raise ConfigError(
+                    "share=true: the tunnel cannot be opened; check the network, or leave share=true out."
+                )
+            print(f"{page.share_url or page.local_url}  (Ctrl-C ends the demo)", flush=True)
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            page.close(verbose=False)

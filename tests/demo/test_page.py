@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import socket
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -43,7 +44,27 @@ def hosts():
 
 
 @pytest.fixture(scope="module")
-def start(hosts):
+def turned(tmp_path_factory):
+    """Write a picture that viewers turn by its orientation tag."""
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    path = tmp_path_factory.mktemp("pictures") / "turned.jpg"
+    Image.fromarray(noise((64, 96))).save(path, exif=tag)
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(models, turned):
+    """Segment the pictures before the pages do: a model must not run in two threads at once."""
+    return SimpleNamespace(
+        results=[model.segmenter(turned) for model in models],
+        maps=models[0].segmenter(turned, weight_maps=True).weight_maps,
+        example=models[0].segmenter(noise((64, 96), 7)),
+    )
+
+
+@pytest.fixture(scope="module")
+def start(hosts, expected):
     pages = []
 
     def start(models, examples=()):
@@ -80,8 +101,11 @@ def browser():
 
 
 @pytest.fixture
-def open_page(browser):
-    """Return a function that opens an address; fail the test on page errors and on requests beyond this machine."""
+def open_page(browser, capsys):
+    """Return a function that opens an address.
+
+    Fail the test on page errors, on requests beyond this machine, and on tracebacks, which Gradio prints.
+    """
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
     complaints, requests = [], []
@@ -95,6 +119,7 @@ def open_page(browser):
     yield open_page
     context.close()
     assert complaints == []
+    assert "Traceback" not in capsys.readouterr().err
     assert requests
     assert {url.hostname for url in requests if url.scheme not in ("data", "blob")} == {LOOPBACK}
 
@@ -119,36 +144,26 @@ def wait_for_text(page, name, text):
     page.locator(f"#{name}").get_by_text(text).first.wait_for()
 
 
-@pytest.fixture
-def turned(tmp_path):
-    """Write a picture that viewers turn by its orientation tag."""
-    tag = Image.Exif()
-    tag[0x0112] = 6
-    Image.fromarray(noise((64, 96))).save(tmp_path / "turned.jpg", exif=tag)
-    return tmp_path / "turned.jpg"
-
-
-def test_masks_areas_and_differences_are_those_of_the_models(page, models, turned):
-    results = [model.segmenter(turned) for model in models]
-    assert all(len(np.unique(result.mask)) > 1 for result in results)
+def test_masks_areas_and_differences_are_those_of_the_models(page, expected, turned):
+    assert all(len(np.unique(result.mask)) > 1 for result in expected.results)
 
     drop(page, turned)
 
     wait_for_text(page, "time-1", re.compile(r"64 x 96 pixels in \d+\.\d\d s"))
-    for index, result in enumerate(results):
+    for index, result in enumerate(expected.results):
         assert np.array_equal(pixels(page, f"mask-{index}"), colourise(result.mask, result.palette))
         assert np.array_equal(pixels(page, f"overlay-{index}"), np.array(result.overlay()))
         rows = page.locator(f"#areas-{index} table.areas tr").all_inner_texts()[1:]
-        expected = sorted(filter(lambda item: item[1], result.areas().items()), key=lambda item: -item[1])
-        assert [row.split() for row in rows] == [[name, f"{share:.2%}"] for name, share in expected]
-    difference = compare(*results)
+        areas = sorted(filter(lambda item: item[1], result.areas().items()), key=lambda item: -item[1])
+        assert [row.split() for row in rows] == [[name, f"{share:.2%}"] for name, share in areas]
+    difference = compare(*expected.results)
     wait_for_text(page, "difference", f"{difference.share:.2%}")
-    assert np.array_equal(pixels(page, "difference-picture"), np.array(difference.draw(results[0].image)))
+    assert np.array_equal(pixels(page, "difference-picture"), np.array(difference.draw(expected.results[0].image)))
     assert page.get_by_role("heading", name="with <ema>", exact=True).is_visible()
 
 
-def test_the_slider_goes_through_the_groups_of_the_chosen_block(page, models, turned):
-    maps = models[0].segmenter(turned, weight_maps=True).weight_maps
+def test_the_slider_goes_through_the_groups_of_the_chosen_block(page, expected, turned):
+    maps = expected.maps
     last, first = list(maps)[-1], next(iter(maps))
 
     drop(page, turned)
@@ -172,14 +187,11 @@ def test_the_slider_goes_through_the_groups_of_the_chosen_block(page, models, tu
     assert page.locator("#group-0 input[type=range]").get_attribute("max") == str(len(maps[first]))
 
 
-def test_an_example_is_segmented_and_an_unreadable_one_is_not_there(page, models):
-    # Before the click: the page's models must not run in two threads at once.
-    expected = models[0].segmenter(noise((64, 96), 7))
-
+def test_an_example_is_segmented_and_an_unreadable_one_is_not_there(page, expected):
     page.locator("#examples img").first.click()
 
     assert page.locator("#examples img").count() == 1
-    assert np.array_equal(pixels(page, "mask-0"), colourise(expected.mask, expected.palette))
+    assert np.array_equal(pixels(page, "mask-0"), colourise(expected.example.mask, expected.example.palette))
 
 
 def test_a_file_that_is_no_image_is_a_sentence_and_the_next_picture_works(page, tmp_path, turned):
@@ -191,18 +203,18 @@ def test_a_file_that_is_no_image_is_a_sentence_and_the_next_picture_works(page, 
     assert page.get_by_role("alert").inner_text().startswith("notes.jpg: cannot be decoded as an image")
     assert page.locator("#results").is_hidden()
     drop(page, turned)
-    page.locator("#mask-0 img").first.wait_for()
+    page.locator("#weights-0 img").first.wait_for()
     assert page.get_by_role("alert").count() == 0
 
 
 def test_a_picture_in_windows_has_a_mask_and_a_sentence_instead_of_weight_maps(page, models, turned, monkeypatch):
     monkeypatch.setattr("ema_seg.inference.segmenter._MOST_PIXELS", 64 * 64)
-    expected = models[0].segmenter(turned)
+    in_windows, _ = models[0].segment(turned)  # waits for the page's models
 
     drop(page, turned)
 
     wait_for_text(page, "note-0", "No weight maps: the picture has 64 x 96 pixels and is predicted in windows")
-    assert np.array_equal(pixels(page, "mask-0"), colourise(expected.mask, expected.palette))
+    assert np.array_equal(pixels(page, "mask-0"), colourise(in_windows.mask, in_windows.palette))
     assert page.locator("#weights-0").is_hidden()
     assert page.get_by_role("alert").count() == 0
 

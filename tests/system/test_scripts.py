@@ -263,17 +263,19 @@ def test_demo_names_the_command_that_installs_gradio(run_script, monkeypatch):
     assert re.search(r"^error: ema-seg demo needs Gradio \(.*\); install it with pip install .*\[demo\]'\.$", err)
 
 
-def test_demo_serves_a_page_to_this_machine_until_it_is_interrupted(finished_run, entry):
+def test_demo_serves_a_page_to_this_machine_until_it_is_interrupted(finished_run, entry, tmp_path):
     port = free_port()
     arguments = ("demo", f"run={finished_run}", f"other={finished_run / 'checkpoints/last.ckpt'}", f"port={port}")
-    process = entry.start(*arguments, script="ema_seg/__main__", env={**os.environ, "http_proxy": "http://127.0.0.1:9"})
+    environment = {**os.environ, "http_proxy": "http://127.0.0.1:9", "GRADIO_TEMP_DIR": str(tmp_path)}
+    process = entry.start(*arguments, script="ema_seg/__main__", env=environment)
     deadline = time.monotonic() + 60
     while "Ctrl-C" not in entry.out and time.monotonic() < deadline and is_alive(process):
         time.sleep(0.1)
     with contextlib.suppress(OSError):  # a server that has ended; the assertions below tell
         page = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}/")
         text = page.read().decode()
-    listening = subprocess.run(["cat", f"/proc/{process}/net/tcp"], capture_output=True, text=True).stdout
+    listening = Path(f"/proc/{process}/net/tcp").read_text()
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
     os.kill(process, signal.SIGINT)
     status, err = entry.wait()
 
@@ -282,6 +284,8 @@ def test_demo_serves_a_page_to_this_machine_until_it_is_interrupted(finished_run
     assert re.search(rf" 0100007F:{port:04X} 00000000:0000 0A ", listening)  # 127.0.0.1 alone
     assert not re.search(rf" 00000000:{port:04X} ", listening)
     assert all(name in text for name in ("run and ", "Or choose an example"))
+    assert kept  # the examples
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 def test_the_page_on_using_a_model_does_what_it_says(finished_run, camvid_root, tmp_path, monkeypatch):
