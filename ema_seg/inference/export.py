@@ -98,7 +98,7 @@ def check_export(form: Format, precision: str) -> None:
             f"precision={precision}: format={form} has {', '.join(_PRECISIONS[form])}; choose one of them, or "
             "format=onnx or openvino."
         )
-    packages = [*_PACKAGES[form], *["nncf"] * (form == "openvino" and precision == "int8")]
+    packages = [*_PACKAGES[form], *["nncf"] * (precision == "int8")]
     for package in packages:
         try:
             __import__(package)
@@ -136,18 +136,20 @@ def write_artefact(
         if metadata.format == "torch":
             torch.export.save(program, path, extra_files={METADATA_KEY: metadata.as_json()})
             return path
-        onnx = folder / "model.onnx"
-        _save_onnx(program, onnx, metadata)
+        file = folder / "model.onnx"
+        _save_onnx(program, file, metadata)
     except Exception as error:  # torch.export and its ONNX exporter each raise their own types
         raise ModelError(
             f"the model of {metadata.config['model']['decoder']} and {metadata.config['model']['encoder']} with "
             f"attention={metadata.config['attention']['name']} cannot be exported ({one_line(error)[:300]})."
         ) from error
     if metadata.format == "openvino":
-        _convert_to_openvino(onnx, path, metadata, calibration)
-        onnx.unlink()
+        _convert_to_openvino(file, path, metadata, calibration)
+        file.unlink()
     elif metadata.precision == "int8":
-        _quantise_onnx(onnx, calibration)
+        import onnx
+
+        onnx.save(_quantise(onnx.load(file), [{"image": image} for image in calibration()]), file)
     return path
 
 
@@ -221,38 +223,11 @@ def _save_onnx(program: torch.export.ExportedProgram, path: Path, metadata: Meta
     onnx.save(model, path)
 
 
-def _quantise_onnx(path: Path, calibration: Callable[[], Iterator[NDArray[Any]]]) -> None:
-    """Quantise convolutions and matrix products statically: int8 weights by channel, uint8 feature maps."""
-    import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+def _quantise(model: Any, inputs: Sequence[Any]) -> Any:
+    """Quantise a model of onnx or OpenVINO statically, calibrated on inputs as its software takes them."""
+    import nncf
 
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self._images = calibration()
-
-        def get_next(self) -> dict[str, NDArray[Any]] | None:
-            image = next(self._images, None)
-            return None if image is None else {"image": image}
-
-    prepared = path.with_name("prepared.onnx")
-    quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
-    quantize_static(
-        str(prepared),
-        str(path),
-        Reader(),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        op_types_to_quantize=["Conv", "Gemm", "MatMul"],
-    )
-    metadata = onnx.load(prepared).metadata_props
-    model = onnx.load(path)
-    del model.metadata_props[:]
-    model.metadata_props.extend(metadata)
-    onnx.save(model, path)
-    prepared.unlink()
+    return nncf.quantize(model, nncf.Dataset(inputs), subset_size=len(inputs))
 
 
 def _convert_to_openvino(
@@ -262,9 +237,6 @@ def _convert_to_openvino(
 
     model = openvino.convert_model(onnx)
     if metadata.precision == "int8":
-        import nncf
-
-        images: Sequence[NDArray[Any]] = list(calibration())
-        model = nncf.quantize(model, nncf.Dataset(images), subset_size=len(images))
+        model = _quantise(model, list(calibration()))
     model.set_rt_info(metadata.as_json(), [METADATA_KEY])
     openvino.save_model(model, path, compress_to_fp16=metadata.precision == "fp16")
