@@ -28,6 +28,7 @@ from ema_seg.inference.exported import ExportedModel, Metadata
 from ema_seg.inference.prediction import pad_to_stride, predict, segment
 from ema_seg.models import load_segmenter, model_stride
 from ema_seg.models.checkpoint import check_classes
+from ema_seg.models.shared import config_without_paths
 from ema_seg.runtime.errors import DataError, ModelError
 from ema_seg.runtime.execution import set_execution
 from ema_seg.runtime.files import write_file
@@ -112,7 +113,7 @@ def export(
         stride=model_stride(model),
         classes=list(saved["classes"]),
         palette=[list(colour) for colour in module.palette],
-        config=config,
+        config=config_without_paths(config),
         scores=_scores_of(run),
         origin={
             "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),

@@ -39,7 +39,7 @@ class Metadata:
         stride: the model's stride.
         classes: the K class names.
         palette: their colours, (red, green, blue) from 0 to 255.
-        config: configuration of the run, with the normalisation in ``data.mean`` and ``data.std``.
+        config: configuration of the run without paths, with the normalisation in ``data.mean`` and ``data.std``.
         scores: of the run's own evaluation: ``miou``, ``images`` and ``split``; None if there is none.
         origin: ``checkpoint`` (its SHA-256), ``ema_seg`` and ``torch`` (versions).
     """

@@ -32,7 +32,18 @@ from ema_seg.runtime.errors import CheckpointError, DataError, one_line
 from ema_seg.runtime.files import Manifest, write_file
 from ema_seg.runtime.texts import read_json
 
-__all__ = ["CARD", "CONFIG", "PANEL", "SCHEMA", "VERSION", "WEIGHTS", "read_shared", "shared_config", "write_shared"]
+__all__ = [
+    "CARD",
+    "CONFIG",
+    "PANEL",
+    "SCHEMA",
+    "VERSION",
+    "WEIGHTS",
+    "config_without_paths",
+    "read_shared",
+    "shared_config",
+    "write_shared",
+]
 
 SCHEMA = "ema-seg.model/1"
 VERSION = ema_seg.__version__
@@ -54,17 +65,28 @@ _FILE = "file"
 def shared_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Select the settings of a run's configuration that may be shared.
 
-    The result has no path: ``data.root`` is missing (``???``), so that an evaluation asks for it, and any other path is
-    ``"file"``. Loggers, devices, the sweep and the run's folder are left out, and so is the auxiliary head, whose
-    weights are not shared.
+    Loggers, devices, the sweep and the run's folder are left out, and so are paths; see ``config_without_paths``.
 
     Args:
         config: the resolved configuration of ``train.py`` as plain data.
     """
-    shared = {key: _without_paths(config[key]) for key in (*_VALUES, *_SECTIONS) if key in config}
+    shared = {key: config[key] for key in (*_VALUES, *_SECTIONS) if key in config}
     for section, keys in (("trainer", _TRAINER), ("training", _TRAINING)):
         found = config.get(section, {})
-        shared[section] = {key: _without_paths(found[key]) for key in keys if key in found}
+        shared[section] = {key: found[key] for key in keys if key in found}
+    return config_without_paths(shared)
+
+
+def config_without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove what a run's configuration says about the machine.
+
+    ``data.root`` becomes ``???``, so that an evaluation asks for it, and any other path ``"file"``. The auxiliary head
+    is left out, because its weights are no part of the trained model.
+
+    Args:
+        config: the resolved configuration of ``train.py`` as plain data, or some of its sections.
+    """
+    shared: dict[str, Any] = _without_paths(config)
     data, model = shared["data"], shared["model"]
     if data.get("root") is not None:
         data["root"] = "???"

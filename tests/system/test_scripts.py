@@ -179,14 +179,17 @@ def test_an_exported_run_is_verified_and_goes_where_a_checkpoint_goes(finished_r
     assert verified["miou"]["artefact"] == pytest.approx(own["miou"], abs=0.01)
     assert f"mIoU                  {verified['miou']['artefact']:.2%}" in text and text.endswith(f"{out}/model.onnx\n")
 
-    status, _, err = run_script("eval", f"ckpt={out}/model.onnx", "evaluation.budget=0.1", f"report.dir={tmp_path}/b")
+    assert str(camvid_root).encode() not in (out / "model.onnx").read_bytes()
+
+    options = (f"data.root={camvid_root}", "evaluation.budget=0.1", f"report.dir={tmp_path}/b")
+    status, _, err = run_script("eval", f"ckpt={out}/model.onnx", *options)
     assert status == 0, err
     report = json.loads((tmp_path / "b/report.json").read_text())
     assert report["miou"] == pytest.approx(verified["miou"]["artefact"])
     assert report["config"]["export"] == {"format": "onnx", "precision": "fp32"}
     assert (report["parameters"], report["gmacs"]) == (own["parameters"], own["gmacs"])
-    _, configurations = group_runs(read_runs([finished_run, tmp_path / "b"]).runs)
-    assert len(configurations) == 2
+    differing, configurations = group_runs(read_runs([finished_run, tmp_path / "b"]).runs)
+    assert (differing, len(configurations)) == (["export.format", "export.precision"], 2)
 
     source = camvid_root / "val" / "images"
     status, _, err = run_script("predict", f"run={out}/model.onnx", f"source={source}", f"out={tmp_path}/masks")
