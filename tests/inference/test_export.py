@@ -1,6 +1,8 @@
 """Tests of exported models: written, read, and compared with the model."""
 
+import contextlib
 import json
+import sys
 
 import numpy as np
 import onnx
@@ -37,6 +39,13 @@ def model():
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_outside_the_capture():
+    # NNCF's loggers, and absl's beneath, keep the streams of their import. absl would close those of pytest's capture.
+    with contextlib.redirect_stdout(sys.__stdout__), contextlib.redirect_stderr(sys.__stderr__):
+        import nncf  # noqa: F401
 
 
 @pytest.fixture(scope="module")
