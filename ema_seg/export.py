@@ -183,13 +183,13 @@ def _compare(
         for shown in (image, *scaled):
             (expected,) = predict(model, [shown], model_stride(model), module.normalise)
             (found,) = predict(artefact, [shown], artefact.stride, artefact.normalise)
-            logits, ids = expected.whole()[0], found.whole()[0].argmax(dim=0)
-            own = logits.argmax(dim=0)
+            logits, exported = expected.whole()[0], found.whole()[0]
+            own, ids = logits.argmax(dim=0), exported.argmax(dim=0)
             equal, pixels = equal + int((own == ids).sum()), pixels + ids.numel()
             if artefact.metadata.processing:
                 difference = logits.amax(dim=0) - logits.gather(0, ids[None])[0]
             else:
-                difference = (logits - found.whole()[0]).abs()
+                difference = (logits - exported).abs()
             largest = max(largest, float(difference.max()))
             if shown is image:
                 scores["model"].update(own.numpy(), truth)

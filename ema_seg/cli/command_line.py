@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
@@ -40,6 +40,7 @@ __all__ = [
     "quoted",
     "read_config",
     "reports_errors",
+    "require_set",
     "run_config",
     "saved_config",
 ]
@@ -126,6 +127,17 @@ def run_config(composed: DictConfig) -> dict[str, Any]:
     config = plain_config(composed)
     config.pop("sweep", None)
     return config
+
+
+def require_set(config: Mapping[str, Any], **meanings: str) -> None:
+    """Check that keys are set; ``meanings`` says what each of them is, for the message.
+
+    Raises:
+        ConfigError: one of them is null.
+    """
+    for key, meaning in meanings.items():
+        if config[key] is None:
+            raise ConfigError(f"{key}: must be set; give {key}=<{meaning}>.")
 
 
 def saved_config(run: Path, key: str) -> dict[str, Any]:

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ema_seg.cli.command_line import config_of_run_or_checkpoint, expand_home, plain_config, reports_errors
+from ema_seg.cli.command_line import config_of_run_or_checkpoint, expand_home, plain_config, reports_errors, require_set
 from ema_seg.cli.composition import CONFIGS, compose, launch
 from ema_seg.config import Demonstrating, check_settings
-from ema_seg.runtime.errors import ConfigError
 from ema_seg.runtime.host_memory import gc_frozen_imports, keep_freed_memory
 
 __all__ = ["main"]
@@ -26,8 +25,7 @@ def main() -> None:
 def _show(composed: DictConfig) -> None:
     config = plain_config(composed)
     check_settings(config, Demonstrating)
-    if config["run"] is None:
-        raise ConfigError("run: must be set; give run=<the folder of a run or a checkpoint>.")
+    require_set(config, run="the folder of a run or a checkpoint")
 
     # Heavy imports only now, so that --help and --cfg answer at once.
     with gc_frozen_imports():

@@ -6,7 +6,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ema_seg.cli.command_line import argument, config_of_run_or_checkpoint, expand_home, plain_config, reports_errors
+from ema_seg.cli.command_line import (
+    argument,
+    config_of_run_or_checkpoint,
+    expand_home,
+    plain_config,
+    reports_errors,
+    require_set,
+)
 from ema_seg.cli.composition import CONFIGS, compose, launch, offer_settings_of_run
 from ema_seg.cli.early_checks import check_root
 from ema_seg.config import Exporting, check_settings
@@ -29,8 +36,7 @@ def main() -> None:
 @reports_errors
 def _export(composed: DictConfig) -> None:
     config = plain_config(composed)
-    if config["run"] is None:
-        raise ConfigError("run: must be set; give run=<the folder of a run or a checkpoint>.")
+    require_set(config, run="the folder of a run or a checkpoint")
     check_settings(config, Exporting)
     check_root(config["data"])
 

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ema_seg.cli.command_line import expand_home, plain_config, reports_errors
+from ema_seg.cli.command_line import expand_home, plain_config, reports_errors, require_set
 from ema_seg.cli.composition import CONFIGS, compose, launch
 from ema_seg.config import Predicting, check_settings
-from ema_seg.runtime.errors import ConfigError
 from ema_seg.runtime.escaping import for_terminal
 from ema_seg.runtime.host_memory import gc_frozen_imports, keep_freed_memory
 from ema_seg.runtime.hub import hub_address
@@ -31,13 +30,12 @@ def main() -> None:
 def _predict(composed: DictConfig) -> None:
     config = plain_config(composed)
     check_settings(config, Predicting)
-    for key, meaning in (
-        ("run", "the folder of a run or a checkpoint"),
-        ("source", "an image, a video, a folder, a pattern or camera:0"),
-        ("out", "a folder for the results"),
-    ):
-        if config[key] is None:
-            raise ConfigError(f"{key}: must be set; give {key}=<{meaning}>.")
+    require_set(
+        config,
+        run="the folder of a run or a checkpoint",
+        source="an image, a video, a folder, a pattern or camera:0",
+        out="a folder for the results",
+    )
 
     # Heavy imports only now, so that --help and --cfg answer at once.
     with gc_frozen_imports():

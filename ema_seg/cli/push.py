@@ -5,10 +5,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ema_seg.cli.command_line import expand_home, plain_config, reports_errors
+from ema_seg.cli.command_line import expand_home, plain_config, reports_errors, require_set
 from ema_seg.cli.composition import CONFIGS, compose, launch
 from ema_seg.config import Pushing, check_settings
-from ema_seg.runtime.errors import ConfigError, DataError
+from ema_seg.runtime.errors import DataError
 from ema_seg.runtime.host_memory import gc_frozen_imports
 from ema_seg.runtime.hub import hub_address
 
@@ -26,9 +26,7 @@ def main() -> None:
 def _push(composed: DictConfig) -> None:
     config = plain_config(composed)
     check_settings(config, Pushing)
-    for key, meaning in (("run", "the folder of a run or a checkpoint"), ("to", "a folder or hf://user/name")):
-        if config[key] is None:
-            raise ConfigError(f"{key}: must be set; give {key}=<{meaning}>.")
+    require_set(config, run="the folder of a run or a checkpoint", to="a folder or hf://user/name")
     hub_address(config["to"])  # checks the address
     if hub_address(config["run"]) is None and not Path(config["run"]).exists():
         raise DataError(f"run={config['run']}: no such folder or file; give the folder of a run, or a checkpoint.")

@@ -18,10 +18,10 @@ from ema_seg.runtime.escaping import for_terminal
 from ema_seg.runtime.extras import install_command
 from ema_seg.runtime.progress import CountedProgress
 
+__all__ = ["segment_camera", "segment_videos"]
+
 Container = Any
 """Open container of PyAV."""
-
-__all__ = ["segment_camera", "segment_videos"]
 
 # Encoder of each container for the overlays; a video in another container gets an overlay in .mp4.
 _ENCODERS = {".avi": "libx264", ".m4v": "libx264", ".mkv": "libx264", ".mov": "libx264", ".webm": "libvpx-vp9"}

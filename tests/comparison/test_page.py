@@ -1,9 +1,7 @@
 """Tests of the page of a comparison, most of them in Chromium or Chrome."""
 
 import json
-import os
 import re
-import shutil
 from urllib.parse import urlsplit
 
 import pytest
@@ -11,30 +9,11 @@ import pytest
 from ema_seg.comparison.page import write_page
 from tests.comparison.comparisons import FAILURE, make_comparison
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory):
     directory = tmp_path_factory.mktemp("comparison")
     return write_page(make_comparison(directory), directory)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if executable is None:
-        message = "no Chromium or Chrome to open the page with; install one, on Debian with apt-get install chromium"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-        browser = playwright.chromium.launch(executable_path=executable, args=options)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

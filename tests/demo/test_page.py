@@ -1,9 +1,7 @@
 """Tests of the page in Chromium or Chrome."""
 
 import io
-import os
 import re
-import shutil
 import socket
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -81,23 +79,6 @@ def start(hosts, expected):
 @pytest.fixture(scope="module")
 def address(start, models):
     return start(models, [Example("noise", lambda: noise((64, 96), 7)), Example("broken", lambda: "nowhere.png")])
-
-
-@pytest.fixture(scope="module")
-def browser():
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if executable is None:
-        message = "no Chromium or Chrome to open the page with; install one, on Debian with apt-get install chromium"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-        browser = playwright.chromium.launch(executable_path=executable, args=options)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
