@@ -176,15 +176,17 @@ class RowLogits:
         above, below = self._halo - (first - start), self._halo - (stop - last)
         if above or below:
             features = F.pad(features, (0, 0, above, below))
-        return _conv2d(features, weights, (0, self._halo))
+        return _conv2d(features.contiguous(), [weight.contiguous() for weight in weights], (0, self._halo))
 
     def _interpolate(self, features: Tensor, first: int, last: int) -> Tensor:
         start, stop = self.feature_rows(first, last)
-        # PyTorch interpolates the channels-last layout fastest. Later operations are faster in the other one.
+        # PyTorch interpolates the channels-last layout fastest, and its gradient. Later operations are faster in the
+        # other one.
         size = (stop - start, int(features.shape[3] * self.scale))
-        wide = F.interpolate(
-            features.contiguous(memory_format=torch.channels_last), size=size, mode="bilinear", align_corners=True
-        ).contiguous()
+        wide = F.interpolate(_channels_last(features), size=size, mode="bilinear", align_corners=True)
+        if wide.requires_grad:
+            wide.register_hook(_channels_last)
+        wide = _transposed(wide.permute(0, 2, 3, 1).flatten(1, 2)).view(wide.shape)
         # The weight of a feature row is 1 - its distance, in rows.
         dtype = torch.float32 if features.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         positions = torch.arange(first, last, dtype=dtype, device=features.device) * self._step
@@ -241,6 +243,19 @@ def _deferred(head: SegmentationHead | DPTHead) -> Iterator[None]:
 
 def _conv2d(features: Tensor, weights: Sequence[Tensor], padding: tuple[int, int]) -> Tensor:
     return F.conv2d(features, weights[0], weights[1] if len(weights) > 1 else None, padding=padding)
+
+
+def _channels_last(image: Tensor) -> Tensor:
+    """Return 1 x C x H x W in the channels-last layout."""
+    if image.is_contiguous(memory_format=torch.channels_last):
+        return image
+    _, channels, height, width = image.shape
+    return _transposed(image.flatten(2)).view(1, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _transposed(matrix: Tensor) -> Tensor:
+    """Copy 1 x m x n to 1 x n x m, as a matrix, because PyTorch copies in blocks only those."""
+    return matrix[0].t().contiguous()[None]
 
 
 def _upsample(logits: Tensor, scale: float) -> Tensor:
