@@ -80,7 +80,7 @@ def measure(
 
     def command(_: int) -> None:
         results = Results(folder / "out", segmenter)
-        results.claim("benchmark", overwrite=True)
+        results.claim({"model": "benchmark"}, overwrite=True)
         assert not segment_files(images, results, batch_size=batch_size, overwrite=True)
 
     calls = {"forward": forward, "predict": command}

@@ -1,5 +1,6 @@
 """The command ``ema-seg predict``: from its arguments to masks, overlays and areas of many images."""
 
+import hashlib
 import re
 import sys
 from pathlib import Path
@@ -43,16 +44,19 @@ def _predict(composed: DictConfig) -> None:
         from ema_seg.inference.results import Results
         from ema_seg.inference.segmenter import Segmenter
         from ema_seg.inference.video import segment_camera, segment_videos
+        from ema_seg.models.checkpoint import checkpoint_path
 
     source, out = config["source"], Path(config["out"])
     camera = _CAMERA.fullmatch(source)
-    files = {} if camera else find_files(source)
+    files = {} if camera else find_files(source, out)
     options = {key: config[key] for key in ("device", "precision", "compile")}
     details = {key: config[key] for key in ("alpha", "probabilities", "weight_maps")}
     segmenter = Segmenter.load(config["run"], **options)
     results = Results(out, segmenter, **details)
-    origin = config["run"] if hub_address(config["run"]) else str(Path(config["run"]).resolve())
-    results.claim(origin, overwrite=config["overwrite"])
+    name = config["run"] if hub_address(config["run"]) else str(Path(config["run"]).resolve())
+    with checkpoint_path(config["run"]).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    results.claim({"model": name, "sha256": digest}, overwrite=config["overwrite"])
 
     work = {key: config[key] for key in ("batch_size", "workers", "overwrite")}
     if camera:

@@ -1,8 +1,9 @@
 """Segmentation of many image files: masks, overlays and the areas of the classes, as files."""
 
 import glob
+import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -10,11 +11,11 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ema_seg.inference.results import Results
+from ema_seg.inference.results import KINDS, Results
 from ema_seg.runtime.errors import DataError, EmaSegError
 from ema_seg.runtime.progress import CountedProgress
 
-__all__ = ["SUFFIXES", "VIDEO_SUFFIXES", "find_files", "is_video", "segment_files"]
+__all__ = ["SUFFIXES", "VIDEO_SUFFIXES", "find_files", "is_video", "segment_files", "tell_left_out"]
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm")
@@ -27,16 +28,17 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
-def find_files(source: str) -> dict[Path, str]:
+def find_files(source: str, out: Path | None = None) -> dict[Path, str]:
     """Find the images and videos that a path or pattern names.
 
     Args:
         source: an image or video; a folder, in which files with one of ``SUFFIXES`` or ``VIDEO_SUFFIXES`` count, at any
-            depth; or a pattern with ``*``, ``?``, ``[`` or ``**``.
+            depth, but for hidden ones; or a pattern with ``*``, ``?``, ``[`` or ``**``.
+        out: folder of the results, which are no images of the source even if they are inside of it.
 
     Returns:
         The files, sorted, each with the name of its results: its path below the folder, without the suffix unless
-        another file differs in its suffix alone.
+        results of two files would share a name.
 
     Raises:
         DataError: nothing is there, or there are no images and videos.
@@ -46,7 +48,8 @@ def find_files(source: str) -> dict[Path, str]:
         return _names([path], path.parent)
     if path.is_dir():
         known = {*SUFFIXES, *VIDEO_SUFFIXES}
-        found = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in known)
+        files = (file for file in path.rglob("*") if file.suffix.lower() in known)
+        found = _without_results(files, path, out)
         if not found:
             raise DataError(
                 f"source={source}: the folder has no images ({', '.join(SUFFIXES)}) and no videos "
@@ -56,18 +59,49 @@ def find_files(source: str) -> dict[Path, str]:
     parts = path.parts
     wildcard = next((index for index, part in enumerate(parts) if glob.has_magic(part)), len(parts))
     root = Path(*parts[:wildcard])
-    matches = sorted(file for file in root.glob("/".join(parts[wildcard:]) or "*") if file.is_file())
+    matches = _without_results(root.glob("/".join(parts[wildcard:]) or "*"), root, out)
     if wildcard == len(parts) or not matches:
         raise DataError(f"source={source}: there is no such file or folder, and no file matches it as a pattern.")
     return _names(matches, root)
 
 
+def _without_results(files: Iterable[Path], source: Path, out: Path | None) -> list[Path]:
+    """Sort files, without hidden ones and those in the folders of results inside of ``source``."""
+
+    def is_hidden(file: Path) -> bool:
+        return any(part.startswith(".") for part in file.relative_to(source).parts)
+
+    results = [] if out is None else [out.resolve() / kind for kind in KINDS]
+    inside = [folder for folder in results if folder.is_relative_to(source.resolve()) and folder != source.resolve()]
+    return sorted(
+        file
+        for file in files
+        if file.is_file() and not is_hidden(file) and not any(map(file.resolve().is_relative_to, inside))
+    )
+
+
 def _names(files: Sequence[Path], root: Path) -> dict[Path, str]:
+    """Name the results of files: paths below ``root``, with their suffixes where results would share a name."""
     relative = {file: file.relative_to(root) for file in files}
-    stems = Counter(path.with_suffix("") for path in relative.values())
-    return {
-        file: str(path if stems[path.with_suffix("")] > 1 else path.with_suffix("")) for file, path in relative.items()
-    }
+    names = {file: path.with_suffix("") for file, path in relative.items()}
+    while True:
+        counts = Counter(names.values())
+        folders = {folder for name in names.values() for folder in name.parents}
+        shared = [
+            file
+            for file, name in names.items()
+            # The frames of a video are in a folder of its name.
+            if name != relative[file] and (counts[name] > 1 or (is_video(file) and name in folders))
+        ]
+        if not shared:
+            return {file: str(name) for file, name in names.items()}
+        names |= {file: relative[file] for file in shared}
+
+
+def tell_left_out(count: int) -> None:
+    """Say on stderr how many files are left out because their results are there."""
+    if count:
+        print(f"{count} left out, because their results are there; overwrite=true predicts them again", file=sys.stderr)
 
 
 def segment_files(
@@ -91,24 +125,25 @@ def segment_files(
     Raises:
         DataError: a result cannot be written.
     """
-    missing = [image for image, name in images.items() if overwrite or not results.has(name)]
+    missing = [image for image, name in images.items() if overwrite or not results.has(name, image)]
+    tell_left_out(len(images) - len(missing))
     problems: dict[Path, str] = {}
     with ThreadPoolExecutor(workers) as pool, CountedProgress() as progress:
         task = progress.add_task("Predicting", total=len(missing))
         writing: deque[Future[None]] = deque()
-        files = _read_ahead(pool, results.segmenter.read, missing, 2 * batch_size, problems)
+        files = _read_ahead(pool, results.read, missing, 2 * batch_size, problems)
         for batch in _batches(files, batch_size):
             for (image, _), result in zip(batch, results.segment([pixels for _, pixels in batch]), strict=True):
                 if isinstance(result, EmaSegError):
                     problems[image] = f"{image}: {result}"
                 else:
-                    writing.append(pool.submit(results.write_image, images[image], result))
+                    writing.append(pool.submit(results.write_image, images[image], image, result))
             while len(writing) > 2 * batch_size:
                 writing.popleft().result()
             progress.update(task, advance=len(batch))
         for future in writing:
             future.result()
-    results.write_areas()
+    results.finish()
     return [problems[image] for image in images if image in problems]
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ema_seg.inference.files import tell_left_out
 from ema_seg.inference.results import Results
 from ema_seg.inference.segmenter import Segmentation
 from ema_seg.runtime.errors import ConfigError, DataError, EmaSegError
@@ -41,7 +42,7 @@ def segment_videos(
 
     The first frame of ``clip.mp4`` has the mask ``masks/clip/000000.png`` and the row ``clip/000000`` in ``areas.csv``.
     The overlay is ``overlays/clip.mp4``, with the frames, times, size and sound of the video. Frames are upright, as in
-    players. Videos whose overlay is there are left out. Decoding, encoding and writing take place beside the model.
+    players. Videos whose results are there are left out. Decoding, encoding and writing take place beside the model.
 
     Args:
         videos: the videos with the names of their results; see ``find_files``.
@@ -59,16 +60,21 @@ def segment_videos(
     """
     av = _import_av("source")
     problems: list[str] = []
+    left_out = 0
     for video, name in videos.items():
         overlay = _overlay_path(results, name, video.suffix.lower())
-        if overlay.is_file() and not overwrite:
+        done = results.has_source(name, video) and overlay.is_file() and results.has_frame(f"{name}/000000")
+        if done and not overwrite:
+            left_out += 1
             continue
         try:
             with av.open(str(video)) as source:
                 _segment(source, str(video), name, overlay, results, batch_size, workers)
+            results.write_source(name, video)
         except (av.FFmpegError, _Unreadable) as error:
             problems.append(str(error) if isinstance(error, _Unreadable) else _unreadable(video, error))
-    results.write_areas()
+    results.finish()
+    tell_left_out(left_out)
     return problems
 
 
@@ -103,7 +109,7 @@ def segment_camera(
         raise DataError(f"source={_unreadable(f'camera:{number}', error)}") from error
     except _Unreadable as error:
         raise DataError(f"source={error}") from error
-    results.write_areas()
+    results.finish()
 
 
 def _import_av(key: str) -> Any:

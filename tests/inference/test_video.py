@@ -54,8 +54,8 @@ def read_video(path):
 
 def predict(segmenter, source, out, *, overwrite=False, **details):
     results = Results(out, segmenter, **details)
-    results.claim("mine", overwrite=overwrite)
-    return segment_videos(find_files(str(source)), results, batch_size=4, overwrite=overwrite)
+    results.claim({"model": "mine"}, overwrite=overwrite)
+    return segment_videos(find_files(str(source), out), results, batch_size=4, overwrite=overwrite)
 
 
 @pytest.mark.parametrize(
@@ -109,11 +109,10 @@ def test_frames_of_a_turned_video_are_upright(segmenter, tmp_path):
 
 
 def test_the_same_call_leaves_out_what_is_there(segmenter, tmp_path, monkeypatch):
-    write_video(tmp_path / "a.mp4")
-    predict(segmenter, tmp_path / "a.mp4", tmp_path / "out")
     (tmp_path / "both").mkdir()
     for name in ("a.mp4", "b.mp4"):
         write_video(tmp_path / "both" / name)
+    predict(segmenter, tmp_path / "both" / "a.mp4", tmp_path / "out")
     batches = []
     batch = segmenter.segment_batch
     monkeypatch.setattr(segmenter, "segment_batch", lambda images: batches.append(images) or batch(images))
@@ -169,7 +168,7 @@ def test_a_camera_is_recorded_until_it_is_interrupted(segmenter, tmp_path, monke
     # FFmpeg's test picture stands for the camera.
     monkeypatch.setattr(video, "_CAMERAS", {video.sys.platform: ("lavfi", "testsrc=size=64x48:rate=25,crop=64:48:{}")})
     results = Results(tmp_path / "out", segmenter)
-    results.claim("mine")
+    results.claim({"model": "mine"})
     batch, seen = segmenter.segment_batch, []
     monkeypatch.setattr(
         segmenter,
