@@ -15,7 +15,6 @@ from ema_seg.data.datamodule import SampleSelection
 from ema_seg.evaluation import ConfusionMatrix, describe_environment, measure_cost, predict_examples, score_images
 from ema_seg.evaluation.cost import complete_cost, cost_batch_size
 from ema_seg.evaluation.evaluator import image_counter, require_labels
-from ema_seg.inference.device import find_device
 from ema_seg.inference.loading import load_model
 from ema_seg.inference.masks import encode_mask
 from ema_seg.models import model_stride, segmenter_from_config
@@ -64,11 +63,11 @@ def evaluate(
     check_settings(settings, Evaluation, "evaluation.")
     if rank_info().rank == 0:
         report_manifest(directory).check(FILES)
-    device, precision = find_device(settings["device"]), settings["precision"]
+    precision = settings["precision"]
     curves = read_curves(run)
 
     # Model: rebuilt from the checkpoint alone, or an exported one, which computes as its file says.
-    model, saved, stride, normalise, exported = load_model(checkpoint, device)
+    model, device, saved, stride, normalise, exported = load_model(checkpoint, settings["device"])
     config = saved["config"]
     if exported:
         precision = "32-true"

@@ -58,12 +58,15 @@ def _evaluate(composed: DictConfig) -> None:
     # Heavy imports only now, so that --help and --cfg answer at once.
     with gc_frozen_imports():
         from ema_seg.cli.launch import evaluate_run
+        from ema_seg.inference.exported import is_exported
         from ema_seg.models.checkpoint import checkpoint_path
+        from ema_seg.models.shared import WEIGHTS
         from ema_seg.reporting import print_report
 
     checkpoint = checkpoint_path(source)
     run = Path(config["run"]) if config["run"] else _run_of(checkpoint)
-    directory = Path(config["report"]["dir"] or _default_folder(run))
+    without_root = is_exported(checkpoint) or checkpoint.name == WEIGHTS
+    directory = Path(config["report"]["dir"] or _default_folder(run, without_root))
     try:
         report = evaluate_run(
             checkpoint,
@@ -84,12 +87,13 @@ def _evaluate(composed: DictConfig) -> None:
         print(f"report: {directory}")
 
 
-def _default_folder(run: Path) -> Path:
+def _default_folder(run: Path, without_root: bool) -> Path:
     """Return ``report`` to evaluate a finished run without changes; else make a new folder.
 
-    So a changed evaluation keeps the run's own report, and an unfinished run does not pass for a finished one.
+    So a changed evaluation keeps the run's own report, and an unfinished run does not pass for a finished one. The root
+    of the data is no change for a model that has none.
     """
-    unchanged = ("run=", "ckpt=", "report.", "devices=")
+    unchanged = ("run=", "ckpt=", "report.", "devices=", *(["data.root="] if without_root else []))
     changes = [text for text in HydraConfig.get().overrides.task if not text.startswith(unchanged)]
     own = run / "report"
     unfinished = (run / "checkpoints" / "last.ckpt").exists() and not (own / "report.json").exists()

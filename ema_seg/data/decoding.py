@@ -86,7 +86,7 @@ def decode_image(file: File, *, upright: bool = False) -> Pixels:
         DataError: The file is unreadable, damaged, of another format, or has more than 8 bits a channel.
     """
     with _opened(file, "an image") as (image, data):
-        if depth := _excess_depth(image):
+        if depth := excess_depth(image):
             raise DataError(f"{file}: the image has {depth}; expected 8 bits a channel: scale its values to 0 … 255.")
         orientation = _orientation(image, data)  # after the depth: it may load a PNG, and Pillow then forgets the depth
         if image.format in _JPEG:
@@ -126,7 +126,7 @@ def decode_mask(
         if not (image.mode in {"P", "RGB", "RGBA"} or _is_grey(image.mode)):
             raise DataError(f"{file}: the mask has mode {image.mode}, expected grey, palette or RGB.")
         as_colors = palette_colors if image.mode == "P" else grey_colors if _is_grey(image.mode) else True
-        depth, scale, orientation = _excess_depth(image), _grey_scale(image, file), _orientation(image, data)
+        depth, scale, orientation = excess_depth(image), _grey_scale(image, file), _orientation(image, data)
         if image.mode in {"RGBA", "LA"} or (as_colors and "transparency" in image.info):
             _require_opaque(image, file)
         if as_colors:
@@ -206,7 +206,7 @@ def _turn(pixels: Pixels, image: Image.Image, orientation: int, upright: bool) -
     return np.ascontiguousarray(_TURNS[turn](pixels)) if turn in _TURNS else pixels
 
 
-def _excess_depth(image: Image.Image) -> str | None:
+def excess_depth(image: Image.Image) -> str | None:
     """Describe a depth above 8 bits a channel, which Pillow would cut to the high byte; None for 8 bits or less."""
     if image.mode.startswith(("I", "F")):
         return f"mode {image.mode}"

@@ -1,4 +1,4 @@
-"""The device of an evaluation."""
+"""The device of a model."""
 
 import torch
 
@@ -8,8 +8,8 @@ from ema_seg.runtime.errors import ConfigError
 __all__ = ["find_device"]
 
 
-def find_device(name: str) -> torch.device:
-    """Return the device for a value of ``evaluation.device``.
+def find_device(name: str, key: str = "evaluation.device") -> torch.device:
+    """Return the device for a value of the setting ``key``.
 
     Raises:
         ConfigError: this machine does not have the device, or several ranks would share it.
@@ -20,11 +20,11 @@ def find_device(name: str) -> torch.device:
         device = torch.device("cuda" if name == "gpu" else name)
         if device.type != "cpu" and device.index is not None and rank_info().size > 1:
             raise ConfigError(
-                f"evaluation.device: must have no device number for {rank_info().size} processes, got {name}; set "
-                f"evaluation.device={device.type}, and each process uses its own."
+                f"{key}: must have no device number for {rank_info().size} processes, got {name}; set "
+                f"{key}={device.type}, and each process uses its own."
             )
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"evaluation.device={name}: cannot be used here ({reason}); use cpu or auto.") from error
+        raise ConfigError(f"{key}={name}: cannot be used here ({reason}); use cpu or auto.") from error
     return device

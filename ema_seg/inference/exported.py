@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from segmentation_models_pytorch.base.heads import SegmentationHead as SmpHead
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 from ema_seg.data.normalise import Normalise
 from ema_seg.models.checkpoint import check_contents
@@ -17,7 +19,7 @@ from ema_seg.models.head import SegmentationHead
 from ema_seg.runtime.errors import CheckpointError, ConfigError, one_line
 from ema_seg.runtime.extras import install_command
 
-__all__ = ["METADATA_KEY", "SUFFIXES", "ExportedModel", "Metadata", "is_exported"]
+__all__ = ["METADATA_KEY", "SUFFIXES", "ExportedModel", "Metadata", "is_exported", "runs_on_cuda"]
 
 Format = Literal["onnx", "torch", "openvino"]
 Run = Callable[[Tensor], Tensor]
@@ -77,6 +79,16 @@ class Metadata:
             raise CheckpointError(f"{path}: its metadata are damaged; export the model again.")
         check_contents(path, {**content, "state_dict": {}})
         return cls(**{field.name: content[field.name] for field in fields(cls)})
+
+
+def runs_on_cuda(path: Path) -> bool:
+    """Return whether the software of an exported model, by its suffix, runs on CUDA here."""
+    if path.suffix.lower() == ".onnx":
+        with suppress(ImportError):
+            import onnxruntime
+
+            return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return path.suffix.lower() == ".pt2"
 
 
 def is_exported(path: Path) -> bool:
@@ -185,6 +197,8 @@ def _open_torch(path: Path, device: torch.device) -> tuple[str | None, Run]:
         program = torch.export.load(path, extra_files=extra)
     except Exception as error:
         raise _damaged(path, error) from error
+    if device.type != "cpu":
+        program = move_to_device_pass(program, device)  # the graph creates tensors on the device of its tracing
     # Some guards refuse images of a single cell of the smallest map, though the graph holds for them.
     module = program.module(check_guards=False).to(device)
     return extra[METADATA_KEY], lambda images: module(images.to(device))

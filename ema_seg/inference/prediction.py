@@ -36,7 +36,7 @@ PRECISIONS: dict[str, torch.dtype | None] = {
 }
 
 
-LESS_MEMORY = "lower data.evaluation_batch_size, set evaluation.precision=bf16-mixed, or use a device with more"
+LESS_MEMORY = "predict smaller batches, with precision=bf16-mixed, or on a device with more"
 
 
 def autocast(device: torch.device | str, precision: str | int) -> AbstractContextManager[object]:

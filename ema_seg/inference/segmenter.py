@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from ema_seg.data.decoding import decode_image
+from ema_seg.data.decoding import decode_image, excess_depth
 from ema_seg.data.folder import distinct_colors
 from ema_seg.data.normalise import Normalise
 from ema_seg.data.source import File, FolderSource
 from ema_seg.inference.attention import attention_weights
 from ema_seg.inference.classes import most_likely_classes
-from ema_seg.inference.device import find_device
 from ema_seg.inference.exported import ExportedModel
 from ema_seg.inference.loading import load_model
 from ema_seg.inference.masks import colourise, encode_mask
@@ -53,9 +52,9 @@ class Segmentation:
         mask: class ids in [0, K), uint8 H x W.
         classes: the K class names.
         palette: their colours, (red, green, blue) from 0 to 255.
-        probabilities: float32 K x H x W, if they were asked for.
+        probabilities: float32 K x H x W; None if they were not computed.
         weight_maps: weights in (0, 1) by the name of the attention block, float32 (groups, h, w), where (h, w) is the
-            size of the block's features; None if they were not asked for.
+            size of the block's features; None if they were not computed.
     """
 
     image: NDArray[np.uint8]
@@ -142,11 +141,11 @@ class Segmenter:
     ) -> "Segmenter":
         """Load the model of a run, a checkpoint or an exported file; see ``ema_seg.load``."""
         path = checkpoint_path(source)
-        loaded = load_model(path, find_device(device))
+        loaded = load_model(path, device, "device")
         if loaded.exported and (precision or compile):
             raise ConfigError(f"{path}: an exported model computes as its file says; remove precision and compile.")
         config, classes = loaded.saved["config"], loaded.saved["classes"]
-        evaluation = {} if loaded.exported else config.get("evaluation", {})
+        evaluation = {} if loaded.exported else config.get("evaluation") or {}
         set_execution(loaded.model, channels_last=bool(evaluation.get("channels_last")), compile=compile)
         return cls(
             loaded.model,
@@ -156,7 +155,7 @@ class Segmenter:
             stride=loaded.stride,
             upright=config["data"].get("orientation", "upright") == "upright",
             precision=precision or evaluation.get("precision", "32-true"),
-            multiply_in_tf32=config.get("training", {}).get("tf32"),
+            multiply_in_tf32=(config.get("training") or {}).get("tf32"),
         )
 
     @overload
@@ -218,12 +217,10 @@ class Segmenter:
             path = Path(picture)
             return decode_image(File(FolderSource(path.parent), path.name), upright=self.upright)
         if isinstance(picture, Image.Image):
-            if picture.mode.startswith(("I", "F")):
-                raise DataError(
-                    f"the PIL image has mode {picture.mode}; expected 8 bits a channel: scale it to 0 … 255."
-                )
+            if depth := excess_depth(picture):
+                raise DataError(f"the PIL image has {depth}; expected 8 bits a channel: scale it to 0 … 255.")
             turned = ImageOps.exif_transpose(picture) if self.upright else picture
-            return np.array(turned.convert("RGB"))
+            picture = np.array(turned.convert("RGB"))
         array = np.asarray(picture)
         if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
             raise DataError(
@@ -232,7 +229,7 @@ class Segmenter:
             )
         if not array.size:
             raise DataError(f"the picture of shape {array.shape} has no pixel; expected one at least.")
-        return np.repeat(array[..., None], 3, axis=2) if array.ndim == 2 else array[..., :3]
+        return np.repeat(array[..., None], 3, axis=2) if array.ndim == 2 else np.ascontiguousarray(array[..., :3])
 
     def _segment(self, picture: Picture, probabilities: bool, weight_maps: bool) -> Segmentation:
         image = self.read(picture)

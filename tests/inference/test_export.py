@@ -14,6 +14,7 @@ import ema_seg
 from ema_seg.inference import segmenter as segmenter_module
 from ema_seg.inference.export import AdaptiveAveragePooling, _same_padding_of_multiples, check_export, write_artefact
 from ema_seg.inference.exported import ExportedModel, Metadata
+from ema_seg.inference.loading import load_model
 from ema_seg.inference.prediction import predict, segment
 from ema_seg.models import build_segmenter
 from ema_seg.runtime.errors import CheckpointError, ConfigError
@@ -49,7 +50,7 @@ def _imported_outside_the_capture():
 
 
 @pytest.fixture(scope="module")
-def export(model, tmp_path_factory):
+def export(model, one_trace, tmp_path_factory):
     """Return a function that exports the model once for each of its arguments."""
     written = {}
 
@@ -165,6 +166,24 @@ def test_files_that_ema_seg_did_not_write_are_refused(tmp_path):
             ExportedModel(tmp_path / name)
     with pytest.raises(CheckpointError, match="no such file"):
         ExportedModel(tmp_path / "missing.onnx")
+
+
+@pytest.mark.slow
+def test_a_program_of_torch_computes_on_the_device_that_is_asked_for(export):
+    artefact = ExportedModel(export("torch", processing=False), "meta")  # whose tensors have no values
+
+    logits = artefact.run(torch.zeros(2, 3, 96, 128))
+
+    assert (logits.device.type, logits.shape) == ("meta", (2, 3, 96, 128))
+
+
+@pytest.mark.slow
+def test_without_cuda_in_the_software_a_model_runs_on_the_cpu_unless_cuda_is_asked_for(export, monkeypatch):
+    monkeypatch.setattr("ema_seg.inference.loading.find_device", lambda *_: torch.device("cuda"))
+
+    assert load_model(export("onnx"), "auto").device.type == "cpu"
+    with pytest.raises(ConfigError, match="device=cuda: this onnxruntime has no CUDA"):
+        load_model(export("onnx"), "cuda")
 
 
 def test_metadata_are_checked(tmp_path):

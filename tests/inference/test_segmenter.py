@@ -1,5 +1,6 @@
 """Tests of the segmenter: pictures of all kinds to masks."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -64,12 +65,26 @@ def test_orientation_tags_are_applied_or_not(segmenter, picture, tmp_path, monke
         (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\)"),
         (np.zeros((3, 0, 3), np.uint8), "has no pixel"),
         (Image.new("I;16", (4, 4)), "mode I;16; expected 8 bits a channel"),
+        (Image.new("RGB", (0, 4)), "has no pixel"),
         ("nowhere.png", "nowhere.png"),
     ],
 )
 def test_what_is_no_picture_is_refused_in_a_sentence(segmenter, wrong, message):
     with pytest.raises(DataError, match=message):
         segmenter(wrong)
+
+
+def test_a_pil_image_of_16_bits_a_channel_is_refused(segmenter, tmp_path):
+    cv2.imwrite(str(tmp_path / "deep.png"), np.zeros((4, 4, 3), np.uint16))
+
+    with pytest.raises(DataError, match="the PIL image has 16 bits a channel; expected 8 bits"):
+        segmenter(Image.open(tmp_path / "deep.png"))
+
+
+def test_arrays_in_any_order_of_memory_are_taken(segmenter, picture):
+    turned = picture[::-1, :, ::-1]
+
+    assert np.array_equal(segmenter(turned).mask, segmenter(turned.copy()).mask)
 
 
 def test_probabilities_and_weight_maps_come_on_request(segmenter, picture):
