@@ -25,7 +25,7 @@ from ema_seg.models.vision_transformer import (
 from ema_seg.models.weights import check_encoder_name, load_encoder_weights
 from ema_seg.runtime.errors import ConfigError, ModelError, did_you_mean, one_line
 
-__all__ = ["build_segmenter", "decoder_names", "model_stride", "segmenter_from_config"]
+__all__ = ["build_segmenter", "decoder_names", "default_depth", "model_stride", "segmenter_from_config"]
 
 # Decoders beside those of smp.
 _OWN_DECODERS: dict[str, type[nn.Module]] = {"linear": Linear}
@@ -53,6 +53,12 @@ _FIXED_DEPTH = ("fpn", "pspnet")
 def decoder_names() -> tuple[str, ...]:
     """Return the names of the decoders for ``build_segmenter``: all of segmentation-models-pytorch, and ours."""
     return tuple(_DECODERS)
+
+
+def default_depth(decoder: str) -> int | None:
+    """Return the encoder's stages that a decoder builds unless ``encoder_depth`` is set; None for no such option."""
+    option = inspect.signature(_DECODERS[decoder]).parameters.get("encoder_depth")
+    return None if option is None else int(option.default)
 
 
 def build_segmenter(

@@ -10,15 +10,17 @@ One forward and backward pass of the finished model on a small image finds the f
 the channels of each block's output, so no table per decoder and encoder is needed.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from segmentation_models_pytorch.base import SegmentationModel
+from segmentation_models_pytorch.encoders.timm_vit import TimmViTEncoder
 from torch import Tensor, nn
 
-from ema_seg.models.vision_transformer import PyramidDecoder
+from ema_seg.models.vision_transformer import PyramidDecoder, TransformerEncoder
 from ema_seg.runtime.errors import ModelError
 from ema_seg.runtime.execution import evaluation_mode
 
@@ -141,7 +143,8 @@ def attention_tensors(model: nn.Module) -> set[str]:
 def parameter_stages(model: nn.Module) -> dict[str, int]:
     """Find the stage of each of the encoder's parameters: the index of the first feature map that depends on it.
 
-    The gradients of the feature maps of a small image find the stages, so no table per encoder is needed.
+    The gradients of the feature maps of a small image find the stages, so no table per encoder is needed. The stages of
+    a plain vision transformer are its embedding and each of its blocks, because a decoder may read its last map alone.
 
     Args:
         model: a segmenter.
@@ -155,6 +158,8 @@ def parameter_stages(model: nn.Module) -> dict[str, int]:
         prefix, encoder = "encoder.encoder.", encoder.encoder
     assert isinstance(encoder, nn.Module)
     parameters = dict(encoder.named_parameters())
+    if isinstance(encoder, TransformerEncoder | TimmViTEncoder):
+        return {f"{prefix}{name}": stage for name, stage in _transformer_stages(parameters).items()}
     trained = {name: parameter.requires_grad for name, parameter in parameters.items()}
     found: dict[str, int] = {}
     stage = -1
@@ -176,6 +181,18 @@ def parameter_stages(model: nn.Module) -> dict[str, int]:
         for name, parameter in parameters.items():
             parameter.requires_grad_(trained[name])
     return {f"{prefix}{name}": found.get(name, max(stage, 0)) for name in parameters}
+
+
+def _transformer_stages(names: Iterable[str]) -> dict[str, int]:
+    """Return 0 for what is before a transformer's blocks, 1 and so on for its blocks, and the last for the norm."""
+    found = {name: re.search(r"\bblocks\.(\d+)\.", name) for name in names}
+    blocks = {name: 1 + int(block[1]) for name, block in found.items() if block}
+    last, after = max(blocks.values()), False
+    stages = {}
+    for name in found:
+        after |= name in blocks
+        stages[name] = blocks.get(name, last if after else 0)
+    return stages
 
 
 def place_attention(

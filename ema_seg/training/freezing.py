@@ -119,15 +119,26 @@ def unfreeze(model: nn.Module, names: frozenset[str]) -> None:
 
 
 def _frozen_modules(model: nn.Module, names: frozenset[str]) -> list[nn.Module]:
-    """List the outermost modules that have parameters, all of them in ``names`` or without gradient by design."""
+    """List the outermost modules that have parameters, all of them in ``names`` or without gradient by design.
+
+    Modules without parameters, such as dropout, are among them if the other parameters of the module around them are in
+    ``names``, attention blocks aside.
+    """
+    attention = attention_tensors(model)
+
+    def is_frozen(parameters: Sequence[tuple[str, nn.Parameter]]) -> bool:
+        return any(name in names for name, _ in parameters) and all(
+            name in names or not parameter.requires_grad for name, parameter in parameters
+        )
 
     def visit(module: nn.Module, path: str) -> list[nn.Module]:
         parameters = [(f"{path}{name}", parameter) for name, parameter in module.named_parameters()]
-        if any(name in names for name, _ in parameters) and all(
-            name in names or not parameter.requires_grad for name, parameter in parameters
-        ):
+        if is_frozen(parameters):
             return [module]
-        return [each for name, child in module.named_children() for each in visit(child, f"{path}{name}.")]
+        found = [each for name, child in module.named_children() for each in visit(child, f"{path}{name}.")]
+        if is_frozen([pair for pair in parameters if pair[0] not in attention]):
+            found += [child for child in module.children() if next(child.parameters(), None) is None]
+        return found
 
     return visit(model, "")
 

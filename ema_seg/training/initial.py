@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_seg.models import load_segmenter
+from ema_seg.models.build import default_depth
 from ema_seg.models.checkpoint import checkpoint_path
 from ema_seg.models.placement import attention_tensors, names_without_wrappers
 from ema_seg.runtime.errors import CheckpointError
@@ -17,6 +18,7 @@ from ema_seg.runtime.errors import CheckpointError
 __all__ = ["TrainedModel", "gives_encoder", "initialise", "load_trained"]
 
 _MOST_CLASSES = 8  # names of classes in the table
+_NOT_OF_ENCODER = ("decoder", "encoder_weights", "auxiliary")
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,12 @@ def load_trained(source: str) -> TrainedModel:
 
 def gives_encoder(trained: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     """Return whether two configurations build the same encoder, so that no tensor of it has to be made anew."""
-    first, second = (
-        {key: value for key, value in settings["model"].items() if not key.startswith(("decoder", "encoder_weights"))}
-        for settings in (trained, config)
-    )
-    return first == second
+
+    def settings_of_encoder(model: Mapping[str, Any]) -> dict[str, Any]:
+        own = {key: value for key, value in model.items() if not key.startswith(_NOT_OF_ENCODER)}
+        return {"encoder_depth": default_depth(model["decoder"]), **own}
+
+    return settings_of_encoder(trained["model"]) == settings_of_encoder(config["model"])
 
 
 def initialise(model: nn.Module, trained: TrainedModel, classes: Sequence[str]) -> str:
@@ -94,6 +97,10 @@ def initialise(model: nn.Module, trained: TrainedModel, classes: Sequence[str]) 
     names, attention = names_without_wrappers(model), attention_tensors(model)
     layer = _class_layer(model, names)
     rows = [(classes.index(name), trained.classes.index(name)) for name in classes if name in trained.classes]
+    tensors = {names[name]: tensor for name, tensor in model.state_dict().items()}
+    weights = tensors.get(f"{layer}.weight"), trained.tensors.get(f"{trained.class_layer}.weight")
+    if weights[0] is None or weights[1] is None or weights[0].shape[1:] != weights[1].shape[1:]:
+        rows = []  # a bias without its weights means nothing
     taken, new, used = Counter[str](), Counter[str](), set()
     for name, tensor in model.state_dict().items():
         part = _part(names[name], name in attention)
@@ -120,7 +127,7 @@ def initialise(model: nn.Module, trained: TrainedModel, classes: Sequence[str]) 
             "init_from."
         )
     left = Counter(_part(name, name in trained.attention) for name in trained.tensors if name not in used)
-    return _table(trained, taken, new, left, [classes[own] for own, _ in rows] if layer else [], classes)
+    return _table(trained, taken, new, left, [classes[own] for own, _ in rows], classes)
 
 
 def _class_layer(model: nn.Module, names: Mapping[str, str]) -> str:

@@ -134,3 +134,18 @@ def test_nothing_is_frozen_from_the_epoch_on():
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert freeze_parts(model, {"parts": ["encoder"], "until": None}, epoch=9) is None
     assert not any(parameter.requires_grad for parameter in model.encoder.parameters())
+
+
+def test_dropout_of_a_frozen_decoder_is_off_with_a_block_inside_of_it():
+    model = build_segmenter(
+        "fpn", classes=2, encoder="tu-test_efficientnet", attention="se", placements=["decoder"]
+    ).train()
+    names = find_parts(model, ["encoder", "decoder", "head"])
+
+    freeze(model, names)
+    dropouts = [module for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    assert dropouts and not any(module.training for module in dropouts)
+    assert any(module.training for name, module in model.named_modules() if name.endswith(".attention"))
+
+    unfreeze(model, names)
+    assert all(module.training for module in dropouts)

@@ -105,14 +105,26 @@ def test_another_decoder_takes_the_encoder_and_the_table_counts_the_rest(tmp_pat
     assert next(line.split() for line in table if "decoder " in line)[3] == str(left)
 
 
-def test_nothing_that_fits_is_one_sentence(tmp_path):
+def test_a_bias_without_its_weights_is_not_taken(tmp_path):
+    path, _ = save(tmp_path, ["road", "sky"])
+    model = build_segmenter("fpn", classes=2, encoder=ENCODER, decoder_pyramid_channels=16)
+    before = last_layer(model).bias.detach().clone()
+
+    table = initialise(model, load_trained(str(path)), ["road", "sky"])
+
+    assert torch.equal(last_layer(model).bias, before)
+    assert "classes taken" not in table
+
+
+@pytest.mark.parametrize("classes", [["cat", "dog"], ["road", "sky"]])
+def test_nothing_that_fits_is_one_sentence(tmp_path, classes):
     path, _ = save(tmp_path, ["road", "sky"], "fpn", "resnet18")
     model = build_segmenter("linknet", classes=2, encoder=ENCODER)
 
     with pytest.raises(
         CheckpointError, match=r"init_from=.*some\.ckpt: none of its \d+ tensors fits .* fpn on resnet18"
     ):
-        initialise(model, load_trained(str(path)), ["cat", "dog"])
+        initialise(model, load_trained(str(path)), classes)
 
 
 def test_loading_draws_no_random_numbers_and_takes_runs_or_files(tmp_path):
@@ -134,3 +146,5 @@ def test_an_encoder_is_given_if_its_name_and_its_options_are_the_same():
     assert gives_encoder({"model": model}, {"model": model | {"decoder": "unet", "encoder_weights": None}})
     assert not gives_encoder({"model": model}, {"model": model | {"encoder": "resnet34"}})
     assert not gives_encoder({"model": model}, {"model": model | {"encoder_depth": 3}})
+    assert not gives_encoder({"model": model}, {"model": model | {"decoder": "pspnet"}})  # three stages by default
+    assert gives_encoder({"model": model}, {"model": model | {"auxiliary": 0.4}})

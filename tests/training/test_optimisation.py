@@ -60,9 +60,21 @@ def test_the_rate_falls_with_each_stage_from_the_decoder_to_the_image():
     assert {rate for name, rate in found.items() if name.startswith("encoder.attention.")} == {1e-2}
 
 
-@pytest.mark.parametrize(("encoder", "count"), [("tu-test_efficientnet", 5), ("tu-test_vit", 4)])
-def test_every_parameter_of_an_encoder_has_a_stage_and_those_of_a_stage_follow_each_other(encoder, count):
-    model = build_segmenter("dpt" if "vit" in encoder else "fpn", classes=2, encoder=encoder)
+TRANSFORMER_BLOCKS = 6  # of timm's test_vit
+
+
+@pytest.mark.parametrize(
+    ("decoder", "encoder", "count"),
+    [
+        ("fpn", "tu-test_efficientnet", 5),
+        # A transformer's blocks are its stages, however many maps the decoder reads.
+        ("dpt", "tu-test_vit", 1 + TRANSFORMER_BLOCKS),
+        ("linear", "tu-test_vit", 1 + TRANSFORMER_BLOCKS),
+        ("unet", "tu-test_vit", 1 + TRANSFORMER_BLOCKS),
+    ],
+)
+def test_every_parameter_of_an_encoder_has_a_stage_and_those_of_a_stage_follow_each_other(decoder, encoder, count):
+    model = build_segmenter(decoder, classes=2, encoder=encoder)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     stages = parameter_stages(model)
