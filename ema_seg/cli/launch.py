@@ -276,7 +276,7 @@ def complete_config(config: dict[str, Any], resumed: Path | None = None) -> None
 def complete_paths(config: dict[str, Any]) -> None:
     """Make the paths that identify a run absolute, in place."""
     for section, key in ((config["data"], "root"), (config["data"], "classes"), (config, "init_from")):
-        if section.get(key) is not None and hub_address(section[key]) is None:
+        if section.get(key) is not None and not (key == "init_from" and hub_address(section[key])):
             section[key] = str(Path(section[key]).absolute())
 
 

@@ -39,7 +39,7 @@ def _push(composed: DictConfig) -> None:
     result = push(config["run"], config["to"], **options)
     scores = result["scores"]
     if scores is None:
-        print("scores: not measured (the model has no report; ema-seg eval run=<run> writes it)")
+        print("scores: not measured (ema-seg eval run=<run> writes the report of a run's best checkpoint)")
     else:
         miou = "undefined" if scores["miou"] is None else f"{scores['miou']:.2%}"
         print(f"mIoU: {miou} on {scores['images']} images of {scores['data']} {scores['split']}")

@@ -4,12 +4,13 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ema_seg.models.shared import PANEL, VERSION, shared_config
+from ema_seg.models.shared import PANEL, VERSION, is_shared_setting, shared_config
 from ema_seg.runtime.escaping import for_markdown, for_markdown_code
 
 __all__ = ["render_card"]
 
 _NOT_MEASURED = "Scores were not measured for these weights."
+_SOURCES = ("init_from", "resume", "rerun")
 
 
 def render_card(
@@ -37,7 +38,6 @@ def render_card(
         selected: whether the weights were selected by their score on the images of ``scores``.
         panel: whether ``panel.png`` lies beside the card.
     """
-    started = config.get("init_from") is not None
     config = shared_config(config)
     name = _name(config)
     parts = [
@@ -45,7 +45,7 @@ def render_card(
         "\n".join(_summary(config, classes, panel)),
         "## Use\n\n" + _usage(address),
         *(f"## {title}\n\n{text}" for title, text in (tables or {"Scores": _NOT_MEASURED}).items()),
-        "## Training\n\n" + "\n".join(_training(config, started, command)),
+        "## Training\n\n" + "\n".join(_training(config, command)),
         "## Limits\n\n" + "\n".join(f"- {limit}" for limit in _limits(config, classes, scores, selected)),
         f"## Licence\n\n{license or 'Not stated.'}",
     ]
@@ -112,7 +112,7 @@ def _usage(address: str | None) -> str:
     return "\n".join(["```python", *lines, "```", "", "```console", *commands, "```"])
 
 
-def _training(config: Mapping[str, Any], started: bool, command: Sequence[str] | None) -> Iterator[str]:
+def _training(config: Mapping[str, Any], command: Sequence[str] | None) -> Iterator[str]:
     data, optimizer, steps = config["data"], config.get("optimizer", {}), config["training"]
     start = config["model"].get("encoder_weights")
     encoder = {None: "random numbers", "file": "a file of weights"}.get(start, start)
@@ -120,13 +120,13 @@ def _training(config: Mapping[str, Any], started: bool, command: Sequence[str] |
         "data": data.get("name"),
         "epochs": config.get("epochs"),
         "batch": data.get("batch_size"),
-        "loss": ", ".join(config.get("loss", {})),
+        "loss": ", ".join(name for name, options in config.get("loss", {}).items() if options is not None),
         "optimiser": optimizer.get("name") and f"{optimizer['name']}, highest learning rate {optimizer.get('lr')}",
         "schedule": config.get("schedule", {}).get("name"),
         "precision": config["trainer"].get("precision"),
         "average of the weights": steps.get("weight_averaging"),
         "seed": config.get("seed"),
-        "start": "another model's weights" if started else f"the encoder from {encoder}",
+        "start": "another model's weights" if config.get("init_from") else f"the encoder from {encoder}",
     }
     known = {key: value for key, value in facts.items() if value is not None and value is not False and value != ""}
     yield from (f"- {key}: {for_markdown(str(value))}" for key, value in known.items())
@@ -138,20 +138,18 @@ def _training(config: Mapping[str, Any], started: bool, command: Sequence[str] |
 
 
 def shared_command(command: Sequence[str]) -> str:
-    """Return a command line for a shell, with ``…`` for each path, and without loggers and folders."""
+    """Return a command line for a shell: settings that may be shared, with ``…`` for each path."""
     program, *arguments = command
     kept = []
     for text in arguments:
-        name, equals, value = text.partition("=")
+        name, _, value = text.partition("=")
         key = name.lstrip("+~")
-        if key.partition(".")[0] in ("hydra", "logger", "report") or key in ("data.cache", "data.classes"):
-            continue
-        if not equals:  # of Hydra's options only these two have no value that could be a path
-            kept += [text] if text in ("-m", "--multirun") else []
-            continue
-        is_path = key in ("data.root", "init_from", "resume", "rerun") or "/" in value or "\\" in value
-        is_path |= key == "model.encoder_weights" and value not in ("imagenet", "packaged", "null")
-        kept.append(f"{name}=…" if is_path else shlex.quote(text))
+        if text in ("-m", "--multirun"):
+            kept.append(text)
+        elif key in _SOURCES or is_shared_setting(key):
+            is_path = key in ("data.root", *_SOURCES) or any(mark in value for mark in "/\\{")
+            is_path |= key == "model.encoder_weights" and value not in ("imagenet", "packaged", "null")
+            kept.append(f"{name}=…" if is_path else shlex.quote(text))
     program = program.replace("\\", "/").rpartition("/")[2].replace("__main__.py", "python -m ema_seg")
     return " ".join(["python", program, *kept] if program.endswith(".py") else [program, *kept])
 

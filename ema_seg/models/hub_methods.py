@@ -1,5 +1,6 @@
 """Methods of a segmenter that save it, load it and upload it in the format of ``ema_seg.models.shared``."""
 
+import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -12,6 +13,8 @@ from ema_seg.runtime.errors import CheckpointError, ConfigError
 from ema_seg.runtime.hub import HubAddress, hub_address, upload_model
 
 __all__ = ["HubMethods"]
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class HubMethods:
@@ -39,6 +42,9 @@ class HubMethods:
             ConfigError: the model was not loaded from a checkpoint, so that its classes are not known.
             DataError: see ``write_shared``.
         """
+        self._write(Path(save_directory), overwrite=overwrite)
+
+    def _write(self, folder: Path, *, address: HubAddress | None = None, overwrite: bool = False) -> None:
         from ema_seg.models.build import model_stride
         from ema_seg.models.card import render_card
         from ema_seg.models.shared import write_shared
@@ -50,12 +56,17 @@ class HubMethods:
                 "loaded; share a trained run with ema-seg push run=<run> to=<folder>, or load the model with "
                 "ema_seg.load(<run>).model."
             )
+        card = render_card(
+            config=self.origin["config"],
+            classes=self.origin["classes"],
+            address=None if address is None else str(address),
+        )
         write_shared(
-            Path(save_directory),
+            folder,
             self.state_dict(),
             **self.origin,
             stride=model_stride(self),
-            card=render_card(config=self.origin["config"], classes=self.origin["classes"]),
+            card=card,
             overwrite=overwrite,
         )
 
@@ -69,12 +80,18 @@ class HubMethods:
 
         Raises:
             CheckpointError: the model has another architecture than this class, or see ``load_segmenter``.
+            ConfigError: a folder has no revisions, or the source names another one.
             DataError: see ``checkpoint_path``.
         """
         from ema_seg.models.checkpoint import checkpoint_path, load_segmenter
 
-        if not Path(source).exists() and hub_address(source) is None:
-            source = str(HubAddress(str(source), revision))
+        address = hub_address(source)
+        if address is None and not Path(source).exists() and _REPOSITORY.fullmatch(str(source)):
+            address = HubAddress(str(source))
+        if revision is not None and (address is None or address.revision not in (None, revision)):
+            raise ConfigError(f"revision={revision}: {source} is a folder or has a revision; remove one of the two.")
+        if address is not None:
+            source = str(HubAddress(address.repository, revision or address.revision))
         model, _ = load_segmenter(checkpoint_path(source))
         if not isinstance(model, cls):
             raise CheckpointError(
@@ -99,7 +116,7 @@ class HubMethods:
         address = hub_address(f"hf://{repo_id.removeprefix('hf://')}")
         assert address is not None
         with TemporaryDirectory() as temporary:
-            self.save_pretrained(folder := Path(temporary) / "model")
+            self._write(folder := Path(temporary) / "model", address=address)
             return upload_model(folder, address, private=private, overwrite=overwrite)
 
     def generate_model_card(self, *_: Any, **__: Any) -> Any:

@@ -5,7 +5,7 @@
 ``ema_seg_version``    the version that wrote it
 ``classes``            the K names
 ``palette``            K colours, [red, green, blue] from 0 to 255; or null
-``stride``             height and width of the model's input, in pixels, are multiples of it
+``stride``             height and width of the model's input, in pixels, are multiples of it; for other programs
 ``config``             the run's configuration without paths, loggers and devices; see ``shared_config``
 ``scores``             ``data``, ``split``, ``images``, ``miou``, ``mean_accuracy``, ``pixel_accuracy``, ``fw_iou`` and
                        ``iou`` (K values) of the run's report; null if they were not measured
@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -40,6 +40,7 @@ __all__ = [
     "VERSION",
     "WEIGHTS",
     "config_without_paths",
+    "is_shared_setting",
     "read_shared",
     "shared_config",
     "write_shared",
@@ -52,11 +53,13 @@ CONFIG, WEIGHTS, CARD, PANEL = "config.json", "model.safetensors", "README.md", 
 # Settings that describe a model and its training, and nothing of the machine or its paths.
 _SECTIONS = ("model", "attention", "placement", "loss", "optimizer", "schedule", "freeze", "data", "evaluation")
 _VALUES = ("seed", "epochs", "reproducible")
-_TRAINER = (
-    *("precision", "max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val"),
-    *("gradient_clip_algorithm", "sync_batchnorm", "deterministic", "limit_train_batches"),
-)
-_TRAINING = ("channels_last", "compile", "tf32", "weight_averaging", "early_stopping", "loss_strips")
+_PARTS = {
+    "trainer": (
+        *("precision", "max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val"),
+        *("gradient_clip_algorithm", "sync_batchnorm", "deterministic", "limit_train_batches"),
+    ),
+    "training": ("channels_last", "compile", "tf32", "weight_averaging", "early_stopping", "loss_strips"),
+}
 _PUBLIC_WEIGHTS = ("imagenet", "packaged", None)
 # Stands for a path of the machine that trained.
 _FILE = "file"
@@ -71,10 +74,20 @@ def shared_config(config: Mapping[str, Any]) -> dict[str, Any]:
         config: the resolved configuration of ``train.py`` as plain data.
     """
     shared = {key: config[key] for key in (*_VALUES, *_SECTIONS) if key in config}
-    for section, keys in (("trainer", _TRAINER), ("training", _TRAINING)):
+    for section, keys in _PARTS.items():
         found = config.get(section, {})
         shared[section] = {key: found[key] for key in keys if key in found}
+    if config.get("init_from") is not None:
+        shared["init_from"] = _FILE
     return config_without_paths(shared)
+
+
+def is_shared_setting(key: str) -> bool:
+    """Return whether a setting such as ``"data.batch_size"`` or a group may be shared, but for a path as its value."""
+    section, _, name = key.partition(".")
+    if section in _PARTS:
+        return not name or name in _PARTS[section] or name in ("devices", "num_nodes")
+    return section in (*_VALUES, *_SECTIONS, "experiment") and key not in ("data.cache", "data.classes")
 
 
 def config_without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,54 +170,65 @@ def write_shared(
     files[CARD] = card.encode(errors="backslashreplace")
     if panel is not None:
         files[PANEL] = panel
-    with _new_folder(folder, overwrite) as new:
-        Manifest(new).claim([*files, WEIGHTS])
+    with _replaced(folder, overwrite) as new:
         try:
             save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+            (new / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors' files are private
         except (OSError, SafetensorError) as error:
-            raise DataError(
-                f"{folder / WEIGHTS}: cannot be written ({one_line(error)}); free disk space or give permission."
-            ) from error
-        (new / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors' files are private
+            raise _cannot_write(folder / WEIGHTS, error) from error
         for name, data in files.items():
             write_file(new / name, data)
 
 
 @contextmanager
-def _new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield an empty folder beside ``folder`` whose files take their place there at the end of the block."""
+def _replaced(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield an empty folder whose files take their place in ``folder`` at the end of the block."""
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder}: is a file; give a folder.")
     present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    ours = Manifest(folder) if present else None
-    if ours and CONFIG not in ours.files:
+    ours = Manifest(folder, earlier=_files_of_model)
+    if present and CONFIG not in ours.files:
         raise DataError(
             f"{folder}: has files that ema-seg did not write as a model, such as {present[0]}; choose a new folder."
         )
-    if ours and not overwrite:
+    if CONFIG in present and not overwrite:
         raise DataError(f"{folder}: has a model already; choose a new folder, or set overwrite=true.")
+    new = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error.strerror}); give permission.") from error
-    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        new = Path(mkdtemp(prefix=".", dir=folder))  # on the same disk, even if the folder is a mount or a link
         yield new
-        new.chmod(0o777 & ~_umask())  # mkdtemp's folders are private
-        if ours is None:
-            new.replace(folder)
-            return
-        names = [path.name for path in new.iterdir() if path.name != CONFIG]
-        ours.check(name for name in [CONFIG, *names] if name != "written_files.json")
+        names = [path.name for path in new.iterdir()]
+        ours.claim(names)
         # Without its config the folder is no model, so that a kill leaves the old one, the new one or none.
         (folder / CONFIG).unlink(missing_ok=True)
-        ours.remove([PANEL])
-        for name in [*names, CONFIG]:
+        ours.remove({PANEL}.difference(names))
+        for name in sorted(names, key=lambda name: name == CONFIG):
             (new / name).replace(folder / name)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error.strerror}); give permission.") from error
+        raise _cannot_write(folder, error) from error
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        if new is not None:
+            shutil.rmtree(new, ignore_errors=True)
+        if not present:
+            with suppress(OSError):  # it is missing, or has the new model
+                folder.rmdir()
+
+
+def _files_of_model(folder: Path) -> list[str]:
+    """Return the files of a model that came without a manifest, as from the Hub."""
+    with suppress(OSError, DataError):
+        content = read_json(folder / CONFIG)
+        if isinstance(content, dict) and content.get("schema") == SCHEMA:
+            return [CONFIG, WEIGHTS, CARD, PANEL]
+    return []
+
+
+def _cannot_write(path: Path, error: Exception) -> DataError:
+    reason = getattr(error, "strerror", None) or one_line(error)
+    return DataError(
+        f"{path}: cannot be written ({reason}); free disk space, give permission or choose another folder."
+    )
 
 
 def _umask() -> int:

@@ -11,7 +11,7 @@ from ema_seg.models.checkpoint import checkpoint_path
 from ema_seg.models.shared import WEIGHTS, write_shared
 from ema_seg.reporting.report import PANEL, load_report
 from ema_seg.reporting.tables import render_sections
-from ema_seg.runtime.errors import ConfigError, DataError
+from ema_seg.runtime.errors import ConfigError, DataError, one_line
 from ema_seg.runtime.hub import hub_address, upload_model
 from ema_seg.runtime.texts import read_json
 
@@ -53,7 +53,13 @@ def push(
     best = checkpoint.name == "best.ckpt" and checkpoint.parent.name == "checkpoints"
     run = checkpoint.parent.parent if best else None
     report = _report(run, checkpoint, saved["config"]) if run else None
-    scores = _scores(report) if report else None
+    try:
+        scores = _scores(report) if report else None
+        tables = render_sections(report) if report else None
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{run}/report/report.json: is damaged ({one_line(error)}); write it again with ema-seg eval run={run}."
+        ) from error
     panel = run / "report" / PANEL if run and report else None
     image = panel.read_bytes() if panel and panel.is_file() else None
     card = render_card(
@@ -62,7 +68,7 @@ def push(
         address=None if address is None else str(address),
         license=license,
         scores=scores,
-        tables=render_sections(report) if report else None,
+        tables=tables,
         command=_training_command(run) if run else None,
         selected=report is not None and _selected_it(report),
         panel=image is not None,

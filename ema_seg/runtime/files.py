@@ -73,7 +73,7 @@ class Manifest:
             if file not in self.files and os.path.lexists(self.directory / file):
                 raise DataError(
                     f"{self.directory / file}: exists, was not written by ema-seg and would be overwritten; move it, "
-                    "or choose another folder (report.dir, --output)."
+                    "or choose another folder."
                 )
 
     def claim(self, files: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ __all__ = ["HubAddress", "download_model", "hub_address", "upload_model"]
 
 # A Path of hf://user/name has one slash after the colon.
 _ADDRESS = re.compile(r"hf:/+([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_URL = re.compile(r"hf:|[a-zA-Z][\w+.-]+:/")  # one letter before the colon is a drive of Windows
 _LONGEST_REASON = 200  # characters of a library's message
 
 
@@ -31,16 +32,16 @@ class HubAddress(NamedTuple):
 
 
 def hub_address(source: str | PathLike[str]) -> HubAddress | None:
-    """Parse an address of the Hub; return None for any other path.
+    """Parse an address of the Hub; return None for a path.
 
     Raises:
-        ConfigError: the text begins with ``hf:/`` and is not an address.
+        ConfigError: the text is another address, such as a URL.
     """
     text = fspath(source)
-    if not text.startswith("hf:/"):
+    if not _URL.match(text):
         return None
     if (match := _ADDRESS.fullmatch(text)) is None:
-        raise ConfigError(f"{text}: must be hf://user/name or hf://user/name@revision; correct it.")
+        raise ConfigError(f"{text}: must be hf://user/name or hf://user/name@revision; correct it, or give a path.")
     return HubAddress(match[1], match[2])
 
 

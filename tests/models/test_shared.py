@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import ema_seg
 from ema_seg.cli.command_line import config_of_run_or_checkpoint
 from ema_seg.models import build_segmenter, load_checkpoint, load_segmenter, segmenter_from_config, shared
-from ema_seg.models.card import shared_command
+from ema_seg.models.card import render_card, shared_command
 from ema_seg.models.checkpoint import checkpoint_path
 from ema_seg.models.shared import shared_config
 from ema_seg.runtime.errors import CheckpointError, ConfigError, DataError
@@ -131,14 +131,35 @@ def test_what_is_private_stays_here(folder):
 def test_a_command_is_shown_without_paths():
     command = ["/home/me/train.py", "data=camvid", "data.root=secret", "model.encoder_weights=x.pth", "init_from=run"]
     command += ["logger=wandb", "+logger.wandb.project=secret", "hydra.run.dir=secret", "--config-dir", "/secret"]
-    command += ["++data.extra=a/b", "resume=secret", "optimizer.lr=1e-3", "data.size=[1, 2]", "-m"]
+    command += [
+        "++data.extra=a/b",
+        "resume=secret",
+        "optimizer.lr=1e-3",
+        "data.size=[1, 2]",
+        "-m",
+        "data={root:secret}",
+    ]
+    command += ["trainer.default_root_dir=secret", "sweep.folder=secret", "--config-dir=secret", "trainer.devices=2"]
+    command += ["~data.augmentation.flip", "trainer=gpu"]
 
     assert shared_command(command) == (
         "python train.py data=camvid data.root=… model.encoder_weights=… init_from=… ++data.extra=… resume=… "
-        "optimizer.lr=1e-3 'data.size=[1, 2]' -m"
+        "optimizer.lr=1e-3 'data.size=[1, 2]' -m data=… trainer.devices=2 '~data.augmentation.flip' trainer=gpu"
     )
     assert shared_command(["/home/me/bin/ema-seg train", "epochs=1"]) == "ema-seg train epochs=1"
     assert shared_command(["/home/me/ema_seg/__main__.py train"]) == "python -m ema_seg train"
+
+
+def test_the_card_of_a_model_that_is_saved_again_knows_its_start(folder, tmp_path):
+    ema_seg.load(folder, device="cpu").model.save_pretrained(tmp_path / "again")
+
+    assert "- start: another model's weights\n" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_a_loss_that_is_switched_off_is_not_in_the_card():
+    card = render_card(config=CONFIG | {"loss": {"cross_entropy": {"weight": 1}, "dice": None}}, classes=CLASSES)
+
+    assert "- loss: cross_entropy\n" in card
 
 
 def test_names_of_classes_are_no_markup_in_the_card(folder):
@@ -262,6 +283,43 @@ def test_a_folder_of_others_is_left_alone(model, folder, tmp_path):
     assert [path.name for path in foreign.iterdir()] == ["README.md"]
     assert (folder / "config.json").stat().st_mtime_ns == before
     assert {path.name for path in tmp_path.iterdir()} == {"shared", "foreign", "file"}
+
+
+def test_a_folder_may_be_the_present_one_a_link_or_empty(model, tmp_path, monkeypatch):
+    for name in ("present", "target"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    monkeypatch.chdir(tmp_path / "present")
+
+    for folder in (".", tmp_path / "link"):
+        model.save_pretrained(folder)
+        model.save_pretrained(folder, overwrite=True)
+        assert ema_seg.load(folder, device="cpu").classes == tuple(CLASSES)
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_model_that_came_from_the_hub_can_be_replaced(model, folder):
+    (folder / "written_files.json").unlink()  # is not uploaded
+
+    model.save_pretrained(folder, overwrite=True)
+
+    assert ema_seg.load(folder, device="cpu").classes == tuple(CLASSES)
+
+
+def test_a_revision_is_one_of_the_hub(model, folder, hub):
+    kind, (_, calls) = type(model), hub
+    model.push_to_hub("me/street")
+    assert 'ema_seg.load("hf://me/street")' in (hub[0] / "README.md").read_text()
+
+    for source in ("me/street", "hf://me/street"):
+        kind.from_pretrained(source, revision="v1")
+    kind.from_pretrained("hf://me/street@v1")
+    assert [call[:3] for call in calls[1:]] == [("download", "me/street", "v1")] * 3
+    for source in (folder, "hf://me/street@v2"):
+        with pytest.raises(ConfigError, match=r"revision=v1: .* is a folder or has a revision; remove one of the two"):
+            kind.from_pretrained(source, revision="v1")
+    with pytest.raises(DataError, match="no such folder or file"):
+        kind.from_pretrained(folder / "missing")
 
 
 def test_an_earlier_model_is_replaced_and_other_files_stay(model, folder):

@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -121,6 +120,16 @@ def test_the_report_of_another_model_is_refused(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("key", ["miou", "environment", "throughput", "data"])
+def test_a_damaged_report_is_named(key, run, tmp_path):
+    report = report_of(run)
+    del report[key]
+    write_file(run / "report" / "report.json", json.dumps(report).encode())
+
+    with pytest.raises(DataError, match=r"report\.json: is damaged \(.*\); write it again with ema-seg eval run="):
+        push(run, tmp_path / "shared")
+
+
 def test_a_damaged_record_of_the_command_is_named(run, tmp_path):
     (run / "environment.json").write_text('{"command": [3]}')
     with pytest.raises(DataError, match=r"environment\.json: must have the command line of the training"):
@@ -136,34 +145,16 @@ def test_a_shared_model_is_not_shared_again(run, tmp_path):
         push("hf://user/name", tmp_path / "again")
 
 
-def test_a_model_goes_to_the_hub_and_back(run, tmp_path, monkeypatch):
-    """A folder stands for the Hub; only the calls to the network are replaced."""
-    hub = tmp_path / "hub"
-
-    class Api:
-        def create_repo(self, name, *, private, exist_ok):
-            assert (name, private) == ("user/name", True)
-            return f"https://huggingface.co/{name}"
-
-        def list_repo_files(self, name):
-            return []
-
-        def upload_folder(self, *, repo_id, folder_path, commit_message, ignore_patterns):
-            shutil.copytree(folder_path, hub, ignore=shutil.ignore_patterns(*ignore_patterns))
-
-    def download(name, *, revision, allow_patterns):
-        assert (name, revision) == ("user/name", "v1")
-        assert allow_patterns == ["config.json", "model.safetensors"]
-        return str(hub)
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+def test_a_model_goes_to_the_hub_and_back(run, hub):
+    folder, calls = hub
 
     assert push(run, "hf://user/name", private=True)["place"] == "https://huggingface.co/user/name"
     segmenter = ema_seg.load("hf://user/name@v1", device="cpu")
 
-    assert {path.name for path in hub.iterdir()} == {"config.json", "model.safetensors", "README.md"}
-    assert 'ema_seg.load("hf://user/name")' in (hub / "README.md").read_text()
+    files = ["config.json", "model.safetensors"]
+    assert calls == [("create", "user/name", True), ("download", "user/name", "v1", files)]
+    assert {path.name for path in folder.iterdir()} == {*files, "README.md"}
+    assert 'ema_seg.load("hf://user/name")' in (folder / "README.md").read_text()
     expected = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(expected[f"model.{name}"], value) for name, value in segmenter.model.state_dict().items())
     again = type(segmenter.model).from_pretrained("user/name", revision="v1")

@@ -19,13 +19,21 @@ from ema_seg.runtime.hub import HubAddress, download_model, hub_address, upload_
         ("hf://user/name@refs/pr/1", HubAddress("user/name", "refs/pr/1")),
         ("runs/my_run", None),
         ("user/name", None),
+        ("C:/runs/my_run", None),
     ],
 )
 def test_addresses_are_told_from_paths(text, address):
     assert hub_address(text) == address
 
 
-@pytest.mark.parametrize("text", ["hf://user", "hf://", "hf://a/b/c", "hf://a/b@", "hf:///", "hf://a b/c"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("hf://user", "hf://", "hf://a/b/c", "hf://a/b@", "hf:///", "hf://a b/c"),
+        "hf:a/b",
+        "https://huggingface.co/a/b",
+    ],
+)
 def test_a_malformed_address_is_one_sentence(text):
     with pytest.raises(ConfigError, match="must be hf://user/name or hf://user/name@revision"):
         hub_address(text)
