@@ -192,14 +192,72 @@ def blank_figures(monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", leave_blank)
 
 
+@pytest.fixture(scope="module")
+def one_trace():
+    """Trace and convert a model once for all artefacts of one kind of input, because that takes most of the time."""
+    from ema_seg.inference import export
+
+    trace, save, programs, files = export._trace, export._save_onnx, {}, {}
+
+    def trace_once(deployable):
+        key = deployable.processing, deployable.dtype
+        if key not in programs:
+            programs[key] = trace(deployable)
+        return programs[key]
+
+    def save_once(program, path, metadata):
+        import onnx
+
+        if program not in files:
+            save(program, path, metadata)
+            files[program] = onnx.load(path)
+        model = files[program]
+        onnx.helper.set_model_props(model, {export.METADATA_KEY: metadata.as_json()})
+        onnx.save(model, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "_trace", trace_once)
+        patch.setattr(export, "_save_onnx", save_once)
+        yield
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Let a folder stand for the Hugging Face Hub; return it, and the calls that would have gone to the network."""
+    import huggingface_hub
+
+    folder, calls = tmp_path / "hub", []
+
+    class Api:
+        def create_repo(self, name, *, private, exist_ok):
+            calls.append(("create", name, private))
+            return f"https://huggingface.co/{name}"
+
+        def list_repo_files(self, name):
+            return []
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message, ignore_patterns):
+            shutil.copytree(folder_path, folder, ignore=shutil.ignore_patterns(*ignore_patterns))
+
+    def download(name, *, revision, allow_patterns):
+        calls.append(("download", name, revision, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return folder, calls
+
+
 @pytest.fixture
 def run_script(blank_figures, monkeypatch, capsys):
-    """Return a function that runs ``train`` or ``eval`` here, with blank figures: exit status, output and error."""
+    """Return a function that runs a command of the project here, with blank figures: exit status, output and error."""
 
     def run(script, *overrides):
         from hydra.core.global_hydra import GlobalHydra
 
-        module = import_module(f"ema_seg.cli.{script}")
+        from ema_seg.__main__ import _COMMANDS
+
+        module = import_module(_COMMANDS[script][0])
         monkeypatch.setattr(sys, "argv", [str(ROOT / f"{script}.py"), *map(str, overrides)])
         GlobalHydra.instance().clear()
         status = 0

@@ -1,4 +1,4 @@
-"""Command-line helpers that ``train.py`` and ``eval.py`` share."""
+"""Command-line helpers that the commands share."""
 
 import os
 import re

@@ -1,11 +1,10 @@
 """The command ``ema-seg demo``: from its arguments to a page at an address of this machine."""
 
 import sys
-from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ema_seg.cli.command_line import config_of_run_or_checkpoint, expand_home, plain_config, reports_errors, require_set
+from ema_seg.cli.command_line import expand_home, plain_config, reports_errors, require_set
 from ema_seg.cli.composition import CONFIGS, compose, launch
 from ema_seg.config import Demonstrating, check_settings
 from ema_seg.runtime.host_memory import gc_frozen_imports, keep_freed_memory
@@ -34,6 +33,8 @@ def _show(composed: DictConfig) -> None:
         from ema_seg.demo.models import Model, model_names
         from ema_seg.demo.serve import check_port, require_gradio, serve
         from ema_seg.inference.segmenter import Segmenter
+        from ema_seg.models.checkpoint import checkpoint_path
+        from ema_seg.models.shared import WEIGHTS
 
         require_gradio()
 
@@ -46,5 +47,8 @@ def _show(composed: DictConfig) -> None:
     if config["examples"] is not None:
         examples = examples_in(config["examples"])
     else:
-        examples = examples_of_run(config_of_run_or_checkpoint(Path(config["run"]), "run").get("data", {}))
+        # Paths in the configuration of a shared or exported model are not of this machine.
+        is_shared = checkpoint_path(config["run"]).name == WEIGHTS
+        origin = None if is_shared else getattr(segmenters[0].model, "origin", None)
+        examples = examples_of_run(origin["config"]["data"]) if origin else []
     serve(models, examples, port=config["port"], share=config["share"])

@@ -67,7 +67,7 @@ class Model:
 
 
 def model_names(sources: list[str]) -> list[str]:
-    """Name models by their runs and checkpoints, or by the paths as given where that names two of them alike."""
+    """Name models by their runs and checkpoints, or by their paths as given if two of those names are the same."""
     names = [_short_name(Path(source)) for source in sources]
     return names if len(set(names)) == len(names) else sources
 

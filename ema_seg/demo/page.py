@@ -260,16 +260,18 @@ def start_page(page: gr.Blocks, host: str, port: int | None = None, share: bool 
 
 def _listen_to_column(column: _Column, options: dict[str, Any]) -> None:
     """Show another map when the user chooses a block or a group."""
+    # The server forgets the results of old tabs for those of new ones.
+    forgotten = column.without_weights("The results of this tab are gone. Choose the picture again.")
 
-    def on_block(name: str, maps: Any, result: Segmentation) -> dict[Any, Any]:
-        return column.show_block(name, maps, result.image)
+    def on_block(name: str, maps: Any, result: Segmentation | None) -> dict[Any, Any]:
+        return forgotten if result is None else column.show_block(name, maps, result.image)
 
-    def on_group(name: str, group: int, maps: Any, result: Segmentation) -> dict[Any, Any]:
-        return column.show_group(name, group, maps, result.image)
+    def on_group(name: str, group: int, maps: Any, result: Segmentation | None) -> dict[Any, Any]:
+        return forgotten if result is None else column.show_group(name, group, maps, result.image)
 
-    state, shown = [column.maps, column.result], [column.weights, column.range]
+    state, shown = [column.maps, column.result], list(forgotten)
     hidden = {"show_progress": "hidden", **options}
-    column.block.input(on_block, [column.block, *state], [column.group, *shown], **hidden)
+    column.block.input(on_block, [column.block, *state], shown, **hidden)
     column.group.input(on_group, [column.block, column.group, *state], shown, trigger_mode="always_last", **hidden)
 
 

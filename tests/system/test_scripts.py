@@ -6,12 +6,14 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.request
 import zipfile
 from contextlib import ExitStack
@@ -35,12 +37,14 @@ from ema_seg.comparison.configurations import group_runs
 from ema_seg.comparison.runs import read_runs
 from ema_seg.config import Demonstrating, Evaluating, Training, describe_settings
 from ema_seg.evaluation import ConfusionMatrix
+from ema_seg.inference import video
 from ema_seg.models import load_segmenter
 from ema_seg.runtime.distributed.exit_handlers import PREEMPTION_SIGNALS, install_exit_handlers
 from ema_seg.sweeps import is_running, lock_run
 from ema_seg.training.checkpoints import require_same_model
 from ema_seg.training.module import SegmentationModule
 from tests.conftest import QUICK, ROOT, free_port, is_alive, made_once, write_camvid
+from tests.inference.test_video import interrupt, write_video
 
 
 @pytest.fixture(scope="module")
@@ -165,50 +169,99 @@ def test_push_refuses_a_mistake_in_a_sentence(arguments, message, run_script):
     assert message in err
 
 
-def test_an_exported_run_is_verified_and_goes_where_a_checkpoint_goes(finished_run, camvid_root, tmp_path, run_script):
-    out = tmp_path / "exported"
+@pytest.fixture
+def used(finished_run, camvid_root, hub, tmp_path, monkeypatch):
+    """Return a folder with the files that docs/use.md names; Hub, camera and the wait of the demo are not real."""
+    for name in ("my_run", "without_attention"):
+        shutil.copytree(finished_run, tmp_path / "runs" / name)
+    (tmp_path / "best.ckpt").symlink_to(finished_run / "checkpoints/best.ckpt")
+    (tmp_path / "pictures").symlink_to(camvid_root / "val/images")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/camvid").symlink_to(camvid_root)
+    street = Image.open(next((camvid_root / "val/images").iterdir()))
+    street.save(tmp_path / "street.jpg")
+    (tmp_path / "frames").mkdir()
+    street.save(tmp_path / "frames/0.png")
+    write_video(tmp_path / "drive.mp4", sound="aac")
+    test_picture = ("lavfi", "testsrc=size=64x48:rate=25:duration=0.2,crop=64:48:{}")
+    monkeypatch.setattr(video, "_CAMERAS", {sys.platform: test_picture})
+    monkeypatch.setattr("ema_seg.demo.serve.threading", SimpleNamespace(Event=lambda: SimpleNamespace(wait=interrupt)))
+    monkeypatch.setenv("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
-    status, text, err = run_script("export", f"run={finished_run}", f"out={out}", "budget=0.01")
 
-    assert status == 0, err
-    assert sorted(file.name for file in out.iterdir()) == ["export.json", "model.onnx"]
-    verified = json.loads((out / "export.json").read_text())
-    own = json.loads((finished_run / "report/report.json").read_text())
-    assert verified["equal_pixels"] > 0.999 and verified["images"] == len(own["images"])
-    assert verified["miou"]["model"] == own["miou"]
-    assert verified["miou"]["artefact"] == pytest.approx(own["miou"], abs=0.01)
-    assert f"mIoU                  {verified['miou']['artefact']:.2%}" in text and text.endswith(f"{out}/model.onnx\n")
+# On small data, and on a machine without a GPU.
+SHORTER = {
+    "demo": ["device=cpu", "port=null"],
+    "export": ["budget=0.01"],
+    "predict": ["device=cpu"],
+    "train": [
+        *QUICK,
+        "data=camvid",
+        "data.root=~/data/camvid",
+        "epochs=1",
+        "freeze.until=null",
+        "schedule.warmup_steps=1",
+    ],
+}
 
-    assert str(camvid_root).encode() not in (out / "model.onnx").read_bytes()
 
-    options = (f"data.root={camvid_root}", "evaluation.budget=0.1", f"report.dir={tmp_path}/b")
-    status, _, err = run_script("eval", f"ckpt={out}/model.onnx", *options)
-    assert status == 0, err
-    report = json.loads((tmp_path / "b/report.json").read_text())
-    assert report["miou"] == pytest.approx(verified["miou"]["artefact"])
-    assert report["config"]["export"] == {"format": "onnx", "precision": "fp32"}
+def run_page(run_script, *, only=None, without=()):
+    """Run the Python blocks and the commands of docs/use.md, or of one section; return the names of its Python."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {}
+    for section in re.split(r"^## ", (ROOT / "docs/use.md").read_text(), flags=re.MULTILINE):
+        title = section.partition("\n")[0]
+        if title in without or only not in (None, title):
+            continue
+        for language, block in re.findall(r"```(python|console)\n(.*?)```", section, re.DOTALL):
+            if language == "python":
+                exec(block, names)  # noqa: S102
+                continue
+            for line in block.splitlines():
+                start, *arguments = shlex.split(line)
+                script = arguments.pop(0).removesuffix(".py")
+                if start == "pip":
+                    assert re.fullmatch(r"ema-seg\[(\w+)\]", arguments[0])[1] in extras
+                    continue
+                os.environ.pop("GRADIO_TEMP_DIR", None)  # the demo sets it
+                status, _, err = run_script(script, *arguments, *SHORTER.get(script, []))
+                assert status == 0, (line, err)
+    return names
+
+
+def test_an_exported_run_is_verified_and_goes_where_a_checkpoint_goes(used, one_trace, run_script, monkeypatch):
+    run, own = used / "runs/my_run", json.loads((used / "runs/my_run/report/report.json").read_text())
+
+    run_page(run_script, only="Export")
+
+    verified = {}
+    for name, file in {"onnx_fp32": "model.onnx", "openvino_int8": "model.xml"}.items():
+        assert (run / "exported" / name / file).is_file()
+        verified[name] = json.loads((run / "exported" / name / "export.json").read_text())
+        assert verified[name]["miou"]["model"] == own["miou"]
+        assert verified[name]["images"] == len(own["images"])
+    assert verified["onnx_fp32"]["equal_pixels"] > 0.999
+    assert verified["onnx_fp32"]["miou"]["artefact"] == pytest.approx(own["miou"], abs=0.01)
+    assert sorted(file.name for file in (used / "deployed").iterdir()) == ["export.json", "model.pt2"]
+    assert str(used).encode() not in (run / "exported/onnx_fp32/model.onnx").read_bytes()
+
+    report = json.loads((run / "exported/openvino_int8/report/report.json").read_text())
+    assert report["miou"] == pytest.approx(verified["openvino_int8"]["miou"]["artefact"])
+    assert report["config"]["export"] == {"format": "openvino", "precision": "int8"}
     assert (report["parameters"], report["gmacs"]) == (own["parameters"], own["gmacs"])
-    differing, configurations = group_runs(read_runs([finished_run, tmp_path / "b"]).runs)
+    differing, configurations = group_runs(read_runs([run, run / "exported/openvino_int8"]).runs)
     assert (differing, len(configurations)) == (["export.format", "export.precision"], 2)
+    mask = np.array(Image.open(used / "from_onnx/masks/0.png"))
+    assert np.mean(mask == ema_seg.load(run, device="cpu")(used / "frames/0.png").mask) > 0.999
 
-    source = camvid_root / "val" / "images"
-    status, _, err = run_script("predict", f"run={out}/model.onnx", f"source={source}", f"out={tmp_path}/masks")
-    assert status == 0, err
-    name, evaluated = (own["images"][0][key] for key in ("name", "prediction"))
-    found = np.array(Image.open(tmp_path / "masks/masks" / f"{Path(name).name}.png"))
-    assert np.mean(found == np.array(Image.open(finished_run / "report" / evaluated))) > 0.999
-
-
-def test_an_artefact_that_differs_is_not_kept(finished_run, tmp_path, run_script, monkeypatch):
     monkeypatch.setattr("ema_seg.export._LEAST_EQUAL", 1.1)
-
-    status, _, err = run_script(
-        "export", f"run={finished_run}", f"out={tmp_path / 'out'}", "format=torch", "processing=false", "budget=0.01"
-    )
-
+    status, _, err = run_script("export", f"run={run}", f"out={used / 'out'}", "budget=0.01")
     assert status == 1
     assert "of the artefact's pixels are those of the model; expected at least" in err
-    assert list((tmp_path / "out").iterdir()) == []
+    assert list((used / "out").iterdir()) == []
 
 
 def test_export_refuses_a_mistake_in_a_sentence(finished_run, run_script):
@@ -266,6 +319,20 @@ def test_demo_names_the_command_that_installs_gradio(run_script, monkeypatch):
     assert re.search(r"^error: ema-seg demo needs Gradio \(.*\); install it with pip install .*\[demo\]'\.$", err)
 
 
+def test_the_demo_of_a_shared_model_uses_no_path_of_its_config(finished_run, run_script, tmp_path, monkeypatch):
+    monkeypatch.setattr("ema_seg.demo.serve.threading", SimpleNamespace(Event=lambda: SimpleNamespace(wait=interrupt)))
+    monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)  # the demo sets it
+    assert run_script("push", f"run={finished_run}", f"to={tmp_path / 'shared'}")[0] == 0
+    content = json.loads((tmp_path / "shared/config.json").read_text())
+    content["config"]["data"] |= {"name": "street", "root": str(tmp_path / "new"), "height": 64, "width": 64}
+    (tmp_path / "shared/config.json").write_text(json.dumps(content))
+
+    status, _, err = run_script("demo", f"run={tmp_path / 'shared'}", "device=cpu", "port=null")
+
+    assert (status, err) == (0, "")
+    assert not (tmp_path / "new").exists()
+
+
 def test_demo_serves_a_page_to_this_machine_until_it_is_interrupted(finished_run, entry, tmp_path):
     port = free_port()
     arguments = ("demo", f"run={finished_run}", f"other={finished_run / 'checkpoints/last.ckpt'}", f"port={port}")
@@ -291,15 +358,8 @@ def test_demo_serves_a_page_to_this_machine_until_it_is_interrupted(finished_run
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
-def test_the_page_on_using_a_model_does_what_it_says(finished_run, camvid_root, tmp_path, monkeypatch):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/my_run").symlink_to(finished_run)
-    shutil.copy(next((camvid_root / "val" / "images").iterdir()), tmp_path / "street.jpg")
-    monkeypatch.chdir(tmp_path)
-    names = {}
-
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/use.md").read_text(), re.DOTALL):
-        exec(block, names)  # noqa: S102
+def test_the_page_on_using_a_model_does_what_it_says(used, run_script):
+    names = run_page(run_script, without=("Export",))
 
     assert np.array_equal(np.array(Image.open("mask.png")), names["result"].mask)
     assert Image.open("overlay.jpg").size == Image.open("street.jpg").size
@@ -597,13 +657,13 @@ def test_an_evaluation_does_not_finish_a_run_that_can_go_on(monkeypatch, tmp_pat
 
     settings = SimpleNamespace(overrides=SimpleNamespace(task=["run=x", "devices=2"]))
     monkeypatch.setattr(eval, "HydraConfig", SimpleNamespace(get=lambda: settings))
-    assert eval._default_folder(tmp_path) == tmp_path / "report"
+    assert eval._default_folder(tmp_path, False) == tmp_path / "report"
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt").touch()
-    assert eval._default_folder(tmp_path).name.startswith("report_")
+    assert eval._default_folder(tmp_path, False).name.startswith("report_")
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "report.json").touch()
-    assert eval._default_folder(tmp_path) == tmp_path / "report"
+    assert eval._default_folder(tmp_path, False) == tmp_path / "report"
 
 
 def test_an_epoch_without_validation_has_no_score(camvid_root, run_script, tmp_path):
