@@ -176,7 +176,7 @@ class RowLogits:
         above, below = self._halo - (first - start), self._halo - (stop - last)
         if above or below:
             features = F.pad(features, (0, 0, above, below))
-        return _conv2d(features.contiguous(), [weight.contiguous() for weight in weights], (0, self._halo))
+        return _conv2d(features, weights, (0, self._halo))
 
     def _interpolate(self, features: Tensor, first: int, last: int) -> Tensor:
         start, stop = self.feature_rows(first, last)
