@@ -276,6 +276,8 @@ class Evaluation(Section):
     """[height, width] of the cost measurement; null: those of the split's first image"""
     budget: Annotated[float, Field(gt=0, allow_inf_nan=False), Must("a positive number of seconds")]
     """seconds for the cost measurement"""
+    boundary: Flag = False
+    """also score the boundaries of classes: boundary IoU, and mIoU by the distance to a boundary"""
 
 
 class Steps(Section):

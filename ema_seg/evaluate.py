@@ -94,7 +94,9 @@ def evaluate(
             batch_size = cost_batch_size(settings["batch_size"], module.evaluation_batch_size, images)
             first_size = settings["size"] or module.read_first_readable(dataset, 0, dataset.read_image).shape[:2]
             encoding = image_counter(
-                ConfusionMatrix(module.num_classes), lambda _, mask: encode_mask(mask, module.palette)
+                ConfusionMatrix(module.num_classes),
+                lambda _, mask: encode_mask(mask, module.palette),
+                boundary=settings["boundary"],
             )
             with closing(encoding):
                 cost = measure_cost(
@@ -126,6 +128,7 @@ def evaluate(
                     normalise=normalise,
                     device=device,
                     precision=precision,
+                    boundary=settings["boundary"],
                     on_prediction=write_prediction,
                     progress=not quiet and rank_info().rank == 0,
                 )

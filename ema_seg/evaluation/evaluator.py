@@ -5,7 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ema_seg.data.normalise import Normalise
+from ema_seg.evaluation.boundary import BoundaryCounts, count_boundaries
 from ema_seg.evaluation.confusion import ConfusionMatrix
 from ema_seg.evaluation.counter import Counter
 from ema_seg.evaluation.strata import StratumCounts, count_strata
@@ -28,7 +29,8 @@ __all__ = ["Evaluation", "ImageRecord", "image_counter", "require_labels", "scor
 class ImageRecord(TypedDict):
     """Scores of one image, and its counts, from which the mean IoU of any subset can be computed.
 
-    ``strata`` holds the counts by object size, see ``ema_seg.evaluation.strata``.
+    ``strata`` holds the counts by object size, see ``ema_seg.evaluation.strata``; ``boundary``, if set, those
+    near boundaries, see ``ema_seg.evaluation.boundary``.
     """
 
     name: str
@@ -37,6 +39,7 @@ class ImageRecord(TypedDict):
     intersection: list[int]
     union: list[int]
     strata: dict[str, StratumCounts]
+    boundary: NotRequired[BoundaryCounts]
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def score_images(
     normalise: Normalise,
     device: torch.device | str,
     precision: str | int = "32-true",
+    boundary: bool = False,
     progress: bool = True,
     on_prediction: Callable[[str, NDArray[np.integer]], object] | None = None,
 ) -> Evaluation:
@@ -79,6 +83,7 @@ def score_images(
         normalise: the normalisation that the model was trained with.
         device: device to run on.
         precision: see ``autocast``.
+        boundary: also count the pixels near boundaries.
         progress: show a progress bar if the output is a terminal.
         on_prediction: called with the name and the predicted class ids, H x W, of each image of this rank, in the
             loader's order and in a thread of its own; predictions are not kept otherwise.
@@ -91,7 +96,7 @@ def score_images(
     device = torch.device(device)
     model.to(device)
     total = ConfusionMatrix(len(classes))
-    counter = image_counter(total, on_prediction)
+    counter = image_counter(total, on_prediction, boundary=boundary)
     with evaluation_mode(model), autocast(device, precision), closing(counter):
         for batch in track(loader, "Evaluating", shown=progress):
             counter.add_batch(batch, predict(model, batch["image"], stride, normalise))
@@ -105,13 +110,17 @@ def score_images(
 
 
 def image_counter(
-    total: ConfusionMatrix, on_prediction: Callable[[str, NDArray[np.integer]], object] | None = None
+    total: ConfusionMatrix,
+    on_prediction: Callable[[str, NDArray[np.integer]], object] | None = None,
+    *,
+    boundary: bool = False,
 ) -> Counter[ImageRecord]:
     """Return a counter of all that an evaluation records of an image.
 
     Args:
         total: receives the counts of all images.
         on_prediction: see ``score_images``.
+        boundary: see ``score_images``.
     """
 
     def count(name: str, prediction: NDArray[np.integer], truth: NDArray[np.integer]) -> ImageRecord:
@@ -120,7 +129,10 @@ def image_counter(
         total.merge(confusion)
         if on_prediction is not None:
             on_prediction(name, prediction)
-        return _record(name, confusion, prediction, truth)
+        record = _record(name, confusion, prediction, truth)
+        if boundary:
+            record["boundary"] = count_boundaries(prediction, truth, total.num_classes, total.ignore_index)
+        return record
 
     return Counter(total.num_classes, count)
 

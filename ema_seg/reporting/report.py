@@ -25,6 +25,9 @@
 ``strata``          meaning of each stratum of object sizes, by its name: see ``ema_seg.evaluation.strata``
 ``size_iou``        by stratum, the IoU of each class
 ``size_miou``       by stratum, the mean IoU of the classes that the stratum has
+``boundary_miou``   with ``evaluation.boundary=true`` alone: mean of ``boundary_iou`` (K values), the boundary IoU of
+                    each class, see ``ema_seg.evaluation.boundary``
+``trimap``          with it, too: ``miou`` of the pixels up to each of ``distances`` (pixels) from a true boundary
 ``parameters``      ``total``, ``trainable``
 ``gmacs``           10^9 multiply-accumulate operations for one image
 ``throughput``      speed and memory: see ``ema_seg.evaluation.measure_cost``; ``capped_batch_size`` is the requested
@@ -32,7 +35,8 @@
 ``environment``     see ``ema_seg.evaluation.describe_environment``
 ``curves``          columns of the run's ``metrics.csv`` by name, each epoch's value or null; null without that file
 ``images``          for each image ``name``, ``miou``, ``pixel_accuracy``, ``intersection``, ``union`` (K counts),
-                    ``strata`` (by stratum ``intersection``, ``union``), and ``prediction``: the path of its predicted
+                    ``strata`` (by stratum ``intersection``, ``union``), ``boundary`` if it was counted
+                    (``intersection``, ``union``, ``trimap``), and ``prediction``: the path of its predicted
                     mask, a PNG of class ids, relative to ``report.json``; null where none was kept
 ==================  ==================================================================================
 """
@@ -100,6 +104,7 @@ def build_report(
         The content of ``report.json``, of plain values only; see this module's docstring for its keys.
     """
     # Imports torch, which reading a report does not need.
+    from ema_seg.evaluation.boundary import score_boundaries
     from ema_seg.evaluation.strata import STRATA, score_strata
 
     confusion, images = evaluation.confusion, evaluation.images
@@ -124,6 +129,7 @@ def build_report(
         "strata": STRATA,
         "size_iou": size_iou,
         "size_miou": {name: _mean(values) for name, values in size_iou.items()},
+        **(score_boundaries([image["boundary"] for image in images]) if images and "boundary" in images[0] else {}),
         **cost,
         "environment": environment,
         "curves": curves,

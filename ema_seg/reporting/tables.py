@@ -147,6 +147,18 @@ def _score_rows(report: Mapping[str, Any]) -> list[Row]:
         ("images", str(report["data"]["images"])),
         *((f"unreadable in {split}, skipped", str(len(names))) for split, names in skipped.items() if names),
         *((f"mIoU, {name} objects", _percent(miou)) for name, miou in report["size_miou"].items()),
+        *_boundary_rows(report),
+    ]
+
+
+def _boundary_rows(report: Mapping[str, Any]) -> list[Row]:
+    """Return the scores near boundaries, if they were counted."""
+    if "boundary_miou" not in report:
+        return []
+    trimap = zip(*report["trimap"].values(), strict=True)
+    return [
+        ("boundary mIoU", _percent(report["boundary_miou"])),
+        *((f"mIoU up to {distance} px from a boundary", _percent(miou)) for distance, miou in trimap),
     ]
 
 
