@@ -18,6 +18,7 @@ __all__ = ["KINDS", "Results"]
 KINDS = ("masks", "overlays", "probabilities", "weight_maps")
 """Folders of the results."""
 _LONGEST_SIDE = 65500  # pixels of a JPEG, in Pillow
+_ERRORS = "surrogateescape"  # names of files may have bytes that are not UTF-8
 
 
 class Results:
@@ -73,7 +74,7 @@ class Results:
 
     def has(self, name: str, source: Path) -> bool:
         """Return whether all results of an image are there, and are those of this very file."""
-        return self.has_source(name, source) and all(self._path(name, kind).is_file() for kind in self.kinds)
+        return self.has_source(name, source) and self._has_files(name, self.kinds)
 
     def has_source(self, name: str, source: Path) -> bool:
         """Return whether the results of this name are those of this very file; see ``write_source``."""
@@ -81,7 +82,10 @@ class Results:
 
     def has_frame(self, name: str) -> bool:
         """Return whether all results of a frame are there but for its overlay."""
-        return all(self._path(name, kind).is_file() for kind in self.kinds if kind != "overlays")
+        return self._has_files(name, [kind for kind in self.kinds if kind != "overlays"])
+
+    def _has_files(self, name: str, kinds: Sequence[str]) -> bool:
+        return name in self._areas.rows and all(self._path(name, kind).is_file() for kind in kinds)
 
     def read(self, path: Path) -> NDArray[np.uint8]:
         """Read an image as RGB H x W x 3.
@@ -167,7 +171,7 @@ class _Table:
         """Read the rows of an earlier command, without a last one that was cut; or forget them all."""
         if not self._path.is_file():
             return
-        with self._path.open(newline="", encoding="utf-8") as file:
+        with self._path.open(newline="", encoding="utf-8", errors=_ERRORS) as file:
             rows = [row for row in csv.reader(file) if len(row) == len(self._header) and row != self._header]
         self.rows = {} if forget else {row[0]: row for row in rows}
         self.write()
@@ -175,13 +179,13 @@ class _Table:
     def append(self, row: list[str]) -> None:
         """Add a row to the file."""
         self.rows[row[0]] = row
-        with self._path.open("a", newline="", encoding="utf-8") as file:
+        with self._path.open("a", newline="", encoding="utf-8", errors=_ERRORS) as file:
             file.write(_csv([row] if file.tell() else [self._header, row]))
 
     def write(self) -> None:
         """Write the file again, sorted by name."""
         rows = [self.rows[name] for name in sorted(self.rows)]
-        write_file(self._path, _csv([self._header, *rows]).encode())
+        write_file(self._path, _csv([self._header, *rows]).encode(errors=_ERRORS))
 
 
 def _csv(rows: Sequence[Sequence[str]]) -> str:

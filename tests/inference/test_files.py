@@ -1,6 +1,7 @@
 """Tests of the segmentation of many files."""
 
 import csv
+import os
 import shutil
 
 import numpy as np
@@ -113,6 +114,17 @@ def test_rows_that_a_kill_has_cut_are_predicted_again(segmenter, source, tmp_pat
     predict(segmenter, source, tmp_path / "out")
 
     assert areas_in(tmp_path / "out") == before
+
+
+def test_names_may_have_bytes_that_are_not_utf8(segmenter, source, tmp_path):
+    odd = source / os.fsdecode(b"a\xff.png")
+    shutil.copy(source / "a.png", odd)
+
+    for _ in range(2):
+        predict(segmenter, odd, tmp_path / "out")
+
+    assert (tmp_path / "out" / "masks" / odd.name).is_file()
+    assert b"a\xff," in (tmp_path / "out" / "areas.csv").read_bytes()
 
 
 def test_an_interrupted_change_of_the_model_leaves_no_results_of_the_old_one(segmenter, source, tmp_path):
