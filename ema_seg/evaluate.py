@@ -63,7 +63,7 @@ def evaluate(
     check_settings(settings, Evaluation, "evaluation.")
     if rank_info().rank == 0:
         report_manifest(directory).check(FILES)
-    precision = settings["precision"]
+    precision, boundary = settings["precision"], settings.get("boundary", False)
     curves = read_curves(run)
 
     # Model: rebuilt from the checkpoint alone, or an exported one, which computes as its file says.
@@ -96,7 +96,7 @@ def evaluate(
             encoding = image_counter(
                 ConfusionMatrix(module.num_classes),
                 lambda _, mask: encode_mask(mask, module.palette),
-                boundary=settings["boundary"],
+                boundary=boundary,
             )
             with closing(encoding):
                 cost = measure_cost(
@@ -128,7 +128,7 @@ def evaluate(
                     normalise=normalise,
                     device=device,
                     precision=precision,
-                    boundary=settings["boundary"],
+                    boundary=boundary,
                     on_prediction=write_prediction,
                     progress=not quiet and rank_info().rank == 0,
                 )

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from ema_seg.cli.command_line import argument, config_of_run_or_checkpoint, expand_home, plain_config, reports_errors
 from ema_seg.cli.composition import CONFIGS, compose, launch, offer_settings_of_run
 from ema_seg.cli.early_checks import check_root
-from ema_seg.config import Evaluating, check_settings
+from ema_seg.config import Evaluating, Evaluation, check_settings
 from ema_seg.runtime.distributed.group import join_launcher
 from ema_seg.runtime.distributed.launchers import detect_launcher
 from ema_seg.runtime.distributed.ranks import rank_info
@@ -31,7 +31,11 @@ def main() -> None:
     keep_freed_memory()
     sys.argv = expand_home(sys.argv)
     with join_launcher():
-        offer_settings_of_run(_saved_config(), "data", "evaluation")
+        saved = _saved_config()
+        # Settings that are newer than the run have their defaults.
+        newer = {name: field.default for name, field in Evaluation.model_fields.items() if not field.is_required()}
+        evaluation = newer | saved.get("evaluation", {})
+        offer_settings_of_run(saved | {"evaluation": evaluation}, "data", "evaluation")
         launch(_evaluate, CONFIGS, "eval", compose(CONFIGS, "eval"))
 
 

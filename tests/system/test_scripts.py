@@ -37,6 +37,7 @@ from ema_seg.comparison.configurations import group_runs
 from ema_seg.comparison.runs import read_runs
 from ema_seg.config import Demonstrating, Evaluating, Training, describe_settings
 from ema_seg.evaluation import ConfusionMatrix
+from ema_seg.evaluation.boundary import count_boundaries, score_boundaries
 from ema_seg.inference import video
 from ema_seg.models import load_segmenter
 from ema_seg.runtime.distributed.exit_handlers import PREEMPTION_SIGNALS, install_exit_handlers
@@ -650,6 +651,30 @@ def test_reports_of_the_same_second_have_folders_of_their_own(tmp_path):
     from ema_seg.cli import eval
 
     assert [eval._make_folder(tmp_path / "report").name for _ in range(3)] == ["report", "report_2", "report_3"]
+
+
+def test_a_run_from_before_a_setting_is_evaluated_with_it(finished_run, camvid_root, run_script, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    del config["evaluation"]["boundary"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    before = json.loads((run / "report/report.json").read_text())
+
+    status, out, err = run_script("eval", f"run={run}", "evaluation.boundary=true", f"report.dir={tmp_path / 'new'}")
+
+    assert status == 0, err
+    report = json.loads((tmp_path / "new/report.json").read_text())
+    counts = []
+    for image in report["images"]:
+        prediction = np.array(Image.open(tmp_path / "new" / image["prediction"]))
+        truth = np.array(Image.open(camvid_root / "val/masks" / f"{Path(image['name']).name}.png"))
+        counts.append(count_boundaries(prediction, np.where(truth == 11, 255, truth), 11))
+    expected = score_boundaries(counts)
+    assert report["boundary_miou"] == pytest.approx(expected["boundary_miou"])
+    assert report["trimap"] == expected["trimap"]
+    assert [image["boundary"] for image in report["images"]] == counts
+    assert f"boundary mIoU  {expected['boundary_miou']:.2%}" in re.sub(" {2,}", "  ", out)
+    assert "boundary_miou" not in before and report["miou"] == before["miou"]
 
 
 def test_an_evaluation_does_not_finish_a_run_that_can_go_on(monkeypatch, tmp_path):
