@@ -4,7 +4,6 @@
 ``ema_seg/inference``.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from ema_seg.inference.export import check_export, write_artefact
 from ema_seg.inference.exported import ExportedModel, Metadata
 from ema_seg.inference.prediction import pad_to_stride, predict, segment
 from ema_seg.models import load_segmenter, model_stride
-from ema_seg.models.checkpoint import check_classes
+from ema_seg.models.checkpoint import check_classes, checkpoint_digest
 from ema_seg.models.shared import config_without_paths
 from ema_seg.runtime.errors import DataError, ModelError
 from ema_seg.runtime.execution import set_execution
@@ -116,7 +115,7 @@ def export(
         config=config_without_paths(config),
         scores=_scores_of(run),
         origin={
-            "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+            "checkpoint": checkpoint_digest(checkpoint),
             "ema_seg": ema_seg.__version__,
             "torch": torch.__version__,
         },

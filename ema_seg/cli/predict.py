@@ -1,6 +1,5 @@
 """The command ``ema-seg predict``: from its arguments to masks, overlays and areas of many images."""
 
-import hashlib
 import re
 import sys
 from pathlib import Path
@@ -44,7 +43,7 @@ def _predict(composed: DictConfig) -> None:
         from ema_seg.inference.results import Results
         from ema_seg.inference.segmenter import Segmenter
         from ema_seg.inference.video import segment_camera, segment_videos
-        from ema_seg.models.checkpoint import checkpoint_path
+        from ema_seg.models.checkpoint import checkpoint_digest, checkpoint_path
 
     source, out = config["source"], Path(config["out"])
     camera = _CAMERA.fullmatch(source)
@@ -54,8 +53,7 @@ def _predict(composed: DictConfig) -> None:
     segmenter = Segmenter.load(config["run"], **options)
     results = Results(out, segmenter, **details)
     name = config["run"] if hub_address(config["run"]) else str(Path(config["run"]).resolve())
-    with checkpoint_path(config["run"]).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = checkpoint_digest(checkpoint_path(config["run"]))
     results.claim({"model": name, "sha256": digest}, overwrite=config["overwrite"])
 
     work = {key: config[key] for key in ("batch_size", "workers", "overwrite")}

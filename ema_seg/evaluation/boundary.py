@@ -18,6 +18,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from ema_seg.evaluation.confusion import mean_of_defined, ratio
+
 __all__ = ["TRIMAP_DISTANCES", "BoundaryCounts", "boundary_distance", "count_boundaries", "score_boundaries"]
 
 TRIMAP_DISTANCES = (1, 2, 4, 8, 16, 32)
@@ -90,8 +92,8 @@ def score_boundaries(images: Sequence[BoundaryCounts]) -> dict[str, Any]:
     ]
     return {
         "boundary_iou": iou.tolist(),
-        "boundary_miou": _mean(iou),
-        "trimap": {"distances": list(TRIMAP_DISTANCES), "miou": [_mean(band) for band in bands]},
+        "boundary_miou": mean_of_defined(iou),
+        "trimap": {"distances": list(TRIMAP_DISTANCES), "miou": [mean_of_defined(band) for band in bands]},
     }
 
 
@@ -122,10 +124,4 @@ def _steps_to_another_class(labels: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def _iou(counts: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
     intersection, union = (np.sum([image[key] for image in counts], axis=0) for key in ("intersection", "union"))
-    with np.errstate(invalid="ignore"):
-        return np.true_divide(intersection, union)
-
-
-def _mean(iou: NDArray[np.float64]) -> float:
-    defined = iou[~np.isnan(iou)]
-    return float(defined.mean()) if len(defined) else math.nan
+    return ratio(intersection, union)

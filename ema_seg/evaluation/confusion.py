@@ -6,7 +6,6 @@ The definitions are those of the two benchmarks' own tools: pixel-level evaluati
 any division. Pixels whose truth is the ignore index are not counted, whatever the prediction.
 """
 
-from collections.abc import Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor
 from ema_seg.evaluation.counting import count_pixels, countable
 from ema_seg.runtime.errors import ConfigError, DataError, ModelError
 
-__all__ = ["ConfusionMatrix", "Scores"]
+__all__ = ["ConfusionMatrix", "Scores", "mean_of_defined", "ratio"]
 
 
 class Scores(TypedDict):
@@ -116,14 +115,14 @@ class ConfusionMatrix:
         """
         matrix = self.matrix.cpu().numpy()
         correct, truth = matrix.diagonal(), matrix.sum(axis=1)
-        iou = _ratio(correct, self.union)
+        iou = ratio(correct, self.union)
         occurs = truth > 0
         return Scores(
-            miou=_mean(iou[~np.isnan(iou)]),
+            miou=mean_of_defined(iou),
             iou=iou.tolist(),
-            mean_accuracy=_mean(_ratio(correct, truth)[occurs]),
-            pixel_accuracy=float(_ratio(correct.sum(), truth.sum())),
-            fw_iou=float(_ratio((truth[occurs] * iou[occurs]).sum(), truth.sum())),
+            mean_accuracy=mean_of_defined(ratio(correct, truth)[occurs]),
+            pixel_accuracy=float(ratio(correct.sum(), truth.sum())),
+            fw_iou=float(ratio((truth[occurs] * iou[occurs]).sum(), truth.sum())),
         )
 
     @property
@@ -162,11 +161,13 @@ def _as_integers(labels: Tensor | ArrayLike, role: str) -> Tensor:
     return labels
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """Divide part by whole in float64; nan where both are 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.true_divide(part, whole)
 
 
-def _mean(values: np.ndarray | Sequence[float]) -> float:
-    return float(np.mean(values)) if len(values) else float("nan")
+def mean_of_defined(values: np.ndarray) -> float:
+    """Return the mean of the values that are not nan; nan if there are none."""
+    defined = values[~np.isnan(values)]
+    return float(np.mean(defined)) if len(defined) else float("nan")

@@ -1,5 +1,6 @@
 """Reading of checkpoints, and models rebuilt from a checkpoint alone."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -17,7 +18,15 @@ from ema_seg.models.weights import first_not_finite
 from ema_seg.runtime.errors import CheckpointError, ConfigError, DataError, one_line
 from ema_seg.runtime.hub import download_model, hub_address
 
-__all__ = ["check_classes", "check_contents", "checkpoint_path", "load_checkpoint", "load_segmenter", "model_weights"]
+__all__ = [
+    "check_classes",
+    "check_contents",
+    "checkpoint_digest",
+    "checkpoint_path",
+    "load_checkpoint",
+    "load_segmenter",
+    "model_weights",
+]
 
 _MODEL_PREFIX = "model."
 
@@ -52,6 +61,12 @@ def checkpoint_path(source: str | PathLike[str]) -> Path:
             "checkpoint."
         )
     return best
+
+
+def checkpoint_digest(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
