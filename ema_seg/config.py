@@ -99,6 +99,10 @@ Colour = Annotated[
     Must("three numbers, one for each of red, green and blue"),
 ]
 OptionalColour = Annotated[Colour | None, Must("three numbers, one for each of red, green and blue")]
+OptionalSize = Annotated[
+    Annotated[list[Positive], Field(min_length=2, max_length=2)] | None,
+    Must("[height,width] in pixels, such as [512,1024]"),
+]
 Options = dict[str, Any]
 _Precision = Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "16", "bf16", "32", "64"]
 _PRECISIONS = get_args(_Precision)
@@ -269,15 +273,29 @@ class Evaluation(Section):
     """torch.compile"""
     batch_size: Positive
     """larger batch size of the cost measurement"""
-    size: Annotated[
-        Annotated[list[Positive], Field(min_length=2, max_length=2)] | None,
-        Must("[height,width] in pixels, such as [512,1024]"),
-    ]
+    size: OptionalSize
     """[height, width] of the cost measurement; null: those of the split's first image"""
     budget: Annotated[float, Field(gt=0, allow_inf_nan=False), Must("a positive number of seconds")]
     """seconds for the cost measurement"""
+    window: OptionalSize = None
+    """[height, width] of sliding windows, whose logits are averaged; null: whole images"""
+    window_stride: OptionalSize = None
+    """their distance in rows and columns; null: two thirds of their size"""
+    scales: Annotated[
+        Annotated[list[Annotated[float, Field(gt=0, le=16)]], Field(min_length=1)] | None,
+        Must("a list of factors above 0 and at most 16, such as [0.75,1,1.25], or null"),
+    ] = None
+    """factors of the images' size over which probabilities are averaged; null: [1]"""
+    flip: Flag = False
+    """average over the mirrored image, too"""
     boundary: Flag = False
     """also score the boundaries of classes: boundary IoU, and mIoU by the distance to a boundary"""
+    calibration: Flag = False
+    """also score the probabilities: expected calibration error, negative log-likelihood, Brier score"""
+    corruptions: Annotated[Literal["standard"] | None, Must("standard or null")] = None
+    """also score corrupted images: 12 kinds of noise, blur, weather and digital loss at five severities"""
+    submission: OptionalPath = None
+    """new folder for the masks in the form that the benchmark's server reads (Cityscapes, ADE20K)"""
 
 
 class Steps(Section):

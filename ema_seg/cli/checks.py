@@ -4,6 +4,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ema_seg.cli.early_checks import check_early
-from ema_seg.data import SegmentationDataModule, check_dataset
+from ema_seg.data import SegmentationDataModule, check_dataset, find_dataset_class
 from ema_seg.data.datamodule import check_batch_divides
+from ema_seg.inference.protocol import check_protocol
 from ema_seg.models import segmenter_from_config
+from ema_seg.reporting.submission import check_submission
 from ema_seg.runtime.distributed.ranks import single_process
 from ema_seg.runtime.errors import ConfigError, did_you_mean, one_line
 from ema_seg.training.freezing import find_parts
@@ -56,6 +59,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     if config["data"]["batch_size"] != "auto":
         check_batch_divides(config["data"]["batch_size"], processes)
     _check_freeze(config)
+    _check_evaluation(config["evaluation"], config["data"]["name"])
     _check_loss(config["loss"])
     build_schedule(_check_optimizer(config["optimizer"]), _STEPS, **config["schedule"])
     check_loggers(config.get("logger", {}))
@@ -102,6 +106,12 @@ def _check_freeze(config: Mapping[str, Any]) -> None:
             f"freeze.until={until}: must be less than the {epochs} epochs of the training; lower it, or set null to "
             "keep the parts frozen."
         )
+
+
+def _check_evaluation(settings: Mapping[str, Any], data: str) -> None:
+    check_protocol(settings)
+    if settings.get("submission") is not None:
+        check_submission(Path(settings["submission"]), find_dataset_class(data), data)
 
 
 def _check_loss(terms: Mapping[str, Any]) -> None:

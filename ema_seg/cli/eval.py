@@ -61,13 +61,22 @@ def _evaluate(composed: DictConfig) -> None:
 
     # Heavy imports only now, so that --help and --cfg answer at once.
     with gc_frozen_imports():
-        from ema_seg.cli.launch import evaluate_run
+        from ema_seg.cli.launch import evaluate_run, submit_run
+        from ema_seg.data import find_dataset_class
         from ema_seg.inference.exported import is_exported
         from ema_seg.models.checkpoint import checkpoint_path
         from ema_seg.models.shared import WEIGHTS
         from ema_seg.reporting import print_report
 
     checkpoint = checkpoint_path(source)
+    submission, split = config["evaluation"]["submission"], config["data"]["evaluation_split"]
+    if submission and split in find_dataset_class(config["data"]["name"]).unlabelled_splits:
+        submit_run(
+            checkpoint, config["data"], config["evaluation"], devices=config["devices"], started_by=detect_launcher()
+        )
+        if rank_info().rank == 0:
+            print(f"submission: {submission}; the split {split!r} has no labels, so there are no scores")
+        return
     run = Path(config["run"]) if config["run"] else _run_of(checkpoint)
     without_root = is_exported(checkpoint) or checkpoint.name == WEIGHTS
     directory = Path(config["report"]["dir"] or _default_folder(run, without_root))
@@ -89,6 +98,8 @@ def _evaluate(composed: DictConfig) -> None:
     if rank_info().rank == 0:
         print_report(report)
         print(f"report: {directory}")
+        if submission:
+            print(f"submission: {submission}")
 
 
 def _default_folder(run: Path, without_root: bool) -> Path:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from ema_seg.cli.checks import check_config
 from ema_seg.data.datamodule import check_batch_divides
-from ema_seg.evaluate import evaluate
+from ema_seg.evaluate import evaluate, write_submission
 from ema_seg.inference.device import find_device
 from ema_seg.models import encoder_normalisation, load_checkpoint
 from ema_seg.models.checkpoint import checkpoint_path
@@ -32,7 +32,7 @@ from ema_seg.runtime.texts import read_json, read_yaml
 from ema_seg.training import find_batch_size, resolve_world_size, set_cuda_device, training_device
 from ema_seg.training.initial import gives_encoder
 
-__all__ = ["complete_config", "complete_paths", "evaluate_run", "produce_run"]
+__all__ = ["complete_config", "complete_paths", "evaluate_run", "produce_run", "submit_run"]
 
 
 def produce_run(
@@ -207,6 +207,40 @@ def evaluate_run(
     processes = resolve_world_size(trainer, started_by)
     arguments = (checkpoint, dict(data), dict(settings), directory, run, job, trainer)
     return _run_and_load_report(_assess, processes, directory, *arguments)
+
+
+def submit_run(
+    checkpoint: Path,
+    data: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    devices: int | str | list[int] = 1,
+    started_by: str | None = None,
+) -> None:
+    """Write the masks of a split without labels for the benchmark's server; see ``write_submission``.
+
+    Args:
+        checkpoint: see ``evaluate``.
+        data: see ``evaluate``.
+        settings: see ``write_submission``.
+        devices: see ``evaluate_run``.
+        started_by: see ``evaluate_run``.
+
+    Raises:
+        EmaSegError: any error that the user can correct.
+    """
+    trainer = {"accelerator": "cpu" if settings["device"] == "cpu" else "auto", "devices": devices}
+    processes = resolve_world_size(trainer, started_by)
+    arguments = (checkpoint, dict(data), dict(settings), trainer)
+    if processes == rank_info().size:
+        _submit(*arguments)
+    else:
+        run_together(_submit, processes, *arguments)
+
+
+def _submit(checkpoint: Path, data: dict[str, Any], settings: dict[str, Any], trainer: Mapping[str, Any]) -> None:
+    set_cuda_device(trainer)
+    write_submission(checkpoint, data, settings)
 
 
 def _run_and_load_report(

@@ -9,8 +9,10 @@ from typing import ClassVar
 from ema_seg.data.base import (
     IGNORE_INDEX,
     MissingSplitError,
+    Pair,
     Pairing,
     SegmentationDataset,
+    Submission,
     pair_files,
     train_id_table,
 )
@@ -21,6 +23,7 @@ __all__ = ["ADE20KDataset"]
 
 _FOLDER = "ADEChallengeData2016"
 _SPLIT_FOLDERS = {"train": "training", "val": "validation"}
+_TEST_FOLDERS = ("images/testing", "release_test/testing")
 
 
 # (name, colour) in the order of the mask values 1 to 150; the name is the first of the official synonyms.
@@ -184,19 +187,23 @@ class ADE20KDataset(SegmentationDataset):
     The root is the folder ``ADEChallengeData2016`` (``images/{training,validation}/*.jpg`` with
     ``annotations/{training,validation}/*.png``), a folder that holds it or ``ADEChallengeData2016.zip``, or
     the archive itself. Mask value 0, other objects, is ignored; values 1 to 150 are the train ids 0 to 149.
-    A few images are grey or CMYK; they become RGB. The splits are "train" (20210 images) and "val" (2000);
-    the release has no labels for "test".
+    A few images are grey or CMYK; they become RGB. The splits are "train" (20210 images), "val" (2000) and "test"
+    (3352, published apart as ``release_test.zip``, without labels): ``images/testing/*.jpg`` in the folder, or
+    ``release_test/testing/*.jpg`` in the folder or its parent.
     """
 
     classes = tuple(name for name, _ in _CLASSES)
     palette = tuple(color for _, color in _CLASSES)
-    splits: ClassVar[tuple[str, ...]] = ("train", "val")
+    unlabelled_splits: ClassVar[tuple[str, ...]] = ("test",)
+    submission: ClassVar[Submission | None] = Submission(".png", tuple(range(1, 151)))
     layout: ClassVar[str] = f"the folder {_FOLDER} with images/ and annotations/, its parent, or {_FOLDER}.zip"
     train_ids = train_id_table({0: IGNORE_INDEX} | {value: value - 1 for value in range(1, 151)})
 
     def find_pairs(self) -> Pairing:
         """Pair images and masks by stem; see :meth:`SegmentationDataset.find_pairs`."""
         source, top = self._source()
+        if self.split == "test":
+            return self._find_test_images(source, top)
         image_folder = f"{top}images/{_SPLIT_FOLDERS[self.split]}"
         mask_folder = f"{top}annotations/{_SPLIT_FOLDERS[self.split]}"
         images = _by_stem(source, image_folder, ".jpg")
@@ -204,6 +211,15 @@ class ADE20KDataset(SegmentationDataset):
         if not images and not masks:
             raise MissingSplitError(f"{source.path}: has no images that match {image_folder}/*.jpg.")
         return pair_files(images, masks, image_place=f"{image_folder}/*.jpg", mask_place=f"{mask_folder}/*.png")
+
+    def _find_test_images(self, source: Source, top: str) -> Pairing:
+        places = [(source, f"{top}{folder}") for folder in _TEST_FOLDERS]
+        if self.root.is_dir():  # beside ADEChallengeData2016
+            places += [(FolderSource(folder), _TEST_FOLDERS[1]) for folder in (self.root, self.root.parent)]
+        for place, folder in places:
+            if images := sorted(_by_stem(place, folder, ".jpg")):
+                return Pairing([Pair(name, file, None) for name, file in images], [])
+        raise MissingSplitError(f"{source.path}: has no images that match {' or '.join(_TEST_FOLDERS)}/*.jpg.")
 
     def _source(self) -> tuple[Source, str]:
         """Return the source, and the path prefix of ``images/`` and ``annotations/`` in it."""

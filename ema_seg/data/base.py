@@ -29,6 +29,7 @@ __all__ = [
     "Pairing",
     "Sample",
     "SegmentationDataset",
+    "Submission",
     "apply_table",
     "pair_files",
     "train_id_table",
@@ -67,6 +68,16 @@ class Pairing(NamedTuple):
 
     pairs: list[Pair]
     unpaired: list[str]
+
+
+class Submission(NamedTuple):
+    """Form of the masks that a benchmark's server reads: PNG files of one channel.
+
+    A file has the name of its sample and ``suffix``; its values are those of ``values`` by train id.
+    """
+
+    suffix: str
+    values: tuple[int, ...]
 
 
 class MissingSplitError(DataError):
@@ -112,6 +123,10 @@ class SegmentationDataset(Dataset[Any]):
     """True if a class without any pixel may be a mistake; :meth:`describe_problem` then explains it."""
     unlabelled_splits: ClassVar[tuple[str, ...]] = ()
     """Splits published without labels, or with dummy labels."""
+    submission: ClassVar[Submission | None] = None
+    """Form of the masks that the benchmark's server reads; None without a server."""
+    without_labels: bool = False
+    """True if masks are not read: all pixels are ignored."""
     makes_files: ClassVar[bool] = False
     """True if missing files are generated; no timeout applies then."""
     cache: "DecodedSamples | None" = None
@@ -161,8 +176,12 @@ class SegmentationDataset(Dataset[Any]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Any:
-        image, mask = self.read_image(index), self.read_mask(index)
-        self.check_sizes(index, image, mask)
+        image = self.read_image(index)
+        if self.without_labels:
+            mask = np.full(image.shape[:2], IGNORE_INDEX, np.uint8)
+        else:
+            mask = self.read_mask(index)
+            self.check_sizes(index, image, mask)
         sample: Sample = {"image": image, "mask": mask, "name": self.name(index)}
         return sample if self.transform is None else self.transform(sample)
 

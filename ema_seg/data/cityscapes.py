@@ -18,6 +18,7 @@ from ema_seg.data.base import (
     Pairing,
     Sample,
     SegmentationDataset,
+    Submission,
     apply_table,
     pair_files,
     train_id_table,
@@ -82,6 +83,7 @@ class CityscapesDataset(SegmentationDataset):
         " gtFine_trainvaltest.zip"
     )
     unlabelled_splits: ClassVar[tuple[str, ...]] = ("test",)
+    submission: ClassVar[Submission | None] = Submission(_IMAGE_SUFFIX, tuple(label_id for _, label_id, _ in _CLASSES))
     train_ids = train_id_table(_LABEL_IDS)
     ready_train_ids = train_id_table(_TRAIN_IDS)
 

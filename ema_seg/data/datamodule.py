@@ -17,6 +17,7 @@ from ema_seg.config import DataArguments, check_settings
 from ema_seg.data import build_dataset, check_dataset, find_dataset_class
 from ema_seg.data.base import Sample, SegmentationDataset
 from ema_seg.data.cache import open_cache
+from ema_seg.data.corruptions import CorruptedDataset
 from ema_seg.data.loading import (
     Loader,
     RoundRobinSampler,
@@ -126,6 +127,7 @@ class SegmentationDataModule(LightningDataModule):
         self.cache = None if cache is None else Path(cache).expanduser()
         self.options = options
         self.normalise = Normalise(mean, std)
+        self.without_labels = False  # set it to predict a split that is published without labels
         self.pin_memory = False  # set it if the batches go to a GPU; with Lightning the trainer's device decides
         self.timeout = timeout
         self.skipped = SkippedSamples(max_skipped)
@@ -188,6 +190,9 @@ class SegmentationDataModule(LightningDataModule):
         for name in _DATASETS_OF_STAGE[stage]:
             dataset = getattr(self, name)
             self._use_cache(dataset)
+            dataset.without_labels = self.without_labels
+            if self.without_labels:
+                continue
             if rank_info().rank == 0 and dataset not in self._datasets_with_labels:  # Lightning repeats setup
                 self._require_labels(dataset)
                 self._datasets_with_labels.append(dataset)
@@ -244,6 +249,10 @@ class SegmentationDataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader[Any]:
         """Return the split ``evaluation_split`` in order, as batches of whole images."""
         return self._evaluation_loader(self.test_dataset, self.evaluation_split)
+
+    def corrupted_dataloader(self) -> DataLoader[Any]:
+        """Return the split ``evaluation_split`` with all corruptions, see ``CorruptedDataset``."""
+        return self._evaluation_loader(CorruptedDataset(self.test_dataset), self.evaluation_split)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move crops to the device; images of a validation are moved one size at a time, and counted on the host."""
@@ -309,12 +318,12 @@ class SegmentationDataModule(LightningDataModule):
         if problem := dataset.describe_problem(pixels):
             raise DataError(problem)
 
-    def _evaluation_loader(self, dataset: SegmentationDataset, split: str) -> Loader:
+    def _evaluation_loader(self, dataset: SegmentationDataset | CorruptedDataset, split: str) -> Loader:
         return self._loader(dataset, collate_images, split, self.evaluation_batch_size, RoundRobinSampler(len(dataset)))
 
     def _loader(
         self,
-        dataset: SegmentationDataset,
+        dataset: SegmentationDataset | CorruptedDataset,
         collate: Callable[[list[TensorSample]], dict[str, Any]],
         split: str,
         batch_size: int,

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ema_seg.data.normalise import Normalise
 from ema_seg.evaluation.counter import Counter
 from ema_seg.evaluation.environment import describe_device
-from ema_seg.inference.prediction import autocast, memory_format_of, pad_to_stride, predict
+from ema_seg.inference.prediction import autocast, memory_format_of, pad_to_stride
+from ema_seg.inference.protocol import PLAIN, PredictionProtocol
 from ema_seg.runtime.distributed.collectives import broadcast, gather
 from ema_seg.runtime.distributed.ranks import barrier, rank_info
 from ema_seg.runtime.errors import ConfigError, DataError
@@ -61,6 +62,7 @@ def measure_cost(
     loader: DataLoader | None = None,
     normalise: Normalise | None = None,
     counter: Counter[Any] | None = None,
+    protocol: PredictionProtocol = PLAIN,
     warmup: int = 3,
     min_repeats: int = 3,
     budget: float = 10.0,
@@ -85,6 +87,7 @@ def measure_cost(
         loader: the evaluation's loader, as for ``score_images``; None skips the end-to-end measurement.
         normalise: the normalisation of the loader's images; must be given with a loader.
         counter: scores the images; must be given with a loader.
+        protocol: how the loader's images are predicted; the forward passes are those of a whole image at any rate.
         warmup: forward passes before the timed ones; fewer, but at least one, if they take longer than the budget.
         min_repeats: minimum number of timed forward passes, however long they take.
         budget: seconds after which no further timed pass starts, divided equally between the measurements; warm-up
@@ -111,7 +114,7 @@ def measure_cost(
     if loader is not None:
         if normalise is None or counter is None:
             raise TypeError("measure_cost: a loader needs a normalisation and a counter.")
-        source = (loader, normalise, counter)
+        source = (loader, normalise, counter, protocol)
     share = budget / (len(batch_sizes) + (source is not None))
 
     def measure_forward(batch: int) -> dict[str, Any]:
@@ -320,7 +323,13 @@ def _forward_entry(batch_size: int, seconds: list[float], warmup: int, memory: i
 
 
 def time_end_to_end(
-    model: nn.Module, loader: DataLoader, normalise: Normalise, counter: Counter[Any], stride: int, budget: float
+    model: nn.Module,
+    loader: DataLoader,
+    normalise: Normalise,
+    counter: Counter[Any],
+    protocol: PredictionProtocol,
+    stride: int,
+    budget: float,
 ) -> dict[str, Any]:
     """Time the path from files to scores, over the data set or until the budget is spent.
 
@@ -329,6 +338,7 @@ def time_end_to_end(
         loader: see ``measure_cost``.
         normalise: see ``measure_cost``.
         counter: see ``measure_cost``.
+        protocol: see ``measure_cost``.
         stride: see ``measure_cost``.
         budget: seconds after which no further batch starts.
 
@@ -346,7 +356,7 @@ def time_end_to_end(
     barrier()
     images, start = 0, time.perf_counter()
     for index, batch in enumerate(loader):
-        counter.add_batch(batch, predict(model, batch["image"], stride, normalise))
+        counter.add_batch(batch, protocol.predict(model, batch["image"], stride, normalise))
         if index < warmup:
             counter.results()
             start = time.perf_counter()

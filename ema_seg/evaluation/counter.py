@@ -1,17 +1,16 @@
 """Counting of predictions in a thread of its own, beside the model."""
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from ema_seg.evaluation.calibration import Certainty, classify
 from ema_seg.inference.classes import most_likely_classes
-from ema_seg.models.head import RowLogits
+from ema_seg.models.head import Logits
 from ema_seg.runtime.errors import DataError, ModelError
 
 __all__ = ["Counter"]
@@ -20,7 +19,6 @@ __all__ = ["Counter"]
 _MOST_WAITING = 16
 
 Result = TypeVar("Result")
-Count = Callable[[str, NDArray[np.integer], NDArray[np.integer]], Result]
 
 
 class Counter(Generic[Result]):
@@ -32,16 +30,18 @@ class Counter(Generic[Result]):
     Args:
         num_classes: K.
         count: makes the result of an image's name, predicted class ids and train ids, both H x W; runs in the thread.
+        certainty: also compute the model's ``Certainty``, the fourth argument of ``count``.
     """
 
-    def __init__(self, num_classes: int, count: Count[Result]) -> None:
+    def __init__(self, num_classes: int, count: Callable[..., Result], *, certainty: bool = False) -> None:
         self.num_classes = num_classes
         self._count = count
+        self._certainty = certainty
         self._thread = ThreadPoolExecutor(1, "counter")
         self._waiting: deque[Future[Result]] = deque()
         self._results: list[Result] = []
 
-    def add(self, name: str, logits: RowLogits, target: Tensor) -> None:
+    def add(self, name: str, logits: Logits, target: Tensor) -> None:
         """Count an image.
 
         Args:
@@ -58,17 +58,20 @@ class Counter(Generic[Result]):
                 f"model: predicts {logits.shape[1]} classes but the data set has {self.num_classes}; "
                 "evaluate it on the data that it was trained on."
             )
-        classes, copied = most_likely_classes(logits), None
+        if self._certainty:
+            classes, certainty = classify(logits, target)
+            on_device = [classes, *certainty]
+        else:
+            on_device = [classes := most_likely_classes(logits)]
+        copies = [_copy_to_host(tensor) for tensor in on_device]
+        copied = None
         if classes.is_cuda:
-            on_host = torch.empty(classes.shape, dtype=classes.dtype, pin_memory=True)
-            on_host.copy_(classes, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(classes.device))
-            classes = on_host
-        self._waiting.append(self._thread.submit(self._run, name, classes, copied, target))
+        self._waiting.append(self._thread.submit(self._run, name, copies, copied, target))
         self._collect(_MOST_WAITING)
 
-    def add_batch(self, batch: Mapping[str, Any], logits: Sequence[RowLogits]) -> None:
+    def add_batch(self, batch: Mapping[str, Any], logits: Iterable[Logits]) -> None:
         """Count the images of a batch: lists ``name`` and ``mask``; see ``add``.
 
         The logits of all images share the features of the batch. A caller that keeps none of them frees the features
@@ -96,10 +99,20 @@ class Counter(Generic[Result]):
         while len(self._waiting) > most:
             self._results.append(self._waiting.popleft().result())
 
-    def _run(self, name: str, classes: Tensor, copied: torch.cuda.Event | None, target: Tensor) -> Result:
+    def _run(self, name: str, copies: Sequence[Tensor], copied: torch.cuda.Event | None, target: Tensor) -> Result:
         if copied is not None:
             copied.synchronize()
+        classes, *certainty = copies
         try:
-            return self._count(name, classes.cpu().numpy(), target.cpu().numpy())
+            known = [Certainty(*certainty)] if certainty else []
+            return self._count(name, classes.numpy(), target.cpu().numpy(), *known)
         except (DataError, ModelError) as error:
             raise type(error)(f"{name}: {error}") from error
+
+
+def _copy_to_host(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the host; from CUDA without waiting for it."""
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return on_host.copy_(tensor, non_blocking=True)

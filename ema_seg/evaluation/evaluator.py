@@ -14,10 +14,13 @@ from torch import nn
 
 from ema_seg.data.normalise import Normalise
 from ema_seg.evaluation.boundary import BoundaryCounts, count_boundaries
+from ema_seg.evaluation.calibration import CalibrationCounts, Certainty, count_calibration
 from ema_seg.evaluation.confusion import ConfusionMatrix
 from ema_seg.evaluation.counter import Counter
+from ema_seg.evaluation.robustness import CorruptionCounts
 from ema_seg.evaluation.strata import StratumCounts, count_strata
-from ema_seg.inference.prediction import autocast, predict
+from ema_seg.inference.prediction import autocast
+from ema_seg.inference.protocol import PLAIN, PredictionProtocol
 from ema_seg.runtime.distributed.collectives import gather, sum_in_place
 from ema_seg.runtime.errors import DataError
 from ema_seg.runtime.execution import evaluation_mode
@@ -29,8 +32,8 @@ __all__ = ["Evaluation", "ImageRecord", "image_counter", "require_labels", "scor
 class ImageRecord(TypedDict):
     """Scores of one image, and its counts, from which the mean IoU of any subset can be computed.
 
-    ``strata`` holds the counts by object size, see ``ema_seg.evaluation.strata``; ``boundary``, if set, those
-    near boundaries, see ``ema_seg.evaluation.boundary``.
+    ``strata`` holds the counts by object size; ``boundary``, ``calibration`` and ``corruptions``, if set, those near
+    boundaries, by confidence and of corrupted images: see ``strata``, ``boundary``, ``calibration`` and ``robustness``.
     """
 
     name: str
@@ -40,6 +43,8 @@ class ImageRecord(TypedDict):
     union: list[int]
     strata: dict[str, StratumCounts]
     boundary: NotRequired[BoundaryCounts]
+    calibration: NotRequired[CalibrationCounts]
+    corruptions: NotRequired[CorruptionCounts]
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,9 @@ def score_images(
     normalise: Normalise,
     device: torch.device | str,
     precision: str | int = "32-true",
+    protocol: PredictionProtocol = PLAIN,
     boundary: bool = False,
+    calibration: bool = False,
     progress: bool = True,
     on_prediction: Callable[[str, NDArray[np.integer]], object] | None = None,
 ) -> Evaluation:
@@ -83,7 +90,9 @@ def score_images(
         normalise: the normalisation that the model was trained with.
         device: device to run on.
         precision: see ``autocast``.
+        protocol: how an image is predicted; by default whole, once, at its own size.
         boundary: also count the pixels near boundaries.
+        calibration: also count the pixels by confidence.
         progress: show a progress bar if the output is a terminal.
         on_prediction: called with the name and the predicted class ids, H x W, of each image of this rank, in the
             loader's order and in a thread of its own; predictions are not kept otherwise.
@@ -96,10 +105,10 @@ def score_images(
     device = torch.device(device)
     model.to(device)
     total = ConfusionMatrix(len(classes))
-    counter = image_counter(total, on_prediction, boundary=boundary)
+    counter = image_counter(total, on_prediction, boundary=boundary, calibration=calibration)
     with evaluation_mode(model), autocast(device, precision), closing(counter):
         for batch in track(loader, "Evaluating", shown=progress):
-            counter.add_batch(batch, predict(model, batch["image"], stride, normalise))
+            counter.add_batch(batch, protocol.predict(model, batch["image"], stride, normalise))
         records = counter.results()
     sum_in_place(total.matrix)
     turns = zip_longest(*gather(records))
@@ -114,6 +123,7 @@ def image_counter(
     on_prediction: Callable[[str, NDArray[np.integer]], object] | None = None,
     *,
     boundary: bool = False,
+    calibration: bool = False,
 ) -> Counter[ImageRecord]:
     """Return a counter of all that an evaluation records of an image.
 
@@ -121,9 +131,12 @@ def image_counter(
         total: receives the counts of all images.
         on_prediction: see ``score_images``.
         boundary: see ``score_images``.
+        calibration: see ``score_images``.
     """
 
-    def count(name: str, prediction: NDArray[np.integer], truth: NDArray[np.integer]) -> ImageRecord:
+    def count(
+        name: str, prediction: NDArray[np.integer], truth: NDArray[np.integer], certainty: Certainty | None = None
+    ) -> ImageRecord:
         confusion = ConfusionMatrix(total.num_classes)
         confusion.update(prediction, truth)
         total.merge(confusion)
@@ -132,9 +145,12 @@ def image_counter(
         record = _record(name, confusion, prediction, truth)
         if boundary:
             record["boundary"] = count_boundaries(prediction, truth, total.num_classes, total.ignore_index)
+        if certainty is not None:
+            confidence, sums = certainty.confidence.numpy(), certainty.sums.tolist()
+            record["calibration"] = count_calibration(prediction, truth, confidence, sums, total.ignore_index)
         return record
 
-    return Counter(total.num_classes, count)
+    return Counter(total.num_classes, count, certainty=calibration)
 
 
 def _record(

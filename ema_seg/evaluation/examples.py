@@ -10,7 +10,9 @@ from torch import nn
 
 from ema_seg.data.normalise import Normalise
 from ema_seg.evaluation.evaluator import ImageRecord
-from ema_seg.inference.prediction import autocast, segment
+from ema_seg.inference.classes import most_likely_classes
+from ema_seg.inference.prediction import autocast
+from ema_seg.inference.protocol import PLAIN, PredictionProtocol
 from ema_seg.runtime.execution import evaluation_mode
 
 __all__ = ["Example", "choose_examples", "predict_example", "predict_examples"]
@@ -63,6 +65,7 @@ def predict_examples(
     stride: int,
     device: torch.device | str,
     precision: str | int = "32-true",
+    protocol: PredictionProtocol = PLAIN,
 ) -> list[Example]:
     """Predict the best, median and worst image again, so that an evaluation need not keep its predictions.
 
@@ -74,6 +77,7 @@ def predict_examples(
         stride: see ``score_images``.
         device: see ``score_images``.
         precision: see ``score_images``.
+        protocol: see ``score_images``.
     """
     device = torch.device(device)
     examples: list[Example] = []
@@ -81,18 +85,23 @@ def predict_examples(
         for label, index in choose_examples(records).items():
             sample, score = dataset[index], records[index]["miou"]
             title = f"{label}: {sample['name']}, mIoU {100 * score:.1f}%"
-            examples.append(predict_example(model, sample, title, stride, normalise))
+            examples.append(predict_example(model, sample, title, stride, normalise, protocol))
     return examples
 
 
 def predict_example(
-    model: nn.Module, sample: Mapping[str, Any], title: str, stride: int, normalise: Normalise
+    model: nn.Module,
+    sample: Mapping[str, Any],
+    title: str,
+    stride: int,
+    normalise: Normalise,
+    protocol: PredictionProtocol = PLAIN,
 ) -> Example:
     """Predict one image for drawing; see ``predict_examples``. The caller sets the model's mode and precision."""
-    (prediction,) = segment(model, [sample["image"]], stride, normalise)
+    (logits,) = protocol.predict(model, [sample["image"]], stride, normalise)
     return Example(
         title=title,
         image=sample["image"].permute(1, 2, 0).numpy(),
         truth=sample["mask"].numpy(),
-        prediction=prediction.cpu().numpy(),
+        prediction=most_likely_classes(logits).cpu().numpy(),
     )

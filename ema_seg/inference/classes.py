@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ema_seg.models.head import RowLogits, bytes_at_once
+from ema_seg.models.head import Logits, RowLogits, RowStream, bytes_at_once
 from ema_seg.runtime.cpp import Library, load_library
 from ema_seg.runtime.errors import ModelError
 
@@ -18,7 +18,7 @@ _MOST_CLASSES = 256  # in a byte
 
 
 @torch.no_grad()
-def most_likely_classes(logits: RowLogits) -> Tensor:
+def most_likely_classes(logits: Logits) -> Tensor:
     """Return the class with the highest logit of each pixel of an image; the first one of equals.
 
     The result is that of ``logits.whole().argmax(dim=1)``, but memory holds a few rows or channels of the logits.
@@ -31,8 +31,8 @@ def most_likely_classes(logits: RowLogits) -> Tensor:
     """
     classes, height, width = logits.shape[1:]
     dtype = torch.uint8 if classes <= _MOST_CLASSES else torch.int64
-    ids = torch.empty(height, width, dtype=dtype, device=logits.features.device)
-    if logits.scale == 1:
+    ids = torch.empty(height, width, dtype=dtype, device=logits.device)
+    if isinstance(logits, RowStream) or logits.scale == 1:
         _by_rows(logits, ids)
     elif ids.device.type == "cpu" and dtype == torch.uint8 and _kernels_can(logits.features):
         _upsampled_by_kernel(logits, ids)
@@ -41,12 +41,9 @@ def most_likely_classes(logits: RowLogits) -> Tensor:
     return ids
 
 
-def _by_rows(logits: RowLogits, ids: Tensor) -> None:
+def _by_rows(logits: Logits, ids: Tensor) -> None:
     """Fill the classes a few rows at a time."""
-    count = logits.rows_at_once()
-    for first in range(0, len(ids), count):
-        last = min(len(ids), first + count)
-        strip = logits.compute(logits.inputs_of(first, last), first, last)[0]
+    for first, last, strip in logits.strips():
         if ids.device.type == "cpu" and ids.dtype == torch.uint8 and _kernels_can(strip):
             strip = strip.contiguous()
             arguments = (strip.data_ptr(), len(strip), strip[0].numel(), ids[first].data_ptr(), torch.get_num_threads())

@@ -15,7 +15,16 @@ from segmentation_models_pytorch.decoders.dpt.decoder import DPTSegmentationHead
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["DPTHead", "RowLogits", "SegmentationHead", "bytes_at_once", "row_logits", "splittable_head"]
+__all__ = [
+    "DPTHead",
+    "Logits",
+    "RowLogits",
+    "RowStream",
+    "SegmentationHead",
+    "bytes_at_once",
+    "row_logits",
+    "splittable_head",
+]
 
 
 # Bytes of the logits that are computed at once: on a CPU about the size of a core's caches.
@@ -142,6 +151,15 @@ class RowLogits:
         row = classes * width * max(4, self.features.element_size())
         return max(1, bytes_at_once(self.device) // max(1, row))
 
+    def strips(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield the logits of one image in strips: the first row, the end, and a float32 tensor K x rows x W."""
+        count, height = self.rows_at_once(), self.shape[2]
+        for first in range(0, height, count):
+            last = min(height, first + count)
+            with torch.autocast(self.device.type, enabled=False):
+                rows = self.compute(self.inputs_of(first, last), first, last)[0]
+            yield first, last, rows
+
     def inputs_of(self, first: int, last: int) -> list[Tensor]:
         """Return the inputs of the logits of rows ``first`` to ``last``, as ``compute`` takes them."""
         start, stop = self.feature_rows(first, last)
@@ -204,6 +222,28 @@ class RowLogits:
         """Distance of two rows of the logits, in rows of the features."""
         height = self.features.shape[2]
         return (height - 1) / (height * self.scale - 1)
+
+
+@dataclass(frozen=True)
+class RowStream:
+    """Logits of one image, 1 x K x H x W, that are computed while they are read, once.
+
+    Attributes:
+        shape: (1, K, H, W).
+        device: their device.
+        rows: the strips, see ``RowLogits.strips``.
+    """
+
+    shape: torch.Size
+    device: torch.device
+    rows: Iterator[tuple[int, int, Tensor]]
+
+    def strips(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Return the strips; see ``RowLogits.strips``."""
+        return self.rows
+
+
+Logits = RowLogits | RowStream
 
 
 def bytes_at_once(device: torch.device) -> int:

@@ -16,6 +16,8 @@
                     that could not be read, in the training or here)
 ``model``           ``decoder``, ``encoder`` and the model's other settings
 ``attention``       ``name`` and the attention block's other settings
+``protocol``        how images were predicted: ``window``, ``window_stride`` (height and width, or null), ``scales``,
+                    ``flip``; null if whole, once, at their own size
 ``classes``         the K names
 ``palette``         K colours, [red, green, blue] from 0 to 255
 ``confusion_matrix``  K x K pixel counts, a row for each true class
@@ -28,6 +30,11 @@
 ``boundary_miou``   with ``evaluation.boundary=true`` alone: mean of ``boundary_iou`` (K values), the boundary IoU of
                     each class, see ``ema_seg.evaluation.boundary``
 ``trimap``          with it, too: ``miou`` of the pixels up to each of ``distances`` (pixels) from a true boundary
+``ece``, ``nll``, ``brier``, ``reliability``  with ``evaluation.calibration=true`` alone: see
+                    ``ema_seg.evaluation.calibration``; ``reliability`` has ``pixels``, mean ``confidence`` and
+                    ``accuracy`` by bin of confidence
+``corrupted_miou``, ``corruption_drop``, ``corruptions``  with ``evaluation.corruptions`` alone: see
+                    ``ema_seg.evaluation.robustness.score_corruptions``
 ``parameters``      ``total``, ``trainable``
 ``gmacs``           10^9 multiply-accumulate operations for one image
 ``throughput``      speed and memory: see ``ema_seg.evaluation.measure_cost``; ``capped_batch_size`` is the requested
@@ -35,9 +42,9 @@
 ``environment``     see ``ema_seg.evaluation.describe_environment``
 ``curves``          columns of the run's ``metrics.csv`` by name, each epoch's value or null; null without that file
 ``images``          for each image ``name``, ``miou``, ``pixel_accuracy``, ``intersection``, ``union`` (K counts),
-                    ``strata`` (by stratum ``intersection``, ``union``), ``boundary`` if it was counted
-                    (``intersection``, ``union``, ``trimap``), and ``prediction``: the path of its predicted
-                    mask, a PNG of class ids, relative to ``report.json``; null where none was kept
+                    ``strata`` (by stratum ``intersection``, ``union``), ``boundary``, ``calibration`` and
+                    ``corruptions`` if they were counted, and ``prediction``: the path of its predicted mask, a PNG of
+                    class ids, relative to ``report.json``; null where none was kept
 ==================  ==================================================================================
 """
 
@@ -76,6 +83,7 @@ def build_report(
     attention: Mapping[str, Any],
     environment: Mapping[str, Any],
     config: Mapping[str, Any],
+    protocol: Mapping[str, Any] | None = None,
     run: str | None = None,
     checkpoint: str | Path | None = None,
     job: Mapping[str, Any] | None = None,
@@ -94,6 +102,7 @@ def build_report(
         attention: ``name`` and further settings.
         environment: versions, device, code and command line.
         config: the run's whole resolved configuration; its ``seed`` is the report's.
+        protocol: settings of ``PredictionProtocol``; None for the plain one.
         run: name of the run or its directory.
         checkpoint: file of the weights.
         job: ``identity`` and ``overrides`` of a run inside a sweep.
@@ -105,11 +114,21 @@ def build_report(
     """
     # Imports torch, which reading a report does not need.
     from ema_seg.evaluation.boundary import score_boundaries
+    from ema_seg.evaluation.calibration import score_calibration
+    from ema_seg.evaluation.robustness import score_corruptions
     from ema_seg.evaluation.strata import STRATA, score_strata
 
     confusion, images = evaluation.confusion, evaluation.images
     size_iou = score_strata([image["strata"] for image in images], len(classes))
     kept = [None] * len(images) if predictions is None else predictions
+    scores = confusion.compute()
+    further: dict[str, Any] = {}
+    if images and "boundary" in images[0]:
+        further |= score_boundaries([image["boundary"] for image in images])
+    if images and "calibration" in images[0]:
+        further |= score_calibration([image["calibration"] for image in images])
+    if images and "corruptions" in images[0]:
+        further |= score_corruptions([image["corruptions"] for image in images], len(classes), scores["miou"])
     report = {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -121,15 +140,16 @@ def build_report(
         "data": {**data, "images": len(images)},
         "model": model,
         "attention": attention,
+        "protocol": protocol,
         "classes": classes,
         "palette": palette,
         "confusion_matrix": confusion.matrix.tolist(),
-        **confusion.compute(),
+        **scores,
         "absent_classes": [classes[index] for index in confusion.absent],
         "strata": STRATA,
         "size_iou": size_iou,
         "size_miou": {name: _mean(values) for name, values in size_iou.items()},
-        **(score_boundaries([image["boundary"] for image in images]) if images and "boundary" in images[0] else {}),
+        **further,
         **cost,
         "environment": environment,
         "curves": curves,

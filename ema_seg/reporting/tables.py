@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ema_seg.runtime.escaping import for_markdown, for_markdown_code, for_terminal
 
-__all__ = ["describe_model", "format_number", "print_report", "render_markdown", "render_sections"]
+__all__ = ["describe_model", "describe_protocol", "format_number", "print_report", "render_markdown", "render_sections"]
 
 _SCORES = {
     "miou": "mIoU",
@@ -72,7 +72,9 @@ def render_sections(report: Mapping[str, Any]) -> dict[str, str]:
         report: result of ``build_report`` or ``load_report``.
     """
     data, environment = report["data"], report["environment"]
-    of_data = f"Measured on {data['images']} images of {data['name']}, split {data['split']}."
+    protocol = describe_protocol(report.get("protocol"))
+    of_data = f"Measured on {data['images']} images of {data['name']}, split {data['split']}"
+    of_data += f", with {protocol}." if protocol else "."
     classes = [
         *_markdown_table(("score", ""), _score_rows(report)),
         "",
@@ -93,6 +95,19 @@ def describe_model(report: Mapping[str, Any]) -> str:
     """Describe model, attention block and data in a few words: the title of every table and figure."""
     model, attention, data = report["model"], report["attention"], report["data"]
     return f"{model['decoder']} / {model['encoder']} / {attention['name']} on {data['name']} {data['split']}"
+
+
+def describe_protocol(protocol: Mapping[str, Any] | None) -> str:
+    """Describe how images were predicted, in a few words; empty if whole, once, at their own size."""
+    parts = []
+    if protocol and protocol["window"]:
+        sizes = [" x ".join(map(str, protocol[key])) for key in ("window", "window_stride")]
+        parts.append(f"windows of {sizes[0]} every {sizes[1]} pixels")
+    if protocol and list(protocol["scales"]) != [1]:
+        parts.append(f"scales {', '.join(f'{scale:g}' for scale in protocol['scales'])}")
+    if protocol and protocol["flip"]:
+        parts.append("flipped, too")
+    return "; ".join(parts)
 
 
 def format_number(value: float) -> str:
@@ -116,6 +131,8 @@ def _markdown_lines(report: Mapping[str, Any], figures: Sequence[str]) -> Iterat
     yield from (f"- {label}: {for_markdown(value)}" for label, value in _origin_rows(report))
     yield "\n## Scores\n"
     yield from _markdown_table(("score", ""), _score_rows(report))
+    if protocol := describe_protocol(report.get("protocol")):
+        yield f"\nScored with {protocol}."
     if report["absent_classes"]:
         yield f"\n{for_markdown(_absent_sentence(report))}"
     yield "\n## Cost\n"
@@ -148,6 +165,8 @@ def _score_rows(report: Mapping[str, Any]) -> list[Row]:
         *((f"unreadable in {split}, skipped", str(len(names))) for split, names in skipped.items() if names),
         *((f"mIoU, {name} objects", _percent(miou)) for name, miou in report["size_miou"].items()),
         *_boundary_rows(report),
+        *_calibration_rows(report),
+        *_corruption_rows(report),
     ]
 
 
@@ -159,6 +178,29 @@ def _boundary_rows(report: Mapping[str, Any]) -> list[Row]:
     return [
         ("boundary mIoU", _percent(report["boundary_miou"])),
         *((f"mIoU up to {distance} px from a boundary", _percent(miou)) for distance, miou in trimap),
+    ]
+
+
+def _calibration_rows(report: Mapping[str, Any]) -> list[Row]:
+    """Return the scores of the probabilities, if they were counted."""
+    if "ece" not in report:
+        return []
+    return [
+        ("expected calibration error", _percent(report["ece"])),
+        ("negative log-likelihood", _number(report["nll"])),
+        ("Brier score", _number(report["brier"])),
+    ]
+
+
+def _corruption_rows(report: Mapping[str, Any]) -> list[Row]:
+    """Return the scores of corrupted images, if they were predicted."""
+    if "corruptions" not in report:
+        return []
+    kinds = report["corruptions"].items()
+    return [
+        ("mIoU, corrupted", _percent(report["corrupted_miou"])),
+        ("lost by corruption", _percent(report["corruption_drop"])),
+        *((f"mIoU, {kind}", _percent(_mean(found["miou"]))) for kind, found in kinds),
     ]
 
 
@@ -217,6 +259,8 @@ def _environment_rows(environment: Mapping[str, Any]) -> list[Row]:
 def _captions(report: Mapping[str, Any]) -> Iterator[str]:
     environment = report["environment"]
     packages = environment["packages"]
+    if protocol := describe_protocol(report.get("protocol")):
+        yield f"Scored with {protocol}."
     yield _cost_sentence(report)
     yield f"ema-seg {packages['ema-seg']}, torch {packages['torch']}, Python {environment['python']}"
     if report["absent_classes"]:
@@ -244,6 +288,15 @@ def _cost_sentence(report: Mapping[str, Any]) -> str:
 
 def _absent_sentence(report: Mapping[str, Any]) -> str:
     return f"In neither truth nor prediction, left out of the mean: {', '.join(report['absent_classes'])}."
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
 
 
 def _percent(fraction: float | None) -> str:

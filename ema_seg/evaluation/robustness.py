@@ -1,0 +1,102 @@
+"""Scores of corrupted images: the mIoU of each kind of corruption, and how far it falls."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ema_seg.data.corruptions import CORRUPTIONS, SEVERITIES
+from ema_seg.data.normalise import Normalise
+from ema_seg.evaluation.confusion import ConfusionMatrix, mean_of_defined, ratio
+from ema_seg.evaluation.counter import Counter
+from ema_seg.inference.prediction import autocast
+from ema_seg.inference.protocol import PLAIN, PredictionProtocol
+from ema_seg.runtime.distributed.collectives import gather
+from ema_seg.runtime.execution import evaluation_mode
+from ema_seg.runtime.progress import track
+
+__all__ = ["CorruptionCounts", "count_corruptions", "score_corruptions"]
+
+CorruptionCounts = dict[str, list[list[list[int]]]]
+"""Of an image, by kind of corruption and for each severity: the classes in truth or prediction, and the pixels of
+their intersection and union."""
+
+
+def count_corruptions(
+    model: nn.Module,
+    loader: Iterable[Mapping[str, Any]],
+    num_classes: int,
+    *,
+    stride: int,
+    normalise: Normalise,
+    device: torch.device | str,
+    precision: str | int = "32-true",
+    protocol: PredictionProtocol = PLAIN,
+    progress: bool = True,
+) -> dict[str, CorruptionCounts]:
+    """Predict corrupted images and count their pixels.
+
+    Args:
+        model: see ``score_images``.
+        loader: batches of corrupted samples, see ``CorruptedDataset``; with several ranks those of this rank.
+        num_classes: K.
+        stride: see ``score_images``.
+        normalise: see ``score_images``.
+        device: see ``score_images``.
+        precision: see ``score_images``.
+        protocol: see ``score_images``.
+        progress: see ``score_images``.
+
+    Returns:
+        The counts of all ranks by the name of the image.
+    """
+    device = torch.device(device)
+    counter = Counter(num_classes, lambda name, prediction, truth: (name, _count(prediction, truth, num_classes)))
+    with evaluation_mode(model), autocast(device, precision), closing(counter):
+        for batch in track(loader, "Corruptions", shown=progress):
+            counter.add_batch(batch, protocol.predict(model, batch["image"], stride, normalise))
+        counted = counter.results()
+    images: dict[str, CorruptionCounts] = {}
+    for name, counts in (item for part in gather(counted) for item in part):
+        kind, severity, image = name.split("/", 2)
+        kinds = images.setdefault(image, {kind: [[]] * len(SEVERITIES) for kind in CORRUPTIONS})
+        kinds[kind][SEVERITIES.index(int(severity))] = counts
+    return images
+
+
+def score_corruptions(images: Sequence[CorruptionCounts], num_classes: int, clean: float) -> dict[str, Any]:
+    """Compute the scores over some images, at least one.
+
+    Args:
+        images: their counts.
+        num_classes: K.
+        clean: mIoU of the same images without corruption.
+
+    Returns:
+        ``corrupted_miou``, the mean over all kinds and severities; ``corruption_drop``, 1 - corrupted_miou / clean; and
+        ``corruptions``, by kind its ``group`` and the ``miou`` of each severity.
+    """
+    kinds = {}
+    for kind, corruption in CORRUPTIONS.items():
+        miou = []
+        for place in range(len(SEVERITIES)):
+            sums = np.zeros((2, num_classes), np.int64)
+            for image in images:
+                classes, *counts = image[kind][place]
+                sums[:, classes] += counts
+            miou.append(mean_of_defined(ratio(*sums)))
+        kinds[kind] = {"group": corruption.group, "miou": miou}
+    mean = float(np.mean([kind["miou"] for kind in kinds.values()]))
+    drop = 1 - float(ratio(np.asarray(mean), np.asarray(clean)))
+    return {"corrupted_miou": mean, "corruption_drop": drop, "corruptions": kinds}
+
+
+def _count(prediction: NDArray[np.integer], truth: NDArray[np.integer], num_classes: int) -> list[list[int]]:
+    confusion = ConfusionMatrix(num_classes)
+    confusion.update(prediction, truth)
+    (classes,) = np.nonzero(confusion.union)
+    return [classes.tolist(), confusion.intersection[classes].tolist(), confusion.union[classes].tolist()]
