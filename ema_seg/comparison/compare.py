@@ -3,7 +3,7 @@
 Reading, statistics and tables need neither torch nor Matplotlib, so that a hundred reports are compared in seconds.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -14,15 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ema_seg.comparison.configurations import Configuration, find_baselines, group_runs, has_settings, setting_text
+from ema_seg.comparison.further import compare_further
 from ema_seg.comparison.runs import Result, Run, Runs
-from ema_seg.comparison.schema import SIZES, Comparison, Contrast, Curve, Disagreement, Job, Row, Summary
+from ema_seg.comparison.schema import SIZES, Comparison, Contrast, Curve, Disagreement, Job, Row
 from ema_seg.comparison.statistics import (
     add_groups,
     add_whole,
     adjust_holm,
+    as_contrast,
     draw_weights,
     estimate_difference,
     score_sums,
+    summarise,
     weigh_counts,
 )
 from ema_seg.runtime.errors import ConfigError, DataError
@@ -180,13 +183,18 @@ def compare_matches(runs: Runs, matches: Matches, *, replicates: int = REPLICATE
         raise DataError(f"{first.path}: a confidence interval needs at least 2 images, got 1; use a larger split.")
     groups = _groups(runs.groups, first.report["classes"])
     contrasts = _contrasts(rows_matched, list(groups.values()), replicates, seed)
-    rows = [_row(match, contrasts.get(match.label), first, runs.folder, groups) for match in rows_matched]
+    measures, further, further_notes = compare_further(rows_matched, replicates, seed, CONFIDENCE)
+    rows = [
+        _row(match, contrasts.get(match.label), further[match.label], first, runs.folder, groups)
+        for match in rows_matched
+    ]
     adjusted = adjust_holm([row["contrast"] and row["contrast"]["p"] for row in rows])
     for row, p in zip(rows, adjusted, strict=True):
         if row["contrast"] is not None:
             row["contrast"]["p_holm"] = p
     notes = [
         *notes,
+        *further_notes,
         *_notes_on_groups(runs.groups, first.report["classes"]),
         *_notes_on_costs(results),
         *_notes_on_code(results),
@@ -203,6 +211,7 @@ def compare_matches(runs: Runs, matches: Matches, *, replicates: int = REPLICATE
             **first.report["strata"],
             **{name: ", ".join(first.report["classes"][index] for index in group) for name, group in groups.items()},
         },
+        measures=measures,
         settings=settings,
         baseline=baseline,
         bootstrap={"replicates": replicates, "confidence": CONFIDENCE, "seed": seed},
@@ -372,16 +381,7 @@ class _DifferenceVariance:
             return None
         values = self._differences[:, *place][self._valid[:, *place]]
         estimate = estimate_difference(values, float(variance[place]), int(images[place]), CONFIDENCE)
-        return Contrast(
-            baseline=self._baseline,
-            difference=estimate.difference,
-            low=estimate.low,
-            high=estimate.high,
-            n=len(values),
-            covers=estimate.covers,
-            p=estimate.p,
-            p_holm=None,
-        )
+        return as_contrast(estimate, self._baseline, len(values))
 
     def _subtract(self, scores: Array) -> Array:
         return scores[..., self._ours, :, :] - scores[..., self._theirs, :, :]
@@ -394,6 +394,7 @@ class _DifferenceVariance:
 def _row(
     match: Match,
     contrasts: list[list[Contrast | None]] | None,
+    further: dict[str, dict[str, Any]],
     first: Result,
     folder: Path | None,
     groups: Mapping[str, Sequence[int]],
@@ -408,30 +409,31 @@ def _row(
         baseline=match.is_baseline,
         jobs=[_job(run, folder) for run in match.configuration.runs],
         seeds=list(match.results),
-        miou=_summary(report["miou"] for report in reports),
+        miou=summarise(report["miou"] for report in reports),
         contrast=contrasts[0][0] if contrasts else None,
         classes={
             name: {
-                "score": _summary(report["iou"][index] for report in reports),
+                "score": summarise(report["iou"][index] for report in reports),
                 "contrast": contrasts[0][1 + index] if contrasts else None,
             }
             for index, name in enumerate(classes)
         },
         strata={
             name: {
-                "score": _summary(report["size_miou"][name] for report in reports),
+                "score": summarise(report["size_miou"][name] for report in reports),
                 "contrast": contrasts[1 + index][0] if contrasts else None,
             }
             for index, name in enumerate(strata)
         }
         | {
             name: {
-                "score": _summary(_mean([report["iou"][index] for index in group]) for report in reports),
+                "score": summarise(_mean([report["iou"][index] for index in group]) for report in reports),
                 "contrast": contrasts[0][1 + len(classes) + place] if contrasts else None,
             }
             for place, (name, group) in enumerate(groups.items())
         },
-        cost={name: _summary(cost(report) for report in reports) for name, cost in _COSTS.items()},
+        further=further,
+        cost={name: summarise(cost(report) for report in reports) for name, cost in _COSTS.items()},
         cost_batch_size=batches.pop() if len(batches) == 1 else None,
         curves=_curves([report["curves"] for report in reports if report["curves"]]),
     )
@@ -447,18 +449,6 @@ def _job(run: Run, folder: Path | None) -> Job:
     if folder is not None and path.is_relative_to(folder):
         path = path.relative_to(folder)
     return Job(seed=run.seed, state=run.state, run=str(path), reason=run.reason)
-
-
-def _summary(values: Iterable[float | None]) -> Summary:
-    """Compute mean and standard deviation of the known values; ``values`` keeps None for the others."""
-    listed = list(values)
-    known = [value for value in listed if value is not None]
-    return Summary(
-        mean=float(np.mean(known)) if known else None,
-        sd=float(np.std(known, ddof=1)) if len(known) > 1 else None,
-        n=len(known),
-        values=listed,
-    )
 
 
 def _curves(runs: Sequence[Mapping[str, Sequence[float | None]]]) -> dict[str, Curve]:

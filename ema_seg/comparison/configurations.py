@@ -62,7 +62,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[str], list[Configuration]]:
     """Group runs whose configurations differ in the seed alone.
 
     Jobs of one sweep are grouped by their overrides, other runs by their whole configurations, without the keys that
-    say where and how they ran.
+    say where and how they ran. Where the protocols of the evaluations differ they are settings, too.
 
     Args:
         runs: finished runs, or jobs of a sweep in any state.
@@ -72,6 +72,10 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[str], list[Configuration]]:
     """
     planned = all(run.overrides is not None for run in runs)
     keys = [_override_settings(run) if planned else _config_settings(run) for run in runs]
+    protocols = [_protocol_settings(run) for run in runs]
+    # A job that is not finished has no protocol yet.
+    if len({_canonical_json(own) for run, own in zip(runs, protocols, strict=True) if run.result is not None}) > 1:
+        keys = [own | settings for own, settings in zip(protocols, keys, strict=True)]
     shown = _differing_overrides(keys) if planned else _differing_settings(runs, keys)
     named = keys if planned else [_section_names(run) | settings for run, settings in zip(runs, keys, strict=True)]
     groups: dict[str, Configuration] = {}
@@ -162,6 +166,13 @@ def _config_settings(run: Run) -> dict[str, Any]:
         for key, value in _flatten(config).items()
         if value is not None and not any(key == name or key.startswith(f"{name}.") for name in left_out)
     }
+
+
+def _protocol_settings(run: Run) -> dict[str, Any]:
+    """Return the settings by which a run's images were predicted; those of the plain protocol are left out."""
+    protocol = (run.result.report.get("protocol") if run.result is not None else None) or {}
+    plain = {"window": None, "window_stride": None, "scales": [1.0], "flip": False}
+    return {f"evaluation.{key}": value for key, value in protocol.items() if value != plain.get(key)}
 
 
 def _section_names(run: Run) -> dict[str, Any]:

@@ -65,6 +65,7 @@ def draw_comparison(comparison: Comparison, directory: Path) -> list[str]:
     ``differences``         each row's difference to its baseline with the interval, seeds and Holm's p
     ``curves``              validation mIoU, its last third enlarged, and training loss, with the range over seeds
     ``class_differences``   difference of each class, object size and group of classes
+    ``further``             difference of each main score beyond the mIoU, see ``ema_seg.comparison.further``
     ``examples``            the images that differ most, for the rows that differ most
     ======================  =====================================================================================
 
@@ -87,6 +88,7 @@ def draw_comparison(comparison: Comparison, directory: Path) -> list[str]:
             "differences": _draw_differences(comparison),
             "curves": _draw_curves(comparison),
             "class_differences": _draw_class_differences(comparison),
+            "further": _draw_further(comparison),
             "examples": _draw_examples(comparison, directory),
         }
         formats: dict[str, dict[str, Any]] = {"png": {"dpi": 150}, "pdf": {"metadata": {"CreationDate": None}}}
@@ -240,6 +242,42 @@ def _draw_differences(comparison: Comparison) -> Figure | None:
     handles += [_marker("s", colour, text) for colour, text in texts.items() if colour in colours]
     if any(contrast["p_holm"] is not None and contrast["p_holm"] < SIGNIFICANT for _, contrast in pairs):
         handles.append(Line2D([], [], linestyle="", label=f"bold: p < {SIGNIFICANT:g}"))
+    _legend_below(figure, handles)
+    return figure
+
+
+def _draw_further(comparison: Comparison) -> Figure | None:
+    rows = [row for row, _ in _contrasted(comparison)]
+    main = {key: measure for key, measure in comparison["measures"].items() if measure["main"]}
+    if not rows or not main:
+        return None
+    across = min(3, len(main))
+    down = math.ceil(len(main) / across)
+    figure = _new_figure(1.2 + 3.1 * across + _extra_width(rows), down * (1.2 + 0.26 * len(rows)))
+    grid = figure.subplots(down, across, squeeze=False, sharey=True)
+    for axes, (key, measure) in zip(grid.flat, main.items(), strict=False):
+        _style(axes)
+        axes.grid(axis="x", alpha=0.25, linewidth=0.6)
+        axes.axvline(0, color="black", linewidth=1, zorder=1)
+        factor = 100 if measure["percent"] else 1
+        for place, row in enumerate(rows):
+            contrast = row["further"][key]["contrast"]
+            if contrast is None:
+                continue
+            colour = _verdict_colour(contrast, better=1 if measure["higher_is_better"] else -1)
+            axes.plot([factor * contrast["low"], factor * contrast["high"]], [place, place], color=colour, linewidth=2)
+            inside = "white" if contrast["covers"] == "images" else colour
+            difference = factor * contrast["difference"]
+            axes.plot(difference, place, "o", color=colour, markerfacecolor=inside, markersize=6, markeredgewidth=1.6)
+        wanted = "higher" if measure["higher_is_better"] else "lower"
+        axes.set_title(f"{measure['label']} ({wanted} is better)", fontsize=9)
+        axes.set_xlabel("points" if measure["percent"] else "", fontsize=9)
+        axes.set_yticks(range(len(rows)), [row["label"] for row in rows], parse_math=False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+    for axes in list(grid.flat)[len(main) :]:
+        axes.set_visible(False)
+    handles = [_marker("s", _BETTER, "better"), _marker("s", _WORSE, "worse"), _marker("s", _UNDECIDED, "undecided")]
     _legend_below(figure, handles)
     return figure
 
@@ -494,8 +532,10 @@ def _baseline_name(rows: Sequence[Row]) -> str:
     return names.pop() if len(names) == 1 else "the baseline"
 
 
-def _verdict_colour(contrast: Contrast) -> str:
-    return _BETTER if contrast["low"] > 0 else _WORSE if contrast["high"] < 0 else _UNDECIDED
+def _verdict_colour(contrast: Contrast, better: int = 1) -> str:
+    """Return the colour of a contrast; ``better`` is -1 where a lower score is better."""
+    low, high = sorted((better * contrast["low"], better * contrast["high"]))
+    return _BETTER if low > 0 else _WORSE if high < 0 else _UNDECIDED
 
 
 def _coloured_rows(rows: Sequence[Row]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ema_seg.comparison.further import read_further
 from ema_seg.reporting.report import load_report
 from ema_seg.runtime.errors import DataError, one_line
 from ema_seg.sweeps.folder import job_state, read_plan
@@ -32,6 +33,7 @@ class Result:
         counts: int32 (N, strata, 2, K): pixels of intersection and union of each class in each stratum, which add up
             to those of the whole image.
         predictions: path of each image's predicted mask relative to ``report.json``, or None.
+        further: counts of each image for the scores beyond the mIoU, see ``ema_seg.comparison.further``.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class Result:
     miou: NDArray[np.float64]
     counts: NDArray[np.int32]
     predictions: Sequence[str | None]
+    further: Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,7 @@ def load_result(path: Path) -> Result:
             miou=np.array([image["miou"] for image in images], dtype=float),
             counts=np.array(counts, dtype=np.int32),
             predictions=[image["prediction"] for image in images],
+            further=read_further(images, len(report["classes"])),
         )
         whole = np.array([[image["intersection"], image["union"]] for image in images], dtype=np.int32)
         if whole.shape != (len(images), 2, len(report["classes"])) or (result.counts.sum(axis=1) != whole).any():

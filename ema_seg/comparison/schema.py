@@ -13,6 +13,7 @@ in seconds, memory in bytes, and null means unknown.
 ``classes``       the K names
 ``palette``       K colours
 ``strata``        meaning of each separate score by its name: a size of objects, or a group of classes of the sweep
+``measures``      the scores beyond the mIoU that all runs have, see ``Measure``
 ``settings``      the keys that differ between the rows, in the order of the columns
 ``baseline``      the settings that name the baseline, such as {"attention": "none"}; null: no differences
 ``bootstrap``     ``replicates``, ``confidence``, ``seed``
@@ -40,6 +41,7 @@ __all__ = [
     "Curve",
     "Disagreement",
     "Job",
+    "Measure",
     "Row",
     "Summary",
     "comparison_manifest",
@@ -48,7 +50,7 @@ __all__ = [
 FILES = tuple(f"comparison.{suffix}" for suffix in ("json", "csv", "tex", "md", "html"))
 FIGURES = tuple(
     f"figures/{name}.{suffix}"
-    for name in ("pareto", "differences", "curves", "class_differences", "examples")
+    for name in ("pareto", "differences", "curves", "class_differences", "further", "examples")
     for suffix in ("png", "pdf")
 )
 """With ``FILES``, the manifest and the pictures in ``examples/``, all files of a comparison's folder."""
@@ -86,6 +88,18 @@ class Contrast(TypedDict):
     p_holm: float | None
 
 
+class Measure(TypedDict):
+    """Score beyond the mIoU.
+
+    ``percent``: it is a fraction, shown in percent. ``main``: it stands for its kind where there is room for few.
+    """
+
+    label: str
+    percent: bool
+    higher_is_better: bool
+    main: bool
+
+
 class Job(TypedDict):
     """Run of a row.
 
@@ -113,9 +127,10 @@ class Row(TypedDict):
 
     ``label`` is unique; ``settings`` holds the value of each key that differs. ``classes`` and ``strata`` hold, by
     name, ``score`` (a ``Summary`` of the class's IoU or the stratum's mIoU) and ``contrast`` (a ``Contrast`` without
-    Holm's correction, or null). ``cost`` holds ``images_per_second``, ``latency``, ``memory`` (all three for batches of
-    ``cost_batch_size``, which is null if it differs between seeds), ``parameters`` and ``gmacs``. ``curves`` is by
-    column.
+    Holm's correction, or null); ``further`` holds the same by the key of each of the comparison's ``measures``, with
+    Holm's correction over the rows. ``cost`` holds ``images_per_second``, ``latency``, ``memory`` (all three for
+    batches of ``cost_batch_size``, which is null if it differs between seeds), ``parameters`` and ``gmacs``. ``curves``
+    is by column.
     """
 
     label: str
@@ -127,6 +142,7 @@ class Row(TypedDict):
     contrast: Contrast | None
     classes: dict[str, dict[str, Any]]
     strata: dict[str, dict[str, Any]]
+    further: dict[str, dict[str, Any]]
     cost: dict[str, Summary]
     cost_batch_size: int | None
     curves: dict[str, Curve]
@@ -160,6 +176,7 @@ class Comparison(TypedDict):
     classes: list[str]
     palette: list[list[int]]
     strata: dict[str, str]
+    measures: dict[str, Measure]
     settings: list[str]
     baseline: dict[str, Any] | None
     bootstrap: dict[str, Any]

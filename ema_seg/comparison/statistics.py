@@ -24,21 +24,25 @@ exact for another training on the same images. docs/comparison.md compares the c
 others in simulations.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from ema_seg.comparison.schema import Contrast, Summary
+
 __all__ = [
     "Estimate",
     "add_groups",
     "add_whole",
     "adjust_holm",
+    "as_contrast",
     "draw_weights",
     "estimate_difference",
     "score_sums",
+    "summarise",
     "weigh_counts",
 ]
 
@@ -172,6 +176,26 @@ def estimate_difference(
     if seeds > 1:
         p = max(2 * float(stats.t.sf(abs(difference) / deviation, df)) for deviation, df in tests if deviation > 0)
     return Estimate(difference, difference - half, difference + half, p, covers)
+
+
+def as_contrast(estimate: Estimate, baseline: str, seeds: int) -> Contrast:
+    """Return an estimate over so many seeds as a contrast to the row ``baseline``, without Holm's correction."""
+    difference, low, high, p, covers = estimate
+    return Contrast(
+        baseline=baseline, difference=difference, low=low, high=high, n=seeds, covers=covers, p=p, p_holm=None
+    )
+
+
+def summarise(values: Iterable[float | None]) -> Summary:
+    """Compute mean and standard deviation of the known values; ``values`` keeps None for the others."""
+    listed = list(values)
+    known = [value for value in listed if value is not None]
+    return Summary(
+        mean=float(np.mean(known)) if known else None,
+        sd=float(np.std(known, ddof=1)) if len(known) > 1 else None,
+        n=len(known),
+        values=listed,
+    )
 
 
 def adjust_holm(values: Sequence[float | None]) -> list[float | None]:

@@ -65,6 +65,18 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
             styled = [Text(text, style="bold" * strong) for text, strong in zip(texts, bold, strict=True)]
             table.add_row(Text(for_terminal(row["label"])), *styled[part])
         console.print(table)
+    main = [key for key, measure in comparison["measures"].items() if measure["main"]]
+    for keys in _in_tables(main, 2 if console.width < _WIDE else 4):
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("configuration", overflow="fold")
+        for key in keys:
+            table.add_column(_measure_name(comparison, key), justify="right", overflow="fold")
+        for row in comparison["rows"]:
+            table.add_row(
+                Text(for_terminal(row["label"])),
+                *(Text(text, style="bold" * strong) for text, strong in _further_cells(comparison, row, keys)),
+            )
+        console.print(table)
     for line in (_explain(comparison), *comparison["notes"]):
         console.print(Text(for_terminal(line)))
 
@@ -116,7 +128,8 @@ def _markdown_lines(comparison: Comparison, figures: Sequence[str]) -> Iterator[
     yield f"{for_markdown(told)}\n"
     header = ("configuration", *_SCORE_COLUMNS, *_COST_COLUMNS)
     lines = [(row["label"], *_score_cells(row), *_cost_cells(row)) for row in rows]
-    yield from _markdown_table(header, lines, bold=[_is_significant(row["contrast"]) for row in rows])
+    bold = [[index == 2 and _is_significant(row["contrast"]) for index in range(len(header))] for row in rows]
+    yield from _markdown_table(header, lines, bold=bold)
     batches = {row["cost_batch_size"] for row in rows if row["seeds"]}
     if len(batches) == 1 and None not in batches:
         yield f"\nImages/s, latency and memory: of a forward pass of a batch of {batches.pop()}."
@@ -128,6 +141,16 @@ def _markdown_lines(comparison: Comparison, figures: Sequence[str]) -> Iterator[
         header_of_strata,
         [(row["label"], *(_scored(row, part) for part in row["strata"].values())) for row in rows],
     )
+    if comparison["measures"]:
+        yield "\n## Further scores\n"
+        yield "Each with its difference to the baseline; bold where p is below 0.05 after Holm's correction.\n"
+        for keys in _in_tables(list(comparison["measures"]), 4):
+            names = ("configuration", *(_measure_name(comparison, key) for key in keys))
+            cells = [(row["label"], _further_cells(comparison, row, keys)) for row in rows]
+            texts = [(label, *(text for text, _ in found)) for label, found in cells]
+            strong = [[False, *(significant for _, significant in found)] for _, found in cells]
+            yield from _markdown_table(names, texts, bold=strong)
+            yield ""
     compared = [row for row in rows if row["contrast"]]
     if compared:
         yield "\n## By class\n"
@@ -163,15 +186,14 @@ def _markdown_lines(comparison: Comparison, figures: Sequence[str]) -> Iterator[
 
 
 def _markdown_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool] | None = None
+    header: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[Sequence[bool]] | None = None
 ) -> Iterator[str]:
-    """Yield the lines of a table, with the third cell of the ``bold`` rows in bold."""
+    """Yield the lines of a table; ``bold`` says of each row's cells which are bold."""
     yield f"| {' | '.join(map(for_markdown, header))} |"
     yield f"| {' | '.join(['---', *['---:'] * (len(header) - 1)])} |"
-    for cells, strong in zip(rows, bold or [False] * len(rows), strict=True):
-        texts = [for_markdown(cell) for cell in cells]
-        if strong:
-            texts[2] = f"**{texts[2]}**"
+    for cells, strong in zip(rows, bold or [[False] * len(header)] * len(rows), strict=True):
+        marked = zip(cells, strong, strict=True)
+        texts = [f"**{for_markdown(cell)}**" if emphasised else for_markdown(cell) for cell, emphasised in marked]
         yield f"| {' | '.join(texts)} |"
 
 
@@ -210,6 +232,33 @@ def _cost_cells(row: Row) -> list[str]:
 def _scored(row: Row, part: Mapping[str, Any]) -> str:
     text = _mean_and_sd(part["score"])
     return f"{text}, {_part_difference(row, part['contrast'])}" if part["contrast"] else text
+
+
+def _in_tables(keys: Sequence[str], columns: int) -> list[Sequence[str]]:
+    """Divide the keys of measures among tables with so many columns."""
+    return [keys[first : first + columns] for first in range(0, len(keys), columns)]
+
+
+def _measure_name(comparison: Comparison, key: str) -> str:
+    measure = comparison["measures"][key]
+    return f"{measure['label']}, %" if measure["percent"] else measure["label"]
+
+
+def _further_cells(comparison: Comparison, row: Row, keys: Sequence[str]) -> list[tuple[str, bool]]:
+    """Return the text of each measure with its difference, and whether that is significant."""
+    cells = []
+    for key in keys:
+        part, factor = row["further"].get(key), 1.0 if comparison["measures"][key]["percent"] else 0.01
+        if part is None or part["score"]["mean"] is None:
+            cells.append((_NOTHING, False))
+            continue
+        digits = 2 if factor == 1 else 4
+        score, contrast = points_text(factor * part["score"]["mean"], digits=digits), part["contrast"]
+        if contrast:
+            low, high = (points_text(factor * contrast[end], digits=digits) for end in ("low", "high"))
+            score += f", {points_text(factor * contrast['difference'], digits=digits, signed=True)} [{low}, {high}]"
+        cells.append((score, _is_significant(contrast)))
+    return cells
 
 
 def _mean_and_sd(summary: Summary) -> str:
@@ -252,7 +301,7 @@ def _flat_row(comparison: Comparison, row: Row) -> dict[str, Any]:
     flat: dict[str, Any] = {"label": row["label"]}
     flat |= {key: None if value is None else setting_text(value) for key, value in row["settings"].items()}
     flat |= {"jobs": len(row["jobs"]), "seeds": " ".join(map(str, row["seeds"]))}
-    flat |= _flat_score("miou", row["miou"], row["contrast"])
+    flat |= _flat_score("miou", row["miou"], row["contrast"], ("p",))
     flat["p_holm"] = row["contrast"] and row["contrast"]["p_holm"]
     flat["cost_batch_size"] = row["cost_batch_size"]
     flat |= {name: row["cost"][name]["mean"] for name in _COST_SCALES}
@@ -260,12 +309,15 @@ def _flat_row(comparison: Comparison, row: Row) -> dict[str, Any]:
         for name in comparison[kind]:  # type: ignore[literal-required]
             part = row[kind][name]  # type: ignore[literal-required]
             flat |= _flat_score(f"{prefix}{name}", part["score"], part["contrast"])
+    for key in comparison["measures"]:
+        part = row["further"].get(key) or {"score": {"mean": None, "sd": None}, "contrast": None}
+        flat |= _flat_score(key, part["score"], part["contrast"], ("p", "p_holm"))
     return flat
 
 
-def _flat_score(name: str, score: Summary, contrast: Contrast | None) -> dict[str, Any]:
+def _flat_score(name: str, score: Summary, contrast: Contrast | None, corrected: Sequence[str] = ()) -> dict[str, Any]:
     # No p for classes and strata: it would have to be corrected for their number.
-    keys = ("difference", "low", "high", "n", "covers", *(("p",) if name == "miou" else ()))
+    keys = ("difference", "low", "high", "n", "covers", *corrected)
     return {name: score["mean"], f"{name}_sd": score["sd"]} | {
         f"{name}_{key}": contrast and contrast[key]  # type: ignore[literal-required]
         for key in keys

@@ -1,4 +1,4 @@
-"""Figures: confusion matrix, IoU of each class, and images beside their masks.
+"""Figures: confusion matrix, IoU of each class, further scores, and images beside their masks.
 
 They are drawn through Matplotlib's object interface, which needs no display and keeps no global state.
 """
@@ -21,11 +21,20 @@ from ema_seg.inference.masks import colourise
 from ema_seg.reporting.tables import describe_model
 from ema_seg.runtime.escaping import for_figure
 
-__all__ = ["draw_class_iou", "draw_confusion_matrix", "draw_samples"]
+__all__ = [
+    "draw_class_iou",
+    "draw_confusion_matrix",
+    "draw_corruptions",
+    "draw_reliability",
+    "draw_samples",
+    "draw_trimap",
+]
 
 _IGNORED_COLOUR = (0, 0, 0)
 # Vermillion of Okabe and Ito's colour-blind-safe palette, distinct from grey.
 _WRONG_COLOUR = (213, 94, 0)
+
+_LINE_COLOUR, _BAR_COLOUR = "#0072b2", "#9ecae1"
 
 _NUMBERED_CLASSES = 25
 _LABELLED_CLASSES = 50
@@ -82,6 +91,66 @@ def draw_class_iou(report: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def draw_trimap(report: Mapping[str, Any]) -> Figure:
+    """Draw the mIoU of the pixels up to each distance from a boundary, above the mIoU of all pixels."""
+    figure = _new_figure(5, 3.6, layout="constrained")
+    axes = figure.add_subplot()
+    distances, miou = report["trimap"]["distances"], report["trimap"]["miou"]
+    axes.plot(distances, _numbers(miou), marker="o", color=_LINE_COLOUR)
+    if report["miou"] is not None:
+        axes.axhline(report["miou"], color="black", linestyle="--", linewidth=1, zorder=0)
+        axes.text(1, report["miou"], f"all pixels {100 * report['miou']:.2f}%", va="bottom", fontsize=9)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(distances, [str(distance) for distance in distances])
+    axes.set(xlabel="pixels up to this distance from a boundary", ylabel="mIoU")
+    axes.margins(y=0.12)
+    return _finish(figure, axes, report)
+
+
+def draw_reliability(report: Mapping[str, Any]) -> Figure:
+    """Draw the accuracy of each bin of confidence, and the share of pixels in it below."""
+    bins = report["reliability"]
+    confidence, accuracy = _numbers(bins["confidence"]), _numbers(bins["accuracy"])
+    edges = np.linspace(0, 1, len(confidence) + 1)
+    figure = _new_figure(4.6, 5.2, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
+    upper.bar(edges[:-1], accuracy, np.diff(edges), align="edge", color=_BAR_COLOUR, edgecolor="white")
+    upper.plot(confidence, accuracy, "o", color=_LINE_COLOUR, markersize=4)
+    upper.set(ylabel="correct pixels", xlim=(0, 1), ylim=(0, 1))
+    ece = report["ece"]
+    told = "undefined" if ece is None else f"{100 * ece:.2f}%"
+    upper.text(0.03, 0.93, f"expected calibration error {told}", fontsize=9)
+    pixels = np.array(bins["pixels"], dtype=float)
+    lower.bar(edges[:-1], pixels / max(pixels.sum(), 1), np.diff(edges), align="edge", color="0.6", edgecolor="white")
+    lower.set(xlabel="probability of the predicted class", ylabel="pixels")
+    lower.xaxis.set_major_formatter(PercentFormatter(1))
+    lower.spines[["top", "right"]].set_visible(False)
+    lower.yaxis.set_major_formatter(PercentFormatter(1))
+    return _finish(figure, upper, report)
+
+
+def draw_corruptions(report: Mapping[str, Any]) -> Figure:
+    """Draw the mIoU of each corruption against its severity, a panel for each group."""
+    groups: dict[str, dict[str, Sequence[float | None]]] = {}
+    for kind, found in report["corruptions"].items():
+        groups.setdefault(found["group"], {})[kind] = found["miou"]
+    figure = _new_figure(2.9 * len(groups), 3.4, layout="constrained")
+    figure.suptitle(for_figure(describe_model(report)), fontsize=11)
+    panels = np.ravel(figure.subplots(1, len(groups), sharey=True))
+    for axes, (group, kinds) in zip(panels, groups.items(), strict=True):
+        for kind, miou in kinds.items():
+            axes.plot(range(len(miou) + 1), _numbers([report["miou"], *miou]), marker="o", markersize=3, label=kind)
+        axes.set_title(group, fontsize=10)
+        axes.set_xlabel("severity")
+        axes.set_xticks(range(6), ["none", *"12345"])
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False, loc="lower left")
+    panels[0].set(ylabel="mIoU", ylim=(0, None))
+    return figure
+
+
 def draw_samples(
     rows: Sequence[Example], classes: Sequence[str], palette: Sequence[Sequence[int]], title: str = ""
 ) -> Figure:
@@ -116,6 +185,18 @@ def _new_figure(width: float, height: float, layout: Literal["constrained", "com
     figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
+
+
+def _finish(figure: Figure, axes: Axes, report: Mapping[str, Any]) -> Figure:
+    axes.set_title(for_figure(describe_model(report)), fontsize=10, pad=8)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _numbers(values: Sequence[float | None]) -> np.ndarray:
+    """Return values of a report as numbers, nan where undefined."""
+    return np.array(values, dtype=float)
 
 
 def _write_shares(axes: Axes, shares: np.ndarray) -> None:

@@ -68,8 +68,9 @@ __all__ = ["FILES", "PANEL", "SCHEMA", "build_report", "load_report", "report_ma
 
 SCHEMA = "ema-seg.report/2"
 PANEL = "figures/panel.png"
-FILES = ("report.json", "report.md", "figures/confusion_matrix.png", "figures/per_class_iou.png", PANEL)
-"""Files of a report's folder besides ``predictions/`` and the manifest."""
+_FIGURES = ("confusion_matrix", "per_class_iou", "trimap", "reliability", "corruptions", "panel")
+FILES = ("report.json", "report.md", *(f"figures/{name}.png" for name in _FIGURES))
+"""Files of a report's folder besides ``predictions/`` and the manifest; without a score there is no figure of it."""
 
 
 def build_report(
@@ -173,20 +174,24 @@ def write_report(report: Mapping[str, Any], directory: str | Path, panel: "Seque
         DataError: a file cannot be written, or would replace one that no report has written.
     """
     # Imports Matplotlib, which reading a hundred reports does not need.
-    from ema_seg.reporting.figures import draw_class_iou, draw_confusion_matrix, draw_samples
+    from ema_seg.reporting import figures as draw
 
     directory = Path(directory)
-    figures = {
-        "confusion_matrix": draw_confusion_matrix(report),
-        "per_class_iou": draw_class_iou(report),
-    }
-    manifest = report_manifest(directory)
-    manifest.claim(file for file in FILES if panel or file != PANEL)
+    figures = {"confusion_matrix": draw.draw_confusion_matrix(report), "per_class_iou": draw.draw_class_iou(report)}
+    for name, draw_scores in {
+        "trimap": draw.draw_trimap,
+        "reliability": draw.draw_reliability,
+        "corruptions": draw.draw_corruptions,
+    }.items():
+        if name in report:
+            figures[name] = draw_scores(report)
     if panel:
-        figures["panel"] = draw_samples(panel, report["classes"], report["palette"], describe_model(report))
-    else:
-        # An earlier report's panel would show another model's predictions.
-        manifest.remove([PANEL])
+        figures["panel"] = draw.draw_samples(panel, report["classes"], report["palette"], describe_model(report))
+    absent = {f"figures/{name}.png" for name in _FIGURES if name not in figures}
+    manifest = report_manifest(directory)
+    manifest.claim(file for file in FILES if file not in absent)
+    # An earlier report's figures would show another model.
+    manifest.remove(absent)
     for name, figure in figures.items():
         content = BytesIO()
         figure.savefig(content, format="png", dpi=150)

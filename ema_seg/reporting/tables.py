@@ -23,6 +23,9 @@ _SCORES = {
 _FIGURES = {
     "confusion_matrix": "Confusion matrix",
     "per_class_iou": "IoU of each class",
+    "trimap": "mIoU by the distance to a boundary",
+    "reliability": "Accuracy by confidence",
+    "corruptions": "mIoU of corrupted images",
     "panel": "The images with the best, the median and the worst mIoU",
 }
 

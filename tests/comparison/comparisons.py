@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ema_seg.comparison.schema import Comparison, Contrast, Curve, Disagreement, Job, Row, Summary
+from ema_seg.comparison.schema import Comparison, Contrast, Curve, Disagreement, Job, Measure, Row, Summary
 from ema_seg.evaluation.strata import STRATA
 from ema_seg.inference.masks import colourise
 
@@ -25,6 +25,13 @@ PALETTE = (
 FAILURE = 'loss is <b>not</b> finite & training "stopped" at epoch 3.'
 SEEDS = (0, 1, 2)
 EPOCHS = 30
+
+MEASURES = {
+    "boundary_miou": Measure(label="boundary mIoU", percent=True, higher_is_better=True, main=True),
+    "trimap_1": Measure(label="mIoU up to 1 px from a boundary", percent=True, higher_is_better=True, main=False),
+    "ece": Measure(label="expected calibration error", percent=True, higher_is_better=False, main=True),
+    "nll": Measure(label="negative log-likelihood", percent=False, higher_is_better=False, main=True),
+}
 
 # Attention, placement, effect on the mIoU in points, images/s, parameters in millions.
 ROWS = (
@@ -64,6 +71,7 @@ def make_comparison(directory: Path, *, rows: int = len(ROWS), classes: int = le
         classes=names,
         palette=[list(colour) for colour in colours],
         strata=dict(STRATA),
+        measures=dict(MEASURES),
         settings=["attention", "placement"],
         baseline={"attention": "none"},
         bootstrap={"replicates": 10_000, "confidence": 0.95, "seed": 0},
@@ -112,6 +120,7 @@ def _make_row(plan: tuple[str, str, float, float, float], classes: list[str], ge
         },
         strata={name: _score(True, difference, base + shift, len(seeds), 0.8, generator)
                 for name, shift in zip(STRATA, (-0.3, -0.1, 0.1), strict=True)},
+        further={name: _score(True, difference, base - 0.2, len(seeds), 0.6, generator) for name in MEASURES},
         cost={
             "images_per_second": _summary(speed + generator.normal(0, 0.6, len(seeds))),
             "latency": _summary(8 / speed + generator.normal(0, 0.001, len(seeds))),

@@ -6,7 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from ema_seg.data.corruptions import CORRUPTIONS
 from ema_seg.evaluation import ConfusionMatrix, Evaluation, count_strata
+from ema_seg.evaluation.boundary import TRIMAP_DISTANCES
+from ema_seg.evaluation.calibration import count_calibration
 from ema_seg.reporting.predictions import PredictionWriter
 from ema_seg.reporting.report import _to_json
 from ema_seg.runtime.files import write_file
@@ -57,9 +60,15 @@ def write_run(
     wrong: float = 0.3,
     report: dict[str, Any] | None = None,
     batch_sizes: tuple[int, ...] = (1, 8),
+    protocol: dict[str, Any] | None = None,
+    further: bool = False,
     **config: Any,
 ) -> Path:
-    """Write a finished run that predicts a random class for a share ``wrong`` of the pixels."""
+    """Write a finished run that predicts a random class for a share ``wrong`` of the pixels.
+
+    With ``further`` it has scores beyond the mIoU: boundaries that are the whole images, corruptions of which the
+    strongest fog alone costs half of the right pixels, and a confidence of 0.8 everywhere.
+    """
     rng = np.random.default_rng([seed, sum(map(ord, attention)), int(1000 * wrong)])
     total, records = ConfusionMatrix(len(CLASSES)), []
     names = [f"ride/{index:03d}" for index in range(IMAGES)]
@@ -81,12 +90,15 @@ def write_run(
                     "strata": count_strata(prediction, truth, len(CLASSES)),
                 }
             )
+            if further:
+                records[-1] |= _further_counts(confusion, prediction, truth)
             write(name, prediction)
     settings = make_config(attention, seed=seed, **config)
     content = make_report(
         evaluation=Evaluation(total, records),
         cost=make_cost(batch_sizes),
         config=settings,
+        protocol=protocol,
         model=settings["model"],
         attention=settings["attention"],
         run=str(folder),
@@ -95,6 +107,24 @@ def write_run(
     )
     write_file(folder / "report" / "report.json", _to_json(content | (report or {})).encode())
     return folder
+
+
+def _further_counts(confusion: ConfusionMatrix, prediction: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+    intersection, union = confusion.intersection, confusion.union
+    labelled = truth != 255
+    sums = (-np.log(np.where(prediction == truth, 0.8, 0.1)[labelled]).sum(), 0.1 * labelled.sum())
+    (present,) = np.nonzero(union)
+    clean = [present.tolist(), intersection[present].tolist(), union[present].tolist()]
+    lost = [present.tolist(), (intersection[present] // 2).tolist(), union[present].tolist()]
+    kinds: dict[str, list[Any]] = {kind: [clean] * 5 for kind in CORRUPTIONS}
+    kinds["fog"] = [clean] * 4 + [lost]
+    band = [intersection.tolist(), union.tolist()]
+    confidence = np.full(truth.shape, 0.8, np.float32)
+    return {
+        "boundary": {"intersection": band[0], "union": band[1], "trimap": [band] * len(TRIMAP_DISTANCES)},
+        "calibration": count_calibration(prediction, truth, confidence, sums),
+        "corruptions": kinds,
+    }
 
 
 def plan_job(folder: str, impossible: str | None = None, **overrides: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ema_seg.runtime.errors import DataError
 from tests.comparison.comparisons import make_comparison
 from tests.forks import leave_blank
 
-NAMES = ["pareto", "differences", "curves", "class_differences", "examples"]
+NAMES = ["pareto", "differences", "curves", "class_differences", "further", "examples"]
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_the_same_comparison_gives_the_same_pdf(tmp_path):
 
     draw_comparison(comparison, tmp_path)
 
-    assert len(first) == 4
+    assert len(first) == 5
     assert first == {path.name: path.read_bytes() for path in (tmp_path / "figures").glob("*.pdf")}
 
 

@@ -1,5 +1,6 @@
 """Corruptions: the same images for every model, worse with each severity."""
 
+import itertools
 import pickle
 
 import cv2
@@ -28,7 +29,7 @@ def test_the_image_is_damaged_more_with_each_severity(kind, scene):
     assert all(version.shape == scene.shape and version.dtype == np.uint8 for version in versions)
     errors = [np.abs(version.astype(float) - scene).mean() for version in versions]
     assert errors[0] > 0 and errors[-1] > 1.5 * errors[0]
-    assert all(later > 0.75 * earlier for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later > 0.75 * earlier for earlier, later in itertools.pairwise(errors))
 
 
 @pytest.mark.parametrize("kind", CORRUPTIONS)

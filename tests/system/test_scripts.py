@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as cityscapes
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
@@ -36,9 +37,12 @@ from ema_seg.cli.run_folder import _hold_unused
 from ema_seg.comparison.configurations import group_runs
 from ema_seg.comparison.runs import read_runs
 from ema_seg.config import Demonstrating, Evaluating, Training, describe_settings
+from ema_seg.data import find_dataset_class
+from ema_seg.data.corruptions import CORRUPTIONS
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.evaluation.boundary import count_boundaries, score_boundaries
 from ema_seg.inference import video
+from ema_seg.inference.prediction import pad_to_stride
 from ema_seg.models import load_segmenter
 from ema_seg.runtime.distributed.exit_handlers import PREEMPTION_SIGNALS, install_exit_handlers
 from ema_seg.sweeps import is_running, lock_run
@@ -658,11 +662,14 @@ def test_reports_of_the_same_second_have_folders_of_their_own(tmp_path):
 def test_a_run_from_before_a_setting_is_evaluated_with_it(finished_run, camvid_root, run_script, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     config = yaml.safe_load((run / "config.yaml").read_text())
-    del config["evaluation"]["boundary"]
+    for name in ("boundary", "calibration", "corruptions", "submission", "window", "window_stride", "scales", "flip"):
+        del config["evaluation"][name]
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     before = json.loads((run / "report/report.json").read_text())
 
-    status, out, err = run_script("eval", f"run={run}", "evaluation.boundary=true", f"report.dir={tmp_path / 'new'}")
+    more = ["evaluation.boundary=true", "evaluation.corruptions=standard"]
+
+    status, out, err = run_script("eval", f"run={run}", *more, f"report.dir={tmp_path / 'new'}")
 
     assert status == 0, err
     report = json.loads((tmp_path / "new/report.json").read_text())
@@ -677,6 +684,33 @@ def test_a_run_from_before_a_setting_is_evaluated_with_it(finished_run, camvid_r
     assert [image["boundary"] for image in report["images"]] == counts
     assert f"boundary mIoU  {expected['boundary_miou']:.2%}" in re.sub(" {2,}", "  ", out)
     assert "boundary_miou" not in before and report["miou"] == before["miou"]
+    kinds = report["corruptions"]
+    assert list(kinds) == list(CORRUPTIONS)
+    counted = report["images"][0]["corruptions"]["fog"]
+    assert len(counted) == 5
+    for severity in range(5):
+        sums = np.zeros((2, 11))
+        for image in report["images"]:
+            classes, *counts = image["corruptions"]["fog"][severity]
+            sums[:, classes] += counts
+        expected = np.mean([intersection / union for intersection, union in sums.T if union])
+        assert kinds["fog"]["miou"][severity] == pytest.approx(expected)
+    assert report["corrupted_miou"] == pytest.approx(np.mean([kind["miou"] for kind in kinds.values()]))
+    assert report["corruption_drop"] == pytest.approx(1 - report["corrupted_miou"] / report["miou"])
+
+
+def test_a_run_is_evaluated_by_the_protocol_of_a_paper(finished_run, run_script, tmp_path):
+    settings = ["evaluation.window=[64,64]", "evaluation.window_stride=[32,32]", "evaluation.scales=[0.5,1]"]
+    more = ["evaluation.flip=true", "evaluation.calibration=true"]
+
+    status, out, err = run_script("eval", f"run={finished_run}", *settings, *more, f"report.dir={tmp_path / 'new'}")
+
+    assert status == 0, err
+    report = json.loads((tmp_path / "new/report.json").read_text())
+    assert report["protocol"] == {"window": [64, 64], "window_stride": [32, 32], "scales": [0.5, 1.0], "flip": True}
+    named = "Scored with windows of 64 x 64 every 32 x 32 pixels; scales 0.5, 1; flipped, too."
+    assert named in " ".join(out.split()) and named in (tmp_path / "new/report.md").read_text()
+    assert f"expected calibration error  {report['ece']:.2%}" in re.sub(" {2,}", "  ", out)
 
 
 def test_an_evaluation_does_not_finish_a_run_that_can_go_on(monkeypatch, tmp_path):
@@ -850,14 +884,71 @@ def make_folder(root):
 def test_the_same_entry_point_trains_on_every_data_set(data, make, classes, run_script, tmp_path):
     root = make(tmp_path / "data")
 
-    status, _, err = run_script(
-        "train", *QUICK, f"data={data}", f"data.root={root}", f"hydra.run.dir={tmp_path / 'run'}", "epochs=1"
-    )
+    overrides = [f"data={data}", f"data.root={root}", f"hydra.run.dir={tmp_path / 'run'}", "epochs=1"]
+    if data != "folder":
+        overrides.append(f"evaluation.submission={tmp_path / 'submission'}")
+
+    status, _, err = run_script("train", *QUICK, *overrides)
 
     assert status == 0, err
     report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
     assert len(report["classes"]) == classes
     assert report["data"]["name"] == data
+    if make is make_cityscapes:
+        masks = [str(path) for path in sorted((root / "gtFine/val/aachen").iterdir())]
+        arguments = copy.copy(cityscapes.args)
+        arguments.predictionPath, arguments.predictionWalk = str(tmp_path / "submission"), None
+        found = [cityscapes.getPrediction(arguments, mask) for mask in masks]
+        arguments.evalInstLevelScore, arguments.JSONOutput, arguments.quiet = False, False, True
+        scores = cityscapes.evaluateImgLists(found, masks, arguments)
+        assert scores["averageScoreClasses"] == pytest.approx(report["miou"])
+    if make is make_ade20k:
+        paths = sorted((tmp_path / "submission").iterdir())
+        assert [path.name for path in paths] == [f"ADE_val_{index:08d}.png" for index in (1, 2, 3)]
+        for path, image in zip(paths, report["images"], strict=True):
+            ids = np.array(Image.open(tmp_path / "run/report" / image["prediction"]))
+            assert np.array_equal(np.array(Image.open(path)), ids + 1)
+
+
+@pytest.mark.parametrize("data", ["cityscapes", "ade20k"])
+def test_a_split_without_labels_is_predicted_for_the_benchmarks_server(data, run_script, tmp_path):
+    root = {"cityscapes": make_cityscapes, "ade20k": make_ade20k}[data](tmp_path / "data")
+    folder = root / {"cityscapes": "leftImg8bit/test/bonn", "ade20k": "release_test/testing"}[data]
+    suffix = {"cityscapes": "_leftImg8bit.png", "ade20k": ".jpg"}[data]
+    folder.mkdir(parents=True)
+    names = [f"bonn_{index:06d}_000019" for index in range(2)]
+    for name in names:
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), np.uint8)).save(
+            folder / f"{name}{suffix}"
+        )
+    run, submission = tmp_path / "run", tmp_path / "submission"
+    common = [f"data={data}", f"data.root={root}"]
+    assert run_script("train", *QUICK, *common, f"hydra.run.dir={run}", "epochs=1", "evaluation.flip=true")[0] == 0
+    before = sorted(path for path in run.rglob("*"))
+    arguments = [f"run={run}", "data.evaluation_split=test", f"evaluation.submission={submission}"]
+
+    status, out, err = run_script("eval", *arguments)
+
+    assert status == 0, err
+    assert f"submission: {submission}; the split 'test' has no labels, so there are no scores" in out
+    written = [f"{name}{'_leftImg8bit' if data == 'cityscapes' else ''}.png" for name in names]
+    assert sorted(path.name for path in submission.iterdir()) == written
+    segmenter = ema_seg.load(run)
+    values = np.array(find_dataset_class(data).submission.values)
+    for name, file in zip(names, written, strict=True):
+        picture = np.array(Image.open(folder / f"{name}{suffix}"))
+        tensors = [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in (picture, picture[:, ::-1])]
+        logits = [
+            segmenter.model(pad_to_stride(segmenter.normalise(image[None]), segmenter.stride))[0, :, :70, :90]
+            for image in tensors
+        ]
+        mean = (logits[0].softmax(0) + logits[1].softmax(0).flip(2)) / 2
+        same = np.array(Image.open(submission / file)) == values[mean.argmax(0).numpy()]
+        assert same.mean() > 0.999
+    assert sorted(path for path in run.rglob("*")) == before
+
+    status, _, err = run_script("eval", *arguments)
+    assert status == 1 and "is not empty" in err and "choose a new folder" in err
 
 
 def test_the_default_data_are_generated_and_read(run_script, tmp_path):
@@ -960,6 +1051,11 @@ def test_a_mistake_ends_in_one_sentence(overrides, message, camvid_root, run_scr
             "evaluation.precision: must be 32-true, bf16-mixed or 16-mixed, got 8",
         ),
         (("run={run}", "data.rooot=x"), "data.rooot"),
+        (("run={run}", "evaluation.window=512"), r"evaluation.window: must be \[height,width\] in pixels"),
+        (("run={run}", "evaluation.window_stride=[9,9]"), "there is no window"),
+        (("run={run}", "evaluation.scales=[0]"), "evaluation.scales: must be a list of factors above 0"),
+        (("run={run}", "evaluation.corruptions=all"), "evaluation.corruptions: must be standard or null"),
+        (("run={run}", "evaluation.submission=out"), "camvid has no benchmark's server"),
     ],
 )
 def test_a_mistake_in_an_evaluation_ends_in_one_sentence(overrides, message, finished_run, run_script, tmp_path):

@@ -228,6 +228,31 @@ byId("table-note").textContent =
   (batches.length ? `Speed, latency and memory: of the forward pass, batch ${batches.join(" or ")}. ` : "") +
   Object.entries(data.strata).map(([name, text]) => `${name}: ${text}`).join("; ") + ".";
 
+/* Scores beyond the mIoU. */
+
+const measures = Object.entries(data.measures).filter(([, measure]) => measure.main);
+if (measures.length) byId("further-section").hidden = false;
+function furtherCell(row, key, measure) {
+  const [factor, digits] = measure.percent ? [1, 2] : [0.01, 4];
+  const { score, contrast } = row.further[key];
+  if (score.mean === null) return el("td", {});
+  const parts = [points(factor * score.mean, digits)];
+  if (contrast) {
+    const difference = el("span", { class: isSure(contrast) ? "significant" : null }, signed(factor * contrast.difference, digits));
+    parts.push(el("span", { class: "sub" }, difference, ` ${interval({ low: factor * contrast.low, high: factor * contrast.high }, digits)}`));
+  }
+  return el("td", {}, parts);
+}
+function drawFurther() {
+  const unit = (measure) => `${measure.percent ? "%, " : ""}${measure.higher_is_better ? "higher" : "lower"} is better`;
+  const head = measures.map(([, measure]) => el("th", { scope: "col" }, measure.label, el("span", { class: "unit" }, unit(measure))));
+  byId("further").querySelector("thead").replaceChildren(el("tr", {}, el("th", { scope: "col", class: "text" }, "configuration"), ...head));
+  const rows = data.rows.filter(isShown).map((row) =>
+    el("tr", { "data-label": row.label }, el("td", { class: "text" }, row.label), ...measures.map(([key, measure]) => furtherCell(row, key, measure))));
+  byId("further").querySelector("tbody").replaceChildren(...rows);
+}
+if (measures.length) listeners.push(drawFurther);
+
 drawFilters();
 listeners.push(drawHead, drawRows);
 
