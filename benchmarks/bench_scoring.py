@@ -1,7 +1,7 @@
 """Benchmark of the scoring: from the input of a head's last layer to counts, strata and the mask's file.
 
     python benchmarks/full_size.py <folder>
-    python benchmarks/bench_scoring.py <folder>
+    python benchmarks/bench_scoring.py <folder> [--camvid <folder>]
 
 The truths are those of the generated validation images at their own size; the logits are made from them with noise, at
 the resolution of a decoder's last layer. Two ways take turns in one process, and must give the same counts and files:
@@ -9,6 +9,8 @@ the resolution of a decoder's last layer. Two ways take turns in one process, an
 * ``strips``: this project's scoring: the classes are found a few rows at a time, and counted in C++;
 * ``whole``: the same on all logits at once: upsampling, ``argmax``, ``bincount`` of the labelled pixels, and OpenCV's
   connected components, one class after the other.
+
+``further`` is ``strips`` with the counts of ``evaluation.boundary`` and ``evaluation.calibration``.
 """
 
 import argparse
@@ -36,6 +38,8 @@ from torch import Tensor
 
 from ema_seg.data import build_dataset
 from ema_seg.evaluation import ConfusionMatrix
+from ema_seg.evaluation.boundary import count_boundaries
+from ema_seg.evaluation.calibration import classify, count_calibration
 from ema_seg.evaluation.strata import count_strata, count_strata_by_class
 from ema_seg.inference.classes import most_likely_classes
 from ema_seg.inference.masks import encode_mask
@@ -76,7 +80,19 @@ def read_palette(name: str, root: Path) -> Sequence[Sequence[int]]:
 
 def in_strips(logits: RowLogits, truth: Tensor, palette: Sequence[Sequence[int]]) -> Scored:
     """Score one image as an evaluation does."""
-    prediction = most_likely_classes(logits).cpu().numpy()
+    return _score(most_likely_classes(logits).cpu().numpy(), logits, truth, palette)
+
+
+def with_further(logits: RowLogits, truth: Tensor, palette: Sequence[Sequence[int]]) -> Scored:
+    """Score one image, its boundaries and its probabilities as an evaluation does."""
+    ids, certainty = classify(logits, truth)
+    prediction, target = ids.cpu().numpy(), truth.numpy()
+    count_boundaries(prediction, target, logits.shape[1])
+    count_calibration(prediction, target, certainty.confidence.cpu().numpy(), certainty.sums.tolist())
+    return _score(prediction, logits, truth, palette)
+
+
+def _score(prediction: np.ndarray, logits: RowLogits, truth: Tensor, palette: Sequence[Sequence[int]]) -> Scored:
     confusion = ConfusionMatrix(logits.shape[1])
     confusion.update(prediction, truth.numpy())
     strata = count_strata(prediction, truth.numpy(), logits.shape[1])
@@ -100,11 +116,11 @@ def measure(
 ) -> dict[str, Any]:
     """Measure seconds and peak memory per image, both ways."""
     ways: dict[str, Callable[[RowLogits, Tensor, Sequence[Sequence[int]]], Scored]]
-    ways = {"strips": in_strips, "whole": whole}
+    ways = {"strips": in_strips, "further": with_further, "whole": whole}
     for logits, truth in images:
-        (matrix, *rest), (other, *others) = (score(logits, truth, palette) for score in ways.values())
-        if not np.array_equal(matrix, other) or rest != others:
-            raise AssertionError("the two ways differ")
+        (matrix, *rest), *others = (score(logits, truth, palette) for score in ways.values())
+        if any(not np.array_equal(matrix, other) or rest != more for other, *more in others):
+            raise AssertionError("the ways differ")
     logits, truth = images[0]
     resident = [logits.features, truth]
     peaks = {
@@ -133,6 +149,7 @@ def as_markdown(record: Mapping[str, Any]) -> str:
             decoder,
             *(number(1000 * ways[way]["seconds"]["median"]) for way in ("strips", "whole")),
             number(ways["strips"]["speedup"]["median"]),
+            number(1000 * (ways["further"]["seconds"]["median"] - ways["strips"]["seconds"]["median"])),
             *(number(ways[way]["peak"] / 2**20) for way in ("strips", "whole")),
             number(ways["whole"]["peak"] / ways["strips"]["peak"]),
         ]
@@ -145,6 +162,7 @@ def as_markdown(record: Mapping[str, Any]) -> str:
         "ms in strips",
         "whole",
         "times as fast",
+        "more ms with boundaries and calibration",
         "peak MiB in strips",
         "whole",
         "ratio",
@@ -159,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="From the input of the last layer to the scores.")
     parser.add_argument("folder", type=Path, help="folder that benchmarks/full_size.py has written")
     parser.add_argument("--data", nargs="+", choices=DATA_SETS, default=list(DATA_SETS), help="default: all")
+    parser.add_argument("--camvid", type=Path, help="folder of CamVid to measure on, too")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--threads", type=positive_int, default=1, help="default: %(default)s")
     parser.add_argument("--budget", type=positive_float, default=10, help="seconds per way (default: %(default)s)")
@@ -169,8 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     results: dict[str, Any] = {}
-    for name in options.data:
-        root = options.folder / DATA_SETS[name]
+    roots = {name: options.folder / DATA_SETS[name] for name in options.data}
+    if options.camvid:
+        roots["camvid"] = options.camvid
+    for name, root in roots.items():
         palette = read_palette(name, root)
         results[name] = {
             decoder: measure(read_images(name, root, scale, device), palette, device, options.budget)

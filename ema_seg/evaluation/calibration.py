@@ -75,7 +75,7 @@ def classify(logits: Logits, target: Tensor, ignore_index: int = 255) -> tuple[T
     target = target.to(device, non_blocking=True)
     for first, last, rows in logits.strips():
         if computed is None:
-            ids[first:last] = rows.argmax(dim=0)
+            ids[first:last] = most_likely_classes(RowLogits(rows[None]))
         log_probability = rows.log_softmax(dim=0)
         own = ids[first:last].long()
         confidence[first:last] = log_probability.gather(0, own[None])[0].exp_()

@@ -114,7 +114,7 @@ def measure_cost(
     if loader is not None:
         if normalise is None or counter is None:
             raise TypeError("measure_cost: a loader needs a normalisation and a counter.")
-        source = (loader, normalise, counter, protocol)
+        source = (loader, normalise, counter)
     share = budget / (len(batch_sizes) + (source is not None))
 
     def measure_forward(batch: int) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def measure_cost(
         with reraise_size_errors(single):
             gmacs = count_macs(model, single) / 1e9
         forward = broadcast([measure_forward(batch) for batch in batch_sizes] if rank_info().rank == 0 else [])
-        end_to_end = None if source is None else broadcast(time_end_to_end(model, *source, stride, share))
+        end_to_end = None if source is None else broadcast(time_end_to_end(model, *source, stride, share, protocol))
     return Cost(
         parameters=count_parameters(model),
         gmacs=gmacs,
@@ -327,9 +327,9 @@ def time_end_to_end(
     loader: DataLoader,
     normalise: Normalise,
     counter: Counter[Any],
-    protocol: PredictionProtocol,
     stride: int,
     budget: float,
+    protocol: PredictionProtocol = PLAIN,
 ) -> dict[str, Any]:
     """Time the path from files to scores, over the data set or until the budget is spent.
 
@@ -338,9 +338,9 @@ def time_end_to_end(
         loader: see ``measure_cost``.
         normalise: see ``measure_cost``.
         counter: see ``measure_cost``.
-        protocol: see ``measure_cost``.
         stride: see ``measure_cost``.
         budget: seconds after which no further batch starts.
+        protocol: see ``measure_cost``.
 
     Returns:
         A dict of ``images_per_second``, the number of timed ``images`` and the number of ``devices``, all three

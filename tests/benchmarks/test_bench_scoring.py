@@ -37,5 +37,5 @@ def test_both_ways_give_the_same_scores_and_their_costs(bench, images, monkeypat
 
 def test_ways_that_differ_are_not_compared(bench, images, monkeypatch):
     monkeypatch.setattr(bench, "most_likely_classes", lambda logits: torch.zeros(logits.shape[2:], dtype=torch.uint8))
-    with pytest.raises(AssertionError, match="the two ways differ"):
+    with pytest.raises(AssertionError, match="the ways differ"):
         bench.measure(images, [(0, 0, 0)] * 19, torch.device("cpu"), 0.01)
