@@ -1,6 +1,7 @@
 """Command line that compares runs.
 
-``python -m ema_seg.comparison <sweep folder>`` or ``python -m ema_seg.comparison compare RUN RUN``
+``python -m ema_seg.comparison <sweep folder>`` or ``python -m ema_seg.comparison compare RUN RUN``; options may be
+written as settings, such as ``metric=boundary_iou``.
 """
 
 import argparse
@@ -12,12 +13,14 @@ from pathlib import Path
 from rich.console import Console
 
 from ema_seg.comparison.files import report_comparison
+from ema_seg.comparison.metric import with_metric
 from ema_seg.comparison.runs import read_folder, read_runs
 from ema_seg.runtime.errors import ConfigError, EmaSegError
 from ema_seg.runtime.escaping import for_terminal
 
 __all__ = ["main"]
 
+_SETTING = re.compile(r"(baseline|output|metric)=")
 _DESCRIPTION = "Compare the runs of a sweep, or single runs: differences with intervals, costs, figures, a page."
 
 
@@ -43,7 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="where to write; default: comparison/ in the folder, or here"
     )
-    options = parser.parse_args(texts)
+    parser.add_argument(
+        "--metric",
+        default="miou",
+        metavar="METRIC",
+        help="metric=boundary_iou, metric=<group of the sweep> or metric=[class,class]: the IoU to compare",
+    )
+    options = parser.parse_args([f"--{text}" if _SETTING.match(text) else text for text in texts])
     try:
         baseline = _parse_baseline(options.baseline)
         if "runs" in options:
@@ -56,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             runs = read_folder(options.folder)
             directory = options.output or options.folder / "comparison"
-        path = report_comparison(runs, directory, baseline)
+        path = report_comparison(with_metric(runs, options.metric), directory, baseline)
     except EmaSegError as error:
         print(f"error: {for_terminal(str(error))}", file=sys.stderr)
         return 1

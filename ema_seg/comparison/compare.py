@@ -32,7 +32,7 @@ from ema_seg.runtime.errors import ConfigError, DataError
 
 __all__ = ["CONFIDENCE", "REPLICATES", "SCHEMA", "Match", "Matches", "compare_matches", "compare_runs", "match_runs"]
 
-SCHEMA = "ema-seg.comparison/1"
+SCHEMA = "ema-seg.comparison/2"
 REPLICATES = 10_000
 CONFIDENCE = 0.95
 
@@ -207,6 +207,7 @@ def compare_matches(runs: Runs, matches: Matches, *, replicates: int = REPLICATE
         data={"name": first.report["data"]["name"], "split": first.report["data"]["split"], "images": len(first.names)},
         classes=list(first.report["classes"]),
         palette=[list(colour) for colour in first.report["palette"]],
+        metric=runs.metric,
         strata={
             **first.report["strata"],
             **{name: ", ".join(first.report["classes"][index] for index in group) for name, group in groups.items()},
@@ -409,7 +410,7 @@ def _row(
         baseline=match.is_baseline,
         jobs=[_job(run, folder) for run in match.configuration.runs],
         seeds=list(match.results),
-        miou=summarise(report["miou"] for report in reports),
+        score=summarise(report["miou"] for report in reports),
         contrast=contrasts[0][0] if contrasts else None,
         classes={
             name: {

@@ -145,7 +145,7 @@ def _draw_pareto(comparison: Comparison) -> Figure | None:
         speed, score = _point(row)
         on_front = any(row is other for other in front)
         colour = "black" if row["baseline"] else _BETTER if on_front else _UNDECIDED
-        across, up = row["cost"]["images_per_second"]["sd"] or 0, 100 * (row["miou"]["sd"] or 0)
+        across, up = row["cost"]["images_per_second"]["sd"] or 0, 100 * (row["score"]["sd"] or 0)
         bars += [(speed - across, 100 * score, speed + across, 100 * score)] if across else []
         bars += [(speed, 100 * score - up, speed, 100 * score + up)] if up else []
         axes.errorbar(
@@ -156,7 +156,7 @@ def _draw_pareto(comparison: Comparison) -> Figure | None:
             fmt="D" if row["baseline"] else "o",
             markersize=7,
             color=colour,
-            markerfacecolor=colour if row["miou"]["n"] > 1 else "white",
+            markerfacecolor=colour if row["score"]["n"] > 1 else "white",
             markeredgewidth=1.4,
             ecolor=colour,
             elinewidth=1,
@@ -184,7 +184,7 @@ def _draw_pareto(comparison: Comparison) -> Figure | None:
         handles.insert(0, _marker("D", "black", "baseline"))
     if len(front) < len(rows):
         handles.append(_marker("o", _UNDECIDED, "another is faster and better"))
-    if any(row["miou"]["n"] == 1 for row in rows):
+    if any(row["score"]["n"] == 1 for row in rows):
         handles.append(_marker("o", _UNDECIDED, "one seed", hollow=True))
     if bars_of_seeds:
         handles.append(Line2D([], [], color="0.4", linewidth=1, marker="|", markersize=7, label="± sd over seeds"))
@@ -360,7 +360,8 @@ def _draw_class_differences(comparison: Comparison) -> Figure | None:
     grid[0].set_title(f"IoU of {some}", fontsize=10, pad=8, loc="left")
     if strata:
         sizes = all(name in SIZES for name, _ in strata)
-        grid[1].set_title("mIoU by object size" if sizes else "mIoU by size, group", fontsize=10, pad=8, loc="right")
+        title = f"{comparison['metric']} by {'object size' if sizes else 'size, group'}"
+        grid[1].set_title(title, fontsize=10, pad=8, loc="right", parse_math=False)
     for axes in grid[1:]:
         axes.set_yticks([])
     bar = figure.colorbar(
@@ -408,7 +409,8 @@ def _draw_examples(comparison: Comparison, directory: Path) -> Figure | None:
     for example, panels, height in zip(examples, pictures, heights, strict=True):
         text = (
             f"{example['row']} against {example['baseline']}, {example['kind']} image: "
-            f"{points_text(example['difference'], digits=1, signed=True)} points of mIoU · {example['name']}"
+            f"{points_text(example['difference'], digits=1, signed=True)} points of {comparison['metric']} · "
+            f"{example['name']}"
         )
         baseline = 1 - (top + caption - 0.07) / down
         figure.text(margin / across, baseline, text, va="baseline", fontsize=8.5, parse_math=False)
@@ -503,7 +505,7 @@ def _class_patches(comparison: Comparison, masks: Sequence[np.ndarray | None]) -
 
 
 def _score_name(comparison: Comparison) -> str:
-    return f"mIoU on {comparison['data']['name']} ({comparison['data']['split']})"
+    return f"{comparison['metric']} on {comparison['data']['name']} ({comparison['data']['split']})"
 
 
 def _confidence(comparison: Comparison) -> str:
@@ -516,11 +518,11 @@ def _extra_width(rows: Sequence[Row]) -> float:
 
 
 def _is_measured(row: Row) -> bool:
-    return row["miou"]["mean"] is not None and row["cost"]["images_per_second"]["mean"] is not None
+    return row["score"]["mean"] is not None and row["cost"]["images_per_second"]["mean"] is not None
 
 
 def _point(row: Row) -> tuple[float, float]:
-    return row["cost"]["images_per_second"]["mean"] or 0, row["miou"]["mean"] or 0
+    return row["cost"]["images_per_second"]["mean"] or 0, row["score"]["mean"] or 0
 
 
 def _contrasted(comparison: Comparison) -> list[tuple[Row, Contrast]]:
@@ -542,7 +544,7 @@ def _coloured_rows(rows: Sequence[Row]) -> dict[str, str]:
     """Return the colours of the first baseline (black) and the best other rows, by label; more would look alike."""
     bases = [row for row in rows if row["baseline"]][:1]
     others = [row for row in rows if not any(row is base for base in bases)]
-    best = sorted(others, key=lambda row: -(row["miou"]["mean"] or 0))[: len(_LINES)]
+    best = sorted(others, key=lambda row: -(row["score"]["mean"] or 0))[: len(_LINES)]
     colours = {row["label"]: "black" for row in bases}
     return colours | {row["label"]: colour for row, colour in zip(best, _LINES, strict=False)}
 

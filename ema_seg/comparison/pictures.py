@@ -15,13 +15,13 @@ from ema_seg.comparison.runs import Result
 from ema_seg.comparison.schema import Disagreement, comparison_manifest
 from ema_seg.data.source import IMAGE_FORMATS
 from ema_seg.inference.masks import encode_mask
-from ema_seg.runtime.errors import EmaSegError, one_line
+from ema_seg.runtime.errors import DataError, EmaSegError, one_line
 from ema_seg.runtime.files import Manifest, file_names, write_file
 
 if TYPE_CHECKING:
     from ema_seg.data import SegmentationDataset
 
-__all__ = ["draw_examples"]
+__all__ = ["draw_examples", "open_dataset"]
 
 # Longer side in pixels: a page with twenty configurations shows 160 pictures.
 _LARGEST = 1024
@@ -145,12 +145,9 @@ class _Album:
         """Data set of all results; None if it cannot be read at any of their roots."""
         reports = {result.report["data"]["root"]: result.report for result in self._results}
         reasons = []
-        for root, report in reports.items():
-            if not Path(root).exists():
-                reasons.append(f"the data set is not in {root} here.")
-                continue
+        for report in reports.values():
             try:
-                return _open_dataset(report["data"], report["config"].get("data", {}))
+                return open_dataset(report["data"], report["config"].get("data", {}))
             except Exception as error:  # a missing picture must not end the comparison
                 reasons.append(one_line(error))
         self.notes.append(f"No photographs and no truth: {' '.join(reasons)}")
@@ -162,7 +159,18 @@ class _Album:
         return {} if dataset is None else {dataset.name(index): index for index in range(len(dataset))}
 
 
-def _open_dataset(data: Mapping[str, Any], options: Mapping[str, Any]) -> "SegmentationDataset":
+def open_dataset(data: Mapping[str, Any], options: Mapping[str, Any]) -> "SegmentationDataset":
+    """Open the data set of a report.
+
+    Args:
+        data: the report's ``data``.
+        options: the section ``data`` of the run's configuration.
+
+    Raises:
+        EmaSegError: the data set cannot be opened.
+    """
+    if not Path(data["root"]).exists():  # a generated data set would be generated
+        raise DataError(f"the data set is not in {data['root']} here.")
     # Imports torch, which takes longer than a comparison without pictures may take.
     from ema_seg.data import build_dataset, find_dataset_class
 

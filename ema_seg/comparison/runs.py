@@ -85,6 +85,7 @@ class Runs:
         notes: sentences about reports that were left out and sweeps that were not read as such.
         groups: names of the classes of each group that gets a score, by the group's name; classes that the data do not
             have are ignored.
+        metric: name of the score that the results' IoU stands for, see ``ema_seg.comparison.metric``.
     """
 
     title: str
@@ -93,6 +94,7 @@ class Runs:
     baseline: Mapping[str, str] | None = None
     notes: Sequence[str] = ()
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    metric: str = "mIoU"
 
 
 def read_folder(folder: Path) -> Runs:

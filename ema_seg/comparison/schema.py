@@ -5,13 +5,14 @@ The numbers of a comparison come from the runs' ``report.json`` files alone; its
 in seconds, memory in bytes, and null means unknown.
 
 ================  ====================================================================================
-``schema``        ``"ema-seg.comparison/1"``
+``schema``        ``"ema-seg.comparison/2"``
 ``created``       time of writing, ISO 8601 in UTC
 ``title``         name of the sweep or the folder, or the names of the runs
 ``folder``        folder of the sweep or of the runs; null for runs that were named one by one
 ``data``          ``name``, ``split``, ``images``
 ``classes``       the K names
 ``palette``       K colours
+``metric``        name of the score that rows and differences are about: ``mIoU``, or another IoU
 ``strata``        meaning of each separate score by its name: a size of objects, or a group of classes of the sweep
 ``measures``      the scores beyond the mIoU that all runs have, see ``Measure``
 ``settings``      the keys that differ between the rows, in the order of the columns
@@ -125,6 +126,8 @@ class Curve(TypedDict):
 class Row(TypedDict):
     """Row of a comparison: one configuration.
 
+    ``score`` is that of the comparison's metric.
+
     ``label`` is unique; ``settings`` holds the value of each key that differs. ``classes`` and ``strata`` hold, by
     name, ``score`` (a ``Summary`` of the class's IoU or the stratum's mIoU) and ``contrast`` (a ``Contrast`` without
     Holm's correction, or null); ``further`` holds the same by the key of each of the comparison's ``measures``, with
@@ -138,7 +141,7 @@ class Row(TypedDict):
     baseline: bool
     jobs: list[Job]
     seeds: list[int | None]
-    miou: Summary
+    score: Summary
     contrast: Contrast | None
     classes: dict[str, dict[str, Any]]
     strata: dict[str, dict[str, Any]]
@@ -175,6 +178,7 @@ class Comparison(TypedDict):
     data: dict[str, Any]
     classes: list[str]
     palette: list[list[int]]
+    metric: str
     strata: dict[str, str]
     measures: dict[str, Measure]
     settings: list[str]

@@ -33,7 +33,7 @@ __all__ = [
 SIGNIFICANT = 0.05
 """Significance level of a difference, after Holm's correction."""
 
-_SCORE_COLUMNS = ("mIoU, % (seeds)", "difference, points", "p (Holm)")
+_SCORE_COLUMNS = 3
 _COST_COLUMNS = ("images/s", "latency, ms", "memory, MiB", "parameters, M", "GMACs")
 _COST_SCALES = {"images_per_second": 1.0, "latency": 1e3, "memory": 2**-20, "parameters": 1e-6, "gmacs": 1.0}
 # Terminal width, in columns, from which scores and costs are shown side by side.
@@ -50,10 +50,10 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         console: where to print, standard output by default; if it is narrow, the costs follow below the scores.
     """
     console = console or Console()
-    columns = (*_SCORE_COLUMNS, *_COST_COLUMNS)
+    columns = (*_score_columns(comparison), *_COST_COLUMNS)
     cells = [(*_score_cells(row), *_cost_cells(row)) for row in comparison["rows"]]
-    split = len(_SCORE_COLUMNS)
-    parts = [slice(None)] if console.width >= _WIDE else [slice(split), slice(split, None)]
+    narrow = [slice(_SCORE_COLUMNS), slice(_SCORE_COLUMNS, None)]
+    parts = [slice(None)] if console.width >= _WIDE else narrow
     for part in parts:
         title = Text(for_terminal(_title(comparison))) if part is parts[0] else None
         table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
@@ -103,7 +103,7 @@ def comparison_as_csv(comparison: Comparison) -> str:
 
 def comparison_as_latex(comparison: Comparison) -> str:
     """Render a comparison as a LaTeX table with the rules of the package ``booktabs``."""
-    header = ("configuration", *_SCORE_COLUMNS, *_COST_COLUMNS)
+    header = ("configuration", *_score_columns(comparison), *_COST_COLUMNS)
     lines = [
         "% \\usepackage{booktabs}",
         f"% {printable(_title(comparison))}",
@@ -126,21 +126,22 @@ def _markdown_lines(comparison: Comparison, figures: Sequence[str]) -> Iterator[
     yield f"# {for_markdown(_title(comparison))}\n"
     told = f"{data['name']}, split {data['split']}, {data['images']} images. {_explain(comparison)}"
     yield f"{for_markdown(told)}\n"
-    header = ("configuration", *_SCORE_COLUMNS, *_COST_COLUMNS)
+    header = ("configuration", *_score_columns(comparison), *_COST_COLUMNS)
     lines = [(row["label"], *_score_cells(row), *_cost_cells(row)) for row in rows]
     bold = [[index == 2 and _is_significant(row["contrast"]) for index in range(len(header))] for row in rows]
     yield from _markdown_table(header, lines, bold=bold)
     batches = {row["cost_batch_size"] for row in rows if row["seeds"]}
     if len(batches) == 1 and None not in batches:
         yield f"\nImages/s, latency and memory: of a forward pass of a batch of {batches.pop()}."
-    groups = " and by group of classes" if comparison["strata"].keys() - set(SIZES) else ""
-    yield f"\n## By the size of objects{groups}\n"
-    yield for_markdown("; ".join(f"{name}: {meaning}" for name, meaning in comparison["strata"].items())) + ".\n"
-    header_of_strata = ("configuration", *(f"mIoU, {name}, %" for name in comparison["strata"]))
-    yield from _markdown_table(
-        header_of_strata,
-        [(row["label"], *(_scored(row, part) for part in row["strata"].values())) for row in rows],
-    )
+    if comparison["strata"]:
+        groups = " and by group of classes" if comparison["strata"].keys() - set(SIZES) else ""
+        yield f"\n## By the size of objects{groups}\n"
+        yield for_markdown("; ".join(f"{name}: {meaning}" for name, meaning in comparison["strata"].items())) + ".\n"
+        header_of_strata = ("configuration", *(f"{comparison['metric']}, {name}, %" for name in comparison["strata"]))
+        yield from _markdown_table(
+            header_of_strata,
+            [(row["label"], *(_scored(row, part) for part in row["strata"].values())) for row in rows],
+        )
     if comparison["measures"]:
         yield "\n## Further scores\n"
         yield "Each with its difference to the baseline; bold where p is below 0.05 after Holm's correction.\n"
@@ -214,14 +215,18 @@ def _explain(comparison: Comparison) -> str:
     )
 
 
+def _score_columns(comparison: Comparison) -> tuple[str, str, str]:
+    return f"{comparison['metric']}, % (seeds)", "difference, points", "p (Holm)"
+
+
 def _score_cells(row: Row) -> tuple[str, str, str]:
     # A seed that was run twice counts once.
-    planned, finished = len({job["seed"] for job in row["jobs"]}), row["miou"]["n"]
+    planned, finished = len({job["seed"] for job in row["jobs"]}), row["score"]["n"]
     seeds = str(finished) if finished == planned else f"{finished} of {planned}"
     contrast = row["contrast"]
     p = probability_text(contrast and contrast["p_holm"])
     difference = "baseline" if row["baseline"] else _difference(contrast)
-    return f"{_mean_and_sd(row['miou'])} ({seeds})", difference, p
+    return f"{_mean_and_sd(row['score'])} ({seeds})", difference, p
 
 
 def _cost_cells(row: Row) -> list[str]:
@@ -301,7 +306,8 @@ def _flat_row(comparison: Comparison, row: Row) -> dict[str, Any]:
     flat: dict[str, Any] = {"label": row["label"]}
     flat |= {key: None if value is None else setting_text(value) for key, value in row["settings"].items()}
     flat |= {"jobs": len(row["jobs"]), "seeds": " ".join(map(str, row["seeds"]))}
-    flat |= _flat_score("miou", row["miou"], row["contrast"], ("p",))
+    score = "miou" if comparison["metric"] == "mIoU" else "score"
+    flat |= _flat_score(score, row["score"], row["contrast"], ("p",))
     flat["p_holm"] = row["contrast"] and row["contrast"]["p_holm"]
     flat["cost_batch_size"] = row["cost_batch_size"]
     flat |= {name: row["cost"][name]["mean"] for name in _COST_SCALES}

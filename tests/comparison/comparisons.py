@@ -63,7 +63,7 @@ def make_comparison(directory: Path, *, rows: int = len(ROWS), classes: int = le
         plans.append((f"block{index}", "decoder", float(generator.normal(0.6, 1)), speed, 5.0 + index / 10))
     drawn = [_make_row(plan, names, generator) for plan in plans]
     return Comparison(
-        schema="ema-seg.comparison/1",
+        schema="ema-seg.comparison/2",
         created="2026-11-20T12:00:00+00:00",
         title="attention & placement </script>",
         folder="runs/attention",
@@ -71,6 +71,7 @@ def make_comparison(directory: Path, *, rows: int = len(ROWS), classes: int = le
         classes=names,
         palette=[list(colour) for colour in colours],
         strata=dict(STRATA),
+        metric="mIoU",
         measures=dict(MEASURES),
         settings=["attention", "placement"],
         baseline={"attention": "none"},
@@ -113,7 +114,7 @@ def _make_row(plan: tuple[str, str, float, float, float], classes: list[str], ge
         baseline=baseline,
         jobs=jobs,
         seeds=seeds,
-        miou=_summary(base + generator.normal(0, 0.004, len(seeds))),
+        score=_summary(base + generator.normal(0, 0.004, len(seeds))),
         contrast=_contrast(difference, len(seeds), 0.6, generator, holm=True),
         classes={
             name: _score(name != "never seen", difference, base, len(seeds), 1.5, generator) for name in classes

@@ -49,7 +49,7 @@ def test_jobs_become_rows_with_every_seed_accounted_for(sweep):
         "reason": "The loss was nan in epoch 2.",
     }
     assert [job["state"] for job in rows["se"]["jobs"]] == ["missing"] * 3
-    assert rows["se"]["miou"] == {"mean": None, "sd": None, "n": 0, "values": []}
+    assert rows["se"]["score"] == {"mean": None, "sd": None, "n": 0, "values": []}
     assert rows["se"]["contrast"] is None
     assert "cbam: 2 of 3 seeds; seed 1 failed: The loss was nan in epoch 2." in comparison["notes"]
     assert "se: 0 of 3 seeds; seeds 0, 1, 2 missing." in comparison["notes"]
@@ -65,10 +65,10 @@ def test_numbers_are_those_of_the_reports(sweep):
         for attention, seed in itertools.product(("none", "ema"), range(3))
     }
     mious = [reports["ema", seed]["miou"] for seed in range(3)]
-    assert row["miou"]["values"] == mious
-    assert row["miou"]["mean"] == pytest.approx(np.mean(mious))
-    assert row["miou"]["sd"] == pytest.approx(np.std(mious, ddof=1))
-    assert row["contrast"]["difference"] == pytest.approx(row["miou"]["mean"] - base["miou"]["mean"])
+    assert row["score"]["values"] == mious
+    assert row["score"]["mean"] == pytest.approx(np.mean(mious))
+    assert row["score"]["sd"] == pytest.approx(np.std(mious, ddof=1))
+    assert row["contrast"]["difference"] == pytest.approx(row["score"]["mean"] - base["score"]["mean"])
     assert row["contrast"]["n"] == 3
     assert row["contrast"]["covers"] == "seeds and images"
     assert row["contrast"]["low"] < row["contrast"]["difference"] < row["contrast"]["high"]
@@ -224,7 +224,7 @@ def test_two_runs_of_one_seed_count_once(tmp_path):
     write_run(tmp_path / "a", "ema", 0, report=late)
     write_run(tmp_path / "b", "ema", 0, report=early)
     comparison = compare(read_folder(tmp_path))
-    assert comparison["rows"][0]["miou"]["values"] == [0.123]
+    assert comparison["rows"][0]["score"]["values"] == [0.123]
     assert any("seed 0 twice" in note for note in comparison["notes"])
 
 

@@ -31,7 +31,7 @@ def summary(mean):
 
 
 def row(label, speed, score):
-    return {"label": label, "miou": summary(score), "cost": {"images_per_second": summary(speed)}}
+    return {"label": label, "score": summary(score), "cost": {"images_per_second": summary(speed)}}
 
 
 @pytest.mark.slow

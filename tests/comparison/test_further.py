@@ -45,7 +45,7 @@ def test_a_boundary_that_is_the_whole_image_has_the_intervals_of_the_miou(compar
     assert list(comparison["measures"])[:7] == ["boundary_miou", *(f"trimap_{2**index}" for index in range(6))]
     for key in ("boundary_miou", "trimap_1", "trimap_32"):
         for row in rows.values():
-            assert row["further"][key]["score"] == row["miou"]
+            assert row["further"][key]["score"] == row["score"]
             assert (row["further"][key]["contrast"] is None) == (row["contrast"] is None)
             if row["contrast"]:
                 assert row["further"][key]["contrast"] == pytest.approx(row["contrast"])

@@ -46,8 +46,8 @@ def row_of(text, label, sep="|"):
 def test_markdown_has_a_row_for_each_configuration(comparison):
     text = comparison_as_markdown(comparison, ["figures/pareto.png"])
     ema = {row["label"]: row for row in comparison["rows"]}["ema"]
-    mean, difference = 100 * ema["miou"]["mean"], 100 * ema["contrast"]["difference"]
-    assert f"| ema | {mean:.2f} ± {100 * ema['miou']['sd']:.2f} (3) | **+{difference:.2f} [" in text
+    mean, difference = 100 * ema["score"]["mean"], 100 * ema["contrast"]["difference"]
+    assert f"| ema | {mean:.2f} ± {100 * ema['score']['sd']:.2f} (3) | **+{difference:.2f} [" in text
     assert "| none | " in text and "| baseline | – | 123 | 65.0 | 300 | 4.65 | 3.14 |" in text
     assert "(2 of 3)" in row_of(text, "cbam")
     assert "– (0 of 3)" in row_of(text, "se")
@@ -81,7 +81,7 @@ def test_the_terminal_shows_the_same_columns(comparison, width):
 def test_csv_holds_plain_numbers(comparison):
     rows = list(csv.DictReader(StringIO(comparison_as_csv(comparison))))
     assert [row["label"] for row in rows] == ["none", "ema", "cbam", "se"]
-    assert float(rows[1]["miou"]) == comparison["rows"][1]["miou"]["mean"]
+    assert float(rows[1]["miou"]) == comparison["rows"][1]["score"]["mean"]
     assert float(rows[1]["miou_low"]) == comparison["rows"][1]["contrast"]["low"]
     assert float(rows[1]["iou_car"]) == comparison["rows"][1]["classes"]["car"]["score"]["mean"]
     assert rows[1]["attention"] == "ema"
@@ -153,7 +153,7 @@ def test_a_sweep_is_compared_by_one_command(sweep, tmp_path, capsys):
     assert printed.out.rstrip().endswith(f"comparison: {tmp_path / 'out' / 'comparison.html'}")
     assert "ema" in printed.out
     comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert comparison["schema"] == "ema-seg.comparison/1"
+    assert comparison["schema"] == "ema-seg.comparison/2"
     assert comparison["bootstrap"]["replicates"] == 10_000
     files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert {f"comparison.{suffix}" for suffix in ("json", "md", "csv", "tex", "html")} <= files

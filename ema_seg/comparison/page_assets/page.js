@@ -49,7 +49,7 @@ function isShown(row) {
 }
 const refresh = () => listeners.forEach((listener) => listener());
 
-const coloured = data.rows.filter((row) => row.miou.mean !== null);
+const coloured = data.rows.filter((row) => row.score.mean !== null);
 const colourOf = (row) => COLOURS[coloured.indexOf(row)] ?? "#888888";
 
 /* Tooltip, for the mouse and for the keyboard. */
@@ -126,8 +126,8 @@ function columns() {
   }));
   const scores = [
     {
-      name: "mIoU", unit: "%", value: (row) => row.miou.mean,
-      cell: (row) => [withDeviation(row.miou, 100, 2), el("span", { class: "sub" }, `${row.miou.n} of ${row.jobs.length} runs`)],
+      name: data.metric, unit: "%", value: (row) => row.score.mean,
+      cell: (row) => [withDeviation(row.score, 100, 2), el("span", { class: "sub" }, `${row.score.n} of ${row.jobs.length} runs`)],
     },
   ];
   if (data.rows.some((row) => row.contrast)) {
@@ -143,7 +143,7 @@ function columns() {
     );
   }
   const strata = Object.keys(data.strata).map((name) => ({
-    name, unit: "mIoU, %", title: data.strata[name],
+    name, unit: `${data.metric}, %`, title: data.strata[name],
     value: (row) => row.strata[name]?.score.mean ?? null,
     cell: (row, value) => [
       points(value),
@@ -223,7 +223,7 @@ function drawFilters() {
 
 const batches = [...new Set(data.rows.map((row) => row.cost_batch_size).filter(Boolean))];
 byId("table-note").textContent =
-  "mIoU: mean \u00b1 standard deviation over the seeds. " +
+  `${data.metric}: mean \u00b1 standard deviation over the seeds. ` +
   (baselineRows.length ? `Difference: paired by seed and image; the interval covers both (${replicates} replicates of the images); bold where p, corrected for the number of rows, is below ${SIGNIFICANT}. ` : "") +
   (batches.length ? `Speed, latency and memory: of the forward pass, batch ${batches.join(" or ")}. ` : "") +
   Object.entries(data.strata).map(([name, text]) => `${name}: ${text}`).join("; ") + ".";
@@ -294,31 +294,31 @@ function frame(width, height, xRange, yRange, xLabel, yLabel) {
 }
 
 function drawPareto() {
-  const rows = data.rows.filter((row) => row.miou.mean !== null && row.cost.images_per_second?.mean);
+  const rows = data.rows.filter((row) => row.score.mean !== null && row.cost.images_per_second?.mean);
   if (!rows.length) return byId("pareto").replaceChildren("No configuration is finished.");
   const spread = (summary) => [summary.mean - (summary.sd ?? 0), summary.mean + (summary.sd ?? 0)];
   const speed = (row) => row.cost.images_per_second;
   const plot = frame(
-    widthOf("pareto"), 360, range(rows.flatMap((row) => spread(speed(row)))), range(rows.flatMap((row) => spread(row.miou).map((value) => 100 * value))),
-    "images/s", "mIoU, %",
+    widthOf("pareto"), 360, range(rows.flatMap((row) => spread(speed(row)))), range(rows.flatMap((row) => spread(row.score).map((value) => 100 * value))),
+    "images/s", `${data.metric}, %`,
   );
   const { x, y } = plot;
   const shown = rows.filter(isShown);
   const best = shown.filter((row) => !shown.some((other) =>
-    other.miou.mean >= row.miou.mean && speed(other).mean >= speed(row).mean && (other.miou.mean > row.miou.mean || speed(other).mean > speed(row).mean)));
+    other.score.mean >= row.score.mean && speed(other).mean >= speed(row).mean && (other.score.mean > row.score.mean || speed(other).mean > speed(row).mean)));
   best.sort((a, b) => speed(a).mean - speed(b).mean);
   // From the slow and accurate to the fast: at each speed the best that is at least as fast.
-  const steps = best.map((row, index) => (index ? `V${y(100 * row.miou.mean)}H${x(speed(row).mean)}` : `M${x(speed(row).mean)} ${y(100 * row.miou.mean)}`)).join("");
+  const steps = best.map((row, index) => (index ? `V${y(100 * row.score.mean)}H${x(speed(row).mean)}` : `M${x(speed(row).mean)} ${y(100 * row.score.mean)}`)).join("");
   if (best.length > 1) plot.node.append(svg("path", { class: "front", d: steps }));
   const taken = rows.flatMap((row) => {
-    const [[x1, x2], [y1, y2]] = [spread(speed(row)).map(x), spread(row.miou).map((value) => y(100 * value))];
-    const [cx, cy] = [x(speed(row).mean), y(100 * row.miou.mean)];
+    const [[x1, x2], [y1, y2]] = [spread(speed(row)).map(x), spread(row.score).map((value) => y(100 * value))];
+    const [cx, cy] = [x(speed(row).mean), y(100 * row.score.mean)];
     return [[cx - 6, cy - 6, 12, 12], [x1, cy - 1, x2 - x1, 2], [cx - 1, y2, 2, y1 - y2]];
   });
   for (const row of rows) {
-    const [cx, cy] = [x(speed(row).mean), y(100 * row.miou.mean)];
+    const [cx, cy] = [x(speed(row).mean), y(100 * row.score.mean)];
     const [x1, x2] = spread(speed(row)).map(x);
-    const [y1, y2] = spread(row.miou).map((value) => y(100 * value));
+    const [y1, y2] = spread(row.score).map((value) => y(100 * value));
     const dot = row.baseline
       ? svg("rect", { class: "dot", x: cx - 5, y: cy - 5, width: 10, height: 10, fill: colourOf(row), transform: `rotate(45 ${cx} ${cy})` })
       : svg("circle", { class: "dot", cx, cy, r: 5.5, fill: colourOf(row) });
@@ -349,7 +349,7 @@ function label(text, cx, cy, taken, plot) {
 }
 
 function summarise(row) {
-  const lines = [row.label, `mIoU ${withDeviation(row.miou, 100, 2)} % (n = ${row.miou.n})`];
+  const lines = [row.label, `${data.metric} ${withDeviation(row.score, 100, 2)} % (n = ${row.score.n})`];
   if (row.contrast) lines.push(`${signed(row.contrast.difference)} points to ${row.contrast.baseline}, ${interval(row.contrast)}`);
   for (const [key, [name, unit, factor]] of Object.entries(COSTS)) {
     if (row.cost[key]?.mean != null) lines.push(`${name} ${withDeviation(row.cost[key], factor)} ${unit}`.trim());
@@ -372,7 +372,7 @@ function drawForest() {
       svg("line", { class: value === 0 ? "zero" : "axis", x1: x(value), x2: x(value), y1: 6, y2: height - 40 }),
       svg("text", { class: "tick", x: x(value), y: height - 24, "text-anchor": "middle" }, text),
     ]),
-    svg("text", { x: (left + width - 70) / 2, y: height - 5, "text-anchor": "middle" }, "difference of mIoU, points"),
+    svg("text", { x: (left + width - 70) / 2, y: height - 5, "text-anchor": "middle" }, `difference of ${data.metric}, points`),
     svg("text", { class: "tick", x: width - 6, y: height - 24, "text-anchor": "end" }, "p (Holm)"),
   );
   rows.forEach((row, index) => {
@@ -491,7 +491,7 @@ function drawExample() {
     example.files.truth ? el("label", {}, el("input", { type: "checkbox", id: "truth", checked: view.truth, onchange: choose((target) => (view.truth = target.checked)) }), "truth instead of the baseline") : "",
   );
   byId("example-caption").textContent =
-    `${example.name}: mIoU of the image ${signed(example.difference)} points against ${example.baseline}` +
+    `${example.name}: ${data.metric} of the image ${signed(example.difference)} points against ${example.baseline}` +
     (example.seed === null ? "." : `, mean of the seeds; shown is seed ${example.seed}.`);
 
   const picture = (key, description) => example.files[key] && el("img", { src: data.pictures[example.files[key]], alt: description, class: key === "image" ? null : "mask", draggable: "false" });
