@@ -14,6 +14,7 @@ _COMMANDS = {
     "export": ("ema_seg.cli.export", "export a model to ONNX, torch.export or OpenVINO, verified"),
     "push": ("ema_seg.cli.push", "share a model with its model card: in a folder or on the Hugging Face Hub"),
     "compare": ("ema_seg.comparison.__main__", "compare the runs of a sweep, or single runs"),
+    "plan": ("ema_seg.comparison.plan", "plan the number of seeds from a pilot sweep"),
     "check": ("ema_seg.data.check", "check the files of a data set"),
     "sweeps": ("ema_seg.sweeps.__main__", "show the jobs of a sweep"),
 }

@@ -18,7 +18,7 @@ from ema_seg.comparison.runs import read_folder, read_runs
 from ema_seg.runtime.errors import ConfigError, EmaSegError
 from ema_seg.runtime.escaping import for_terminal
 
-__all__ = ["main"]
+__all__ = ["main", "parse_baseline"]
 
 _SETTING = re.compile(r"(baseline|output|metric)=")
 _DESCRIPTION = "Compare the runs of a sweep, or single runs: differences with intervals, costs, figures, a page."
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args([f"--{text}" if _SETTING.match(text) else text for text in texts])
     try:
-        baseline = _parse_baseline(options.baseline)
+        baseline = parse_baseline(options.baseline)
         if "runs" in options:
             if len(options.runs) < 2:
                 raise ConfigError(
@@ -75,7 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse_baseline(text: str | None) -> dict[str, str] | None:
+def parse_baseline(text: str | None) -> dict[str, str] | None:
+    """Parse ``key=value,key=value``.
+
+    Raises:
+        ConfigError: it has another form.
+    """
     if text is None:
         return None
     # A comma within brackets belongs to a value.

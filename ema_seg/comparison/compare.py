@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from ema_seg.comparison.configurations import Configuration, find_baselines, group_runs, has_settings, setting_text
 from ema_seg.comparison.further import compare_further
+from ema_seg.comparison.power import MOST_SEEDS, seeds_needed, split_variance
 from ema_seg.comparison.runs import Result, Run, Runs
-from ema_seg.comparison.schema import SIZES, Comparison, Contrast, Curve, Disagreement, Job, Row
+from ema_seg.comparison.schema import SIZES, Comparison, Contrast, Curve, Disagreement, Job, Row, Spread
 from ema_seg.comparison.statistics import (
     add_groups,
     add_whole,
@@ -192,10 +193,12 @@ def compare_matches(runs: Runs, matches: Matches, *, replicates: int = REPLICATE
     for row, p in zip(rows, adjusted, strict=True):
         if row["contrast"] is not None:
             row["contrast"]["p_holm"] = p
+            row["seeds_to_decide"] = _seeds_to_decide(row)
     notes = [
         *notes,
         *further_notes,
         *_notes_on_groups(runs.groups, first.report["classes"]),
+        *_notes_on_undecided(rows),
         *_notes_on_costs(results),
         *_notes_on_code(results),
     ]
@@ -221,6 +224,13 @@ def compare_matches(runs: Runs, matches: Matches, *, replicates: int = REPLICATE
         environment=_environment(results),
         notes=notes,
     )
+
+
+def _seeds_to_decide(row: Row) -> int | None:
+    contrast, spread = row["contrast"], row["spread"]
+    if contrast is None or spread is None or _is_decided(contrast):
+        return None
+    return seeds_needed(contrast["difference"], spread, confidence=CONFIDENCE)
 
 
 def _default_baseline(
@@ -290,12 +300,12 @@ def _groups(named: Mapping[str, Sequence[str]], classes: Sequence[str]) -> dict[
 
 def _contrasts(
     matches: Sequence[Match], groups: Sequence[Sequence[int]], replicates: int, seed: int
-) -> dict[str, list[list[Contrast | None]]]:
+) -> dict[str, tuple[list[list[Contrast | None]], Spread | None]]:
     """Compute the contrasts of every configuration that shares a seed with its baseline.
 
     Returns:
         By label: a list for the whole image and one for each stratum, of the contrasts of the mean, of each class and
-        of each group of classes.
+        of each group of classes; and the variances of the first of them.
     """
     pairs = [match for match in matches if match.common_seeds]
     if not pairs:
@@ -314,7 +324,10 @@ def _contrasts(
         for spread in spreads.values():
             spread.add(scores)
     union = counts[:, :, :, 1] > 0  # (images, runs, strata, K)
-    return {label: spread.contrasts(_count_images(union[:, spread.runs], groups)) for label, spread in spreads.items()}
+    return {
+        label: (spread.contrasts(_count_images(union[:, spread.runs], groups)), spread.split(len(counts)))
+        for label, spread in spreads.items()
+    }
 
 
 def _count_images(union: NDArray[np.bool_], groups: Sequence[Sequence[int]]) -> NDArray[np.intp]:
@@ -353,11 +366,14 @@ class _DifferenceVariance:
         self._replicates = np.zeros(self._mean.shape)
         self._sum = np.zeros(self._mean.shape)
         self._squares = np.zeros(self._mean.shape)
+        self._own: list[Array] = []  # the score of the whole at each seed, (r, n)
 
     def add(self, scores: Array) -> None:
         """Add the scores of r replicates, (r, runs, 1 + strata, 1 + K + groups)."""
         # Centred at the difference over all images, so that the variance below does not suffer from cancellation.
-        deviation = self._over_seeds(self._subtract(scores)) - self._mean
+        differences = self._subtract(scores)
+        self._own.append(differences[:, :, 0, 0])
+        deviation = self._over_seeds(differences) - self._mean
         defined = np.isfinite(deviation)  # a replicate may lack a rare class
         deviation[~defined] = 0
         self._replicates += defined.sum(axis=0)
@@ -377,6 +393,17 @@ class _DifferenceVariance:
             [self._contrast((group, score), variance, images) for score in range(scores)] for group in range(groups)
         ]
 
+    def split(self, images: int) -> Spread | None:
+        """Return the variances of the difference of the mean over the whole; None for fewer than two seeds."""
+        seeds = len(self._ours)
+        own = np.concatenate(self._own)
+        own = own[np.isfinite(own).all(axis=1)]
+        if seeds < 2 or len(own) < 2 or not self._valid[:, 0, 0].all():
+            return None
+        between = float(np.var(self._differences[:, 0, 0], ddof=1))
+        of_mean, of_seeds = float(np.var(own.mean(axis=1), ddof=1)), float(np.var(own, axis=0, ddof=1).mean())
+        return split_variance(between, of_mean, of_seeds, seeds, images)
+
     def _contrast(self, place: tuple[int, int], variance: Array, images: NDArray[np.intp]) -> Contrast | None:
         if not self._count[place] or images[place] < 2:
             return None
@@ -394,12 +421,14 @@ class _DifferenceVariance:
 
 def _row(
     match: Match,
-    contrasts: list[list[Contrast | None]] | None,
+    compared: tuple[list[list[Contrast | None]], Spread | None] | None,
     further: dict[str, dict[str, Any]],
     first: Result,
     folder: Path | None,
     groups: Mapping[str, Sequence[int]],
 ) -> Row:
+    contrasts, spread = compared or (None, None)
+    contrast = contrasts[0][0] if contrasts else None
     results = list(match.results.values())
     reports = [result.report for result in results]
     classes, strata = first.report["classes"], list(first.report["strata"])
@@ -411,7 +440,9 @@ def _row(
         jobs=[_job(run, folder) for run in match.configuration.runs],
         seeds=list(match.results),
         score=summarise(report["miou"] for report in reports),
-        contrast=contrasts[0][0] if contrasts else None,
+        contrast=contrast,
+        spread=spread,
+        seeds_to_decide=None,
         classes={
             name: {
                 "score": summarise(report["iou"][index] for report in reports),
@@ -577,6 +608,23 @@ def _order(seed: int | None) -> int:
 
 def _seeds(seeds: Sequence[str]) -> str:
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
+
+
+def _notes_on_undecided(rows: Sequence[Row]) -> list[str]:
+    undecided = [row for row in rows if row["spread"] and row["contrast"] and not _is_decided(row["contrast"])]
+    if not undecided:
+        return []
+    parts = [f"{row['label']}: {row['seeds_to_decide'] or f'more than {MOST_SEEDS}'}" for row in undecided]
+    named = "; ".join(parts[:_MAX_NAMED_ROWS])
+    more = f"; {len(parts) - _MAX_NAMED_ROWS} more" if len(parts) > _MAX_NAMED_ROWS else ""
+    return [
+        "Undecided, with the number of seeds that would show the observed difference with a probability of 80 % if it "
+        f"were the true one: {named}{more}. ema-seg plan has the details."
+    ]
+
+
+def _is_decided(contrast: Contrast) -> bool:
+    return contrast["low"] > 0 or contrast["high"] < 0
 
 
 def _notes_on_groups(named: Mapping[str, Sequence[str]], classes: Sequence[str]) -> list[str]:

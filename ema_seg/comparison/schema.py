@@ -44,6 +44,7 @@ __all__ = [
     "Job",
     "Measure",
     "Row",
+    "Spread",
     "Summary",
     "comparison_manifest",
 ]
@@ -89,6 +90,21 @@ class Contrast(TypedDict):
     p_holm: float | None
 
 
+class Spread(TypedDict):
+    """Variances of a difference, from a pilot of ``n`` seeds and ``of_images`` images.
+
+    ``seeds``: of the difference between seeds, with ``degrees`` of freedom; ``images``: over images, without the part
+    that more seeds average out, which is ``interaction`` for one seed. See ``ema_seg.comparison.power``.
+    """
+
+    seeds: float
+    images: float
+    interaction: float
+    n: int
+    degrees: int
+    of_images: int
+
+
 class Measure(TypedDict):
     """Score beyond the mIoU.
 
@@ -126,7 +142,9 @@ class Curve(TypedDict):
 class Row(TypedDict):
     """Row of a comparison: one configuration.
 
-    ``score`` is that of the comparison's metric.
+    ``score`` is that of the comparison's metric. ``spread`` holds the variances of its difference; null for fewer than
+    two common seeds. ``seeds_to_decide`` is the number of seeds that would show the difference with a power of 80 % if
+    it were the true one; null if it is significant already, or if no number would.
 
     ``label`` is unique; ``settings`` holds the value of each key that differs. ``classes`` and ``strata`` hold, by
     name, ``score`` (a ``Summary`` of the class's IoU or the stratum's mIoU) and ``contrast`` (a ``Contrast`` without
@@ -143,6 +161,8 @@ class Row(TypedDict):
     seeds: list[int | None]
     score: Summary
     contrast: Contrast | None
+    spread: Spread | None
+    seeds_to_decide: int | None
     classes: dict[str, dict[str, Any]]
     strata: dict[str, dict[str, Any]]
     further: dict[str, dict[str, Any]]

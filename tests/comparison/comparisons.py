@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ema_seg.comparison.schema import Comparison, Contrast, Curve, Disagreement, Job, Measure, Row, Summary
+from ema_seg.comparison.schema import Comparison, Contrast, Curve, Disagreement, Job, Measure, Row, Spread, Summary
 from ema_seg.evaluation.strata import STRATA
 from ema_seg.inference.masks import colourise
 
@@ -116,6 +116,9 @@ def _make_row(plan: tuple[str, str, float, float, float], classes: list[str], ge
         seeds=seeds,
         score=_summary(base + generator.normal(0, 0.004, len(seeds))),
         contrast=_contrast(difference, len(seeds), 0.6, generator, holm=True),
+        spread=Spread(seeds=1e-5, images=1e-6, interaction=1e-6, n=3, degrees=2, of_images=101)
+        if len(seeds) > 1 and not baseline else None,
+        seeds_to_decide=14 if attention == "se" else None,
         classes={
             name: _score(name != "never seen", difference, base, len(seeds), 1.5, generator) for name in classes
         },

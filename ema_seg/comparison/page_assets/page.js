@@ -137,6 +137,7 @@ function columns() {
         cell: (row) => row.contrast && [
           el("span", { class: isSure(row.contrast) ? "significant" : null }, signed(row.contrast.difference)),
           el("span", { class: "sub" }, interval(row.contrast) + (row.contrast.n === 1 ? ", images only" : "")),
+          row.seeds_to_decide ? el("span", { class: "sub" }, `${row.seeds_to_decide} seeds would decide`) : null,
         ],
       },
       { name: "p", unit: "Holm", value: (row) => row.contrast?.p_holm ?? null, cell: (row, value) => [probability(value)] },
