@@ -81,7 +81,8 @@ def find_power(difference: float, seeds: int, spread: Spread, confidence: float 
     powers = []
     for variance, freedom in tests:
         limit = float(stats.t.ppf((1 + confidence) / 2, freedom)) * (variance / true) ** 0.5
-        powers.append(float(stats.nct.sf(limit, freedom, shift) + stats.nct.cdf(-limit, freedom, shift)))
+        other_side = np.nan_to_num(stats.nct.cdf(-limit, freedom, shift))  # scipy has nan for some that are next to 0
+        powers.append(float(stats.nct.sf(limit, freedom, shift) + other_side))
     return min(powers)
 
 

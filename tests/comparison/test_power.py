@@ -94,6 +94,12 @@ def test_known_numbers_of_the_paired_t_test():
     assert seeds_needed(0.02, spread_of(seeds=1e-4)) == 5
 
 
+def test_the_power_grows_with_the_seeds():
+    spread = spread_of(seeds=8.5e-5, images=1e-9)
+    powers = [find_power(0.01, seeds, spread) for seeds in range(2, 200)]
+    assert np.isfinite(powers).all() and (np.diff(powers) >= -1e-9).all() and powers[-1] == pytest.approx(1)
+
+
 def test_images_can_make_every_number_of_seeds_too_small():
     assert seeds_needed(0.01, spread_of(images=1e-4)) is None
     assert seeds_range(0.01, spread_of(images=1e-4)) == (None, None)
