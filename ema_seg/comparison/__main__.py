@@ -20,7 +20,7 @@ from ema_seg.runtime.escaping import for_terminal
 
 __all__ = ["main", "parse_baseline"]
 
-_SETTING = re.compile(r"(baseline|output|metric)=")
+_SETTING = re.compile(r"(baseline|output|metric|remeasure)=")
 _DESCRIPTION = "Compare the runs of a sweep, or single runs: differences with intervals, costs, figures, a page."
 
 
@@ -52,6 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="METRIC",
         help="metric=boundary_iou, metric=<group of the sweep> or metric=[class,class]: the IoU to compare",
     )
+    parser.add_argument(
+        "--remeasure",
+        choices=("true", "false"),
+        default="false",
+        help="remeasure=true: measure the speed of all configurations again, on this machine and in turns",
+    )
     options = parser.parse_args([f"--{text}" if _SETTING.match(text) else text for text in texts])
     try:
         baseline = parse_baseline(options.baseline)
@@ -65,6 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             runs = read_folder(options.folder)
             directory = options.output or options.folder / "comparison"
+        if options.remeasure == "true":
+            from ema_seg.comparison.remeasure import with_costs  # imports torch, which a comparison does not need
+
+            runs = with_costs(runs)
         path = report_comparison(with_metric(runs, options.metric), directory, baseline)
     except EmaSegError as error:
         print(f"error: {for_terminal(str(error))}", file=sys.stderr)

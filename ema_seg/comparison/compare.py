@@ -17,7 +17,7 @@ from ema_seg.comparison.configurations import Configuration, find_baselines, gro
 from ema_seg.comparison.further import compare_further
 from ema_seg.comparison.power import MOST_SEEDS, seeds_needed, split_variance
 from ema_seg.comparison.runs import Result, Run, Runs
-from ema_seg.comparison.schema import SIZES, Comparison, Contrast, Curve, Disagreement, Job, Row, Spread
+from ema_seg.comparison.schema import SIZES, SLOWED, Comparison, Contrast, Curve, Disagreement, Job, Row, Spread
 from ema_seg.comparison.statistics import (
     add_groups,
     add_whole,
@@ -46,7 +46,11 @@ _COSTS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "memory": lambda report: report["throughput"]["forward"][-1]["peak_memory"],
     "parameters": lambda report: report["parameters"]["total"],
     "gmacs": lambda report: report["gmacs"],
+    # Reports of earlier versions lack it.
+    "reference": lambda report: report["throughput"]["forward"][-1].get("reference"),
 }
+# Runs whose reference computation took so much longer than another's were not measured on the same machine.
+_SAME_SPEED = 1.1
 # Name at most this many rows in a note, such as the trials of a search; count the rest.
 _MAX_NAMED_ROWS = 5
 # Reserved group names: object sizes, and names whose CSV column would be one of the mIoU's, such as ``miou_sd``.
@@ -194,12 +198,14 @@ def compare_matches(runs: Runs, matches: Matches, *, replicates: int = REPLICATE
         if row["contrast"] is not None:
             row["contrast"]["p_holm"] = p
             row["seeds_to_decide"] = _seeds_to_decide(row)
+    mark_slowed(rows)
     notes = [
         *notes,
         *further_notes,
         *_notes_on_groups(runs.groups, first.report["classes"]),
         *_notes_on_undecided(rows),
         *_notes_on_costs(results),
+        *notes_on_speed(rows),
         *_notes_on_code(results),
     ]
     return Comparison(
@@ -467,6 +473,7 @@ def _row(
         further=further,
         cost={name: summarise(cost(report) for report in reports) for name, cost in _COSTS.items()},
         cost_batch_size=batches.pop() if len(batches) == 1 else None,
+        slowed=False,
         curves=_curves([report["curves"] for report in reports if report["curves"]]),
     )
 
@@ -651,6 +658,26 @@ def _notes_on_costs(results: Sequence[Result]) -> list[str]:
             "measure them again with eval.py, one run after the other."
         )
     return notes
+
+
+def mark_slowed(rows: Sequence[Row]) -> None:
+    """Mark the rows beside whose costs the reference computation was slower than beside others."""
+    known = [value for row in rows for value in row["cost"]["reference"]["values"] if value is not None]
+    for row in rows:
+        own = [value for value in row["cost"]["reference"]["values"] if value is not None]
+        row["slowed"] = any(value > _SAME_SPEED * min(known) for value in own)
+
+
+def notes_on_speed(rows: Sequence[Row]) -> list[str]:
+    """Return a note if the machine was faster for some rows than for others."""
+    known = [value for row in rows for value in row["cost"]["reference"]["values"] if value is not None]
+    if not any(row["slowed"] for row in rows):
+        return []
+    return [
+        f"The machine was not the same for all costs: beside them a reference computation took {1e3 * min(known):.3g} "
+        f"to {1e3 * max(known):.3g} ms. Rows of which it took {100 * (_SAME_SPEED - 1):.0f} % longer than at best are "
+        f"marked with {SLOWED}; ema-seg compare … remeasure=true measures all costs again, in turns."
+    ]
 
 
 def _notes_on_code(results: Sequence[Result]) -> list[str]:

@@ -37,6 +37,7 @@ __all__ = [
     "FIGURES",
     "FILES",
     "SIZES",
+    "SLOWED",
     "Comparison",
     "Contrast",
     "Curve",
@@ -56,6 +57,9 @@ FIGURES = tuple(
     for suffix in ("png", "pdf")
 )
 """With ``FILES``, the manifest and the pictures in ``examples/``, all files of a comparison's folder."""
+
+SLOWED = "†"
+"""Mark of costs that were measured while the machine was slower than for other rows."""
 
 SIZES = ("small", "medium", "large")
 """Strata that are sizes of objects; the others are groups of classes."""
@@ -150,8 +154,9 @@ class Row(TypedDict):
     name, ``score`` (a ``Summary`` of the class's IoU or the stratum's mIoU) and ``contrast`` (a ``Contrast`` without
     Holm's correction, or null); ``further`` holds the same by the key of each of the comparison's ``measures``, with
     Holm's correction over the rows. ``cost`` holds ``images_per_second``, ``latency``, ``memory`` (all three for
-    batches of ``cost_batch_size``, which is null if it differs between seeds), ``parameters`` and ``gmacs``. ``curves``
-    is by column.
+    batches of ``cost_batch_size``, which is null if it differs between seeds), ``parameters``, ``gmacs`` and
+    ``reference``, seconds of the reference computation beside them; ``slowed`` says that it was slower for this row
+    than for others. ``curves`` is by column.
     """
 
     label: str
@@ -168,6 +173,7 @@ class Row(TypedDict):
     further: dict[str, dict[str, Any]]
     cost: dict[str, Summary]
     cost_batch_size: int | None
+    slowed: bool
     curves: dict[str, Curve]
 
 

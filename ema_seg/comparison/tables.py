@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ema_seg.comparison.configurations import setting_text
-from ema_seg.comparison.schema import SIZES, Comparison, Contrast, Row, Summary
+from ema_seg.comparison.schema import SIZES, SLOWED, Comparison, Contrast, Row, Summary
 from ema_seg.reporting.tables import format_number
 from ema_seg.runtime.escaping import for_csv, for_latex, for_markdown, for_terminal, printable
 
@@ -231,7 +231,12 @@ def _score_cells(row: Row) -> tuple[str, str, str]:
 
 def _cost_cells(row: Row) -> list[str]:
     means = {name: row["cost"][name]["mean"] for name in _COST_SCALES}
-    return [_NOTHING if mean is None else format_number(mean * _COST_SCALES[name]) for name, mean in means.items()]
+    texts = {
+        name: _NOTHING if mean is None else format_number(mean * _COST_SCALES[name]) for name, mean in means.items()
+    }
+    if row["slowed"]:
+        texts |= {name: f"{texts[name]} {SLOWED}" for name in ("images_per_second", "latency")}
+    return list(texts.values())
 
 
 def _scored(row: Row, part: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ema_seg.data.normalise import Normalise
 from ema_seg.evaluation.counter import Counter
 from ema_seg.evaluation.environment import describe_device
+from ema_seg.evaluation.reference import Reference
 from ema_seg.inference.prediction import autocast, memory_format_of, pad_to_stride
 from ema_seg.inference.protocol import PLAIN, PredictionProtocol
 from ema_seg.runtime.distributed.collectives import broadcast, gather
@@ -34,7 +35,9 @@ __all__ = [
     "count_parameters",
     "measure_cost",
     "measure_peak_memory",
+    "random_images",
     "time_end_to_end",
+    "time_forward",
 ]
 
 _MEMORY_METHODS = {
@@ -98,7 +101,8 @@ def measure_cost(
         ``count_macs``), and ``throughput``, which holds the settings (``device``, ``precision``,
         ``compiled``, ``memory_format``, ``size``, ``padded_size``, ``memory_method``), ``forward``, a list with an
         entry for each batch size (``images_per_second``, ``latency`` in seconds per batch as ``median`` and
-        ``p95``, ``peak_memory`` in bytes), and ``end_to_end`` (see ``time_end_to_end``; None without a loader).
+        ``p95``, ``peak_memory`` in bytes, and ``reference``, the median seconds of the reference computation
+        meanwhile), and ``end_to_end`` (see ``time_end_to_end``; None without a loader).
         ``devices`` in each entry is the number of devices that were measured.
 
     Raises:
@@ -118,16 +122,16 @@ def measure_cost(
     share = budget / (len(batch_sizes) + (source is not None))
 
     def measure_forward(batch: int) -> dict[str, Any]:
-        images = _random_images(model, batch, size, stride, device)
+        images = random_images(model, batch, size, stride, device)
         with reraise_out_of_memory(
             images, "measure with a smaller evaluation.batch_size, evaluation.size or precision"
         ):
-            warmed, seconds = _time_forward(model, images, device, warmup, min_repeats, share)
+            warmed, seconds, reference = time_forward(model, images, device, warmup, min_repeats, share)
             memory = measure_peak_memory(model, images)
-        return _forward_entry(batch, seconds, warmed, memory)
+        return {**_forward_entry(batch, seconds, warmed, memory), "reference": float(np.median(reference))}
 
     with evaluation_mode(model), autocast(device, precision):
-        single = _random_images(model, 1, size, stride, device)
+        single = random_images(model, 1, size, stride, device)
         with reraise_size_errors(single):
             gmacs = count_macs(model, single) / 1e9
         forward = broadcast([measure_forward(batch) for batch in batch_sizes] if rank_info().rank == 0 else [])
@@ -274,25 +278,32 @@ def _storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def _random_images(
+def random_images(
     model: nn.Module, batch_size: int, size: tuple[int, int], stride: int, device: torch.device
 ) -> Tensor:
+    """Return images as a model's input, B x 3 x H x W, padded to the stride, on the device in the model's layout."""
     # A normalised image has about zero mean and unit variance; the generator keeps the global seed untouched.
     images = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(0))
     return pad_to_stride(images, stride).to(device, memory_format=memory_format_of(model))
 
 
 @torch.inference_mode()
-def _time_forward(
+def time_forward(
     model: nn.Module, images: Tensor, device: torch.device, warmup: int, min_repeats: int, budget: float
-) -> tuple[int, list[float]]:
-    """Return the number of warm-up passes and the seconds of each timed pass, synchronised with the device."""
+) -> tuple[int, list[float], list[float]]:
+    """Time forward passes, synchronised with the device; see ``measure_cost``.
+
+    Returns:
+        The number of warm-up passes, the seconds of each timed pass, and those of the reference computation, which
+        takes turns with them for a tenth of the time.
+    """
     deadline = time.perf_counter() + budget
     warmed = 0
     while warmed < warmup and (not warmed or time.perf_counter() < deadline):
         model(images)
         _wait_for(device)
         warmed += 1
+    reference = Reference(device, lambda: _wait_for(device))
     seconds: list[float] = []
     deadline = time.perf_counter() + budget
     while len(seconds) < min_repeats or time.perf_counter() < deadline:
@@ -301,7 +312,9 @@ def _time_forward(
         model(images)
         _wait_for(device)
         seconds.append(time.perf_counter() - start)
-    return warmed, seconds
+        if sum(reference.seconds) < 0.1 * sum(seconds):
+            reference.time()
+    return warmed, seconds, reference.seconds
 
 
 def _wait_for(device: torch.device) -> None:

@@ -131,8 +131,10 @@ def _make_row(plan: tuple[str, str, float, float, float], classes: list[str], ge
             "memory": _summary(np.full(len(seeds), 300 * 2**20 + effect * 2**24)),
             "parameters": _summary(np.full(len(seeds), 1e6 * parameters)),
             "gmacs": _summary(np.full(len(seeds), 3.14 + parameters / 10)),
+            "reference": _summary(np.full(len(seeds), 0.004)),
         },
         cost_batch_size=8 if seeds else None,
+        slowed=attention == "cbam",
         curves=_curves(base, generator) if seeds else {},
     )  # fmt: skip
 

@@ -140,6 +140,7 @@ def test_measures_the_model_it_is_given(tmp_path: Path) -> None:
         assert 0 < latency["median"] <= latency["p95"]
         assert entry["images_per_second"] == pytest.approx(entry["batch_size"] / latency["median"])
         assert entry["repeats"] >= 3
+        assert 0 < entry["reference"] < 10
         weights = cost["parameters"]["total"]
         assert entry["peak_memory"] == FLOAT * (weights + entry["batch_size"] * 16 * 16 * (3 + 8 + 8))
 

@@ -104,6 +104,7 @@ const COSTS = {
   parameters: ["parameters", "million", 1e-6],
   gmacs: ["GMACs", "", 1],
 };
+const TIMES = ["images_per_second", "latency"]; // marked where the machine was slower than for other rows
 /* The mean, and the deviation to the same decimal: one further at most where it would read zero. */
 function withDeviation({ mean, sd }, factor, digits = decimals(factor * mean)) {
   if (mean === null) return "";
@@ -152,7 +153,7 @@ function columns() {
     ],
   }));
   const costs = Object.entries(COSTS).map(([key, [name, unit, factor]]) => ({
-    name, unit, value: (row) => row.cost[key]?.mean ?? null, cell: (row) => [withDeviation(row.cost[key], factor)],
+    name, unit, value: (row) => row.cost[key]?.mean ?? null, cell: (row) => [withDeviation(row.cost[key], factor) + (row.slowed && TIMES.includes(key) ? " \u2020" : "")],
   }));
   return [...settings, ...scores, ...strata, ...costs];
 }

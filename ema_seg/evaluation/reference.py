@@ -1,0 +1,43 @@
+"""Reference computation: the same small convolution whatever the model, timed beside each measurement.
+
+A machine that is shared, hot or throttled is slower at some times than at others. Where the reference takes as long
+twice, two measurements can be compared; where it does not, the machine was not the same.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+__all__ = ["Reference"]
+
+
+class Reference:
+    """A convolution and an addition in float32, a few milliseconds on a CPU core.
+
+    Args:
+        device: device to run on.
+        wait: waits until the device is idle.
+
+    Attributes:
+        seconds: the times so far.
+    """
+
+    def __init__(self, device: torch.device, wait: Callable[[], None]) -> None:
+        channels, side = (64, 64) if device.type == "cpu" else (256, 128)
+        self._weight = torch.full((channels, channels, 3, 3), 0.01, device=device)
+        self._images = torch.ones(1, channels, side, side, device=device)
+        self._wait = wait
+        self.seconds: list[float] = []
+        self.time()  # warm-up
+        self.seconds.clear()
+
+    def time(self) -> None:
+        """Run it once and keep its time."""
+        with torch.autocast(self._images.device.type, enabled=False):
+            self._wait()
+            start = time.perf_counter()
+            F.conv2d(self._images, self._weight, padding=1).add_(self._images)
+            self._wait()
+            self.seconds.append(time.perf_counter() - start)
