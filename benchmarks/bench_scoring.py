@@ -88,7 +88,7 @@ def with_further(logits: RowLogits, truth: Tensor, palette: Sequence[Sequence[in
     ids, certainty = classify(logits, truth)
     prediction, target = ids.cpu().numpy(), truth.numpy()
     count_boundaries(prediction, target, logits.shape[1])
-    count_calibration(prediction, target, certainty.confidence.cpu().numpy(), certainty.sums.tolist())
+    count_calibration(prediction, target, certainty.confidence.cpu().numpy(), certainty.sums.cpu().numpy())
     return _score(prediction, logits, truth, palette)
 
 

@@ -280,7 +280,7 @@ class Evaluation(Section):
     window: OptionalSize = None
     """[height, width] of sliding windows, whose logits are averaged; null: whole images"""
     window_stride: OptionalSize = None
-    """their distance in rows and columns; null: two thirds of their size"""
+    """their stride in rows and columns; null: two thirds of their size"""
     scales: Annotated[
         Annotated[list[Annotated[float, Field(gt=0, le=16)]], Field(min_length=1)] | None,
         Must("a list of factors above 0 and at most 16, such as [0.75,1,1.25], or null"),
@@ -295,7 +295,7 @@ class Evaluation(Section):
     corruptions: Annotated[Literal["standard"] | None, Must("standard or null")] = None
     """also score corrupted images: 12 kinds of noise, blur, weather and digital loss at five severities"""
     submission: OptionalPath = None
-    """new folder for the masks in the form that the benchmark's server reads (Cityscapes, ADE20K)"""
+    """eval.py alone: new folder for the masks in the form that the benchmark's server reads (Cityscapes, ADE20K)"""
 
 
 class Steps(Section):

@@ -35,7 +35,7 @@ from ema_seg.reporting.predictions import PredictionWriter, lock_report
 from ema_seg.reporting.report import FILES, build_report, report_manifest, write_report
 from ema_seg.reporting.submission import SubmissionWriter
 from ema_seg.runtime.distributed.ranks import barrier, rank_info
-from ema_seg.runtime.errors import ConfigError
+from ema_seg.runtime.errors import ConfigError, DataError
 from ema_seg.runtime.execution import deterministic_algorithms, evaluation_mode, set_execution, tf32
 from ema_seg.runtime.progress import track
 
@@ -83,6 +83,9 @@ def evaluate(
     extras = {"boundary": settings["boundary"], "calibration": settings["calibration"]}
     predicting = {"stride": stride, "normalise": normalise, "device": device, "precision": precision}
     dataset, shown = module.test_dataset, not quiet and rank_info().rank == 0
+    writers: list[Callable[[str, NDArray[np.integer]], None]] = []
+    if settings["submission"] is not None:
+        writers.append(SubmissionWriter(Path(settings["submission"]), dataset, module.dataset_name))
 
     with lock_report(directory), opened.computing():
         loader = module.test_dataloader()
@@ -113,9 +116,6 @@ def evaluate(
 
         # Scores: one confusion matrix over all ranks, and the predicted masks.
         names = [dataset.name(index) for index in range(len(dataset))]
-        writers: list[Callable[[str, NDArray[np.integer]], None]] = []
-        if settings["submission"] is not None:
-            writers.append(SubmissionWriter(Path(settings["submission"]), dataset, module.dataset_name))
         with PredictionWriter(directory, names, module.palette) as write_prediction:
             writers.append(write_prediction)
             evaluation = score_images(
@@ -130,24 +130,26 @@ def evaluate(
             )
             require_labels(evaluation, dataset.root, module.evaluation_split)
 
-        # Robustness: the same images, corrupted.
+        # Robustness: the images that could be read, corrupted.
+        positions = {name: index for index, name in enumerate(names)}
         if settings["corruptions"] is not None:
             counts = count_corruptions(
                 model,
-                module.corrupted_dataloader(),
+                module.corrupted_dataloader([positions[image["name"]] for image in evaluation.images]),
                 module.num_classes,
                 protocol=protocol,
                 progress=shown,
                 **predicting,
             )
             for image in evaluation.images:
+                if image["name"] not in counts:
+                    raise DataError(f"{dataset.root}: {image['name']} could be read once, and not again; try again.")
                 image["corruptions"] = counts[image["name"]]
         module.skipped.all_gather()
         if rank_info().rank:
             return {}
 
         # Examples: the best, median and worst images.
-        positions = {name: index for index, name in enumerate(names)}
         evaluation.images.sort(key=lambda image: positions[image["name"]])
         examples = predict_examples(
             model,
@@ -190,7 +192,8 @@ def write_submission(checkpoint: Path, data: Mapping[str, Any], settings: Mappin
     Raises:
         EmaSegError: see ``evaluate``.
     """
-    opened = _open(checkpoint, data, settings, without_labels=True)
+    # Without a file the server would refuse the others.
+    opened = _open(checkpoint, {**data, "max_skipped": 0}, settings, without_labels=True)
     model, device, _, stride, normalise, _, module, settings = opened
     protocol = PredictionProtocol.from_settings(settings)
     write = SubmissionWriter(Path(settings["submission"]), module.test_dataset, module.dataset_name)
@@ -253,10 +256,9 @@ def _open(
 
 
 def _refuse_probabilities(settings: Mapping[str, Any], checkpoint: Path) -> None:
-    """Raise ConfigError if a setting needs probabilities, which an artefact that returns classes has not."""
-    for key in ("window", "scales", "flip", "calibration"):
-        if settings[key]:
-            raise ConfigError(
-                f"evaluation.{key}: {checkpoint} returns classes, without probabilities; export the run with "
-                "processing=false."
-            )
+    """Raise ConfigError if a setting needs probabilities, and the artefact returns classes."""
+    if settings["calibration"] or not PredictionProtocol.from_settings(settings).plain:
+        raise ConfigError(
+            "evaluation.window, scales, flip and calibration: must not be set for an artefact that returns classes, "
+            f"got {checkpoint}; export the run with processing=false."
+        )

@@ -4,7 +4,6 @@ import inspect
 import json
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +12,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ema_seg.cli.early_checks import check_early
-from ema_seg.data import SegmentationDataModule, check_dataset, find_dataset_class
+from ema_seg.data import SegmentationDataModule, check_dataset
 from ema_seg.data.datamodule import check_batch_divides
 from ema_seg.inference.protocol import check_protocol
 from ema_seg.models import segmenter_from_config
-from ema_seg.reporting.submission import check_submission
 from ema_seg.runtime.distributed.ranks import single_process
 from ema_seg.runtime.errors import ConfigError, did_you_mean, one_line
 from ema_seg.training.freezing import find_parts
@@ -59,7 +57,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     if config["data"]["batch_size"] != "auto":
         check_batch_divides(config["data"]["batch_size"], processes)
     _check_freeze(config)
-    _check_evaluation(config["evaluation"], config["data"]["name"])
+    _check_evaluation(config["evaluation"])
     _check_loss(config["loss"])
     build_schedule(_check_optimizer(config["optimizer"]), _STEPS, **config["schedule"])
     check_loggers(config.get("logger", {}))
@@ -108,10 +106,12 @@ def _check_freeze(config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_evaluation(settings: Mapping[str, Any], data: str) -> None:
+def _check_evaluation(settings: Mapping[str, Any]) -> None:
     check_protocol(settings)
     if settings.get("submission") is not None:
-        check_submission(Path(settings["submission"]), find_dataset_class(data), data)
+        raise ConfigError(
+            f"evaluation.submission={settings['submission']}: must be null in a training; set it for eval.py."
+        )
 
 
 def _check_loss(terms: Mapping[str, Any]) -> None:

@@ -64,13 +64,19 @@ def _evaluate(composed: DictConfig) -> None:
         from ema_seg.cli.launch import evaluate_run, submit_run
         from ema_seg.data import find_dataset_class
         from ema_seg.inference.exported import is_exported
+        from ema_seg.inference.protocol import check_protocol
         from ema_seg.models.checkpoint import checkpoint_path
         from ema_seg.models.shared import WEIGHTS
         from ema_seg.reporting import print_report
+        from ema_seg.reporting.submission import check_submission
 
     checkpoint = checkpoint_path(source)
+    check_protocol(config["evaluation"])
     submission, split = config["evaluation"]["submission"], config["data"]["evaluation_split"]
-    if submission and split in find_dataset_class(config["data"]["name"]).unlabelled_splits:
+    dataset = find_dataset_class(config["data"]["name"])
+    if submission:
+        check_submission(Path(submission), dataset, config["data"]["name"])
+    if submission and split in dataset.unlabelled_splits:
         submit_run(
             checkpoint, config["data"], config["evaluation"], devices=config["devices"], started_by=detect_launcher()
         )

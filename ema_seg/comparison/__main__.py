@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ema_seg.comparison.compare import match_runs
 from ema_seg.comparison.files import report_comparison
 from ema_seg.comparison.metric import with_metric
 from ema_seg.comparison.runs import read_folder, read_runs
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             runs = read_folder(options.folder)
             directory = options.output or options.folder / "comparison"
+        match_runs(runs, baseline)  # a mistake is named before anything is counted or measured
         if options.remeasure == "true":
             from ema_seg.comparison.remeasure import with_costs  # imports torch, which a comparison does not need
 

@@ -198,14 +198,15 @@ def compare_matches(runs: Runs, matches: Matches, *, replicates: int = REPLICATE
         if row["contrast"] is not None:
             row["contrast"]["p_holm"] = p
             row["seeds_to_decide"] = _seeds_to_decide(row)
-    mark_slowed(rows)
+    if len({result.report["throughput"]["device"] for result in results}) == 1:
+        _mark_slowed(rows)
     notes = [
         *notes,
         *further_notes,
         *_notes_on_groups(runs.groups, first.report["classes"]),
         *_notes_on_undecided(rows),
         *_notes_on_costs(results),
-        *notes_on_speed(rows),
+        *_notes_on_speed(rows),
         *_notes_on_code(results),
     ]
     return Comparison(
@@ -626,7 +627,7 @@ def _notes_on_undecided(rows: Sequence[Row]) -> list[str]:
     more = f"; {len(parts) - _MAX_NAMED_ROWS} more" if len(parts) > _MAX_NAMED_ROWS else ""
     return [
         "Undecided, with the number of seeds that would show the observed difference with a probability of 80 % if it "
-        f"were the true one: {named}{more}. ema-seg plan has the details."
+        f"were the true one, without Holm's correction: {named}{more}. ema-seg plan has the details."
     ]
 
 
@@ -660,7 +661,7 @@ def _notes_on_costs(results: Sequence[Result]) -> list[str]:
     return notes
 
 
-def mark_slowed(rows: Sequence[Row]) -> None:
+def _mark_slowed(rows: Sequence[Row]) -> None:
     """Mark the rows beside whose costs the reference computation was slower than beside others."""
     known = [value for row in rows for value in row["cost"]["reference"]["values"] if value is not None]
     for row in rows:
@@ -668,14 +669,14 @@ def mark_slowed(rows: Sequence[Row]) -> None:
         row["slowed"] = any(value > _SAME_SPEED * min(known) for value in own)
 
 
-def notes_on_speed(rows: Sequence[Row]) -> list[str]:
+def _notes_on_speed(rows: Sequence[Row]) -> list[str]:
     """Return a note if the machine was faster for some rows than for others."""
     known = [value for row in rows for value in row["cost"]["reference"]["values"] if value is not None]
     if not any(row["slowed"] for row in rows):
         return []
     return [
         f"The machine was not the same for all costs: beside them a reference computation took {1e3 * min(known):.3g} "
-        f"to {1e3 * max(known):.3g} ms. Rows of which it took {100 * (_SAME_SPEED - 1):.0f} % longer than at best are "
+        f"to {1e3 * max(known):.3g} ms. Rows over {100 * (_SAME_SPEED - 1):.0f} % slower than the fastest are "
         f"marked with {SLOWED}; ema-seg compare … remeasure=true measures all costs again, in turns."
     ]
 

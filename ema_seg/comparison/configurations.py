@@ -73,9 +73,17 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[str], list[Configuration]]:
     planned = all(run.overrides is not None for run in runs)
     keys = [_override_settings(run) if planned else _config_settings(run) for run in runs]
     protocols = [_protocol_settings(run) for run in runs]
-    # A job that is not finished has no protocol yet.
-    if len({_canonical_json(own) for run, own in zip(runs, protocols, strict=True) if run.result is not None}) > 1:
-        keys = [own | settings for own, settings in zip(protocols, keys, strict=True)]
+    if len({_canonical_json(own) for own in protocols if own is not None}) > 1:
+        # A job that is not finished has no protocol yet: it gets that of a finished one with the same settings.
+        by_settings = {
+            _canonical_json(settings): own
+            for own, settings in zip(reversed(protocols), reversed(keys), strict=True)
+            if own is not None
+        }
+        keys = [
+            (by_settings.get(_canonical_json(settings), {}) if own is None else own) | settings
+            for own, settings in zip(protocols, keys, strict=True)
+        ]
     shown = _differing_overrides(keys) if planned else _differing_settings(runs, keys)
     named = keys if planned else [_section_names(run) | settings for run, settings in zip(runs, keys, strict=True)]
     groups: dict[str, Configuration] = {}
@@ -168,9 +176,11 @@ def _config_settings(run: Run) -> dict[str, Any]:
     }
 
 
-def _protocol_settings(run: Run) -> dict[str, Any]:
-    """Return the settings by which a run's images were predicted; those of the plain protocol are left out."""
-    protocol = (run.result.report.get("protocol") if run.result is not None else None) or {}
+def _protocol_settings(run: Run) -> dict[str, Any] | None:
+    """Return the settings by which a run's images were predicted, without plain ones; None if it is not finished."""
+    if run.result is None:
+        return None
+    protocol = run.result.report.get("protocol") or {}
     plain = {"window": None, "window_stride": None, "scales": [1.0], "flip": False}
     return {f"evaluation.{key}": value for key, value in protocol.items() if value != plain.get(key)}
 

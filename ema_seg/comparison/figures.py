@@ -247,7 +247,7 @@ def _draw_differences(comparison: Comparison) -> Figure | None:
 
 
 def _draw_further(comparison: Comparison) -> Figure | None:
-    rows = [row for row, _ in _contrasted(comparison)]
+    rows = [row for row in comparison["rows"] if any(part["contrast"] for part in row["further"].values())]
     main = {key: measure for key, measure in comparison["measures"].items() if measure["main"]}
     if not rows or not main:
         return None
@@ -277,7 +277,11 @@ def _draw_further(comparison: Comparison) -> Figure | None:
         axes.set_ylim(-0.6, len(rows) - 0.4)
     for axes in list(grid.flat)[len(main) :]:
         axes.set_visible(False)
-    handles = [_marker("s", _BETTER, "better"), _marker("s", _WORSE, "worse"), _marker("s", _UNDECIDED, "undecided")]
+    handles = [_marker("s", _BETTER, "better"), _marker("s", _WORSE, "worse")]
+    handles.append(_marker("o", _UNDECIDED, _confidence(comparison), line=True))
+    contrasts = [part["contrast"] for row in rows for part in row["further"].values()]
+    if any(contrast and contrast["covers"] == "images" for contrast in contrasts):
+        handles.append(_marker("o", _UNDECIDED, "over images only: one seed", hollow=True, line=True))
     _legend_below(figure, handles)
     return figure
 

@@ -86,12 +86,18 @@ def compare_further(
         if not known or len(known) < len(results):
             continue
         own = family.measures(known[0].report)
+        if any(list(family.measures(result.report)) != list(own) for result in known):
+            notes.append(
+                f"{family.title}: not compared, because the runs have them in different forms; evaluate all with one "
+                f"version of eval.py {family.setting}."
+            )
+            continue
         measures |= own
         scored = {id(result): _resample(family, result.further[family.name], replicates, seed) for result in known}
         for match in matches:
             values = [scored[id(result)].exact for result in match.results.values()]
             for place, key in enumerate(own):
-                score = summarise(None if np.isnan(value[place]) else float(value[place]) for value in values)
+                score = summarise(float(value[place]) if np.isfinite(value[place]) else None for value in values)
                 rows[match.label][key] = {"score": score, "contrast": None}
             _add_contrasts(match, list(own), scored, rows[match.label], confidence)
     for key in measures:
@@ -103,16 +109,20 @@ def compare_further(
 
 
 class _Scored(NamedTuple):
-    """Scores of a run (S,), and those of bootstrap replicates over its images (R, S); ``nan`` where undefined."""
+    """Scores of a run (S,), of bootstrap replicates over its images (R, S) and of each image (N, S).
+
+    They are ``nan`` where undefined.
+    """
 
     exact: Array
     replicates: Array
+    images: Array
 
 
 def _resample(family: _Family, counts: Counts, replicates: int, seed: int) -> _Scored:
     exact = counts.astype(float)
     drawn = [family.score(weigh_counts(weights, exact)) for weights in draw_weights(len(counts), replicates, seed)]
-    return _Scored(family.score(exact.sum(axis=0)), np.concatenate(drawn))
+    return _Scored(family.score(exact.sum(axis=0)), np.concatenate(drawn), family.score(exact))
 
 
 def _add_contrasts(
@@ -121,16 +131,16 @@ def _add_contrasts(
     if match.baseline is None:
         return
     pairs = [(scored[id(match.results[seed])], scored[id(match.baseline.results[seed])]) for seed in match.common_seeds]
-    images = len(next(iter(match.results.values())).names) if pairs else 0
     for place, key in enumerate(keys):
         differences = np.array([ours.exact[place] - theirs.exact[place] for ours, theirs in pairs])
         defined = np.isfinite(differences)
-        if not defined.any():
+        images = sum(np.isfinite(np.array([one.images[:, place] for pair in pairs for one in pair])).any(axis=0))
+        if not defined.any() or images < 2:
             continue
         drawn = np.array([ours.replicates[:, place] - theirs.replicates[:, place] for ours, theirs in pairs])[defined]
         mean = drawn.mean(axis=0)
         variance = float(np.var(mean[np.isfinite(mean)], ddof=1))
-        estimate = estimate_difference(differences[defined], variance, images, confidence)
+        estimate = estimate_difference(differences[defined], variance, int(images), confidence)
         row[key]["contrast"] = as_contrast(estimate, match.baseline.label, int(defined.sum()))
 
 

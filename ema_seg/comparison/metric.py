@@ -16,7 +16,7 @@ from ema_seg.comparison.pictures import open_dataset
 from ema_seg.comparison.runs import Result, Runs
 from ema_seg.comparison.statistics import score_sums
 from ema_seg.data.source import IMAGE_FORMATS
-from ema_seg.runtime.errors import ConfigError, DataError, did_you_mean, one_line
+from ema_seg.runtime.errors import ConfigError, DataError, EmaSegError, did_you_mean, one_line
 from ema_seg.runtime.progress import track
 
 __all__ = ["with_metric"]
@@ -49,7 +49,7 @@ def with_metric(runs: Runs, metric: str) -> Runs:
 
 
 def _classes_of(metric: str, groups: Mapping[str, Sequence[str]], classes: Sequence[str]) -> list[str]:
-    listed = re.fullmatch(r"\[(.+)\]", metric)
+    listed = None if metric in groups else re.fullmatch(r"\[(.+)\]", metric)
     if not listed and metric not in groups:
         known = ["miou", _BOUNDARY, *groups]
         raise ConfigError(
@@ -60,14 +60,17 @@ def _classes_of(metric: str, groups: Mapping[str, Sequence[str]], classes: Seque
     for name in names:
         if listed and name not in classes:
             raise ConfigError(
-                f"metric={metric}: the data has no class {name!r}; choose from {', '.join(classes)}."
+                f"metric={metric}: must list classes of the data, got {name!r}; choose from {', '.join(classes)}."
                 f"{did_you_mean(name, classes)}"
             )
-    return [name for name in names if name in classes]
+    found = [name for name in names if name in classes]
+    if not found:
+        raise ConfigError(f"metric={metric}: the data has none of its classes ({', '.join(names)}); choose another.")
+    return found
 
 
 def _of_classes(result: Result, names: Sequence[str]) -> Result:
-    """Leave the counts of these classes alone."""
+    """Set the counts of all other classes to zero."""
     kept = np.array([name in names for name in result.report["classes"]])
     return _with_counts(result, np.where(kept, result.counts, 0), result.report["strata"])
 
@@ -104,7 +107,7 @@ def _count_again(result: Result) -> NDArray[np.int32]:
     advice = "evaluate the run with eval.py evaluation.boundary=true"
     try:
         dataset = open_dataset(data, result.report["config"].get("data", {}))
-    except (DataError, ConfigError) as error:
+    except (EmaSegError, OSError) as error:
         raise DataError(
             f"{result.path}: has no boundary scores, and its data cannot be read ({one_line(error).rstrip('.')}); "
             f"{advice}."
@@ -119,13 +122,13 @@ def _count_again(result: Result) -> NDArray[np.int32]:
         try:
             with Image.open(result.path.parent / path, formats=IMAGE_FORMATS) as mask:
                 prediction = np.asarray(mask)
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{result.path.parent / path}: cannot be read ({one_line(error)}); {advice}.") from error
         truth = dataset.read_mask(places[name])
         if prediction.shape != truth.shape:
             raise DataError(
-                f"{result.path.parent / path}: the mask is {prediction.shape[1]} x {prediction.shape[0]} pixels, "
-                f"expected {truth.shape[1]} x {truth.shape[0]} as its truth; {advice}."
+                f"{result.path.parent / path}: the mask has the shape {prediction.shape}, expected {truth.shape} as "
+                f"its truth; {advice}."
             )
         found: Any = count_boundaries(prediction, truth, classes)
         row[0] = found["intersection"], found["union"]

@@ -66,8 +66,8 @@ def plan_seeds(
     }
     if not spreads:
         raise DataError(
-            f"{folder}: a plan needs at least 2 seeds that a row and its baseline have both finished; run a pilot, "
-            "such as seed=0,1,2."
+            f"{folder}: a plan needs a baseline, and at least 2 seeds that a row and its baseline have both finished; "
+            "run a pilot, such as seed=0,1,2, or name the baseline, such as baseline=attention=none."
         )
     if len(spreads) > 1:
         spreads[_ALL] = (None, pool_spreads(spread for _, spread in spreads.values()))
@@ -112,10 +112,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args([f"--{text}" if _SETTING.match(text) else text for text in texts])
     try:
         difference, power = _number("difference", options.difference), _number("power", options.power)
-        if difference <= 0:
-            raise ConfigError(f"difference={options.difference}: must be a number of points above 0, such as 0.5.")
-        if not 0 < power < 1:
-            raise ConfigError(f"power={options.power}: must be a probability between 0 and 1, such as 0.8.")
+        if not 0 < difference <= 100:
+            raise ConfigError(
+                f"difference={options.difference}: must be a number of points above 0 and at most 100, such as 0.5."
+            )
+        if not 1 - CONFIDENCE < power < 1:
+            raise ConfigError(
+                f"power={options.power}: must be a probability above {1 - CONFIDENCE:.2g} and below 1, such as 0.8."
+            )
         baseline = parse_baseline(options.baseline)
         plan = plan_seeds(options.folder, difference / 100, power, baseline, options.metric)
         directory = options.output or options.folder / "plan"
@@ -182,6 +186,7 @@ def _print(plan: dict[str, Any]) -> None:
 
 
 def _write(plan: dict[str, Any], directory: Path) -> None:
+    picture = _draw(plan)
     manifest = Manifest(directory, lambda _: iter(()))
     manifest.claim(FILES)
     header = _columns(plan)
@@ -195,8 +200,8 @@ def _write(plan: dict[str, Any], directory: Path) -> None:
         "![Power by the number of seeds](power.png)",
     ]
     write_file(directory / "plan.md", ("\n".join(lines) + "\n").encode())
-    write_file(directory / "power.png", _draw(plan))
-    write_file(directory / "plan.json", f"{json.dumps(plan, indent=1)}\n".encode())
+    write_file(directory / "power.png", picture)
+    write_file(directory / "plan.json", f"{json.dumps(plan, indent=1, allow_nan=False)}\n".encode())
 
 
 def _draw(plan: dict[str, Any]) -> bytes:
@@ -218,7 +223,7 @@ def _draw(plan: dict[str, Any]) -> bytes:
         right.plot(SEEDS, [100 * row["smallest"][str(seeds)] for seeds in SEEDS], marker=".", **style)
     left.axhline(plan["power"], color="0.6", linestyle="--", linewidth=1)
     left.set(xlabel="seeds", ylabel=f"power for {points_text(plan['difference'])} points", ylim=(0, 1.02))
-    right.set(xlabel="seeds", ylabel=f"smallest difference of {plan['metric']} shown, points", yscale="log")
+    right.set(xlabel="seeds", ylabel=f"smallest difference of {for_figure(plan['metric'])} shown, points", yscale="log")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)

@@ -1,7 +1,7 @@
 """Costs of a comparison measured again: all configurations on this machine, in turns, one forward pass each.
 
-Speeds that were measured hours apart on a shared machine differ by more than what a block costs. In turns, whatever
-slows the machine slows all configurations alike.
+Speeds that were measured hours apart on a shared machine differ by more than a block costs. In turns, a disturbance
+slows all configurations alike.
 """
 
 import os
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ema_seg.comparison.configurations import group_runs
 from ema_seg.comparison.runs import Result, Run, Runs
@@ -23,9 +24,10 @@ from ema_seg.evaluation.cost import random_images
 from ema_seg.evaluation.environment import describe_device
 from ema_seg.evaluation.reference import Reference
 from ema_seg.inference.loading import load_model
-from ema_seg.inference.prediction import autocast
+from ema_seg.inference.prediction import autocast, memory_format_of
 from ema_seg.runtime.errors import DataError
 from ema_seg.runtime.execution import set_execution
+from ema_seg.runtime.limits import reraise_out_of_memory
 from ema_seg.runtime.progress import track
 
 __all__ = ["with_costs"]
@@ -37,8 +39,8 @@ _PAUSE = 0.1  # seconds; onnxruntime's threads spin for a while after their work
 def with_costs(runs: Runs, *, rounds: int = _ROUNDS) -> Runs:
     """Measure the forward passes of each configuration's first finished run, in turns, for all of its runs.
 
-    Images per second, latency and reference computation are new; memory, parameters and GMACs stay those of the
-    reports.
+    Images per second, latency and reference computation are new; parameters and GMACs stay those of the reports, and so
+    does the memory if it was measured on such a device.
 
     Args:
         runs: the runs.
@@ -54,7 +56,8 @@ def with_costs(runs: Runs, *, rounds: int = _ROUNDS) -> Runs:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 0.5 * (os.cpu_count() or 1):
         print(f"warning: other processes use this machine (load average {load:.1f}); end them first.", file=sys.stderr)
-    timed = [_prepare(group[0]) for group in groups]
+    inputs: dict[object, Tensor] = {}
+    timed = [_prepare(group[0], inputs) for group in groups]
     device = timed[0].device
     reference = Reference(device, lambda: _wait_for(device))
     seconds: list[list[float]] = [[] for _ in timed]
@@ -84,14 +87,15 @@ def with_costs(runs: Runs, *, rounds: int = _ROUNDS) -> Runs:
 
 
 class _Timed(NamedTuple):
-    """Forward pass of a configuration, and what it is measured with."""
+    """Forward pass of a configuration, its device and the size of its batch."""
 
     forward: Callable[[], Any]
     device: torch.device
     batch_size: int
 
 
-def _prepare(run: Run) -> _Timed:
+def _prepare(run: Run, inputs: dict[object, Tensor]) -> _Timed:
+    """Load a run's model; ``inputs`` holds the images of all models, which share those of equal size and layout."""
     assert run.result is not None
     throughput = run.result.report["throughput"]
     loaded = load_model(_checkpoint(run.result), "auto", "device")
@@ -101,13 +105,18 @@ def _prepare(run: Run) -> _Timed:
         compile=bool(throughput.get("compiled")) and not loaded.exported,
     )
     batch_size = throughput["forward"][-1]["batch_size"]
-    images = random_images(loaded.model, batch_size, tuple(throughput["size"]), loaded.stride, loaded.device)
+    key = (batch_size, *throughput["size"], loaded.stride, memory_format_of(loaded.model))
+    if key not in inputs:
+        size = tuple(throughput["size"])
+        inputs[key] = random_images(loaded.model, batch_size, size, loaded.stride, loaded.device)
+    images = inputs[key]
     precision = "32-true" if loaded.exported else throughput["precision"]
 
     def forward() -> None:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(autocast(loaded.device, precision))
+            stack.enter_context(reraise_out_of_memory(images, f"compare without {run.folder}"))
             loaded.model(images)
 
     return _Timed(forward, loaded.device, batch_size)
@@ -121,8 +130,7 @@ def _checkpoint(result: Result) -> Path:
         if path.is_file():
             return path
     raise DataError(
-        f"{result.path}: {named} is not there, so that its costs cannot be measured again; compare without "
-        "remeasure=true."
+        f"{result.path}: its checkpoint {named} is missing, which remeasure=true needs; restore it, or compare without."
     )
 
 
@@ -151,7 +159,10 @@ def _with_forward(run: Run, timed: _Timed, seconds: list[float], references: lis
         "repeats": len(seconds),
         "warmup": _WARM_UP,
     }
-    throughput = {**report["throughput"], "device": describe_device(timed.device)["name"], "forward": [entry]}
+    device = describe_device(timed.device)["name"]
+    if device != report["throughput"]["device"]:
+        entry["peak_memory"] = None  # that of another device
+    throughput = {**report["throughput"], "device": device, "forward": [entry]}
     environment = {**report["environment"], "threads": torch.get_num_threads()}
     job = report["job"] and {key: value for key, value in report["job"].items() if key != "launcher"}
     changed = {**report, "throughput": throughput, "environment": environment, "job": job}

@@ -186,7 +186,7 @@ def load_result(path: Path) -> Result:
             raise ValueError("throughput.forward is empty")
         if len({len(column) for column in (report["curves"] or {}).values()}) > 1:
             raise ValueError("the curves have different lengths")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{path}: is not a complete report ({one_line(error)}); write it again with eval.py."
         ) from error

@@ -59,7 +59,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("configuration", overflow="fold")
         for name in columns[part]:
-            table.add_column(name, justify="right", overflow="fold")
+            table.add_column(Text(for_terminal(name)), justify="right", overflow="fold")
         for row, texts in zip(comparison["rows"], cells, strict=True):
             bold = [index == 1 and _is_significant(row["contrast"]) for index in range(len(texts))]
             styled = [Text(text, style="bold" * strong) for text, strong in zip(texts, bold, strict=True)]
@@ -70,7 +70,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("configuration", overflow="fold")
         for key in keys:
-            table.add_column(_measure_name(comparison, key), justify="right", overflow="fold")
+            table.add_column(Text(_measure_name(comparison, key)), justify="right", overflow="fold")
         for row in comparison["rows"]:
             table.add_row(
                 Text(for_terminal(row["label"])),
@@ -262,8 +262,10 @@ def _further_cells(comparison: Comparison, row: Row, keys: Sequence[str]) -> lis
         if part is None or part["score"]["mean"] is None:
             cells.append((_NOTHING, False))
             continue
-        digits = 2 if factor == 1 else 4
-        score, contrast = points_text(factor * part["score"]["mean"], digits=digits), part["contrast"]
+        digits, (summary, contrast) = 2 if factor == 1 else 4, (part["score"], part["contrast"])
+        score = points_text(factor * summary["mean"], digits=digits)
+        if summary["sd"] is not None:
+            score += f" ± {points_text(factor * summary['sd'], digits=digits)}"
         if contrast:
             low, high = (points_text(factor * contrast[end], digits=digits) for end in ("low", "high"))
             score += f", {points_text(factor * contrast['difference'], digits=digits, signed=True)} [{low}, {high}]"

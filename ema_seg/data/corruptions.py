@@ -1,4 +1,4 @@
-"""Corrupted images: how far does a score fall under noise, blur, weather and digital loss?
+"""Corruptions of images: noise, blur, weather and digital loss at five severities.
 
 The kinds follow Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
 Perturbations", ICLR 2019 (https://arxiv.org/abs/1903.12261), applied to segmentation by Kamann & Rother, CVPR 2020
@@ -127,28 +127,34 @@ class CorruptedDataset(Dataset[TensorSample]):
 
     Args:
         dataset: the data set; its transform is not applied.
+        indices: the images to corrupt.
     """
 
-    def __init__(self, dataset: SegmentationDataset) -> None:
+    def __init__(self, dataset: SegmentationDataset, indices: Sequence[int]) -> None:
         self.dataset = dataset
+        self._indices = indices
         self._variants = [(kind, severity) for kind in CORRUPTIONS for severity in SEVERITIES]
 
     def __len__(self) -> int:
-        return len(self.dataset) * len(self._variants)
+        return len(self._indices) * len(self._variants)
 
     def __getitem__(self, index: int) -> TensorSample:
-        image_index, variant = divmod(index, len(self._variants))
-        image, mask = self.dataset.read_image(image_index), self.dataset.read_mask(image_index)
-        self.dataset.check_sizes(image_index, image, mask)
-        corrupted = corrupt(image, self.dataset.name(image_index), *self._variants[variant])
+        place, (kind, severity) = self._find(index)
+        image, mask = self.dataset.read_image(place), self.dataset.read_mask(place)
+        self.dataset.check_sizes(place, image, mask)
+        corrupted = corrupt(image, self.dataset.name(place), kind, severity)
         return to_tensors({"image": corrupted, "mask": mask, "name": self.name(index)})
 
     def name(self, index: int) -> str:
         """Return the sample's name."""
-        image_index, variant = divmod(index, len(self._variants))
-        kind, severity = self._variants[variant]
-        return f"{kind}/{severity}/{self.dataset.name(image_index)}"
+        place, (kind, severity) = self._find(index)
+        return f"{kind}/{severity}/{self.dataset.name(place)}"
 
     def files(self, index: int) -> str:
         """Return the names of the sample's files, for messages."""
-        return self.dataset.files(index // len(self._variants))
+        return self.dataset.files(self._find(index)[0])
+
+    def _find(self, index: int) -> tuple[int, tuple[str, int]]:
+        """Return the index of a sample's image in the data set, and the kind and severity of its corruption."""
+        place, variant = divmod(index, len(self._variants))
+        return self._indices[place], self._variants[variant]

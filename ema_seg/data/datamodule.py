@@ -250,9 +250,9 @@ class SegmentationDataModule(LightningDataModule):
         """Return the split ``evaluation_split`` in order, as batches of whole images."""
         return self._evaluation_loader(self.test_dataset, self.evaluation_split)
 
-    def corrupted_dataloader(self) -> DataLoader[Any]:
-        """Return the split ``evaluation_split`` with all corruptions, see ``CorruptedDataset``."""
-        return self._evaluation_loader(CorruptedDataset(self.test_dataset), self.evaluation_split)
+    def corrupted_dataloader(self, indices: Sequence[int]) -> DataLoader[Any]:
+        """Return images of the split ``evaluation_split`` with all corruptions, see ``CorruptedDataset``."""
+        return self._evaluation_loader(CorruptedDataset(self.test_dataset, indices), self.evaluation_split)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move crops to the device; images of a validation are moved one size at a time, and counted on the host."""

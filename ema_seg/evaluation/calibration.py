@@ -1,4 +1,4 @@
-"""Calibration: does a model that is sure of 80 % of its pixels predict 80 % of them correctly?
+"""Calibration: agreement of a model's confidence with its accuracy.
 
 The confidence of a pixel is the probability (softmax) of the predicted class. Pixels whose truth is ignored are left
 out. All scores are over the pixels of all images:
@@ -28,11 +28,11 @@ BINS = 15
 
 
 class Certainty(NamedTuple):
-    """How sure a model is of an image.
+    """Confidence of a model in an image.
 
     Attributes:
         confidence: probability of the predicted class, float32 H x W.
-        sums: sums over the labelled pixels of negative log-likelihood and Brier score, float64 of length 2.
+        sums: sums over the labelled pixels of negative log-likelihood and Brier score in each strip, float32 S x 2.
     """
 
     confidence: Tensor
@@ -55,7 +55,7 @@ class CalibrationCounts(TypedDict):
 
 @torch.inference_mode()
 def classify(logits: Logits, target: Tensor, ignore_index: int = 255) -> tuple[Tensor, Certainty]:
-    """Compute the most likely class of each pixel of an image, and how sure the model is of it.
+    """Compute the most likely class of each pixel of an image, and the model's confidence in it.
 
     Args:
         logits: 1 x K x H x W, K at most 256.
@@ -71,7 +71,7 @@ def classify(logits: Logits, target: Tensor, ignore_index: int = 255) -> tuple[T
     computed = most_likely_classes(logits) if upsampled else None
     ids = torch.empty(logits.shape[2:], dtype=torch.uint8, device=device) if computed is None else computed
     confidence = torch.empty(logits.shape[2:], device=device)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = []
     target = target.to(device, non_blocking=True)
     for first, last, rows in logits.strips():
         if computed is None:
@@ -84,15 +84,15 @@ def classify(logits: Logits, target: Tensor, ignore_index: int = 255) -> tuple[T
         log_of_truth = log_probability.gather(0, truth.long().clamp_max(classes - 1)[None])[0]
         squares = log_probability.exp_().square_().sum(dim=0)
         brier = squares - 2 * log_of_truth.exp() + 1
-        sums += torch.stack([(-log_of_truth * labelled).sum(), (brier * labelled).sum()]).double()
-    return ids, Certainty(confidence, sums)
+        sums.append(torch.stack([-log_of_truth, brier]).where(labelled, 0).sum(dim=(1, 2)))
+    return ids, Certainty(confidence, torch.stack(sums))
 
 
 def count_calibration(
     prediction: NDArray[np.integer],
     target: NDArray[np.integer],
     confidence: NDArray[np.float32],
-    sums: Sequence[float],
+    sums: NDArray[np.float32],
     ignore_index: int = 255,
 ) -> CalibrationCounts:
     """Count the labelled pixels of an image by confidence.
@@ -106,13 +106,15 @@ def count_calibration(
     """
     labelled = target != ignore_index
     sure, correct = confidence[labelled], (prediction == target)[labelled]
-    bins = np.clip(np.ceil(sure * BINS).astype(np.intp) - 1, 0, BINS - 1)
+    # A probability that overflowed is nan; its sums make the scores undefined.
+    bins = np.clip(np.ceil(np.nan_to_num(sure) * BINS).astype(np.intp) - 1, 0, BINS - 1)
+    nll, brier = sums.sum(axis=0, dtype=float).tolist()
     return CalibrationCounts(
         pixels=np.bincount(bins, minlength=BINS).tolist(),
         confidence=np.bincount(bins, sure, BINS).tolist(),
         correct=np.bincount(bins[correct], minlength=BINS).tolist(),
-        nll=float(sums[0]),
-        brier=float(sums[1]),
+        nll=nll,
+        brier=brier,
     )
 
 

@@ -146,7 +146,7 @@ def image_counter(
         if boundary:
             record["boundary"] = count_boundaries(prediction, truth, total.num_classes, total.ignore_index)
         if certainty is not None:
-            confidence, sums = certainty.confidence.numpy(), certainty.sums.tolist()
+            confidence, sums = certainty.confidence.numpy(), certainty.sums.numpy()
             record["calibration"] = count_calibration(prediction, truth, confidence, sums, total.ignore_index)
         return record
 

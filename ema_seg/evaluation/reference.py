@@ -1,7 +1,7 @@
 """Reference computation: the same small convolution whatever the model, timed beside each measurement.
 
-A machine that is shared, hot or throttled is slower at some times than at others. Where the reference takes as long
-twice, two measurements can be compared; where it does not, the machine was not the same.
+A machine that is shared or throttled is slower at some times than at others. Two measurements can be compared if the
+reference takes the same time beside both.
 """
 
 import time
@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
+
+from ema_seg.runtime.execution import tf32
 
 __all__ = ["Reference"]
 
@@ -35,7 +37,7 @@ class Reference:
 
     def time(self) -> None:
         """Run it once and keep its time."""
-        with torch.autocast(self._images.device.type, enabled=False):
+        with torch.autocast(self._images.device.type, enabled=False), tf32(False):
             self._wait()
             start = time.perf_counter()
             F.conv2d(self._images, self._weight, padding=1).add_(self._images)

@@ -61,9 +61,10 @@ def count_corruptions(
             counter.add_batch(batch, protocol.predict(model, batch["image"], stride, normalise))
         counted = counter.results()
     images: dict[str, CorruptionCounts] = {}
+    missing: list[list[int]] = [[], [], []]  # of an image that could not be read again: no class
     for name, counts in (item for part in gather(counted) for item in part):
         kind, severity, image = name.split("/", 2)
-        kinds = images.setdefault(image, {kind: [[]] * len(SEVERITIES) for kind in CORRUPTIONS})
+        kinds = images.setdefault(image, {kind: [missing] * len(SEVERITIES) for kind in CORRUPTIONS})
         kinds[kind][SEVERITIES.index(int(severity))] = counts
     return images
 
@@ -90,8 +91,8 @@ def score_corruptions(images: Sequence[CorruptionCounts], num_classes: int, clea
                 sums[:, classes] += counts
             miou.append(mean_of_defined(ratio(*sums)))
         kinds[kind] = {"group": corruption.group, "miou": miou}
-    mean = float(np.mean([kind["miou"] for kind in kinds.values()]))
-    drop = 1 - float(ratio(np.asarray(mean), np.asarray(clean)))
+    mean = mean_of_defined(np.array([miou for kind in kinds.values() for miou in kind["miou"]]))
+    drop = 1 - mean / clean if clean > 0 else float("nan")
     return {"corrupted_miou": mean, "corruption_drop": drop, "corruptions": kinds}
 
 

@@ -35,7 +35,7 @@ class PredictionProtocol:
     Attributes:
         window: height and width of a window, at each scale; None for whole images. A window that exceeds the image is
             as large as the image.
-        window_stride: distance of the windows in rows and columns, at most their size; None for two thirds of it. The
+        window_stride: stride of the windows in rows and columns, at most their size; None for two thirds of it. The
             last windows are aligned to the border.
         scales: factors of the image's size.
         flip: predict the mirrored image, too.
@@ -99,7 +99,7 @@ class PredictionProtocol:
             return forward(image)
         assert self.window_stride is not None
         rows = _slide(image, self.window, self.window_stride, forward)
-        first = next(rows)  # tells the number of classes
+        first = next(rows)  # its shape has the number of classes
         return RowStream(torch.Size((1, len(first[2]), height, width)), first[2].device, chain([first], rows))
 
     @torch.inference_mode()
@@ -128,19 +128,25 @@ def check_protocol(settings: Mapping[str, Any]) -> None:
     """Check the settings of a protocol against each other.
 
     Raises:
-        ConfigError: there is a distance of windows but no window, or windows leave pixels out.
+        ConfigError: there is a stride but no window, windows leave pixels out, or a model would be compiled for each
+            scale.
     """
     window, stride = settings.get("window"), settings.get("window_stride")
+    if settings.get("compile") and PredictionProtocol.from_settings(settings).scales != (1.0,):
+        raise ConfigError(
+            "evaluation.compile: must be false with evaluation.scales, because a compiled model is compiled anew for "
+            "each size; remove one of them."
+        )
     if stride is None:
         return
     if window is None:
         raise ConfigError(
-            f"evaluation.window_stride={stride}: there is no window; set evaluation.window=[height,width], too."
+            f"evaluation.window_stride={stride}: must come with a window; set evaluation.window=[height,width], too."
         )
     if any(distance > size for distance, size in zip(stride, window, strict=True)):
         raise ConfigError(
-            f"evaluation.window_stride={stride}: windows of {window[0]} x {window[1]} pixels would leave pixels out; "
-            "set at most the size of a window."
+            f"evaluation.window_stride={stride}: must be at most the window, {window[0]} x {window[1]} pixels, so that "
+            "windows cover all pixels; lower it."
         )
 
 
@@ -213,12 +219,11 @@ def _resized_strips(strips: Strips, height: int, size: tuple[int, int]) -> Strip
         kept = rows if kept is None else torch.cat([kept, rows], dim=1)
         ready = rows_wanted if last == height else int((position <= last - 1).sum())
         if ready > done:
-            # The weight of a row is 1 - its distance, in rows.
-            places = torch.arange(start, last, device=rows.device, dtype=rows.dtype)
-            weights = (1 - (position[done:ready, None] - places).abs()).clamp_min(0)
-            with torch.autocast(rows.device.type, enabled=False):
-                yield done, ready, weights @ kept
+            wanted = position[done:ready]
+            above = wanted.long()
+            below = (above + 1).clamp_max(last - 1)
+            yield done, ready, torch.lerp(kept[:, above - start], kept[:, below - start], (wanted - above)[:, None])
             done = ready
         if done < rows_wanted:
-            first = int(position[done])
+            first = min(int(position[done]), last)
             kept, start = kept[:, first - start :], first

@@ -112,7 +112,8 @@ def write_run(
 def _further_counts(confusion: ConfusionMatrix, prediction: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
     intersection, union = confusion.intersection, confusion.union
     labelled = truth != 255
-    sums = (-np.log(np.where(prediction == truth, 0.8, 0.1)[labelled]).sum(), 0.1 * labelled.sum())
+    nll = -np.log(np.where(prediction == truth, 0.8, 0.1)[labelled]).sum()
+    sums = np.array([[nll, 0.1 * labelled.sum()]], np.float32)
     (present,) = np.nonzero(union)
     clean = [present.tolist(), intersection[present].tolist(), union[present].tolist()]
     lost = [present.tolist(), (intersection[present] // 2).tolist(), union[present].tolist()]

@@ -67,7 +67,7 @@ def test_a_figure_without_data_is_left_out_and_an_earlier_one_removed(tmp_path):
     comparison["examples"] = []
     for each in comparison["rows"]:
         each.update(contrast=None, curves={})
-        for part in ("classes", "strata"):
+        for part in ("classes", "strata", "further"):
             for scored in each[part].values():
                 scored["contrast"] = None
 

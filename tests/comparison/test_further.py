@@ -11,7 +11,7 @@ from ema_seg.comparison.compare import compare_runs
 from ema_seg.comparison.files import write_comparison
 from ema_seg.comparison.runs import read_folder, read_runs
 from ema_seg.comparison.tables import comparison_as_csv, comparison_as_markdown, print_comparison
-from tests.comparison.runs_on_disk import write_run
+from tests.comparison.runs_on_disk import plan_job, write_plan, write_run
 
 SEEDS = range(3)
 
@@ -77,6 +77,7 @@ def test_differences_are_paired_by_seed_and_image(rows, reports):
     own = images.mean(axis=1)
     of_images = images.mean(axis=0).var(ddof=1) / images.shape[1]
     assert (contrast["high"] - contrast["low"]) / 2 > 1.96 * np.sqrt(own.var(ddof=1) / 3 + 0.7 * of_images)
+    assert (contrast["high"] - contrast["low"]) / 2 < 4.4 * np.sqrt(own.var(ddof=1) / 3 + 1.3 * of_images)
     assert contrast["low"] < contrast["difference"] < contrast["high"] < 0
 
 
@@ -92,9 +93,10 @@ def test_tables_and_page_show_them(comparison, rows, tmp_path, blank_figures, ca
     text = comparison_as_markdown(comparison)
     assert "## Further scores" in text and "| boundary mIoU, % |" in text and "mIoU, pixelation, %" in text
     part = rows["ema"]["further"]["boundary_miou"]
-    assert f"**{100 * part['score']['mean']:.2f}, +{100 * part['contrast']['difference']:.2f} [" in text
+    score, difference = part["score"], part["contrast"]["difference"]
+    assert f"**{100 * score['mean']:.2f} ± {100 * score['sd']:.2f}, +{100 * difference:.2f} [" in text
     nll = rows["se"]["further"]["nll"]["score"]["mean"]
-    assert f"| {nll:.4f}, " in text or f"| **{nll:.4f}, " in text
+    assert f"| {nll:.4f} ± " in text or f"| **{nll:.4f} ± " in text
     print_comparison(comparison)
     assert "expected calibration error, %" in " ".join(capsys.readouterr().out.split())
     (first, *_) = csv.DictReader(io.StringIO(comparison_as_csv(comparison)))
@@ -128,6 +130,45 @@ def test_protocols_that_differ_are_rows_of_their_own(tmp_path):
     assert comparison["settings"] == ["evaluation.flip"]
     assert [row["settings"]["evaluation.flip"] for row in comparison["rows"]] == [None, True]
     assert comparison["rows"][1]["contrast"]["difference"] > 0
+
+
+def test_a_job_that_is_not_finished_stays_in_its_row(tmp_path):
+    protocol = {"window": [16, 16], "window_stride": [8, 8], "scales": [1.0], "flip": False}
+    sweep, jobs = tmp_path / "sweep", []
+    for name in ("none", "ema"):
+        for seed in (0, 1, 2):
+            jobs.append(plan_job(f"{name}{seed}", attention=name, seed=str(seed)))
+            if (name, seed) != ("ema", 2):
+                write_run(sweep / f"{name}{seed}", name, seed, protocol=protocol if name == "ema" else None)
+    write_plan(sweep, jobs, {"attention": "none"})
+    rows = compare_runs(read_folder(sweep), replicates=50)["rows"]
+    assert [(len(row["jobs"]), row["seeds"]) for row in rows] == [(3, [0, 1, 2]), (3, [0, 1])]
+
+
+def test_a_score_of_a_single_image_has_no_interval(tmp_path):
+    runs = [write_run(tmp_path / name, name, further=True) for name in ("none", "ema")]
+    for run in runs:
+        path = run / "report/report.json"
+        report = json.loads(path.read_text())
+        for image in report["images"][1:]:
+            image["boundary"]["trimap"][0] = [[0] * 4, [0] * 4]
+        path.write_text(json.dumps(report))
+    row = compare_runs(read_runs(runs), replicates=50)["rows"][1]["further"]
+    assert row["trimap_1"]["contrast"] is None and row["trimap_1"]["score"]["mean"] is not None
+    assert row["trimap_2"]["contrast"] is not None
+
+
+def test_scores_of_another_form_are_left_out_and_named(tmp_path):
+    runs = [write_run(tmp_path / name, name, further=True) for name in ("none", "ema")]
+    path = runs[0] / "report/report.json"
+    report = json.loads(path.read_text())
+    for owner in (report, *report["images"]):
+        owner["corruptions"]["hail"] = owner["corruptions"].pop("fog")
+    path.write_text(json.dumps(report))
+    comparison = compare_runs(read_runs(runs), replicates=50)
+    assert "corrupted_miou" not in comparison["measures"] and "boundary_miou" in comparison["measures"]
+    named = "Corruptions: not compared, because the runs have them in different forms"
+    assert any(named in note for note in comparison["notes"])
 
 
 def test_protocols_that_agree_are_no_setting(tmp_path):

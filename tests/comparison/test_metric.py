@@ -12,6 +12,7 @@ from PIL import Image
 from ema_seg.comparison.__main__ import main
 from ema_seg.comparison.compare import compare_runs
 from ema_seg.comparison.metric import with_metric
+from ema_seg.comparison.plan import main as plan_main
 from ema_seg.comparison.runs import read_folder, read_runs
 from ema_seg.comparison.tables import comparison_as_csv, comparison_as_markdown
 from ema_seg.evaluation.boundary import count_boundaries, score_boundaries
@@ -100,12 +101,29 @@ def test_boundaries_of_a_report_need_neither_predictions_nor_data(tmp_path):
     ("metric", "message"),
     [
         ("mio", r"metric=mio: must be one of miou, boundary_iou, few, or a list of classes.*Did you mean 'miou'"),
-        ("[skyy]", r"metric=\[skyy\]: the data has no class 'skyy'"),
+        ("[skyy]", r"metric=\[skyy\]: must list classes of the data, got 'skyy'"),
     ],
 )
 def test_an_unknown_metric_is_named(metric, message, sweep):
     with pytest.raises(ConfigError, match=message):
         with_metric(read_folder(sweep), metric)
+
+
+def test_a_group_of_which_the_data_has_no_class_is_named(sweep):
+    plan = json.loads((sweep / "sweep.json").read_text())
+    plan["groups"] = {"[odd] $x$": ["nothing"]}
+    (sweep / "sweep.json").write_text(json.dumps(plan))
+    with pytest.raises(ConfigError, match="the data has none of its classes"):
+        with_metric(read_folder(sweep), "[odd] $x$")
+
+
+def test_a_groups_name_is_text(sweep, blank_figures, capsys):
+    plan = json.loads((sweep / "sweep.json").read_text())
+    plan["groups"] = {"[/red] $^$": [CLASSES[0]]}
+    (sweep / "sweep.json").write_text(json.dumps(plan))
+    assert main([str(sweep), "metric=[/red] $^$"]) == 0
+    assert "[/red] $^$" in capsys.readouterr().out
+    assert plan_main([str(sweep), "metric=[/red] $^$", "difference=1"]) == 0
 
 
 def test_what_is_missing_for_boundaries_is_named(tmp_path, monkeypatch):
@@ -117,7 +135,7 @@ def test_what_is_missing_for_boundaries_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("ema_seg.comparison.metric.open_dataset", lambda *_: Truths())
     first = next((run / "report/predictions").iterdir())
     Image.fromarray(np.zeros((3, 3), np.uint8)).save(first)
-    with pytest.raises(DataError, match="the mask is 3 x 3 pixels, expected 32 x 24"):
+    with pytest.raises(DataError, match=r"the mask has the shape \(3, 3\), expected \(24, 32\)"):
         with_metric(read_runs([run]), "boundary_iou")
     first.write_bytes(b"none")
     with pytest.raises(DataError, match=f"{first.name}: cannot be read"):

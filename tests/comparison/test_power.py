@@ -140,8 +140,9 @@ def test_the_command_plans_from_a_sweep(tmp_path, capsys):
     ("arguments", "message"),
     [
         (("difference=0",), "difference=0: must be a number of points above 0"),
+        (("difference=nan",), "difference=nan: must be a number of points above 0"),
         (("difference=much",), "difference=much: must be a number"),
-        (("difference=1", "power=1"), "power=1: must be a probability between 0 and 1"),
+        (("difference=1", "power=1"), "power=1: must be a probability above 0.05 and below 1"),
         (("difference=1", "baseline=attention"), "must be key=value"),
     ],
 )
@@ -154,4 +155,4 @@ def test_a_pilot_of_one_seed_is_refused(tmp_path, capsys):
     for name in ("none", "ema"):
         write_run(tmp_path / name, name)
     assert main([str(tmp_path), "difference=1"]) == 1
-    assert "a plan needs at least 2 seeds" in capsys.readouterr().err
+    assert "at least 2 seeds that a row and its baseline have both finished" in capsys.readouterr().err

@@ -93,7 +93,8 @@ def test_all_configurations_are_measured_in_turns(tmp_path, models):
         assert latency["n"] == 2 and latency["sd"] == 0
         assert SECONDS[row["label"]] <= latency["mean"] < SECONDS[row["label"]] + 0.1
         assert row["cost"]["images_per_second"]["mean"] == pytest.approx(8 / latency["mean"])
-        assert row["cost"]["memory"]["mean"] == 300 * 2**20 and row["cost_batch_size"] == 8
+        assert row["cost"]["memory"]["mean"] is None  # the reports' is that of another device
+        assert row["cost_batch_size"] == 8
         assert row["cost"]["reference"]["n"] == 2
     ((shape, autocast),) = models["ema_0"].shapes
     assert shape[:2] == (8, 3) and autocast  # as the reports say
@@ -109,5 +110,5 @@ def test_the_command_measures_again(tmp_path, models, blank_figures, capsys):
 
 def test_a_missing_checkpoint_is_named(tmp_path):
     run = write_run(tmp_path / "none")
-    with pytest.raises(DataError, match=r"report.json: .*best.ckpt is not there, so that its costs"):
+    with pytest.raises(DataError, match=r"report.json: its checkpoint .*best.ckpt is missing"):
         with_costs(read_runs([run]))

@@ -59,7 +59,7 @@ def test_the_data_set_holds_each_image_with_each_corruption(tmp_path):
     (tmp_path / "classes.yaml").write_text("[a, b]")
     write_split_folder(tmp_path, "val", ["one", "two"], [0, 1], ".png")
     dataset = build_dataset("folder", tmp_path, "val", None)
-    corrupted = pickle.loads(pickle.dumps(CorruptedDataset(dataset)))
+    corrupted = pickle.loads(pickle.dumps(CorruptedDataset(dataset, [0, 1])))
     assert len(corrupted) == 2 * len(CORRUPTIONS) * len(SEVERITIES)
     names = [corrupted.name(index) for index in range(len(corrupted))]
     assert names[0] == "gaussian noise/1/one" and names[-1] == "pixelation/5/two" and len(set(names)) == len(names)
@@ -71,3 +71,5 @@ def test_the_data_set_holds_each_image_with_each_corruption(tmp_path):
         assert np.array_equal(sample["image"].permute(1, 2, 0).numpy(), expected)
         assert np.array_equal(sample["mask"].numpy(), clean["mask"])
         assert corrupted.files(index) == dataset.files(["one", "two"].index(name))
+    second = CorruptedDataset(dataset, [1])
+    assert len(second) == len(corrupted) // 2 and second.name(0) == "gaussian noise/1/two"

@@ -40,7 +40,7 @@ def count(logits, truth):
     rows = RowLogits(torch.from_numpy(logits)[None])
     ids, certainty = classify(rows, torch.from_numpy(truth))
     assert torch.equal(ids, most_likely_classes(rows))
-    return count_calibration(ids.numpy(), truth, certainty.confidence.numpy(), certainty.sums.tolist())
+    return count_calibration(ids.numpy(), truth, certainty.confidence.numpy(), certainty.sums.numpy())
 
 
 @pytest.mark.parametrize("classes", [1, 2, 11])
@@ -68,7 +68,7 @@ def test_an_upsampled_map_gives_the_same_as_its_logits(scale):
     assert torch.equal(ids, whole.argmax(0))
     torch.testing.assert_close(certainty.confidence, whole.softmax(0).amax(0), atol=1e-5, rtol=1e-5)
     nll = torch.nn.functional.cross_entropy(whole[None], truth[None].long(), reduction="sum")
-    torch.testing.assert_close(certainty.sums[0].float(), nll, atol=1e-2, rtol=1e-4)
+    torch.testing.assert_close(certainty.sums[:, 0].sum(), nll, atol=1e-2, rtol=1e-4)
 
 
 def test_a_certain_and_correct_model_is_perfect():
@@ -82,6 +82,13 @@ def test_a_certain_and_correct_model_is_perfect():
 def test_a_certain_and_wrong_model_is_as_wrong_as_can_be():
     found = score_calibration([count(np.array([[[60]], [[0]]], np.float32), np.array([[1]], np.uint8))])
     assert (found["ece"], found["nll"], found["brier"]) == pytest.approx((1, 60, 2))
+
+
+def test_ignored_pixels_of_any_logits_are_left_out():
+    logits = np.array([[[1, 5]], [[0, -np.inf]]], np.float32)
+    found = score_calibration([count(logits, np.array([[0, IGNORED]], np.uint8))])
+    alone = score_calibration([count(logits[:, :, :1], np.array([[0]], np.uint8))])
+    assert {**found, "reliability": None} == {**alone, "reliability": None}
 
 
 def test_no_labelled_pixel_gives_no_score():

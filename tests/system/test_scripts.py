@@ -885,12 +885,15 @@ def test_the_same_entry_point_trains_on_every_data_set(data, make, classes, run_
     root = make(tmp_path / "data")
 
     overrides = [f"data={data}", f"data.root={root}", f"hydra.run.dir={tmp_path / 'run'}", "epochs=1"]
-    if data != "folder":
-        overrides.append(f"evaluation.submission={tmp_path / 'submission'}")
 
     status, _, err = run_script("train", *QUICK, *overrides)
 
     assert status == 0, err
+    if data != "folder":
+        submission = f"evaluation.submission={tmp_path / 'submission'}"
+        arguments = [f"run={tmp_path / 'run'}", submission, f"report.dir={tmp_path / 'run/report'}"]
+        status, out, err = run_script("eval", *arguments)
+        assert status == 0 and f"submission: {tmp_path / 'submission'}" in out, err
     report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
     assert len(report["classes"]) == classes
     assert report["data"]["name"] == data
@@ -1024,6 +1027,7 @@ def test_the_default_data_are_generated_and_read(run_script, tmp_path):
         (("schedule.warmup_steps=1000",), "schedule.warmup_steps must be from 0 to 4, .* got 1000"),
         (("resume=runs/missing",), "resume=runs/missing: there is no runs/missing/config.yaml"),
         (("model.encoder_weights=missing.pth",), "missing.pth: no such file"),
+        (("evaluation.submission=out",), "evaluation.submission=out: must be null in a training"),
     ],
 )
 def test_a_mistake_ends_in_one_sentence(overrides, message, camvid_root, run_script, tmp_path):
@@ -1052,7 +1056,7 @@ def test_a_mistake_ends_in_one_sentence(overrides, message, camvid_root, run_scr
         ),
         (("run={run}", "data.rooot=x"), "data.rooot"),
         (("run={run}", "evaluation.window=512"), r"evaluation.window: must be \[height,width\] in pixels"),
-        (("run={run}", "evaluation.window_stride=[9,9]"), "there is no window"),
+        (("run={run}", "evaluation.window_stride=[9,9]"), "must come with a window"),
         (("run={run}", "evaluation.scales=[0]"), "evaluation.scales: must be a list of factors above 0"),
         (("run={run}", "evaluation.corruptions=all"), "evaluation.corruptions: must be standard or null"),
         (("run={run}", "evaluation.submission=out"), "camvid has no benchmark's server"),

@@ -138,7 +138,7 @@ function columns() {
         cell: (row) => row.contrast && [
           el("span", { class: isSure(row.contrast) ? "significant" : null }, signed(row.contrast.difference)),
           el("span", { class: "sub" }, interval(row.contrast) + (row.contrast.n === 1 ? ", images only" : "")),
-          row.seeds_to_decide ? el("span", { class: "sub" }, `${row.seeds_to_decide} seeds would decide`) : null,
+          row.seeds_to_decide ? el("span", { class: "sub" }, `${row.seeds_to_decide} seeds would show it`) : null,
         ],
       },
       { name: "p", unit: "Holm", value: (row) => row.contrast?.p_holm ?? null, cell: (row, value) => [probability(value)] },
@@ -227,6 +227,7 @@ const batches = [...new Set(data.rows.map((row) => row.cost_batch_size).filter(B
 byId("table-note").textContent =
   `${data.metric}: mean \u00b1 standard deviation over the seeds. ` +
   (baselineRows.length ? `Difference: paired by seed and image; the interval covers both (${replicates} replicates of the images); bold where p, corrected for the number of rows, is below ${SIGNIFICANT}. ` : "") +
+  (data.rows.some((row) => row.slowed) ? "\u2020: the machine was slower than for other rows. " : "") +
   (batches.length ? `Speed, latency and memory: of the forward pass, batch ${batches.join(" or ")}. ` : "") +
   Object.entries(data.strata).map(([name, text]) => `${name}: ${text}`).join("; ") + ".";
 
