@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from ema_seg.data import ADE20KDataset
-from ema_seg.runtime.errors import ConfigError, DataError
+from ema_seg.runtime.errors import DataError
 from tests.data.builders import pack, random_mask, save, write_ade20k
 
 VALUES = list(range(151))
@@ -74,9 +74,22 @@ def test_a_missing_annotation_is_named(release: Path) -> None:
         ADE20KDataset(release, "val")
 
 
-def test_there_is_no_test_split(release: Path) -> None:
-    with pytest.raises(ConfigError, match=r"split='test'.*choose from train, val"):
-        ADE20KDataset(release, "test")
+@pytest.mark.parametrize("folder", ["release_test/testing", "ADEChallengeData2016/images/testing"])
+def test_the_test_split_has_images_and_no_labels(release: Path, folder: str) -> None:
+    for index in (2, 1):
+        save(release / folder / f"ADE_test_{index:08d}.jpg", np.zeros((4, 5, 3), np.uint8))
+    for root in (release, release / "ADEChallengeData2016"):
+        dataset = ADE20KDataset(root=root, split="test")
+        assert [pair.name for pair in dataset.pairs] == ["ADE_test_00000001", "ADE_test_00000002"]
+        with pytest.raises(DataError, match="the split 'test' has no labels"):
+            dataset[0]
+        dataset.without_labels = True
+        assert (dataset[0]["mask"] == 255).all() and dataset[0]["mask"].shape == (4, 5)
+
+
+def test_a_missing_test_split_is_named(release: Path) -> None:
+    with pytest.raises(DataError, match=r"has no images that match images/testing or release_test/testing/\*.jpg"):
+        ADE20KDataset(root=release, split="test")
 
 
 def test_a_wrong_root_is_named(tmp_path: Path) -> None:
