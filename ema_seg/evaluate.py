@@ -20,13 +20,12 @@ from ema_seg.data.datamodule import SampleSelection
 from ema_seg.data.normalise import Normalise
 from ema_seg.evaluation import ConfusionMatrix, describe_environment, measure_cost, predict_examples, score_images
 from ema_seg.evaluation.cost import complete_cost, cost_batch_size
-from ema_seg.evaluation.counter import Counter
+from ema_seg.evaluation.counter import Counter, count_predictions
 from ema_seg.evaluation.evaluator import image_counter, require_labels
 from ema_seg.evaluation.robustness import count_corruptions
 from ema_seg.inference.exported import Metadata
 from ema_seg.inference.loading import load_model
 from ema_seg.inference.masks import encode_mask
-from ema_seg.inference.prediction import autocast
 from ema_seg.inference.protocol import PredictionProtocol, check_protocol
 from ema_seg.models import model_stride, segmenter_from_config
 from ema_seg.models.checkpoint import check_classes
@@ -36,8 +35,7 @@ from ema_seg.reporting.report import FILES, build_report, report_manifest, write
 from ema_seg.reporting.submission import SubmissionWriter
 from ema_seg.runtime.distributed.ranks import barrier, rank_info
 from ema_seg.runtime.errors import ConfigError, DataError
-from ema_seg.runtime.execution import deterministic_algorithms, evaluation_mode, set_execution, tf32
-from ema_seg.runtime.progress import track
+from ema_seg.runtime.execution import deterministic_algorithms, set_execution, tf32
 
 __all__ = ["evaluate", "write_submission"]
 
@@ -195,13 +193,20 @@ def write_submission(checkpoint: Path, data: Mapping[str, Any], settings: Mappin
     # Without a file the server would refuse the others.
     opened = _open(checkpoint, {**data, "max_skipped": 0}, settings, without_labels=True)
     model, device, _, stride, normalise, _, module, settings = opened
-    protocol = PredictionProtocol.from_settings(settings)
     write = SubmissionWriter(Path(settings["submission"]), module.test_dataset, module.dataset_name)
-    with opened.computing(), closing(Counter(module.num_classes, lambda name, mask, _: write(name, mask))) as counter:
-        with evaluation_mode(model), autocast(device, settings["precision"]):
-            for batch in track(module.test_dataloader(), "Predicting", shown=rank_info().rank == 0):
-                counter.add_batch(batch, protocol.predict(model, batch["image"], stride, normalise))
-        counter.results()
+    with opened.computing():
+        count_predictions(
+            model,
+            module.test_dataloader(),
+            Counter(module.num_classes, lambda name, mask, _: write(name, mask)),
+            "Predicting",
+            stride=stride,
+            normalise=normalise,
+            device=device,
+            precision=settings["precision"],
+            protocol=PredictionProtocol.from_settings(settings),
+            progress=rank_info().rank == 0,
+        )
     barrier()
 
 

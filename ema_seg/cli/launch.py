@@ -202,8 +202,7 @@ def evaluate_run(
     Raises:
         EmaSegError: any error that the user can correct.
     """
-    accelerator = "cpu" if settings["device"] == "cpu" else "auto"
-    trainer = {"accelerator": accelerator, "devices": devices}
+    trainer = _evaluation_trainer(settings, devices)
     processes = resolve_world_size(trainer, started_by)
     arguments = (checkpoint, dict(data), dict(settings), directory, run, job, trainer)
     return _run_and_load_report(_assess, processes, directory, *arguments)
@@ -229,13 +228,18 @@ def submit_run(
     Raises:
         EmaSegError: any error that the user can correct.
     """
-    trainer = {"accelerator": "cpu" if settings["device"] == "cpu" else "auto", "devices": devices}
+    trainer = _evaluation_trainer(settings, devices)
     processes = resolve_world_size(trainer, started_by)
     arguments = (checkpoint, dict(data), dict(settings), trainer)
     if processes == rank_info().size:
         _submit(*arguments)
     else:
         run_together(_submit, processes, *arguments)
+
+
+def _evaluation_trainer(settings: Mapping[str, Any], devices: int | str | list[int]) -> dict[str, Any]:
+    """Return the options of Lightning's Trainer that choose the processes of an evaluation."""
+    return {"accelerator": "cpu" if settings["device"] == "cpu" else "auto", "devices": devices}
 
 
 def _submit(checkpoint: Path, data: dict[str, Any], settings: dict[str, Any], trainer: Mapping[str, Any]) -> None:

@@ -21,14 +21,15 @@ from ema_seg.comparison.schema import SIZES, SLOWED, Comparison, Contrast, Curve
 from ema_seg.comparison.statistics import (
     add_groups,
     add_whole,
-    adjust_holm,
     as_contrast,
+    correct_contrasts,
     draw_weights,
     estimate_difference,
     score_sums,
     summarise,
     weigh_counts,
 )
+from ema_seg.reporting.tables import mean_of_known
 from ema_seg.runtime.errors import ConfigError, DataError
 
 __all__ = ["CONFIDENCE", "REPLICATES", "SCHEMA", "Match", "Matches", "compare_matches", "compare_runs", "match_runs"]
@@ -193,11 +194,9 @@ def compare_matches(runs: Runs, matches: Matches, *, replicates: int = REPLICATE
         _row(match, contrasts.get(match.label), further[match.label], first, runs.folder, groups)
         for match in rows_matched
     ]
-    adjusted = adjust_holm([row["contrast"] and row["contrast"]["p"] for row in rows])
-    for row, p in zip(rows, adjusted, strict=True):
-        if row["contrast"] is not None:
-            row["contrast"]["p_holm"] = p
-            row["seeds_to_decide"] = _seeds_to_decide(row)
+    correct_contrasts([row["contrast"] for row in rows])
+    for row in rows:
+        row["seeds_to_decide"] = _seeds_to_decide(row)
     if len({result.report["throughput"]["device"] for result in results}) == 1:
         _mark_slowed(rows)
     notes = [
@@ -466,7 +465,7 @@ def _row(
         }
         | {
             name: {
-                "score": summarise(_mean([report["iou"][index] for index in group]) for report in reports),
+                "score": summarise(mean_of_known([report["iou"][index] for index in group]) for report in reports),
                 "contrast": contrasts[0][1 + len(classes) + place] if contrasts else None,
             }
             for place, (name, group) in enumerate(groups.items())
@@ -477,11 +476,6 @@ def _row(
         slowed=False,
         curves=_curves([report["curves"] for report in reports if report["curves"]]),
     )
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _job(run: Run, folder: Path | None) -> Job:

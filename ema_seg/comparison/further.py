@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from ema_seg.comparison.schema import Measure
 from ema_seg.comparison.statistics import (
     Array,
-    adjust_holm,
     as_contrast,
+    correct_contrasts,
     draw_weights,
     estimate_difference,
     score_sums,
@@ -101,10 +101,7 @@ def compare_further(
                 rows[match.label][key] = {"score": score, "contrast": None}
             _add_contrasts(match, list(own), scored, rows[match.label], confidence)
     for key in measures:
-        contrasts = [row[key]["contrast"] for row in rows.values()]
-        for contrast, p in zip(contrasts, adjust_holm([one and one["p"] for one in contrasts]), strict=True):
-            if contrast is not None:
-                contrast["p_holm"] = p
+        correct_contrasts([row[key]["contrast"] for row in rows.values()])
     return measures, rows, notes
 
 

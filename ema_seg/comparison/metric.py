@@ -88,15 +88,18 @@ def _with_counts(result: Result, counts: NDArray[np.int32], strata: Mapping[str,
     whole = counts.sum(axis=1)
     mean, *iou = score_sums(whole.sum(axis=0).astype(float)).tolist()
     of_strata = score_sums(counts.sum(axis=0).astype(float))[:, 0].tolist()
-    known = lambda value: None if np.isnan(value) else value  # noqa: E731
     report = {
         **result.report,
-        "miou": known(mean),
-        "iou": [known(value) for value in iou],
+        "miou": _defined(mean),
+        "iou": [_defined(value) for value in iou],
         "strata": strata,
-        "size_miou": {name: known(value) for name, value in zip(strata, of_strata, strict=False)},
+        "size_miou": {name: _defined(value) for name, value in zip(strata, of_strata, strict=False)},
     }
     return replace(result, report=report, counts=counts, miou=score_sums(whole.astype(float))[:, 0])
+
+
+def _defined(value: float) -> float | None:
+    return None if np.isnan(value) else value
 
 
 def _count_again(result: Result) -> NDArray[np.int32]:

@@ -20,7 +20,14 @@ from rich.text import Text
 from ema_seg.comparison.__main__ import parse_baseline
 from ema_seg.comparison.compare import CONFIDENCE, compare_runs
 from ema_seg.comparison.metric import with_metric
-from ema_seg.comparison.power import find_power, pool_spreads, seeds_needed, seeds_range, smallest_difference
+from ema_seg.comparison.power import (
+    MOST_SEEDS,
+    find_power,
+    pool_spreads,
+    seeds_needed,
+    seeds_range,
+    smallest_difference,
+)
 from ema_seg.comparison.runs import read_folder
 from ema_seg.comparison.schema import Spread
 from ema_seg.comparison.tables import points_text
@@ -159,18 +166,21 @@ def _cells(plan: dict[str, Any]) -> list[list[str]]:
     rows = []
     for row in plan["rows"]:
         spread = row["spread"]
-        count = lambda number: "> 1000" if number is None else str(number)  # noqa: E731
         rows.append(
             [
                 row["label"],
                 "" if row["observed"] is None else points_text(row["observed"], signed=True),
                 f"{points_text(spread['seeds'] ** 0.5)} (n={spread['n']})",
                 points_text(spread["images"] ** 0.5),
-                f"{count(row['seeds'])} ({count(row['few'])} to {count(row['many'])})",
+                f"{_count_text(row['seeds'])} ({_count_text(row['few'])} to {_count_text(row['many'])})",
                 *(points_text(row["smallest"][str(seeds)]) for seeds in SEEDS[1:6]),
             ]
         )
     return rows
+
+
+def _count_text(seeds: int | None) -> str:
+    return f"> {MOST_SEEDS}" if seeds is None else str(seeds)
 
 
 def _print(plan: dict[str, Any]) -> None:

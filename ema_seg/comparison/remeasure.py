@@ -14,15 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ema_seg.comparison.configurations import group_runs
 from ema_seg.comparison.runs import Result, Run, Runs
-from ema_seg.evaluation.cost import random_images
+from ema_seg.evaluation.cost import forward_entry, random_images
 from ema_seg.evaluation.environment import describe_device
-from ema_seg.evaluation.reference import Reference
+from ema_seg.evaluation.reference import Reference, time_call
 from ema_seg.inference.loading import load_model
 from ema_seg.inference.prediction import autocast, memory_format_of
 from ema_seg.runtime.errors import DataError
@@ -59,20 +58,20 @@ def with_costs(runs: Runs, *, rounds: int = _ROUNDS) -> Runs:
     inputs: dict[object, Tensor] = {}
     timed = [_prepare(group[0], inputs) for group in groups]
     device = timed[0].device
-    reference = Reference(device, lambda: _wait_for(device))
+    reference = Reference(device)
     seconds: list[list[float]] = [[] for _ in timed]
     references: list[list[float]] = [[] for _ in timed]
     order, shuffle = list(range(len(timed))), random.Random(0).shuffle
     for model in timed:
         for _ in range(_WARM_UP):
-            _time(model)
+            model.forward()
     for _ in track(range(rounds), "Measuring in turns", shown=True):
         shuffle(order)
         for place in order:
             time.sleep(_PAUSE)
             reference.time()
             references[place].append(reference.seconds[-1])
-            seconds[place].append(_time(timed[place]))
+            seconds[place].append(time_call(timed[place].forward, device))
     measured = {
         id(run): _with_forward(run, timed[place], seconds[place], references[place])
         for place, group in enumerate(groups)
@@ -134,34 +133,13 @@ def _checkpoint(result: Result) -> Path:
     )
 
 
-def _time(timed: _Timed) -> float:
-    _wait_for(timed.device)
-    start = time.perf_counter()
-    timed.forward()
-    _wait_for(timed.device)
-    return time.perf_counter() - start
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def _with_forward(run: Run, timed: _Timed, seconds: list[float], references: list[float]) -> Run:
     assert run.result is not None
     report = run.result.report
-    median, p95 = np.percentile(seconds, [50, 95]).tolist()
-    entry = {
-        **report["throughput"]["forward"][-1],
-        "images_per_second": timed.batch_size / median,
-        "latency": {"median": median, "p95": p95},
-        "reference": float(np.median(references)),
-        "repeats": len(seconds),
-        "warmup": _WARM_UP,
-    }
     device = describe_device(timed.device)["name"]
-    if device != report["throughput"]["device"]:
-        entry["peak_memory"] = None  # that of another device
+    same = device == report["throughput"]["device"]
+    memory = report["throughput"]["forward"][-1]["peak_memory"] if same else None  # not that of another device
+    entry = forward_entry(timed.batch_size, seconds, _WARM_UP, memory, references)
     throughput = {**report["throughput"], "device": device, "forward": [entry]}
     environment = {**report["environment"], "threads": torch.get_num_threads()}
     job = report["job"] and {key: value for key, value in report["job"].items() if key != "launcher"}

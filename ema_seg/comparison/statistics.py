@@ -39,6 +39,7 @@ __all__ = [
     "add_whole",
     "adjust_holm",
     "as_contrast",
+    "correct_contrasts",
     "draw_weights",
     "estimate_difference",
     "score_sums",
@@ -184,6 +185,13 @@ def as_contrast(estimate: Estimate, baseline: str, seeds: int) -> Contrast:
     return Contrast(
         baseline=baseline, difference=difference, low=low, high=high, n=seeds, covers=covers, p=p, p_holm=None
     )
+
+
+def correct_contrasts(contrasts: Sequence[Contrast | None]) -> None:
+    """Set ``p_holm`` of the contrasts of one score in all rows; see ``adjust_holm``."""
+    for contrast, p in zip(contrasts, adjust_holm([one and one["p"] for one in contrasts]), strict=True):
+        if contrast is not None:
+            contrast["p_holm"] = p
 
 
 def summarise(values: Iterable[float | None]) -> Summary:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ema_seg.data.normalise import Normalise
 from ema_seg.evaluation.counter import Counter
 from ema_seg.evaluation.environment import describe_device
-from ema_seg.evaluation.reference import Reference
+from ema_seg.evaluation.reference import Reference, time_call
 from ema_seg.inference.prediction import autocast, memory_format_of, pad_to_stride
 from ema_seg.inference.protocol import PLAIN, PredictionProtocol
 from ema_seg.runtime.distributed.collectives import broadcast, gather
@@ -33,6 +33,7 @@ __all__ = [
     "cost_batch_size",
     "count_macs",
     "count_parameters",
+    "forward_entry",
     "measure_cost",
     "measure_peak_memory",
     "random_images",
@@ -128,7 +129,7 @@ def measure_cost(
         ):
             warmed, seconds, reference = time_forward(model, images, device, warmup, min_repeats, share)
             memory = measure_peak_memory(model, images)
-        return {**_forward_entry(batch, seconds, warmed, memory), "reference": float(np.median(reference))}
+        return forward_entry(batch, seconds, warmed, memory, reference)
 
     with evaluation_mode(model), autocast(device, precision):
         single = random_images(model, 1, size, stride, device)
@@ -300,29 +301,22 @@ def time_forward(
     deadline = time.perf_counter() + budget
     warmed = 0
     while warmed < warmup and (not warmed or time.perf_counter() < deadline):
-        model(images)
-        _wait_for(device)
+        time_call(lambda: model(images), device)
         warmed += 1
-    reference = Reference(device, lambda: _wait_for(device))
+    reference = Reference(device)
     seconds: list[float] = []
     deadline = time.perf_counter() + budget
     while len(seconds) < min_repeats or time.perf_counter() < deadline:
-        _wait_for(device)
-        start = time.perf_counter()
-        model(images)
-        _wait_for(device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time_call(lambda: model(images), device))
         if sum(reference.seconds) < 0.1 * sum(seconds):
             reference.time()
     return warmed, seconds, reference.seconds
 
 
-def _wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def _forward_entry(batch_size: int, seconds: list[float], warmup: int, memory: int) -> dict[str, Any]:
+def forward_entry(
+    batch_size: int, seconds: list[float], warmup: int, memory: int | None, reference: list[float]
+) -> dict[str, Any]:
+    """Return the entry of a batch size in ``throughput.forward``, see ``measure_cost``."""
     median, p95 = np.percentile(seconds, [50, 95]).tolist()
     return {
         "batch_size": batch_size,
@@ -330,6 +324,7 @@ def _forward_entry(batch_size: int, seconds: list[float], warmup: int, memory: i
         "images_per_second": batch_size / median,
         "latency": {"median": median, "p95": p95},
         "peak_memory": memory,
+        "reference": float(np.median(reference)),
         "repeats": len(seconds),
         "warmup": warmup,
     }

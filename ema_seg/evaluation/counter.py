@@ -3,17 +3,23 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ema_seg.data.normalise import Normalise
 from ema_seg.evaluation.calibration import Certainty, classify
 from ema_seg.inference.classes import most_likely_classes
+from ema_seg.inference.prediction import autocast
+from ema_seg.inference.protocol import PredictionProtocol
 from ema_seg.models.head import Logits
 from ema_seg.runtime.errors import DataError, ModelError
+from ema_seg.runtime.execution import evaluation_mode
+from ema_seg.runtime.progress import track
 
-__all__ = ["Counter"]
+__all__ = ["Counter", "count_predictions"]
 
 # Images whose predictions wait to be counted; more would fill the memory where counting is slower than the model.
 _MOST_WAITING = 16
@@ -108,6 +114,42 @@ class Counter(Generic[Result]):
             return self._count(name, classes.numpy(), target.cpu().numpy(), *known)
         except (DataError, ModelError) as error:
             raise type(error)(f"{name}: {error}") from error
+
+
+def count_predictions(
+    model: nn.Module,
+    loader: Iterable[Mapping[str, Any]],
+    counter: Counter[Result],
+    title: str,
+    *,
+    stride: int,
+    normalise: Normalise,
+    device: torch.device | str,
+    precision: str | int,
+    protocol: PredictionProtocol,
+    progress: bool,
+) -> list[Result]:
+    """Predict the images of a loader and count them; the counter is closed afterwards.
+
+    Args:
+        model: see ``score_images``.
+        loader: see ``score_images``.
+        counter: counts the images.
+        title: title of the progress bar.
+        stride: see ``score_images``.
+        normalise: see ``score_images``.
+        device: see ``score_images``.
+        precision: see ``score_images``.
+        protocol: see ``score_images``.
+        progress: see ``score_images``.
+
+    Returns:
+        The counter's results, in the loader's order.
+    """
+    with evaluation_mode(model), autocast(device, precision), closing(counter):
+        for batch in track(loader, title, shown=progress):
+            counter.add_batch(batch, protocol.predict(model, batch["image"], stride, normalise))
+        return counter.results()
 
 
 def _copy_to_host(tensor: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Evaluation of a model on a data set: one confusion matrix, and a record of each image."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -16,15 +15,12 @@ from ema_seg.data.normalise import Normalise
 from ema_seg.evaluation.boundary import BoundaryCounts, count_boundaries
 from ema_seg.evaluation.calibration import CalibrationCounts, Certainty, count_calibration
 from ema_seg.evaluation.confusion import ConfusionMatrix
-from ema_seg.evaluation.counter import Counter
+from ema_seg.evaluation.counter import Counter, count_predictions
 from ema_seg.evaluation.robustness import CorruptionCounts
 from ema_seg.evaluation.strata import StratumCounts, count_strata
-from ema_seg.inference.prediction import autocast
 from ema_seg.inference.protocol import PLAIN, PredictionProtocol
 from ema_seg.runtime.distributed.collectives import gather, sum_in_place
 from ema_seg.runtime.errors import DataError
-from ema_seg.runtime.execution import evaluation_mode
-from ema_seg.runtime.progress import track
 
 __all__ = ["Evaluation", "ImageRecord", "image_counter", "require_labels", "score_images"]
 
@@ -106,10 +102,18 @@ def score_images(
     model.to(device)
     total = ConfusionMatrix(len(classes))
     counter = image_counter(total, on_prediction, boundary=boundary, calibration=calibration)
-    with evaluation_mode(model), autocast(device, precision), closing(counter):
-        for batch in track(loader, "Evaluating", shown=progress):
-            counter.add_batch(batch, protocol.predict(model, batch["image"], stride, normalise))
-        records = counter.results()
+    records = count_predictions(
+        model,
+        loader,
+        counter,
+        "Evaluating",
+        stride=stride,
+        normalise=normalise,
+        device=device,
+        precision=precision,
+        protocol=protocol,
+        progress=progress,
+    )
     sum_in_place(total.matrix)
     turns = zip_longest(*gather(records))
     everyones = [record for turn in turns for record in turn if record is not None]

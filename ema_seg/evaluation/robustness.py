@@ -1,7 +1,6 @@
 """Scores of corrupted images: the mIoU of each kind of corruption, and how far it falls."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,9 @@ from torch import nn
 from ema_seg.data.corruptions import CORRUPTIONS, SEVERITIES
 from ema_seg.data.normalise import Normalise
 from ema_seg.evaluation.confusion import ConfusionMatrix, mean_of_defined, ratio
-from ema_seg.evaluation.counter import Counter
-from ema_seg.inference.prediction import autocast
+from ema_seg.evaluation.counter import Counter, count_predictions
 from ema_seg.inference.protocol import PLAIN, PredictionProtocol
 from ema_seg.runtime.distributed.collectives import gather
-from ema_seg.runtime.execution import evaluation_mode
-from ema_seg.runtime.progress import track
 
 __all__ = ["CorruptionCounts", "count_corruptions", "score_corruptions"]
 
@@ -54,12 +50,19 @@ def count_corruptions(
     Returns:
         The counts of all ranks by the name of the image.
     """
-    device = torch.device(device)
     counter = Counter(num_classes, lambda name, prediction, truth: (name, _count(prediction, truth, num_classes)))
-    with evaluation_mode(model), autocast(device, precision), closing(counter):
-        for batch in track(loader, "Corruptions", shown=progress):
-            counter.add_batch(batch, protocol.predict(model, batch["image"], stride, normalise))
-        counted = counter.results()
+    counted = count_predictions(
+        model,
+        loader,
+        counter,
+        "Corruptions",
+        stride=stride,
+        normalise=normalise,
+        device=device,
+        precision=precision,
+        protocol=protocol,
+        progress=progress,
+    )
     images: dict[str, CorruptionCounts] = {}
     missing: list[list[int]] = [[], [], []]  # of an image that could not be read again: no class
     for name, counts in (item for part in gather(counted) for item in part):

@@ -61,12 +61,12 @@ class PredictionProtocol:
 
     @property
     def plain(self) -> bool:
-        """Whether each image is predicted whole, once, at its own size."""
+        """True if each image is predicted whole, once, at its own size."""
         return self == PLAIN
 
     @property
     def averages(self) -> bool:
-        """Whether probabilities are averaged over several predictions."""
+        """True if probabilities are averaged over several predictions."""
         return len(self.scales) > 1 or self.scales[0] != 1 or self.flip
 
     def settings(self) -> dict[str, Any]:

@@ -12,7 +12,15 @@ from rich.text import Text
 
 from ema_seg.runtime.escaping import for_markdown, for_markdown_code, for_terminal
 
-__all__ = ["describe_model", "describe_protocol", "format_number", "print_report", "render_markdown", "render_sections"]
+__all__ = [
+    "describe_model",
+    "describe_protocol",
+    "format_number",
+    "mean_of_known",
+    "print_report",
+    "render_markdown",
+    "render_sections",
+]
 
 _SCORES = {
     "miou": "mIoU",
@@ -203,7 +211,7 @@ def _corruption_rows(report: Mapping[str, Any]) -> list[Row]:
     return [
         ("mIoU, corrupted", _percent(report["corrupted_miou"])),
         ("lost by corruption", _percent(report["corruption_drop"])),
-        *((f"mIoU, {kind}", _percent(_mean(found["miou"]))) for kind, found in kinds),
+        *((f"mIoU, {kind}", _percent(mean_of_known(found["miou"]))) for kind, found in kinds),
     ]
 
 
@@ -293,7 +301,8 @@ def _absent_sentence(report: Mapping[str, Any]) -> str:
     return f"In neither truth nor prediction, left out of the mean: {', '.join(report['absent_classes'])}."
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean_of_known(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the values that are not None; None if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 

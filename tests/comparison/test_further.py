@@ -37,7 +37,9 @@ def rows(comparison):
 
 @pytest.fixture(scope="module")
 def reports(folder):
-    read = lambda name: json.loads((folder / name / "report/report.json").read_text())  # noqa: E731
+    def read(name):
+        return json.loads((folder / name / "report/report.json").read_text())
+
     return {name: [read(f"{name}_{seed}") for seed in SEEDS] for name in ("none", "ema", "se")}
 
 

@@ -112,7 +112,10 @@ def test_scales_and_flips_average_probabilities(model, scales, flip):
 def test_windows_slide_at_each_scale(model):
     image, window, stride = picture(45, 64), (32, 40), (20, 24)
     found = run(PredictionProtocol(window, stride, (0.5, 1.5), True), model, image).softmax(0)
-    slide_all = lambda model, image: slide(model, image, window, stride)  # noqa: E731
+
+    def slide_all(model, image):
+        return slide(model, image, window, stride)
+
     expected = average(model, image, (0.5, 1.5), (False, True), slide_all)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-3)
 
