@@ -125,7 +125,7 @@ def test_kills_at_any_moment_change_nothing_in_the_result(undisturbed, camvid_ro
     rows, expected_rows = (comparison_rows(sweep) for sweep in (folder, undisturbed[0]))
     assert rows.keys() == expected_rows.keys()
     for label, row in rows.items():
-        for key in ("miou", "contrast", "classes", "strata"):
+        for key in ("score", "contrast", "classes", "strata"):
             assert row[key] == expected_rows[label][key], (label, key)
     for job in read_plan(folder).jobs:
         ours, theirs = (
