@@ -28,8 +28,8 @@ from ema_seg.comparison.compare import REPLICATES, compare_runs, match_runs
 from ema_seg.comparison.files import write_comparison
 from ema_seg.comparison.pictures import draw_examples
 from ema_seg.comparison.runs import Result, read_folder
-from ema_seg.comparison.statistics import add_whole, draw_weights, score_sums, weigh_counts
 from ema_seg.evaluation import STRATA, ConfusionMatrix, Evaluation
+from ema_seg.evaluation.intervals import add_whole, draw_weights, score_sums, weigh_counts
 from ema_seg.inference.masks import encode_mask
 from ema_seg.reporting import build_report
 

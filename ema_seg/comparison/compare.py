@@ -18,15 +18,13 @@ from ema_seg.comparison.further import compare_further
 from ema_seg.comparison.power import MOST_SEEDS, seeds_needed, split_variance
 from ema_seg.comparison.runs import Result, Run, Runs
 from ema_seg.comparison.schema import SIZES, SLOWED, Comparison, Contrast, Curve, Disagreement, Job, Row, Spread
-from ema_seg.comparison.statistics import (
+from ema_seg.comparison.statistics import as_contrast, correct_contrasts, summarise
+from ema_seg.evaluation.intervals import (
     add_groups,
     add_whole,
-    as_contrast,
-    correct_contrasts,
     draw_weights,
     estimate_difference,
     score_sums,
-    summarise,
     weigh_counts,
 )
 from ema_seg.reporting.tables import mean_of_known
@@ -172,7 +170,7 @@ def compare_matches(runs: Runs, matches: Matches, *, replicates: int = REPLICATE
     Args:
         runs: see ``ema_seg.comparison.runs``.
         matches: result of ``match_runs`` for these runs.
-        replicates: number of bootstrap replicates over images, see ``ema_seg.comparison.statistics``.
+        replicates: number of bootstrap replicates over images, see ``ema_seg.evaluation.intervals``.
         seed: seed of the bootstrap.
 
     Returns:

@@ -1,7 +1,7 @@
 """Scores beyond the mIoU, for reports that have them: boundaries, calibration and corruptions.
 
 Each score is a function of counts that are summed over the images, so its intervals are those of the mIoU: see
-``ema_seg.comparison.statistics``.
+``ema_seg.evaluation.intervals``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,16 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ema_seg.comparison.schema import Measure
-from ema_seg.comparison.statistics import (
-    Array,
-    as_contrast,
-    correct_contrasts,
-    draw_weights,
-    estimate_difference,
-    score_sums,
-    summarise,
-    weigh_counts,
-)
+from ema_seg.comparison.statistics import as_contrast, correct_contrasts, summarise
+from ema_seg.evaluation.intervals import Array, draw_weights, estimate_difference, score_sums, weigh_counts
 
 if TYPE_CHECKING:
     from ema_seg.comparison.compare import Match

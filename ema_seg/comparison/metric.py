@@ -14,8 +14,8 @@ from PIL import Image
 
 from ema_seg.comparison.pictures import open_dataset
 from ema_seg.comparison.runs import Result, Runs
-from ema_seg.comparison.statistics import score_sums
 from ema_seg.data.source import IMAGE_FORMATS
+from ema_seg.evaluation.intervals import score_sums
 from ema_seg.runtime.errors import ConfigError, DataError, EmaSegError, did_you_mean, one_line
 from ema_seg.runtime.progress import track
 

@@ -1,6 +1,6 @@
 """Power of a comparison: how many seeds a difference needs, from the variances that a pilot shows.
 
-See ``ema_seg.comparison.statistics`` for the test. The variance of the mean difference over n seeds is
+See ``ema_seg.evaluation.intervals`` for the test. The variance of the mean difference over n seeds is
 ``seeds / n + images + interaction / n``: ``seeds`` is the variance of the difference between seeds, ``images`` the part
 of the images' variance that more seeds do not average out, and ``interaction`` the part that they do. The estimated
 variance counts the interaction twice, as ``seeds`` contains it, too.

@@ -15,7 +15,7 @@ from ema_seg.comparison.power import (
     split_variance,
 )
 from ema_seg.comparison.schema import Spread
-from ema_seg.comparison.statistics import estimate_difference
+from ema_seg.evaluation.intervals import estimate_difference
 from tests.comparison.runs_on_disk import write_run, write_sweep
 
 

@@ -12,15 +12,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ema_seg.comparison.statistics import (
-    add_groups,
-    adjust_holm,
-    draw_weights,
-    estimate_difference,
-    score_sums,
-    weigh_counts,
-)
+from ema_seg.comparison.statistics import adjust_holm
 from ema_seg.evaluation import ConfusionMatrix
+from ema_seg.evaluation.intervals import add_groups, draw_weights, estimate_difference, score_sums, weigh_counts
 
 IMAGES = 120
 # Standard deviations of the difference in logit of the configurations: over seeds, over images, of the interaction.
