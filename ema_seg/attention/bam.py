@@ -43,6 +43,16 @@ class BAM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Re-weight ``x`` (B, C, H, W)."""
+        return x + x * self._gate(x)
+
+    def weight_map(self, x: Tensor) -> Tensor:
+        """Compute the weights that ``forward`` multiplies ``x`` by: (B, C, H, W), or 1 in place of C or of H, W.
+
+        They lie in (1, 2), because of the residual.
+        """
+        return 1 + self._gate(x)
+
+    def _gate(self, x: Tensor) -> Tensor:
         maps: list[Tensor] = []
         if self.channel is not None:
             if self.training:
@@ -50,7 +60,7 @@ class BAM(nn.Module):
             maps.append(self.channel(x.mean(dim=(2, 3), keepdim=True)))
         if self.spatial is not None:
             maps.append(self.spatial(x))
-        return x + x * sum(maps[1:], maps[0]).sigmoid()
+        return sum(maps[1:], maps[0]).sigmoid()
 
 
 def _channel_map(channels: int, hidden: int) -> nn.Module:

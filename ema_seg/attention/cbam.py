@@ -49,6 +49,14 @@ class CBAM(nn.Module):
         """Re-weight ``x`` (B, C, H, W)."""
         return self.spatial(self.channel(x))
 
+    def weight_map(self, x: Tensor) -> Tensor:
+        """Compute the weights that ``forward`` multiplies ``x`` by: (B, C, H, W), or 1 in place of C or of H, W."""
+        weights = x.new_ones(1, 1, 1, 1)
+        if isinstance(self.channel, _ChannelGate):
+            weights = self.channel.gate(x)
+            x = x * weights
+        return weights * self.spatial.gate(x) if isinstance(self.spatial, _SpatialGate) else weights
+
 
 class _ChannelGate(nn.Module):
     def __init__(self, channels: int, reduction: int) -> None:
@@ -61,8 +69,11 @@ class _ChannelGate(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)
+
+    def gate(self, x: Tensor) -> Tensor:
         mean, largest = x.mean(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
-        return x * (self.mlp(mean) + self.mlp(largest)).sigmoid()
+        return (self.mlp(mean) + self.mlp(largest)).sigmoid()
 
 
 class _SpatialGate(nn.Module):
@@ -72,5 +83,8 @@ class _SpatialGate(nn.Module):
         self.norm = nn.BatchNorm2d(1) if batch_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)
+
+    def gate(self, x: Tensor) -> Tensor:
         pooled = torch.cat([x.mean(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)], dim=1)
-        return x * self.norm(self.conv(pooled)).sigmoid()
+        return self.norm(self.conv(pooled)).sigmoid()

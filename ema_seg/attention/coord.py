@@ -45,9 +45,19 @@ class CoordinateAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Re-weight ``x`` (B, C, H, W)."""
+        rows, columns = self._gates(x)
+        return x * rows * columns
+
+    def weight_map(self, x: Tensor) -> Tensor:
+        """Compute the weights that ``forward`` multiplies ``x`` by: (B, C, H, W) in (0, 1)."""
+        rows, columns = self._gates(x)
+        return rows * columns
+
+    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gates of the rows (B, C, H, 1) and of the columns (B, C, 1, W)."""
         height, width = x.shape[2:]
         rows = x.mean(dim=3, keepdim=True)
         columns = x.mean(dim=2, keepdim=True).transpose(2, 3)
         both = self.act(self.bn1(self.conv1(torch.cat([rows, columns], dim=2))))
         rows, columns = both.split([height, width], dim=2)
-        return x * self.conv_h(rows).sigmoid() * self.conv_w(columns.transpose(2, 3)).sigmoid()
+        return self.conv_h(rows).sigmoid(), self.conv_w(columns.transpose(2, 3)).sigmoid()

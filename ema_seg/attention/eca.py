@@ -8,6 +8,7 @@ import math
 from typing import Literal
 
 from timm.layers import EcaModule
+from torch import Tensor
 
 from ema_seg.attention.checks import check_odd, check_positive
 
@@ -38,6 +39,10 @@ class ECA(EcaModule):
         check_odd("ECA", "kernel_size", kernel_size)
         # channels=None disables timm's rule, which gives 3 where the paper's gives 1, for fewer than 8 channels.
         super().__init__(channels=None, kernel_size=kernel_size)
+
+    def weight_map(self, x: Tensor) -> Tensor:
+        """Compute the weights that ``forward`` multiplies ``x`` by: (B, C, 1, 1) in (0, 1)."""
+        return self.gate(self.conv(x.mean(dim=(2, 3)).unsqueeze(1))).reshape(len(x), -1, 1, 1)
 
 
 def _adaptive_kernel_size(channels: int) -> int:

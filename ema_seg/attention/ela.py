@@ -66,6 +66,10 @@ class ELA(nn.Module):
         """Re-weight ``x`` (B, C, H, W)."""
         return x * self._gates(x.mean(dim=3)).unsqueeze(3) * self._gates(x.mean(dim=2)).unsqueeze(2)
 
+    def weight_map(self, x: Tensor) -> Tensor:
+        """Compute the weights that ``forward`` multiplies ``x`` by: (B, C, H, W) in (0, 1)."""
+        return self._gates(x.mean(dim=3)).unsqueeze(3) * self._gates(x.mean(dim=2)).unsqueeze(2)
+
     def _gates(self, means: Tensor) -> Tensor:
         # The module's forward rejects one value per group in a batch of one; torch.group_norm normalises it to zero.
         norm = self.gn

@@ -5,6 +5,7 @@ https://arxiv.org/abs/1911.06667
 """
 
 from timm.layers import EffectiveSEModule
+from torch import Tensor
 
 from ema_seg.attention.checks import check_choice, check_positive
 
@@ -31,3 +32,7 @@ class ESE(EffectiveSEModule):
         check_positive("eSE", "channels", channels)
         check_choice("eSE", "gate", gate, _GATES)
         super().__init__(channels, gate_layer=gate)
+
+    def weight_map(self, x: Tensor) -> Tensor:
+        """Compute the weights that ``forward`` multiplies ``x`` by: (B, C, 1, 1) in [0, 1]."""
+        return self.gate(self.fc(x.mean(dim=(2, 3), keepdim=True)))

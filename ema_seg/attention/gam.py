@@ -4,6 +4,7 @@ Paper: Liu et al., "Global Attention Mechanism: Retain Information to Enhance Ch
 https://arxiv.org/abs/2112.05561
 """
 
+import torch
 from torch import Tensor, nn
 
 from ema_seg.attention.checks import PARTS, check_choice, check_positive
@@ -46,6 +47,11 @@ class GAM(nn.Module):
         if self.spatial is not None:
             x = x * self.spatial(x)
         return x
+
+    def weight_map(self, x: Tensor) -> Tensor:
+        """Compute the weights that ``forward`` multiplies ``x`` by: (B, C, H, W) in (0, 1)."""
+        weights = torch.ones_like(x) if self.channel is None else self.channel(x)
+        return weights if self.spatial is None else weights * self.spatial(x * weights)
 
 
 def _channel_gate(channels: int, hidden: int) -> nn.Sequential:

@@ -4,8 +4,10 @@ Paper: Cao et al., "GCNet: Non-local Networks Meet Squeeze-Excitation Networks a
 https://arxiv.org/abs/1904.11492
 """
 
+from collections.abc import Callable
+
 from timm.layers import GlobalContext
-from torch import nn
+from torch import Tensor, nn
 
 from ema_seg.attention.checks import check_choice, check_positive
 
@@ -50,3 +52,21 @@ class GC(GlobalContext):
         )
         if fusion == "add":  # timm sets only the weight to zero
             nn.init.zeros_(self.mlp_add.fc2.bias)  # type: ignore[arg-type]
+
+    @property
+    def weight_map(self) -> Callable[[Tensor], Tensor]:
+        """Function that computes the weights that ``forward`` multiplies ``x`` by: (B, C, 1, 1) in (0, 1).
+
+        Raises:
+            AttributeError: the block adds a vector, so it has no weights.
+        """
+        if self.mlp_scale is None:
+            raise AttributeError("weight_map: only with fusion='scale'.")
+        return lambda x: self.gate(self.mlp_scale(self._context(x)))
+
+    def _context(self, x: Tensor) -> Tensor:
+        """Compute the mean over the pixels (B, C, 1, 1), weighted if the block pools by attention."""
+        if self.conv_attn is None:
+            return x.mean(dim=(2, 3), keepdim=True)
+        attention = self.conv_attn(x).flatten(2).softmax(dim=2)
+        return (x.flatten(2) @ attention.transpose(1, 2)).unsqueeze(3)

@@ -66,8 +66,12 @@ class GatherExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Re-weight ``x`` (B, C, H, W)."""
+        return x * self.weight_map(x)
+
+    def weight_map(self, x: Tensor) -> Tensor:
+        """Compute the weights that ``forward`` multiplies ``x`` by: (B, C, H, W), or 1 in place of H, W."""
         gate = self.excite(self._average(x) if self.averages else self.gather(x)).sigmoid()
-        return x * (gate if self.extent == "global" else interpolate(gate, size=x.shape[2:], mode="nearest"))
+        return gate if self.extent == "global" else interpolate(gate, size=x.shape[2:], mode="nearest")
 
     def _average(self, x: Tensor) -> Tensor:
         if self.extent == "global":

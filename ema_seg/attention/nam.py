@@ -34,6 +34,10 @@ class NAM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Re-weight ``x`` (B, C, H, W)."""
+        return x * self.weight_map(x)
+
+    def weight_map(self, x: Tensor) -> Tensor:
+        """Compute the weights that ``forward`` multiplies ``x`` by: (B, C, H, W) in (0, 1)."""
         scale = self.bn.weight.detach().abs()
         share = (scale / scale.sum()).to(x.dtype)
-        return x * (share[:, None, None] * self.bn(x)).sigmoid()
+        return (share[:, None, None] * self.bn(x)).sigmoid()

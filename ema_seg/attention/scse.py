@@ -48,4 +48,13 @@ class SCSE(SCSEModule):
         """Re-weight ``x`` (B, C, H, W)."""
         if self.parts == "both":
             return super().forward(x)
-        return x * (self.cSE(x) if self.parts == "channel" else self.sSE(x))
+        return x * self.weight_map(x)
+
+    def weight_map(self, x: Tensor) -> Tensor:
+        """Compute the weights that ``forward`` multiplies ``x`` by: (B, C, H, W), or 1 in place of C or of H, W.
+
+        With both parts they lie in (0, 2), because the copies are added.
+        """
+        if self.parts == "both":
+            return self.cSE(x) + self.sSE(x)
+        return self.cSE(x) if self.parts == "channel" else self.sSE(x)

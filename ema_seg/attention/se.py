@@ -4,6 +4,7 @@ Paper: Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018, https://arxiv.or
 """
 
 from timm.layers import SEModule
+from torch import Tensor
 
 from ema_seg.attention.checks import check_positive
 from ema_seg.runtime.errors import ModelError
@@ -31,3 +32,7 @@ class SE(SEModule):
         if not isinstance(reduction, int) or reduction < 1:
             raise ModelError(f"SE: reduction must be a whole number of at least 1, got {reduction!r}.")
         super().__init__(channels, rd_channels=max(1, channels // reduction))
+
+    def weight_map(self, x: Tensor) -> Tensor:
+        """Compute the weights that ``forward`` multiplies ``x`` by: (B, C, 1, 1) in (0, 1)."""
+        return self.gate(self.fc2(self.act(self.bn(self.fc1(x.mean(dim=(2, 3), keepdim=True))))))

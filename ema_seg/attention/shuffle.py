@@ -57,15 +57,30 @@ class ShuffleAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Re-weight and shuffle ``x`` (B, C, H, W)."""
+        first, second, first_gate, second_gate = self._halves(x)
+        # Autocast leaves the products with the weights in float32.
+        first, second = first * first_gate.to(x.dtype), second * second_gate.to(x.dtype)
+        return self.shuffle(torch.cat([first, second], dim=1).reshape(x.shape))
+
+    def weight_map(self, x: Tensor) -> Tensor:
+        """Compute the weights by which ``forward`` multiplies ``x`` before the shuffle: (B, C, H, W) in (0, 1)."""
+        first, second, first_gate, second_gate = self._halves(x)
+        return torch.cat([first_gate.expand_as(first), second_gate.expand_as(second)], dim=1).reshape(x.shape)
+
+    def shuffle(self, x: Tensor) -> Tensor:
+        """Permute the channels as ``forward`` does after the re-weighting."""
+        batch, channels, height, width = x.shape
+        halves = x.reshape(batch, 2, channels // 2, height, width)
+        return halves.transpose(1, 2).reshape(x.shape)
+
+    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the two halves of each group of ``x`` and their gates."""
         batch, channels, height, width = x.shape
         grouped = x.reshape(batch * self.groups, channels // self.groups, height, width)
         first, second = grouped.chunk(2, dim=1)
         first_gate = (self.cweight * first.mean(dim=(2, 3), keepdim=True) + self.cbias).sigmoid()
         second_gate = (self.sweight * self._normalise(second) + self.sbias).sigmoid()
-        # Autocast leaves the products with the weights in float32.
-        first, second = first * first_gate.to(x.dtype), second * second_gate.to(x.dtype)
-        halves = torch.cat([first, second], dim=1).reshape(batch, 2, channels // 2, height, width)
-        return halves.transpose(1, 2).reshape(batch, channels, height, width)
+        return first, second, first_gate, second_gate
 
     def _normalise(self, features: Tensor) -> Tensor:
         # The module's forward rejects one value per group in a batch of one; torch.group_norm normalises it to zero.

@@ -38,9 +38,13 @@ class SimAM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Re-weight ``x`` (B, C, H, W)."""
+        return x * self.weight_map(x)
+
+    def weight_map(self, x: Tensor) -> Tensor:
+        """Compute the weights that ``forward`` multiplies ``x`` by: (B, C, H, W) in (0, 1)."""
         deviation = (x - x.mean(dim=(2, 3), keepdim=True)).square()
         variance = deviation.sum(dim=(2, 3), keepdim=True) / max(x.shape[2] * x.shape[3] - 1, 1)
-        return x * (deviation / (4 * (variance + self.e_lambda)) + 0.5).sigmoid()
+        return (deviation / (4 * (variance + self.e_lambda)) + 0.5).sigmoid()
 
     def extra_repr(self) -> str:
         """Show λ in ``print(model)``."""

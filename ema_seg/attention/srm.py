@@ -38,8 +38,12 @@ class SRM(nn.Module):
         """Re-weight ``x`` (B, C, H, W)."""
         if self.training:
             check_batch("SRM", x)
+        return x * self.weight_map(x)
+
+    def weight_map(self, x: Tensor) -> Tensor:
+        """Compute the weights that ``forward`` multiplies ``x`` by: (B, C, 1, 1) in (0, 1)."""
         # The 1e-5 avoids the square root's infinite gradient at zero, for a constant channel.
         deviation = (x.var(dim=(2, 3), correction=0) + 1e-5).sqrt()
         style = torch.stack([x.mean(dim=(2, 3)), deviation], dim=2)
         gate = self.bn((style * self.cfc).sum(dim=2)[:, :, None, None]).sigmoid()
-        return x * gate.to(x.dtype)  # autocast leaves the products with the weights in float32
+        return gate.to(x.dtype)  # autocast leaves the products with the weights in float32

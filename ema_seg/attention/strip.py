@@ -38,6 +38,10 @@ class StripPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Re-weight ``x`` (B, C, H, W)."""
+        return x * self.weight_map(x)
+
+    def weight_map(self, x: Tensor) -> Tensor:
+        """Compute the weights that ``forward`` multiplies ``x`` by: (B, C, H, W) in (0, 1)."""
         rows = self.bn1(self.conv1(x.mean(dim=3, keepdim=True)))
         columns = self.bn2(self.conv2(x.mean(dim=2, keepdim=True)))
-        return x * self.conv3((rows + columns).relu()).sigmoid()
+        return self.conv3((rows + columns).relu()).sigmoid()

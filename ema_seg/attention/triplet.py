@@ -44,13 +44,17 @@ class TripletAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Re-weight ``x`` (B, C, H, W)."""
+        return x * self.weight_map(x)
+
+    def weight_map(self, x: Tensor) -> Tensor:
+        """Compute the weights that ``forward`` multiplies ``x`` by: (B, C, H, W) in (0, 1), or 1 in place of C."""
         gates = []
         if self.parts != "spatial":
             gates.append(self.cw(_z_pool(x, 2)).transpose(1, 2))  # (B, C, 1, W)
             gates.append(self.hc(_z_pool(x, 3).transpose(2, 3)).permute(0, 3, 2, 1))  # (B, C, H, 1)
         if self.parts != "channel":
             gates.append(self.hw(_z_pool(x, 1)))  # (B, 1, H, W)
-        return x * (sum(gates[1:], gates[0]) / len(gates))
+        return sum(gates[1:], gates[0]) / len(gates)
 
 
 def _z_pool(x: Tensor, dim: int) -> Tensor:

@@ -205,13 +205,15 @@ def build_page(models: Sequence[Model], examples: Sequence[Example]) -> gr.Block
             for column, result in zip(columns, found, strict=True):
                 if result is None:
                     continue
-                if not column.model.has_weight_maps:
-                    updates |= column.without_weights("This model has no attention block with weight maps.")
-                    continue
                 try:
-                    updates |= column.show_weights(column.model.weight_maps(result.image), result.image)
+                    maps = column.model.weight_maps(result.image) if column.model.has_weight_maps else {}
                 except EmaSegError as error:
                     updates |= column.without_weights(f"No weight maps: {str(error).removeprefix('weight_maps: ')}")
+                    continue
+                if maps:
+                    updates |= column.show_weights(maps, result.image)
+                else:
+                    updates |= column.without_weights("This model has no attention block with weight maps.")
             return updates
 
         outputs = [message, results, difference, pairs]

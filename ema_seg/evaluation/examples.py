@@ -21,7 +21,7 @@ __all__ = ["Example", "choose_examples", "predict_example", "predict_examples"]
 class Example(TypedDict):
     """Image to draw: uint8 RGB H x W x 3, with its masks as integers H x W (255 = ignored).
 
-    ``weight_map`` is the weight of each pixel in an attention block, float H x W in [0, 1].
+    ``weight_map`` is the weight of each pixel in an attention block, float H x W.
     """
 
     title: str

@@ -19,14 +19,16 @@ def attention_weights(model: nn.Module, image: Tensor, stride: int, normalise: N
         normalise: the normalisation that the model was trained with.
 
     Returns:
-        Weights in (0, 1) by the name of the block within the model, in the order of execution: float32
-        (groups, h, w), where (h, w) is the size of the block's features for the image padded to the stride. Blocks
-        without a method ``weight_map`` are omitted.
+        Weights by the name of the block within the model, in the order of execution: float32 (groups, h, w), where
+        (h, w) is the size of the block's features for the image padded to the stride. Blocks without a method
+        ``weight_map``, and those whose weights are the same at all positions, are omitted.
     """
     maps: dict[str, Tensor] = {}
 
     def keep(name: str, block: nn.Module, features: Tensor) -> None:
-        maps[name] = block.weight_map(features)[0].float()  # type: ignore[operator]
+        weights = block.weight_map(features)[0].float()  # type: ignore[operator]
+        if weights.shape[1:] != (1, 1) or features.shape[2:] == (1, 1):
+            maps[name] = weights
 
     blocks = {name: block for name, block in model.named_modules() if hasattr(block, "weight_map")}
     if not blocks:

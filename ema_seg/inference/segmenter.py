@@ -53,7 +53,7 @@ class Segmentation:
         classes: the K class names.
         palette: their colours, (red, green, blue) from 0 to 255.
         probabilities: float32 K x H x W; None if they were not computed.
-        weight_maps: weights in (0, 1) by the name of the attention block, float32 (groups, h, w), where (h, w) is the
+        weight_maps: weights by the name of the attention block, float32 (groups, h, w), where (h, w) is the
             size of the block's features; None if they were not computed.
     """
 

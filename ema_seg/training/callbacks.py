@@ -300,7 +300,7 @@ def attention_map(model: nn.Module, image: Tensor, stride: int, normalise: Norma
         normalise: the normalisation that the model was trained with.
 
     Returns:
-        Weights in (0, 1), float32 (H, W); None if no block of the model has a method ``weight_map``.
+        Weights, float32 (H, W); None if no block of the model has weights that vary over the positions.
     """
     maps = attention_weights(model, image, stride, normalise)
     if not maps:

@@ -91,6 +91,24 @@ def test_every_block_keeps_shape_and_dtype_and_trains(name, options, dtype):
 
 
 @every_block
+def test_the_weight_map_is_what_the_block_multiplies_by(name, options):
+    block = randomised(build_attention(name, 16, **options)).eval()
+    x = torch.randn(2, 16, 6, 9)
+
+    with torch.no_grad():
+        y = block(x)
+        if not hasattr(block, "weight_map"):
+            assert name in ("none", "emau", "gc")  # they multiply by nothing
+            return
+        weights = block.weight_map(x)
+        product = (x.unflatten(1, (weights.shape[1], -1)) * weights.unsqueeze(2)).flatten(1, 2)
+
+    assert weights.shape[0] in (1, len(x))
+    assert all(size in (1, whole) for size, whole in zip(weights.shape[2:], x.shape[2:], strict=True))
+    assert_close(y, block.shuffle(product) if name == "shuffle" else product)
+
+
+@every_block
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_leaves_the_dtype_and_every_gradient(name, options, dtype):
     block = build_attention(name, 16, **options)

@@ -847,3 +847,17 @@ def test_the_weight_map_is_what_forward_multiplies_by(block):
     assert weights.shape == (2, 3, 5, 7)
     assert ((weights > 0) & (weights < 1)).all()
     assert_close(ema(x), x * weights.repeat_interleave(4, dim=1))
+
+
+@pytest.mark.parametrize("block", [EMA(16, factor=2), DynamicEMA(16, factor=2)])
+def test_channel_weights_are_the_softmaxes_of_the_branches(block):
+    torch.nn.init.normal_(block.gn.bias)
+    x = torch.randn(3, 16, 5, 7)
+    pointwise, spatial = block.channel_weights(x)
+
+    assert_close(spatial.flatten(0, 1), block.conv3x3(x.reshape(6, 8, 5, 7)).mean(dim=(2, 3)).softmax(dim=1))
+    constant = block.gn.bias.softmax(dim=0).expand(3, 2, 8)
+    if block.dynamic:
+        assert not torch.allclose(pointwise, constant, atol=1e-3)
+    else:
+        assert_close(pointwise, constant)

@@ -62,9 +62,16 @@ class AblatedEMA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Re-weight ``x`` (B, C, H, W)."""
-        batch, channels, height, width = x.shape
-        grouped = x.reshape(batch * self.groups, channels // self.groups, height, width)
+        grouped = self._grouped(x)
         return (grouped * self._weights(grouped).sigmoid()).reshape(x.shape)
+
+    def weight_map(self, x: Tensor) -> Tensor:
+        """Compute the weights that ``forward`` multiplies ``x`` by: (B, factor, H, W) in (0, 1), one map per group."""
+        return self._weights(self._grouped(x)).sigmoid().reshape(len(x), self.groups, *x.shape[2:])
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        return x.reshape(batch * self.groups, channels // self.groups, height, width)
 
     def _weights(self, grouped: Tensor) -> Tensor:
         """Compute the weight map's logits (N, 1, H, W) from the groups (N, Cg, H, W)."""

@@ -108,10 +108,22 @@ class EMA(nn.Module):
         return "reference" if _is_transformed() else chosen
 
     def weight_map(self, x: Tensor) -> Tensor:
-        """Compute the weights in (0, 1) by which ``forward`` multiplies ``x``: (B, factor, H, W)."""
+        """Compute the weights that ``forward`` multiplies ``x`` by: (B, factor, H, W) in (0, 1), one map per group."""
         parameters, eps = self._parameters_of_block()
         self._check(x, parameters)
         return factorised.weight_map(x, parameters, self.groups, eps, self.dynamic)
+
+    def channel_weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the softmax of each branch, which weighs the channels of the other: two of (B, factor, Cg).
+
+        Returns:
+            That of the 1×1 branch, which does not depend on ``x`` in the published block, and that of the 3×3 branch.
+        """
+        parameters, eps = self._parameters_of_block()
+        self._check(x, parameters)
+        with factorised.without_autocast(x.device):
+            found = reference.channel_weights(x, parameters.to(x.dtype), self.groups, eps, self.dynamic)
+        return found[0].unflatten(0, (-1, self.groups)), found[1].unflatten(0, (-1, self.groups))
 
     def _parameters_of_block(self) -> tuple[Parameters, float]:
         """Return the parameters and the eps of the normalisation; a module takes long to look up an attribute."""

@@ -8,7 +8,7 @@ from torch.nn.functional import conv2d
 
 from ema_seg.runtime.errors import ModelError
 
-__all__ = ["Parameters", "cross", "forward", "normalise"]
+__all__ = ["Parameters", "channel_weights", "cross", "forward", "normalise"]
 
 
 class Parameters(NamedTuple):
@@ -46,21 +46,32 @@ def forward(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic:
             f"EMA's parameters are {parameters.w1.dtype} and the input is {x.dtype}, but the implementation "
             "'reference' needs one dtype; convert one to the other."
         )
-    w1, b1, w3, b3, gamma, beta = parameters
     batch, channels, height, width = x.shape
     grouped = x.reshape(batch * groups, channels // groups, height, width)
+    pooled, x1, x2 = _branches(grouped, parameters, eps, dynamic)
+    weights = cross(pooled, x2) + cross(x2, x1)
+    return (grouped * weights.sigmoid()).reshape(batch, channels, height, width)
 
+
+def channel_weights(x: Tensor, parameters: Parameters, groups: int, eps: float, dynamic: bool) -> tuple[Tensor, Tensor]:
+    """Compute the softmax of each branch, (B · groups, Cg), the 1×1 branch first; arguments as in ``forward``."""
+    grouped = x.reshape(len(x) * groups, -1, *x.shape[2:])
+    pooled, _, x2 = _branches(grouped, parameters, eps, dynamic)
+    return _softmax_of_means(pooled), _softmax_of_means(x2)
+
+
+def _branches(grouped: Tensor, parameters: Parameters, eps: float, dynamic: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what the softmax of the 1×1 branch pools, and the features of both branches, (N, Cg, H, W) each."""
+    w1, b1, w3, b3, gamma, beta = parameters
     # Plain means, because the backward of adaptive average pooling is not deterministic on CUDA.
     rows = grouped.mean(dim=3, keepdim=True)
     columns = grouped.mean(dim=2, keepdim=True).transpose(2, 3)
     gates = conv2d(torch.cat([rows, columns], dim=2), w1, b1).sigmoid()
-    row_gate, column_gate = gates.split([height, width], dim=2)
+    row_gate, column_gate = gates.split(list(grouped.shape[2:]), dim=2)
 
     gated = grouped * row_gate * column_gate.transpose(2, 3)
     x1 = normalise(gated, gamma, beta, eps)
-    x2 = conv2d(grouped, w3, b3, padding=1)
-    weights = cross(gated if dynamic else x1, x2) + cross(x2, x1)
-    return (grouped * weights.sigmoid()).reshape(batch, channels, height, width)
+    return (gated if dynamic else x1), x1, conv2d(grouped, w3, b3, padding=1)
 
 
 def normalise(features: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
@@ -75,5 +86,9 @@ def cross(descriptor: Tensor, features: Tensor) -> Tensor:
     Both are (N, Cg, H, W); the result is (N, 1, H, W).
     """
     count, channels, height, width = features.shape
-    weights = descriptor.mean(dim=(2, 3)).softmax(dim=1).unsqueeze(1)
+    weights = _softmax_of_means(descriptor).unsqueeze(1)
     return (weights @ features.reshape(count, channels, height * width)).reshape(count, 1, height, width)
+
+
+def _softmax_of_means(descriptor: Tensor) -> Tensor:
+    return descriptor.mean(dim=(2, 3)).softmax(dim=1)
