@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 
 from ema_seg.evaluation.confusion import mean_of_defined, ratio
 
-__all__ = ["TRIMAP_DISTANCES", "BoundaryCounts", "boundary_distance", "count_boundaries", "score_boundaries"]
+__all__ = [
+    "TRIMAP_DISTANCES",
+    "BoundaryCounts",
+    "boundary_distance",
+    "count_boundaries",
+    "near_boundary",
+    "score_boundaries",
+]
 
 TRIMAP_DISTANCES = (1, 2, 4, 8, 16, 32)
 """Limits of the trimap, in pixels."""
@@ -76,6 +83,12 @@ def count_boundaries(
         both = count(truth, near & right)
         trimap.append([both.tolist(), (count(truth, near) + count(found, near) - both).tolist()])
     return BoundaryCounts(intersection=intersection.tolist(), union=union.tolist(), trimap=trimap)
+
+
+def near_boundary(labels: NDArray[np.integer], ignore_index: int = 255) -> NDArray[np.bool_]:
+    """Return the labelled pixels up to ``boundary_distance`` from a boundary of the class ids H x W."""
+    known = np.where(labels == ignore_index, _NO_CLASS, labels).astype(np.uint8)
+    return (_steps_to_another_class(known) <= boundary_distance(*labels.shape)) & (labels != ignore_index)
 
 
 def score_boundaries(images: Sequence[BoundaryCounts]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ema_seg.evaluation.counting import count_objects, countable
 
-__all__ = ["STRATA", "StratumCounts", "count_strata", "count_strata_by_class", "score_strata"]
+__all__ = ["STRATA", "StratumCounts", "count_strata", "count_strata_by_class", "score_strata", "small_objects"]
 
 STRATA = {
     "small": "objects under 32² pixels",
@@ -83,6 +83,17 @@ def _by_name(intersection: NDArray[np.int64], union: NDArray[np.int64]) -> dict[
         name: StratumCounts(intersection=inside.tolist(), union=whole.tolist())
         for name, inside, whole in zip(STRATA, intersection, union, strict=True)
     }
+
+
+def small_objects(labels: NDArray[np.integer], ignore_index: int = 255) -> NDArray[np.bool_]:
+    """Return the pixels of small objects, H x W, for class ids H x W."""
+    small = np.zeros(labels.shape, bool)
+    for index in np.unique(labels[labels != ignore_index]):
+        _, objects = cv2.connectedComponents((labels == index).view(np.uint8), connectivity=8)
+        sizes = np.bincount(objects.ravel())
+        sizes[0] = _LIMITS[0]  # all that is not of the class
+        small |= (sizes < _LIMITS[0])[objects]
+    return small
 
 
 def score_strata(images: list[dict[str, StratumCounts]], num_classes: int) -> dict[str, list[float]]:

@@ -26,7 +26,10 @@ from ema_seg.runtime.execution import evaluation_mode
 
 __all__ = [
     "PLACEMENTS",
+    "attention_blocks",
     "attention_tensors",
+    "feature_modules",
+    "inner_encoder",
     "names_without_wrappers",
     "parameter_stages",
     "place_attention",
@@ -140,6 +143,41 @@ def attention_tensors(model: nn.Module) -> set[str]:
     return {name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name.startswith(blocks)}
 
 
+def attention_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the attention blocks that ``place_attention`` inserted by their names in the model, in order of execution.
+
+    Identities, which ``attention=none`` inserts, are left out.
+    """
+    blocks: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if type(module) in _WRAPPED:
+            inside = module.attention
+            several = inside.items() if isinstance(inside, nn.ModuleDict) else [("", inside)]
+            blocks |= {f"{path}.attention.{name}".strip("."): block for name, block in several}
+    return {name: block for name, block in blocks.items() if not isinstance(block, nn.Identity)}
+
+
+def inner_encoder(model: nn.Module) -> nn.Module:
+    """Return the model's encoder without the attention on its features."""
+    encoder = model.encoder
+    return encoder.encoder if isinstance(encoder, AttentionOnFeatures) else encoder  # type: ignore[return-value]
+
+
+def feature_modules(model: SegmentationModel, decoder: str) -> dict[str, nn.Module]:
+    """Return the modules whose outputs are the model's features, by a name that is the same for its twins.
+
+    Args:
+        model: a segmenter.
+        decoder: smp's name of the architecture.
+
+    Returns:
+        ``encoder``, whose output is a list of feature maps (see ``AttentionOnFeatures``); ``decoder 0`` and so on; and
+        ``logits``. Attention is part of the module that it follows.
+    """
+    blocks = {f"decoder {place}": block for place, (_, _, block) in enumerate(_decoder_blocks(model, decoder))}
+    return {"encoder": getattr(*_feature_source(model)), **blocks, "logits": model.segmentation_head}
+
+
 def parameter_stages(model: nn.Module) -> dict[str, int]:
     """Find the stage of each of the encoder's parameters: the index of the first feature map that depends on it.
 
@@ -153,10 +191,8 @@ def parameter_stages(model: nn.Module) -> dict[str, int]:
         The stage by the parameter's name in ``model``, from 0; attention blocks on the encoder's features are left out.
         A parameter that no feature map depends on has the last stage.
     """
-    prefix, encoder = "encoder.", model.encoder
-    if isinstance(encoder, AttentionOnFeatures):
-        prefix, encoder = "encoder.encoder.", encoder.encoder
-    assert isinstance(encoder, nn.Module)
+    encoder = inner_encoder(model)
+    prefix = "encoder." if encoder is model.encoder else "encoder.encoder."
     parameters = dict(encoder.named_parameters())
     if isinstance(encoder, TransformerEncoder | TimmViTEncoder):
         return {f"{prefix}{name}": stage for name, stage in _transformer_stages(parameters).items()}
@@ -342,7 +378,7 @@ def run_encoder(model: SegmentationModel) -> list[Tensor]:
 
 def _small_image(model: nn.Module) -> Tensor:
     """Build a small image that every decoder takes: PAN pools its stride-32 features three times."""
-    encoder: Any = model.encoder.encoder if isinstance(model.encoder, AttentionOnFeatures) else model.encoder
+    encoder: Any = inner_encoder(model)
     size = getattr(encoder, "input_size", None)  # of a vision transformer that takes one size only
     height, width = size[1:] if size else (256, 256)
     if getattr(getattr(encoder, "model", None), "dynamic_img_size", False):

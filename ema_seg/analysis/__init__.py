@@ -1,0 +1,1 @@
+"""Analysis of a trained model: what its attention blocks do, without training anything."""
