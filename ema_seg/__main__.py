@@ -11,6 +11,7 @@ _COMMANDS = {
     "eval": ("ema_seg.cli.eval", "evaluate a run or a checkpoint (python eval.py)"),
     "predict": ("ema_seg.cli.predict", "segment images with a run or a checkpoint"),
     "demo": ("ema_seg.cli.demo", "show what one or two models see in a picture, on a local page"),
+    "analyse": ("ema_seg.cli.analyse", "show what the attention blocks of a trained model do"),
     "export": ("ema_seg.cli.export", "export a model to ONNX, torch.export or OpenVINO, verified"),
     "push": ("ema_seg.cli.push", "share a model with its model card: in a folder or on the Hugging Face Hub"),
     "compare": ("ema_seg.comparison.__main__", "compare the runs of a sweep, or single runs"),

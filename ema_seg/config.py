@@ -470,6 +470,29 @@ class Exporting(Section):
     epochs: Any = None  # set by the configurations of the data sets
 
 
+class Analysing(Section):
+    """All settings of ``ema-seg analyse``."""
+
+    run: OptionalPath
+    """folder of a run with attention, or a checkpoint"""
+    twin: OptionalPath
+    """the same run with attention=none, to compare with; null: none"""
+    out: OptionalPath
+    """folder; null: analysis in the run's folder"""
+    images: OptionalPositive
+    """images of the evaluation split, spread evenly; null: all"""
+    field_images: Positive
+    """images for the effective receptive field"""
+    device: Name
+    """auto, cpu, cuda, cuda:1, mps"""
+    precision: Annotated[
+        Literal["32-true", "bf16-mixed", "16-mixed"] | None, Must("32-true, bf16-mixed or 16-mixed, or null")
+    ]
+    """precision of autocast; null: that of the run's evaluation"""
+    data: Data
+    epochs: Any = None  # set by the configurations of the data sets
+
+
 class Predicting(Section):
     """All settings of ``ema-seg predict``."""
 

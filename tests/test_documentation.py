@@ -21,9 +21,9 @@ from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMAND = re.compile(
-    r"^\s*(?:python (train|eval)\.py|ema-seg (train|eval|demo|export|predict|push)) ?([^#\n]*)", re.MULTILINE
+    r"^\s*(?:python (train|eval)\.py|ema-seg (train|eval|analyse|demo|export|predict|push)) ?([^#\n]*)", re.MULTILINE
 )
-SCRIPTS = ("train", "eval", "demo", "export", "predict", "push")
+SCRIPTS = ("train", "eval", "analyse", "demo", "export", "predict", "push")
 HELP = [ROOT / "configs" / "hydra" / "help" / f"{script}.yaml" for script in SCRIPTS]
 
 
@@ -42,7 +42,7 @@ def test_every_command_is_one_that_the_program_takes(script, arguments):
     overrides = [text for text in arguments if "=" in text]
     others = set(arguments) - set(overrides)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        if script in ("eval", "export"):
+        if script in ("eval", "analyse", "export"):
             trained = compose("train", ["data=camvid"])
             for group in ("data", "evaluation"):
                 ConfigStore.instance().store("of_run", trained[group], group=group)

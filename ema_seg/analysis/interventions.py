@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ema_seg.analysis.signals import Signal, recorded_signals, replaced_signals
 from ema_seg.evaluation.boundary import count_boundaries
 from ema_seg.evaluation.strata import STRATA, count_strata
-from ema_seg.models.placement import inner_encoder
+from ema_seg.models.placement import modules_before_attention
 
 __all__ = [
     "ALL_BLOCKS",
@@ -30,18 +30,18 @@ __all__ = [
     "Sample",
     "count_masks",
     "resize",
-    "reused_encoder",
+    "reused_outputs",
     "run_interventions",
 ]
 
 INTERVENTIONS = {
-    "off": "the output is the input",
+    "off": "the block's output is its input",
     "uniform": "the signal is its mean over the positions of the image",
     "static": "the signal is its mean over all images, the same for every input",
     "swapped": "the signal is that of another image",
     "blurred": "the signal is blurred, with a standard deviation of a sixteenth of the map's shorter side",
 }
-"""Meaning of each intervention by name. The signal is the weights of a block, or what it adds to its input."""
+"""Meaning of each intervention by name; see ``ema_seg.analysis.signals`` for a block's signal."""
 
 ALL_BLOCKS = "all blocks"
 """Name of the intervention on all blocks at once."""
@@ -98,7 +98,7 @@ def run_interventions(
     means: Mapping[str, Tensor],
     num_classes: int,
     before: Sample,
-) -> dict[Key | None, Outcome]:
+) -> tuple[Outcome, dict[Key, Outcome]]:
     """Predict each image with the model itself and with each intervention on each block, and on all blocks.
 
     Args:
@@ -112,8 +112,8 @@ def run_interventions(
         before: the image before the first one.
 
     Returns:
-        The outcomes by (block, intervention), and the model's own by None. A single block is not repeated as all
-        blocks.
+        The outcome of the model itself, and those of the interventions by (block, intervention). A single block is not
+        repeated as all blocks.
     """
     targets = {name: {name: block} for name, block in blocks.items()}
     if len(blocks) > 1:
@@ -127,7 +127,7 @@ def run_interventions(
             return signals, predict(image)
 
     previous, _ = signals_of(before.image)
-    with reused_encoder(model), closing(outcomes):
+    with reused_outputs(modules_before_attention(model)), closing(outcomes):
         for sample in samples:
             own, prediction = signals_of(sample.image)
             masks: dict[Key | None, NDArray[np.integer]] = {None: prediction}
@@ -162,13 +162,13 @@ class _Outcomes:
         self._wait()
         self._waiting.append(self._thread.submit(self._count, masks, truth))
 
-    def collected(self) -> dict[Key | None, Outcome]:
-        """Return the outcomes of all images."""
+    def collected(self) -> tuple[Outcome, dict[Key, Outcome]]:
+        """Return the outcome of the model itself, and those of the interventions."""
         self._wait()
-        return {
-            key: Outcome(np.stack(self._counts[key]), np.array(self._changed[key]), self._examples.get(key))
-            for key in self._keys
-        }
+        return self._outcome(None), {key: self._outcome(key) for key in self._keys if key is not None}
+
+    def _outcome(self, key: Key | None) -> Outcome:
+        return Outcome(np.stack(self._counts[key]), np.array(self._changed[key]), self._examples.get(key))
 
     def _wait(self) -> None:
         while self._waiting:
@@ -221,24 +221,35 @@ def _gaussian(size: int, deviation: float, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def reused_encoder(model: nn.Module) -> Iterator[None]:
-    """Let the encoder run once for calls with the same images in a row; models without an encoder run as they are."""
-    if not hasattr(model, "encoder"):
-        yield
-        return
-    encoder = inner_encoder(model)
-    forward = encoder.forward
-    images, features = torch.empty(0), None
-
-    def remember(x: Tensor) -> Any:
-        nonlocal images, features
-        if x.shape != images.shape or not torch.equal(x, images):
-            images, features = x, forward(x)
-        # Copies, because a layer may work in place.
-        return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, features)
-
-    encoder.forward = remember
+def reused_outputs(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let each module run once for calls with the same arguments in a row."""
+    changed = list(modules)
+    for module in changed:
+        module.forward = _Remembered(module.forward)
     try:
         yield
     finally:
-        del encoder.forward
+        for module in changed:
+            del module.forward
+
+
+class _Remembered:
+    """Function that keeps its last arguments and result."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._arguments: list[Any] = []
+        self._result: Any = None
+
+    def __call__(self, *positional: Any, **named: Any) -> Any:
+        arguments = tree_leaves((positional, named))
+        if len(arguments) != len(self._arguments) or not all(map(_equal, arguments, self._arguments)):
+            self._arguments, self._result = arguments, self._function(*positional, **named)
+        # Copies, because a layer may work in place.
+        return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, self._result)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    return one is other

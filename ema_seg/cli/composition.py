@@ -26,6 +26,7 @@ from ema_seg.cli.hydra_patches import Loader, create_config_search_path, get_arg
 from ema_seg.cli.sources import timm_optimizers
 from ema_seg.cli.trust import restrict_environment, settings_of
 from ema_seg.config import (
+    Analysing,
     Demonstrating,
     Evaluating,
     Exporting,
@@ -47,6 +48,7 @@ _SCHEMAS: dict[str, type[Section]] = {
     "Training": Training,
     "Evaluating": Evaluating,
     "Exporting": Exporting,
+    "Analysing": Analysing,
     "Predicting": Predicting,
     "Demonstrating": Demonstrating,
     "Pushing": Pushing,

@@ -1,22 +1,17 @@
 """Self-contained HTML page of a comparison: it needs no network, no library and no second file."""
 
-import base64
 import json
 from importlib.resources import files
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ema_seg.comparison.schema import Comparison
-from ema_seg.data.source import IMAGE_FORMATS
+from ema_seg.reporting.page import data_uri
 from ema_seg.runtime.files import write_file
 
 __all__ = ["write_page"]
 
 _ASSETS = files("ema_seg.comparison") / "page_assets"
-_JPEG_QUALITY = 85
 
 
 def write_page(comparison: Comparison, directory: Path) -> Path:
@@ -33,7 +28,7 @@ def write_page(comparison: Comparison, directory: Path) -> Path:
         The path of the page.
     """
     paths = {path for example in comparison["examples"] for path in example["files"].values() if path}
-    pictures = {path: _data_uri(directory / path) for path in sorted(paths)}
+    pictures = {path: data_uri(directory / path) for path in sorted(paths)}
     page = _asset("page.html")
     # The data come last, as their texts might contain a placeholder.
     for place, content in {
@@ -55,14 +50,3 @@ def _embed(data: Any) -> str:
     """Encode data as JSON for a script element; escape ``<``, because ``</script`` would end the element."""
     text = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
-
-
-def _data_uri(path: Path) -> str:
-    """Encode a picture as a data URI; large RGB pictures become JPEG, at a tenth of their size."""
-    content, kind = path.read_bytes(), path.suffix.lstrip(".").lower().replace("jpg", "jpeg")
-    with Image.open(BytesIO(content), formats=IMAGE_FORMATS) as picture:
-        if picture.mode == "RGB" and kind != "jpeg" and len(content) > 2**16:
-            buffer = BytesIO()
-            picture.save(buffer, format="JPEG", quality=_JPEG_QUALITY)
-            content, kind = buffer.getvalue(), "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

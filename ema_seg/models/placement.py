@@ -30,6 +30,7 @@ __all__ = [
     "attention_tensors",
     "feature_modules",
     "inner_encoder",
+    "modules_before_attention",
     "names_without_wrappers",
     "parameter_stages",
     "place_attention",
@@ -161,6 +162,12 @@ def inner_encoder(model: nn.Module) -> nn.Module:
     """Return the model's encoder without the attention on its features."""
     encoder = model.encoder
     return encoder.encoder if isinstance(encoder, AttentionOnFeatures) else encoder  # type: ignore[return-value]
+
+
+def modules_before_attention(model: nn.Module) -> list[nn.Module]:
+    """Return the encoder and the decoder's blocks that attention follows, without the attention; empty for others."""
+    blocks = [module.block for module in model.modules() if isinstance(module, AttentionAfter)]
+    return [inner_encoder(model), *blocks] if isinstance(model, SegmentationModel) else blocks
 
 
 def feature_modules(model: SegmentationModel, decoder: str) -> dict[str, nn.Module]:

@@ -12,11 +12,14 @@ __all__ = ["CountedProgress", "track"]
 T = TypeVar("T")
 
 
-def track(items: Iterable[T], description: str, *, shown: bool = True) -> Iterable[T]:
-    """Show a progress bar while the items are read, if it is ``shown`` and standard error is a terminal."""
+def track(items: Iterable[T], description: str, *, shown: bool = True, total: int | None = None) -> Iterable[T]:
+    """Show a progress bar while the items are read, if it is ``shown`` and standard error is a terminal.
+
+    ``total`` is the number of items that have no length.
+    """
     console = Console(stderr=True)
     disable = not (shown and console.is_terminal)
-    return progress.track(items, description=description, console=console, transient=True, disable=disable)
+    return progress.track(items, description, total, console=console, transient=True, disable=disable)
 
 
 class CountedProgress(progress.Progress):

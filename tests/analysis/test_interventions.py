@@ -10,7 +10,7 @@ from ema_seg.analysis.interventions import (
     INTERVENTIONS,
     Sample,
     count_masks,
-    reused_encoder,
+    reused_outputs,
     run_interventions,
 )
 from ema_seg.analysis.maps import MapStudy
@@ -21,7 +21,7 @@ from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.inference.prediction import segment
 from ema_seg.models import build_segmenter, model_stride
 from ema_seg.models.build import decoder_names
-from ema_seg.models.placement import PLACEMENTS, attention_blocks
+from ema_seg.models.placement import PLACEMENTS, attention_blocks, inner_encoder, modules_before_attention
 from tests.attention.test_attention import options_of
 
 PLAIN = Normalise((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -87,8 +87,8 @@ def study(model, blocks, images, stride=1, normalise=PLAIN, classes=2):
         for sample in images:
             predict(sample.image)
             maps.finish_image(sample.mask, stride)
-    outcomes = run_interventions(model, blocks, images, predict, maps.means(), classes, images[-1])
-    return outcomes, maps.results(100, 0), predict
+    own, outcomes = run_interventions(model, blocks, images, predict, maps.means(), classes, images[-1])
+    return {None: own, **outcomes}, maps.results(100, 0), predict
 
 
 def accuracy(outcome):
@@ -225,14 +225,16 @@ def test_a_block_with_its_own_signal_is_the_block(name):
 
 
 @pytest.mark.parametrize("decoder", [name for name in decoder_names() if name != "dpt"])
-def test_a_reused_encoder_gives_the_same_logits(decoder):
-    model = build_segmenter(decoder, classes=2, encoder="resnet18").eval()
+def test_reused_outputs_give_the_same_logits(decoder):
+    model = build_segmenter(decoder, classes=2, encoder="resnet18", attention="se", placements=PLACEMENTS).eval()
     first, second = torch.randn(2, 1, 3, 128, 128)
     calls = []
-    model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    inner_encoder(model).conv1.register_forward_hook(lambda *_: calls.append(1))
     with torch.inference_mode():
         expected = [model(images) for images in (first, first, second)]
-        with reused_encoder(model):
+        with reused_outputs(modules_before_attention(model)):
+            del calls[:]
             for images, logits in zip((first, first, second), expected, strict=True):
                 torch.testing.assert_close(model(images), logits, rtol=0, atol=0)
-        assert "forward" not in vars(model.encoder)
+    assert len(calls) == 2
+    assert not any("forward" in vars(module) for module in model.modules())

@@ -31,6 +31,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ema_seg
+from ema_seg.analysis.interventions import ALL_BLOCKS, INTERVENTIONS
+from ema_seg.analysis.report import load_analysis
+from ema_seg.analysis.tables import FIGURES
 from ema_seg.cli.command_line import quoted
 from ema_seg.cli.resume import _unfinished_run
 from ema_seg.cli.run_folder import _hold_unused
@@ -43,7 +46,8 @@ from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.evaluation.boundary import count_boundaries, score_boundaries
 from ema_seg.inference import video
 from ema_seg.inference.prediction import pad_to_stride
-from ema_seg.models import load_segmenter
+from ema_seg.models import load_checkpoint, load_segmenter
+from ema_seg.models.placement import attention_tensors, names_without_wrappers
 from ema_seg.runtime.distributed.exit_handlers import PREEMPTION_SIGNALS, install_exit_handlers
 from ema_seg.sweeps import is_running, lock_run
 from ema_seg.training.checkpoints import require_same_model
@@ -280,6 +284,75 @@ def test_export_refuses_a_mistake_in_a_sentence(finished_run, run_script):
         status, _, err = run_script("export", *arguments)
         assert status == 1
         assert message in err
+
+
+def write_without_attention(run, path):
+    """Write the checkpoint of a run without its attention blocks: the twin that "off" makes of it."""
+    model, _ = load_segmenter(run / "checkpoints/best.ckpt")
+    names, blocks = names_without_wrappers(model), attention_tensors(model)
+    checkpoint = load_checkpoint(run / "checkpoints/best.ckpt")
+    checkpoint["config"]["attention"] = {"name": "none"}
+    checkpoint["state_dict"] = {
+        f"model.{names[name]}": value for name, value in model.state_dict().items() if name not in blocks
+    }
+    torch.save(checkpoint, path)
+    return path
+
+
+def test_an_analysis_has_the_scores_of_the_report_and_a_twin_without_the_blocks_is_off(
+    finished_run, tmp_path, run_script
+):
+    twin = write_without_attention(finished_run, tmp_path / "twin.ckpt")
+
+    status, out, err = run_script("analyse", f"run={finished_run}", f"twin={twin}", f"out={tmp_path / 'analysis'}")
+
+    assert status == 0, err
+    assert out == f"{tmp_path / 'analysis/analysis.html'}\n"
+    analysis = load_analysis(tmp_path / "analysis/analysis.json")
+    report = json.loads((finished_run / "report/report.json").read_text())
+    assert analysis["scores"]["miou"] == pytest.approx(report["miou"], abs=1e-12)
+    assert analysis["scores"]["iou"] == pytest.approx(report["iou"], nan_ok=True)
+    assert analysis["data"]["images"] == len(report["images"])
+    blocks = [block["name"] for block in analysis["blocks"]]
+    assert len(blocks) == len(analysis["agreement"]) == 5
+    assert all(block["channel_weights"]["pointwise"] < 1e-6 for block in analysis["blocks"])
+    rows = {(row["block"], row["intervention"]): row for row in analysis["interventions"]}
+    assert set(rows) == {(block, name) for block in (*blocks, ALL_BLOCKS) for name in INTERVENTIONS}
+    off = rows[ALL_BLOCKS, "off"]
+    assert off["differences"]["miou"] == pytest.approx(analysis["twin"]["differences"]["miou"], abs=1e-6)
+    assert analysis["twin"]["similarity"]["encoder 1"] == pytest.approx(1)
+    fields = analysis["receptive_field"]["models"]
+    assert fields["attention off"] == fields["twin without attention"]
+    page = (tmp_path / "analysis/analysis.html").read_text()
+    for name in ("interventions", "classes", "weight_maps", "weights_by_class", "receptive_field", "similarity"):
+        assert (tmp_path / f"analysis/figures/{name}.png").exists()
+        assert f'alt="{FIGURES[name]}"' in page
+    assert 'src="figures' not in page
+
+    # Another one replaces it, and leaves no figure of the twin.
+    options = ["images=2", "field_images=1", "precision=bf16-mixed"]
+    status, _, err = run_script("analyse", f"run={finished_run}", f"out={tmp_path / 'analysis'}", *options)
+    assert status == 0, err
+    assert load_analysis(tmp_path / "analysis/analysis.json")["twin"] is None
+    assert not (tmp_path / "analysis/figures/similarity.png").exists()
+
+
+def test_analyse_refuses_a_mistake_in_a_sentence(finished_run, tmp_path, run_script):
+    plain = write_without_attention(finished_run, tmp_path / "plain.ckpt")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/analysis.md").write_text("mine")
+    for arguments, message in (
+        ([], "run: must be set; give run=<the folder of a run or a checkpoint>."),
+        ([f"run={finished_run}", "images=0"], "images: must be a whole number"),
+        ([f"run={plain}"], "plain.ckpt: the model has no attention block to analyse; give a run with attention."),
+        ([f"run={finished_run}", f"twin={finished_run}"], "has attention blocks; give a run with attention=none."),
+        ([f"run={finished_run}", "images=1"], "an interval needs at least 2 images, got 1"),
+        ([f"run={finished_run}", f"out={tmp_path / 'own'}"], "analysis.md: exists, was not written by ema-seg"),
+    ):
+        status, _, err = run_script("analyse", *arguments)
+        assert status == 1, arguments
+        assert message in err
+    assert (tmp_path / "own/analysis.md").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
