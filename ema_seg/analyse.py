@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ema_seg.analysis.effects import Effects, score_counts
-from ema_seg.analysis.interventions import ALL_BLOCKS, INTERVENTIONS, Sample, count_masks, run_interventions
+from ema_seg.analysis.interventions import Sample, count_masks, run_interventions
 from ema_seg.analysis.maps import MapStudy
 from ema_seg.analysis.receptive_field import SHARES, ReceptiveField, receptive_field
-from ema_seg.analysis.report import FILES, SCHEMA, Pictures, write_analysis
+from ema_seg.analysis.report import FILES, Pictures, write_analysis
+from ema_seg.analysis.schema import ALL_BLOCKS, INTERVENTIONS, SCHEMA
 from ema_seg.analysis.signals import hooked, replaced_signals
 from ema_seg.analysis.similarity import FeatureSimilarity, recorded_features
 from ema_seg.data import SegmentationDataModule
@@ -68,7 +69,7 @@ def analyse(
         precision: see ``autocast``; None for that of the run's evaluation. Gradients are computed in float32.
 
     Returns:
-        The content of ``analysis.json``, see ``ema_seg.analysis.report``.
+        The content of ``analysis.json``, see ``ema_seg.analysis.schema``.
 
     Raises:
         EmaSegError: the settings, a checkpoint, the data or the folder have a fault that the user can correct.

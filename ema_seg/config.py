@@ -378,6 +378,39 @@ class Training(Section):
     """see ``Sweep``"""
 
 
+_Rows = Annotated[list[Options], Field(min_length=1), Must("a list of settings of rows, as in [{variant: none}]")]
+_Names = Annotated[list[str], Must("a list of names")]
+
+
+class _Evidence(Section):
+    scores: _Names = []
+    """miou, a size, a class or a group of classes of the sweep, or a score beyond the mIoU such as boundary_miou"""
+    costs: _Names = []
+    """some of parameters, gmacs, latency, memory"""
+    curves: _Names = []
+    """columns of metrics.csv: their mean and their spread over the epochs"""
+    interventions: _Names = []
+    """interventions of ema-seg analyse on these rows and their baseline"""
+
+
+class _Context(_Evidence):
+    rows: _Rows | None = None
+    expect: Annotated[Literal["better", "worse"] | None, Must("better or worse")] = None
+
+
+class SweepClaim(_Evidence):
+    """Claim of a sweep: rows that do better or worse than their baseline."""
+
+    claim: Name
+    """the claim in a sentence"""
+    rows: _Rows
+    """settings of the rows, as on the command line"""
+    expect: Annotated[Literal["better", "worse"], Must("better or worse")]
+    """how the rows compare with their baseline if the claim holds; a higher cost, gradient norm and spread is worse"""
+    context: _Context | None = None
+    """further evidence, which does not decide; rows and expect are those of the claim unless set"""
+
+
 class Sweep(OpenSection):
     """Section ``sweep``, of which each sweeper uses a part."""
 
@@ -390,6 +423,8 @@ class Sweep(OpenSection):
         dict[str, list[Any]], Must("a mapping of names to lists of classes, as in 'sweep.groups={thin: [pole, fence]}'")
     ]
     """classes by the name of a group, which the comparison scores"""
+    claims: Annotated[list[Options], Must("a list of claims, see docs/comparison.md")] = []
+    """claims that the comparison judges"""
     retry: Flag
     """run jobs again that have failed twice"""
     grid: Annotated[Options | None, Must("a mapping, as in 'sweep.grid={attention: [se, ema]}'")] = None

@@ -12,8 +12,8 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from ema_seg.analysis.effects import is_decided
-from ema_seg.analysis.interventions import ALL_BLOCKS, INTERVENTIONS
 from ema_seg.analysis.report import Pictures
+from ema_seg.analysis.schema import ALL_BLOCKS, INTERVENTIONS
 from ema_seg.analysis.tables import short_name
 from ema_seg.inference.masks import colourise
 from ema_seg.runtime.escaping import for_figure

@@ -18,33 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ema_seg.analysis.schema import ALL_BLOCKS, INTERVENTIONS
 from ema_seg.analysis.signals import Signal, recorded_signals, replaced_signals
 from ema_seg.evaluation.boundary import count_boundaries
 from ema_seg.evaluation.strata import STRATA, count_strata
 from ema_seg.models.placement import modules_before_attention
 
-__all__ = [
-    "ALL_BLOCKS",
-    "INTERVENTIONS",
-    "Outcome",
-    "Sample",
-    "count_masks",
-    "resize",
-    "reused_outputs",
-    "run_interventions",
-]
-
-INTERVENTIONS = {
-    "off": "the block's output is its input",
-    "uniform": "the signal is its mean over the positions of the image",
-    "static": "the signal is its mean over all images, the same for every input",
-    "swapped": "the signal is that of another image",
-    "blurred": "the signal is blurred, with a standard deviation of a sixteenth of the map's shorter side",
-}
-"""Meaning of each intervention by name; see ``ema_seg.analysis.signals`` for a block's signal."""
-
-ALL_BLOCKS = "all blocks"
-"""Name of the intervention on all blocks at once."""
+__all__ = ["Outcome", "Sample", "count_masks", "resize", "reused_outputs", "run_interventions"]
 
 _BLUR = 1 / 16
 

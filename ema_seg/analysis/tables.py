@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ema_seg.analysis.effects import MEASURES, is_decided
-from ema_seg.analysis.interventions import INTERVENTIONS
+from ema_seg.analysis.schema import INTERVENTIONS
 from ema_seg.reporting.tables import describe_model
 from ema_seg.runtime.escaping import for_markdown, for_markdown_code
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ema_seg.comparison.claims import judge_claims
 from ema_seg.comparison.configurations import Configuration, find_baselines, group_runs, has_settings, setting_text
 from ema_seg.comparison.further import compare_further
 from ema_seg.comparison.power import MOST_SEEDS, seeds_needed, split_variance
@@ -30,7 +31,17 @@ from ema_seg.evaluation.intervals import (
 from ema_seg.reporting.tables import mean_of_known
 from ema_seg.runtime.errors import ConfigError, DataError
 
-__all__ = ["CONFIDENCE", "REPLICATES", "SCHEMA", "Match", "Matches", "compare_matches", "compare_runs", "match_runs"]
+__all__ = [
+    "CONFIDENCE",
+    "COSTS",
+    "REPLICATES",
+    "SCHEMA",
+    "Match",
+    "Matches",
+    "compare_matches",
+    "compare_runs",
+    "match_runs",
+]
 
 SCHEMA = "ema-seg.comparison/2"
 REPLICATES = 10_000
@@ -39,7 +50,7 @@ CONFIDENCE = 0.95
 Array = NDArray[np.float64]
 
 # Getters of the costs in a report; costs that depend on the batch size are those of the larger batch.
-_COSTS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+COSTS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "images_per_second": lambda report: report["throughput"]["forward"][-1]["images_per_second"],
     "latency": lambda report: report["throughput"]["forward"][-1]["latency"]["median"],
     "memory": lambda report: report["throughput"]["forward"][-1]["peak_memory"],
@@ -223,6 +234,7 @@ def compare_matches(runs: Runs, matches: Matches, *, replicates: int = REPLICATE
         settings=settings,
         baseline=baseline,
         bootstrap={"replicates": replicates, "confidence": CONFIDENCE, "seed": seed},
+        claims=judge_claims(runs.claims, rows, rows_matched, measures, runs.metric),
         rows=rows,
         examples=[example for match in rows_matched for example in _disagreements(match)],
         environment=_environment(results),
@@ -469,7 +481,7 @@ def _row(
             for place, (name, group) in enumerate(groups.items())
         },
         further=further,
-        cost={name: summarise(cost(report) for report in reports) for name, cost in _COSTS.items()},
+        cost={name: summarise(cost(report) for report in reports) for name, cost in COSTS.items()},
         cost_batch_size=batches.pop() if len(batches) == 1 else None,
         slowed=False,
         curves=_curves([report["curves"] for report in reports if report["curves"]]),

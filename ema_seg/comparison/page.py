@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ema_seg.comparison.schema import Comparison
+from ema_seg.comparison.tables import evidence_cells, verdict_text
 from ema_seg.reporting.page import data_uri
 from ema_seg.runtime.files import write_file
 
@@ -34,12 +35,24 @@ def write_page(comparison: Comparison, directory: Path) -> Path:
     for place, content in {
         "/* style */": _asset("page.css"),
         "/* program */": _asset("page.js"),
-        "<!-- data -->": _embed({**comparison, "pictures": pictures}),
+        "<!-- data -->": _embed({**comparison, "shown_claims": _with_texts(comparison), "pictures": pictures}),
     }.items():
         page = page.replace(place, content)
     path = directory / "comparison.html"
     write_file(path, page.encode(errors="backslashreplace"))  # lone surrogates become JSON escapes
     return path
+
+
+def _with_texts(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return the claims with the verdict as ``text`` and the ``cells`` of each piece of evidence."""
+    return [
+        {
+            **claim,
+            "text": verdict_text(claim),
+            "evidence": [{**evidence, "cells": evidence_cells(evidence)} for evidence in claim["evidence"]],
+        }
+        for claim in comparison["claims"]
+    ]
 
 
 def _asset(name: str) -> str:

@@ -85,6 +85,7 @@ class Runs:
         notes: sentences about reports that were left out and sweeps that were not read as such.
         groups: names of the classes of each group that gets a score, by the group's name; classes that the data do not
             have are ignored.
+        claims: claims of the sweep, see ``ema_seg.config.SweepClaim``.
         metric: name of the score that the results' IoU stands for, see ``ema_seg.comparison.metric``.
     """
 
@@ -94,6 +95,7 @@ class Runs:
     baseline: Mapping[str, str] | None = None
     notes: Sequence[str] = ()
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    claims: Sequence[Mapping[str, Any]] = ()
     metric: str = "mIoU"
 
 
@@ -112,7 +114,7 @@ def read_folder(folder: Path) -> Runs:
     if (folder / "sweep.json").is_file():
         plan = read_plan(folder)
         runs = [_read_job(folder / job.folder, job.impossible, job.overrides, notes) for job in plan.jobs]
-        found = Runs(plan.name, folder, runs, plan.baseline, notes, plan.groups)
+        found = Runs(plan.name, folder, runs, plan.baseline, notes, plan.groups, plan.claims)
     else:
         paths = sorted({*folder.glob("*/report/report.json"), *folder.glob("*/*/report/report.json")})
         runs = [_read_job(path.parents[1], None, None, notes) for path in paths]

@@ -18,6 +18,7 @@ in seconds, memory in bytes, and null means unknown.
 ``settings``      the keys that differ between the rows, in the order of the columns
 ``baseline``      the settings that name the baseline, such as {"attention": "none"}; null: no differences
 ``bootstrap``     ``replicates``, ``confidence``, ``seed``
+``claims``        the sweep's claims with their evidence, see ``Claim``
 ``rows``          one for each configuration, see ``Row``
 ``examples``      images on which a row and its baseline disagree most, see ``Disagreement``
 ``environment``   ``devices``, ``packages`` (versions by name), ``python``, ``commits``: every value that occurs
@@ -38,10 +39,12 @@ __all__ = [
     "FILES",
     "SIZES",
     "SLOWED",
+    "Claim",
     "Comparison",
     "Contrast",
     "Curve",
     "Disagreement",
+    "Evidence",
     "Job",
     "Measure",
     "Row",
@@ -194,6 +197,41 @@ class Disagreement(TypedDict):
     files: dict[str, str | None]
 
 
+class Evidence(TypedDict):
+    """Difference that bears on a claim, with its sign turned so that a positive one supports the claim.
+
+    ``contrast`` says which row is over which, ``quantity`` what differs. ``unit`` is "points" (a difference of
+    fractions, shown times 100), "%" (a relative difference) or empty. ``p_holm`` is corrected over the claim's evidence
+    that ``decides``. An ``exact`` difference has no variance, and no p. ``verdict`` is "supported", "contradicted" or
+    "undecided"; ``seeds_more`` is the number of further seeds that would show the difference with a power of 80 %, null
+    if that is not known.
+    """
+
+    contrast: str
+    quantity: str
+    unit: str
+    difference: float
+    low: float
+    high: float
+    n: int
+    p: float | None
+    p_holm: float | None
+    exact: bool
+    decides: bool
+    verdict: str
+    seeds_more: int | None
+
+
+class Claim(TypedDict):
+    """Claim of a sweep: the sentence, the verdict, the evidence, and what evidence is ``missing``."""
+
+    claim: str
+    verdict: str
+    seeds_more: int | None
+    evidence: list[Evidence]
+    missing: list[str]
+
+
 class Comparison(TypedDict):
     """Content of ``comparison.json``: see this module's docstring."""
 
@@ -210,6 +248,7 @@ class Comparison(TypedDict):
     settings: list[str]
     baseline: dict[str, Any] | None
     bootstrap: dict[str, Any]
+    claims: list[Claim]
     rows: list[Row]
     examples: list[Disagreement]
     environment: dict[str, Any]

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ema_seg.comparison.configurations import setting_text
-from ema_seg.comparison.schema import SIZES, SLOWED, Comparison, Contrast, Row, Summary
+from ema_seg.comparison.schema import SIZES, SLOWED, Claim, Comparison, Contrast, Evidence, Row, Summary
 from ema_seg.reporting.tables import format_number
 from ema_seg.runtime.escaping import for_csv, for_latex, for_markdown, for_terminal, printable
 
@@ -25,9 +25,11 @@ __all__ = [
     "comparison_as_csv",
     "comparison_as_latex",
     "comparison_as_markdown",
+    "evidence_cells",
     "points_text",
     "print_comparison",
     "probability_text",
+    "verdict_text",
 ]
 
 SIGNIFICANT = 0.05
@@ -77,7 +79,8 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
                 *(Text(text, style="bold" * strong) for text, strong in _further_cells(comparison, row, keys)),
             )
         console.print(table)
-    for line in (_explain(comparison), *comparison["notes"]):
+    claims = [f"{claim['claim']} {verdict_text(claim)}" for claim in comparison["claims"]]
+    for line in (*claims, _explain(comparison), *comparison["notes"]):
         console.print(Text(for_terminal(line)))
 
 
@@ -133,6 +136,7 @@ def _markdown_lines(comparison: Comparison, figures: Sequence[str]) -> Iterator[
     batches = {row["cost_batch_size"] for row in rows if row["seeds"]}
     if len(batches) == 1 and None not in batches:
         yield f"\nImages/s, latency and memory: of a forward pass of a batch of {batches.pop()}."
+    yield from _claims(comparison)
     if comparison["strata"]:
         groups = " and by group of classes" if comparison["strata"].keys() - set(SIZES) else ""
         yield f"\n## By the size of objects{groups}\n"
@@ -184,6 +188,46 @@ def _markdown_lines(comparison: Comparison, figures: Sequence[str]) -> Iterator[
     yield f"- packages: {for_markdown(', '.join(packages))}"
     if environment["commits"]:
         yield f"- commit: {for_markdown(', '.join(environment['commits']))}"
+
+
+def _claims(comparison: Comparison) -> Iterator[str]:
+    """Yield the claims of the sweep with their verdicts and evidence."""
+    if not comparison["claims"]:
+        return
+    yield "\n## Claims\n"
+    yield (
+        "A difference is positive where it supports the claim. A claim is supported if all that decides it does, at "
+        "p < 0.05 with Holm's correction; contradicted if one part contradicts it."
+    )
+    header = ("contrast", "quantity", "difference", "seeds", "p (Holm)", "verdict")
+    for claim in comparison["claims"]:
+        yield f"\n**{for_markdown(claim['claim'])}** {verdict_text(claim)}\n"
+        rows = [evidence_cells(evidence) for evidence in claim["evidence"]]
+        if rows:
+            yield from _markdown_table(header, rows)
+        if claim["missing"]:
+            yield f"\nMissing: {for_markdown('; '.join(claim['missing']))}."
+
+
+def verdict_text(claim: Claim) -> str:
+    """Return the verdict of a claim in a sentence."""
+    if claim["verdict"] != "undecided":
+        return f"{claim['verdict'].capitalize()}."
+    more = claim["seeds_more"]
+    return "Undecided." if more is None else f"Undecided; about {more} more seed{'s' * (more > 1)} would show it."
+
+
+def evidence_cells(evidence: Evidence) -> list[str]:
+    """Return the cells of a row: contrast, quantity, difference with its interval, seeds, p and verdict."""
+    bounds = [evidence[key] for key in ("difference", "low", "high")]
+    scale, digits = (1.0, 4) if not evidence["unit"] else (100.0, 2 if evidence["unit"] == "points" else 1)
+    texts = [f"{scale * value:+.{digits}f}".replace("-", _MINUS) for value in bounds]
+    unit = f" {evidence['unit']}" if evidence["unit"] else ""
+    text = f"{texts[0]}{unit}" if evidence["exact"] else f"{texts[0]} [{texts[1]}, {texts[2]}]{unit}"
+    p = evidence["p_holm"] if evidence["p_holm"] is not None else evidence["p"]
+    known = "exact" if evidence["exact"] else _NOTHING if p is None else probability_text(p)
+    verdict = evidence["verdict"] if evidence["decides"] else f"({evidence['verdict']})"
+    return [evidence["contrast"], evidence["quantity"], text, str(evidence["n"]), known, verdict]
 
 
 def _markdown_table(

@@ -8,6 +8,7 @@
 ``command``   the command line that wrote the plan last
 ``baseline``  the settings that name the baseline of comparisons, such as {"attention": "none"}; or null
 ``groups``    classes of each group that gets a score in comparisons, by the group's name
+``claims``    claims that comparisons judge, see ``ema_seg.config.SweepClaim``
 ``jobs``      ``identity``, ``folder``, ``overrides`` (text by key) and ``epochs`` of each job, and
               ``impossible``: why it cannot be trained, or null
 ============  ========================================================================================
@@ -82,6 +83,7 @@ class Plan:
     baseline: dict[str, str] | None
     jobs: list[PlannedJob]
     groups: dict[str, list[str]] = field(default_factory=dict)
+    claims: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

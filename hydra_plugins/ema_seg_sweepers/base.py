@@ -25,7 +25,7 @@ from rich.console import Console
 
 from ema_seg.cli.command_line import plain_config, quoted
 from ema_seg.cli.trust import require_printable
-from ema_seg.config import Sweep, check_settings
+from ema_seg.config import Sweep, SweepClaim, check_settings
 from ema_seg.runtime.errors import ConfigError, EmaSegError, Preempted, one_line
 from ema_seg.sweeps import (
     ANY,
@@ -48,7 +48,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # runs, or how it is compared, but not which sweep it is. The other keys of ``sweep`` are part of the name.
 _UNNAMED_KEYS = (
     *("seed", "launcher", "hydra"),
-    *("sweep.trials", "sweep.parallel", "sweep.retry", "sweep.baseline", "sweep.groups", "sweep.deal_devices"),
+    *("sweep.trials", "sweep.parallel", "sweep.retry", "sweep.baseline", "sweep.groups", "sweep.claims"),
+    "sweep.deal_devices",
 )
 
 
@@ -79,6 +80,8 @@ class FolderSweeper(Sweeper):
                     "report.dir."
                 )
         check_settings(self.settings, Sweep, "sweep.")
+        for place, claim in enumerate(self.settings.get("claims") or []):
+            check_settings(claim, SweepClaim, f"sweep.claims[{place}].")
         self.named = sorted(str(override.input_line) for override in overrides if self._names_sweep(override))
         if self.config.sweep.id is None:
             with open_dict(self.config):
@@ -164,7 +167,8 @@ class FolderSweeper(Sweeper):
             str(key): value if isinstance(value, str) else json.dumps(value)
             for key, value in settings["baseline"].items()
         }
-        plan = Plan(str(settings["name"]), sys.argv, baseline, list(jobs), settings["groups"])
+        claims = settings.get("claims") or []
+        plan = Plan(str(settings["name"]), sys.argv, baseline, list(jobs), settings["groups"], claims)
         return write_plan(self.folder, plan).jobs[: len(jobs)]
 
     def launch(self, jobs: Mapping[str, Sequence[str]], shown: Sequence[PlannedJob]) -> None:

@@ -6,14 +6,13 @@ import torch
 from torch import nn
 
 from ema_seg.analysis.interventions import (
-    ALL_BLOCKS,
-    INTERVENTIONS,
     Sample,
     count_masks,
     reused_outputs,
     run_interventions,
 )
 from ema_seg.analysis.maps import MapStudy
+from ema_seg.analysis.schema import ALL_BLOCKS, INTERVENTIONS
 from ema_seg.analysis.signals import apply_signal, hooked, read_signal
 from ema_seg.attention import attention_names, build_attention
 from ema_seg.data.normalise import Normalise

@@ -10,7 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ema_seg.comparison.schema import Comparison, Contrast, Curve, Disagreement, Job, Measure, Row, Spread, Summary
+from ema_seg.comparison.schema import (
+    Claim,
+    Comparison,
+    Contrast,
+    Curve,
+    Disagreement,
+    Evidence,
+    Job,
+    Measure,
+    Row,
+    Spread,
+    Summary,
+)
 from ema_seg.evaluation.strata import STRATA
 from ema_seg.inference.masks import colourise
 
@@ -46,6 +58,32 @@ ROWS = (
 )
 
 
+def make_claim(verdict: str, difference: float) -> Claim:
+    evidence = Evidence(
+        contrast="ema over none </script>",
+        quantity="mIoU",
+        unit="points",
+        difference=difference,
+        low=difference - 0.005,
+        high=difference + 0.005,
+        n=3,
+        p=0.01,
+        p_holm=0.02,
+        exact=False,
+        decides=True,
+        verdict=verdict,
+        seeds_more=7,
+    )
+    aside = {**evidence, "decides": False, "quantity": "GMACs", "unit": "%", "exact": True}
+    return Claim(
+        claim=f"This is <b>{verdict}</b>.",
+        verdict=verdict,
+        seeds_more=7 if verdict == "undecided" else None,
+        evidence=[evidence, aside],
+        missing=["fur of ema over none"],
+    )
+
+
 def make_comparison(directory: Path, *, rows: int = len(ROWS), classes: int = len(CLASSES)) -> Comparison:
     """Make the comparison, and write the pictures of its examples.
 
@@ -76,6 +114,7 @@ def make_comparison(directory: Path, *, rows: int = len(ROWS), classes: int = le
         settings=["attention", "placement"],
         baseline={"attention": "none"},
         bootstrap={"replicates": 10_000, "confidence": 0.95, "seed": 0},
+        claims=[make_claim("supported", 0.012), make_claim("contradicted", -0.012), make_claim("undecided", 0.001)],
         rows=drawn,
         examples=_make_examples(drawn, directory, generator),
         environment={

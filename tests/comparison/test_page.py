@@ -41,9 +41,10 @@ def test_the_page_holds_the_comparison_and_loads_nothing(page_file, tmp_path):
     text = page_file.read_text()
     embedded = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1]
     data = json.loads(embedded)
-    pictures = data.pop("pictures")
+    pictures, claims = data.pop("pictures"), data.pop("shown_claims")
 
     assert data == make_comparison(tmp_path)
+    assert [claim["verdict"] for claim in claims] == ["supported", "contradicted", "undecided"]
     assert set(pictures) == {path for example in data["examples"] for path in example["files"].values()}
     assert all(uri.startswith(("data:image/png;base64,", "data:image/jpeg;base64,")) for uri in pictures.values())
     assert not re.search(r"""(src|href)\s*=\s*["']?https?:""", text)
@@ -107,6 +108,23 @@ def test_a_cell_tells_its_interval(page):
     assert re.match("ema, encoder, small\nIoU [0-9.]+ %\n[+\u2212][0-9.]+ points, \\[", text)
 
 
+def test_claims_have_their_verdict_and_evidence(page):
+    claims = page.locator("#claims .claim")
+
+    assert claims.count() == 3
+    assert page.locator("#claims .verdict").all_inner_texts() == [
+        "Supported.",
+        "Contradicted.",
+        "Undecided; about 7 more seeds would show it.",
+    ]
+    cells = claims.nth(0).locator("tbody tr").nth(0).locator("td").all_inner_texts()
+    assert cells == ["ema over none </script>", "mIoU", "+1.20 [+0.70, +1.70] points", "3", "0.020", "supported"]
+    assert claims.nth(0).locator("tbody tr").nth(1).locator("td").nth(5).inner_text() == "(supported)"
+    assert claims.nth(0).locator("b").count() == 0  # text, and not markup
+    assert "Missing: fur of ema over none." in claims.nth(2).inner_text()
+
+
+@pytest.mark.slow
 def test_reasons_are_text_and_not_markup(page):
     row = page.locator('#rows tr[data-label="cbam, decoder"]')
 

@@ -31,8 +31,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ema_seg
-from ema_seg.analysis.interventions import ALL_BLOCKS, INTERVENTIONS
-from ema_seg.analysis.report import load_analysis
+from ema_seg.analysis.schema import ALL_BLOCKS, INTERVENTIONS, load_analysis
 from ema_seg.analysis.tables import FIGURES
 from ema_seg.cli.command_line import quoted
 from ema_seg.cli.resume import _unfinished_run

@@ -231,6 +231,22 @@ byId("table-note").textContent =
   (batches.length ? `Speed, latency and memory: of the forward pass, batch ${batches.join(" or ")}. ` : "") +
   Object.entries(data.strata).map(([name, text]) => `${name}: ${text}`).join("; ") + ".";
 
+/* Claims. */
+
+const VERDICTS = { supported: "better", contradicted: "worse", undecided: "" };
+for (const claim of data.shown_claims) {
+  const head = ["contrast", "quantity", "difference", "seeds", "p (Holm)", "verdict"].map((name, index) =>
+    el("th", { scope: "col", class: index < 2 ? "text" : null }, name));
+  const rows = claim.evidence.map((evidence) => el("tr", { class: evidence.decides ? null : "aside" },
+    ...evidence.cells.map((cell, index) => el("td", { class: index < 2 ? "text" : null }, cell))));
+  byId("claims").append(el("div", { class: "claim" },
+    el("p", {}, `${claim.claim} `, el("span", { class: `verdict ${VERDICTS[claim.verdict]}` }, claim.text)),
+    rows.length ? el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": claim.claim },
+      el("table", {}, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...rows))) : null,
+    claim.missing.length ? el("p", { class: "small" }, `Missing: ${claim.missing.join("; ")}.`) : null));
+}
+byId("claims").hidden = !data.shown_claims.length;
+
 /* Scores beyond the mIoU. */
 
 const measures = Object.entries(data.measures).filter(([, measure]) => measure.main);
