@@ -434,6 +434,10 @@ class Sweep(OpenSection):
         Must("a mapping of names to overrides, as in 'sweep.variants={wide: attention.factor=8}'"),
     ] = None
     """overrides by name; each name is one more value"""
+    until: Annotated[float | None, Field(gt=0, le=100), Must("a number of points such as 0.5, or null")] = None
+    """add seeds until the 95 % interval of each difference is at most this many points to each side"""
+    max_seeds: Positive = 20
+    """most seeds of a row, with until"""
     space: Annotated[Options | None, Must("a mapping, as in 'sweep.space={optimizer.lr: 'interval(1e-4,1e-2)'}'")] = (
         None
     )

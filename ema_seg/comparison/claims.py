@@ -184,7 +184,7 @@ class _Judge:
             return
         if name in _EXACT:
             known = known[:1]
-        yield _relative(known, sign, contrast, _COSTS[name], decides, exact=name in _EXACT)
+        yield _relative(known, sign, contrast, f"lower {_COSTS[name]}", decides, exact=name in _EXACT)
 
     def _curve(self, name: str, match: "Match", sign: int, contrast: str, decides: bool) -> Iterator[Evidence]:
         """Yield the relative differences of the mean of a column over the epochs, and of its spread."""
@@ -197,8 +197,8 @@ class _Judge:
         if not means:
             self._missing.append(f"{name} of {contrast} (metrics.csv)")
             return
-        yield _relative(means, sign, contrast, f"{name}, mean over epochs", decides)
-        yield _relative(spreads, sign, contrast, f"{name}, spread over epochs", decides)
+        yield _relative(means, sign, contrast, f"lower {name}, mean over epochs", decides)
+        yield _relative(spreads, sign, contrast, f"lower {name}, spread over epochs", decides)
 
     def _interventions(self, names: Sequence[str], match: "Match", decides: bool) -> Iterator[Evidence]:
         analyses = []

@@ -197,8 +197,11 @@ def compare_matches(runs: Runs, matches: Matches, *, replicates: int = REPLICATE
     if len(first.names) < 2:
         raise DataError(f"{first.path}: a confidence interval needs at least 2 images, got 1; use a larger split.")
     groups = _groups(runs.groups, first.report["classes"])
-    contrasts = _contrasts(rows_matched, list(groups.values()), replicates, seed)
-    measures, further, further_notes = compare_further(rows_matched, replicates, seed, CONFIDENCE)
+    sequential = runs.until is not None
+    contrasts = _contrasts(rows_matched, list(groups.values()), replicates, seed, sequential)
+    measures, further, further_notes = compare_further(
+        rows_matched, replicates, seed, CONFIDENCE, sequential=sequential
+    )
     rows = [
         _row(match, contrasts.get(match.label), further[match.label], first, runs.folder, groups)
         for match in rows_matched
@@ -210,6 +213,7 @@ def compare_matches(runs: Runs, matches: Matches, *, replicates: int = REPLICATE
         _mark_slowed(rows)
     notes = [
         *notes,
+        *_notes_on_stopping(runs.until),
         *further_notes,
         *_notes_on_groups(runs.groups, first.report["classes"]),
         *_notes_on_undecided(rows),
@@ -315,7 +319,7 @@ def _groups(named: Mapping[str, Sequence[str]], classes: Sequence[str]) -> dict[
 
 
 def _contrasts(
-    matches: Sequence[Match], groups: Sequence[Sequence[int]], replicates: int, seed: int
+    matches: Sequence[Match], groups: Sequence[Sequence[int]], replicates: int, seed: int, sequential: bool
 ) -> dict[str, tuple[list[list[Contrast | None]], Spread | None]]:
     """Compute the contrasts of every configuration that shares a seed with its baseline.
 
@@ -334,7 +338,7 @@ def _contrasts(
     counts = np.stack([result.counts for result in needed.values()], axis=1).astype(float)
     full = add_groups(score_sums(add_whole(counts.sum(axis=0))), groups)
     places = {key: place for place, key in enumerate(needed)}
-    spreads = {match.label: _DifferenceVariance(match, places, full) for match in pairs}
+    spreads = {match.label: _DifferenceVariance(match, places, full, sequential) for match in pairs}
     for weights in draw_weights(len(counts), replicates, seed):
         scores = add_groups(score_sums(add_whole(weigh_counts(weights, counts))), groups)
         for spread in spreads.values():
@@ -367,10 +371,11 @@ def _count_images(union: NDArray[np.bool_], groups: Sequence[Sequence[int]]) -> 
 class _DifferenceVariance:
     """Accumulator of the variance over replicates of the difference between a configuration and its baseline."""
 
-    def __init__(self, match: Match, places: Mapping[int, int], full: Array) -> None:
+    def __init__(self, match: Match, places: Mapping[int, int], full: Array, sequential: bool) -> None:
         """Start from the scores of all images, (runs, 1 + strata, 1 + K + groups), and each result's index there."""
         assert match.baseline is not None
         self._baseline = match.baseline.label
+        self._sequential = sequential
         self._ours = [places[id(match.results[key])] for key in match.common_seeds]
         self._theirs = [places[id(match.baseline.results[key])] for key in match.common_seeds]
         self.runs = [*self._ours, *self._theirs]
@@ -424,7 +429,9 @@ class _DifferenceVariance:
         if not self._count[place] or images[place] < 2:
             return None
         values = self._differences[:, *place][self._valid[:, *place]]
-        estimate = estimate_difference(values, float(variance[place]), int(images[place]), CONFIDENCE)
+        estimate = estimate_difference(
+            values, float(variance[place]), int(images[place]), CONFIDENCE, sequential=self._sequential
+        )
         return as_contrast(estimate, self._baseline, len(values))
 
     def _subtract(self, scores: Array) -> Array:
@@ -620,6 +627,15 @@ def _order(seed: int | None) -> int:
 
 def _seeds(seeds: Sequence[str]) -> str:
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
+
+
+def _notes_on_stopping(until: float | None) -> list[str]:
+    if until is None:
+        return []
+    return [
+        f"Seeds were added until a 95 % interval of the mIoU was at most {until:g} points to each side. Intervals are "
+        "computed at 98 % and p-values multiplied by 2.5, so that they hold under this stopping."
+    ]
 
 
 def _notes_on_undecided(rows: Sequence[Row]) -> list[str]:

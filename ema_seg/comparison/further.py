@@ -50,7 +50,7 @@ def read_further(images: Sequence[Mapping[str, Any]], classes: int) -> dict[str,
 
 
 def compare_further(
-    matches: Sequence["Match"], replicates: int, seed: int, confidence: float
+    matches: Sequence["Match"], replicates: int, seed: int, confidence: float, *, sequential: bool = False
 ) -> tuple[dict[str, Measure], dict[str, Further], list[str]]:
     """Compute the scores and contrasts beyond the mIoU.
 
@@ -59,6 +59,7 @@ def compare_further(
         replicates: see ``compare_matches``.
         seed: see ``compare_matches``.
         confidence: confidence level of the intervals.
+        sequential: see ``estimate_difference``.
 
     Returns:
         The measures by key; by a row's label the scores and contrasts by the key of the measure; and notes on scores
@@ -91,7 +92,7 @@ def compare_further(
             for place, key in enumerate(own):
                 score = summarise(float(value[place]) if np.isfinite(value[place]) else None for value in values)
                 rows[match.label][key] = {"score": score, "contrast": None}
-            _add_contrasts(match, list(own), scored, rows[match.label], confidence)
+            _add_contrasts(match, list(own), scored, rows[match.label], confidence, sequential)
     for key in measures:
         correct_contrasts([row[key]["contrast"] for row in rows.values()])
     return measures, rows, notes
@@ -115,7 +116,12 @@ def _resample(family: _Family, counts: Counts, replicates: int, seed: int) -> _S
 
 
 def _add_contrasts(
-    match: "Match", keys: Sequence[str], scored: Mapping[int, _Scored], row: Further, confidence: float
+    match: "Match",
+    keys: Sequence[str],
+    scored: Mapping[int, _Scored],
+    row: Further,
+    confidence: float,
+    sequential: bool,
 ) -> None:
     if match.baseline is None:
         return
@@ -129,7 +135,7 @@ def _add_contrasts(
         drawn = np.array([ours.replicates[:, place] - theirs.replicates[:, place] for ours, theirs in pairs])[defined]
         mean = drawn.mean(axis=0)
         variance = float(np.var(mean[np.isfinite(mean)], ddof=1))
-        estimate = estimate_difference(differences[defined], variance, int(images), confidence)
+        estimate = estimate_difference(differences[defined], variance, int(images), confidence, sequential=sequential)
         row[key]["contrast"] = as_contrast(estimate, match.baseline.label, int(defined.sum()))
 
 

@@ -86,6 +86,8 @@ class Runs:
         groups: names of the classes of each group that gets a score, by the group's name; classes that the data do not
             have are ignored.
         claims: claims of the sweep, see ``ema_seg.config.SweepClaim``.
+        until: half width in points that ended the sweep, which makes its intervals sequential; None for a fixed number
+            of seeds.
         metric: name of the score that the results' IoU stands for, see ``ema_seg.comparison.metric``.
     """
 
@@ -96,6 +98,7 @@ class Runs:
     notes: Sequence[str] = ()
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     claims: Sequence[Mapping[str, Any]] = ()
+    until: float | None = None
     metric: str = "mIoU"
 
 
@@ -114,7 +117,7 @@ def read_folder(folder: Path) -> Runs:
     if (folder / "sweep.json").is_file():
         plan = read_plan(folder)
         runs = [_read_job(folder / job.folder, job.impossible, job.overrides, notes) for job in plan.jobs]
-        found = Runs(plan.name, folder, runs, plan.baseline, notes, plan.groups, plan.claims)
+        found = Runs(plan.name, folder, runs, plan.baseline, notes, plan.groups, plan.claims, plan.until)
     else:
         paths = sorted({*folder.glob("*/report/report.json"), *folder.glob("*/*/report/report.json")})
         runs = [_read_job(path.parents[1], None, None, notes) for path in paths]

@@ -22,6 +22,11 @@ https://doi.org/10.2307/3002019). It is never narrower than the interval of the 
 D ± t(n - 1) · √seeds: Satterthwaite's approximation is overconfident where few seeds happen to agree, and the t-test is
 exact for another training on the same images. docs/comparison.md compares the coverage of the interval with that of
 others in simulations.
+
+Where seeds are added until the interval is narrow, it ends too often at a variance that happens to be small. Of such
+sweeps that begin with three seeds, an interval computed at 95 % covers the difference in 90 % at worst, where about ten
+seeds are needed. So a *sequential* interval is computed at 98 %, and its p-value is multiplied by 2.5: then the worst
+coverage is 95 % again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtr, stdtrit
 
 __all__ = [
     "Array",
@@ -43,6 +48,9 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
+
+# Share of the error rate that a sequential interval is computed at.
+_SEQUENTIAL = 0.4
 
 # Memory of a chunk of weights; the memory of a chunk's scores grows with it and with the number of jobs.
 _CHUNK_BYTES = 2**20
@@ -137,7 +145,12 @@ def add_groups(scores: Array, groups: Sequence[Sequence[int]]) -> Array:
 
 
 def estimate_difference(
-    differences: Sequence[float] | Array, image_variance: float, images: int, confidence: float = 0.95
+    differences: Sequence[float] | Array,
+    image_variance: float,
+    images: int,
+    confidence: float = 0.95,
+    *,
+    sequential: bool = False,
 ) -> Estimate:
     """Estimate the mean difference over seeds and its interval; see this module's docstring.
 
@@ -146,6 +159,7 @@ def estimate_difference(
         image_variance: variance of the mean difference over replicates that draw images.
         images: N, at least 2.
         confidence: confidence level of the interval.
+        sequential: seeds were added until the interval was narrow.
 
     Returns:
         The estimate. For one seed its interval covers the images alone. Without any variance, as between copies of
@@ -167,8 +181,10 @@ def estimate_difference(
     tests = [(variance**0.5, freedom)]
     if seeds > 1:
         tests.append((seed_variance**0.5, float(seeds - 1)))
-    half = max(deviation * float(stats.t.ppf((1 + confidence) / 2, df)) for deviation, df in tests)
+    error = (1 - confidence) * (_SEQUENTIAL if sequential else 1)
+    half = max(deviation * float(stdtrit(df, 1 - error / 2)) for deviation, df in tests)
     p = None
     if seeds > 1:
-        p = max(2 * float(stats.t.sf(abs(difference) / deviation, df)) for deviation, df in tests if deviation > 0)
+        p = max(2 * float(stdtr(df, -abs(difference) / deviation)) for deviation, df in tests if deviation > 0)
+        p = min(1.0, p / _SEQUENTIAL) if sequential else p
     return Estimate(difference, difference - half, difference + half, p, covers)

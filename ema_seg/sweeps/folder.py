@@ -9,6 +9,7 @@
 ``baseline``  the settings that name the baseline of comparisons, such as {"attention": "none"}; or null
 ``groups``    classes of each group that gets a score in comparisons, by the group's name
 ``claims``    claims that comparisons judge, see ``ema_seg.config.SweepClaim``
+``until``     half width in points up to which seeds were added, or null
 ``jobs``      ``identity``, ``folder``, ``overrides`` (text by key) and ``epochs`` of each job, and
               ``impossible``: why it cannot be trained, or null
 ============  ========================================================================================
@@ -84,6 +85,7 @@ class Plan:
     jobs: list[PlannedJob]
     groups: dict[str, list[str]] = field(default_factory=dict)
     claims: list[dict[str, Any]] = field(default_factory=list)
+    until: float | None = None
 
 
 @dataclass(frozen=True)
@@ -118,13 +120,15 @@ def write_plan(folder: Path, plan: Plan) -> Plan:
     path = folder / "sweep.json"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "sweep.lock"):
-        earlier = read_plan(folder).jobs if path.is_file() else []
+        before = read_plan(folder) if path.is_file() else replace(plan, jobs=[])
+        earlier = before.jobs
         folders = {job.identity: job.folder for job in earlier}
         own = [replace(job, folder=folders.get(job.identity, job.folder)) for job in plan.jobs]
         planned = {job.identity for job in own}
         tried = [job for job in earlier if not job.impossible or (folder / job.folder).is_dir()]
         kept = [job for job in tried if job.identity not in planned]
-        merged = replace(plan, jobs=[*own, *kept])
+        # A sweep whose seeds depended on its results stays one.
+        merged = replace(plan, jobs=[*own, *kept], until=plan.until if plan.until is not None else before.until)
         text = json.dumps({"schema": SCHEMA, **asdict(merged)}, indent=1, ensure_ascii=False) + "\n"
         write_file(path, text.encode())
     return merged

@@ -49,6 +49,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _UNNAMED_KEYS = (
     *("seed", "launcher", "hydra"),
     *("sweep.trials", "sweep.parallel", "sweep.retry", "sweep.baseline", "sweep.groups", "sweep.claims"),
+    *("sweep.until", "sweep.max_seeds"),
     "sweep.deal_devices",
 )
 
@@ -168,7 +169,9 @@ class FolderSweeper(Sweeper):
             for key, value in settings["baseline"].items()
         }
         claims = settings.get("claims") or []
-        plan = Plan(str(settings["name"]), sys.argv, baseline, list(jobs), settings["groups"], claims)
+        plan = Plan(
+            str(settings["name"]), sys.argv, baseline, list(jobs), settings["groups"], claims, settings.get("until")
+        )
         return write_plan(self.folder, plan).jobs[: len(jobs)]
 
     def launch(self, jobs: Mapping[str, Sequence[str]], shown: Sequence[PlannedJob]) -> None:

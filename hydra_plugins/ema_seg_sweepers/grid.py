@@ -10,8 +10,15 @@ from hydra.core.override_parser.types import Override
 
 from ema_seg.cli.command_line import reports_errors
 from ema_seg.runtime.errors import ConfigError
+from ema_seg.sweeps import ANY, PlannedJob
 
 from .base import FolderSweeper, by_dotted_key
+
+# The overrides of a job, and those that distinguish it from the others.
+Combination = tuple[list[str], dict[str, str]]
+
+# Fewer seeds hardly show how much seeds vary; the sequential interval is made for as many.
+_FEWEST_SEEDS = 3
 
 
 class GridSweeper(FolderSweeper):
@@ -25,6 +32,10 @@ class GridSweeper(FolderSweeper):
         """Plan the jobs, report impossible ones, run the others, and compare."""
         self.open_folder(arguments)
         combinations = list(self._combinations(arguments))
+        if self.settings["until"] is not None and len(seeds := _seeds(combinations)) < _FEWEST_SEEDS:
+            raise ConfigError(
+                f"sweep.until: needs {_FEWEST_SEEDS} seeds to begin with, got {len(seeds) or 1}; give seed=0,1,2."
+            )
         planned = [self.plan_job(overrides, distinguishing) for overrides, distinguishing in combinations]
         overrides_of: dict[str, list[str]] = {}
         for job, (overrides, _) in zip(planned, combinations, strict=True):
@@ -35,9 +46,56 @@ class GridSweeper(FolderSweeper):
                 chosen = " ".join(f"{key}={value}" for key, value in job.overrides.items())
                 print(f"impossible: {chosen}: {job.impossible}", file=sys.stderr)
         self.launch({job.folder: overrides_of[job.identity] for job in jobs if not self.is_settled(job)}, jobs)
+        if self.settings["until"] is not None:
+            jobs = self._add_seeds(combinations, jobs, overrides_of)
         self.close(jobs)
 
-    def _combinations(self, arguments: Sequence[str]) -> Iterator[tuple[list[str], dict[str, str]]]:
+    def _add_seeds(
+        self, combinations: Sequence[Combination], jobs: list[PlannedJob], overrides_of: dict[str, list[str]]
+    ) -> list[PlannedJob]:
+        """Run further seeds, one after the other, of rows whose interval is wide and of their baselines.
+
+        Seeds that an interrupted command has added are finished, too.
+
+        Returns:
+            All jobs of the command.
+        """
+        until, most, given = self.settings["until"] / 100, self.settings["max_seeds"], _seeds(combinations)
+        templates = [(texts, chosen) for texts, chosen in combinations if chosen["seed"] == str(given[0])]
+        for seed in range(given[-1] + 1, given[-1] + 1 + most - len(given)):
+            wide = self._wide_jobs(until)
+            added = []
+            for texts, chosen in templates:
+                overrides = [f"seed={seed}" if text == f"seed={given[0]}" else text for text in texts]
+                job = self.plan_job(overrides, {**chosen, "seed": str(seed)})
+                is_wide = any(known.folder in wide for known in jobs if _is_same_row(known.overrides, chosen))
+                begun = any(known.identity == job.identity for known in self.earlier) and not self.is_settled(job)
+                if is_wide or begun:
+                    overrides_of.setdefault(job.identity, overrides)
+                    added.append(job)
+            if not added:
+                return jobs
+            jobs = self.write_plan([*jobs, *self.merge_duplicates(added)])
+            self.launch({job.folder: overrides_of[job.identity] for job in jobs if not self.is_settled(job)}, jobs)
+        if self._wide_jobs(until):
+            print(
+                f"sweep.until={self.settings['until']}: some intervals are wider with {most} seeds; raise "
+                "sweep.max_seeds to add more.",
+                file=sys.stderr,
+            )
+        return jobs
+
+    def _wide_jobs(self, until: float) -> set[str]:
+        """Return the folders of all jobs of rows with a half width above ``until``, and of their baselines."""
+        from ema_seg.comparison.compare import compare_runs
+        from ema_seg.comparison.runs import read_folder
+
+        rows = {row["label"]: row for row in compare_runs(read_folder(self.folder))["rows"]}
+        wide = [row for row in rows.values() if row["contrast"] and _half_width(row["contrast"]) > until]
+        bases = [rows[row["contrast"]["baseline"]] for row in wide if row["contrast"]]
+        return {str(job["run"]) for row in (*wide, *bases) for job in row["jobs"]}
+
+    def _combinations(self, arguments: Sequence[str]) -> Iterator[Combination]:
         """Yield the overrides of each job, and those that distinguish it from the others."""
         given, settings = self.parse(arguments), self.settings
         own = {override.key_or_group for override in given}
@@ -82,6 +140,18 @@ def _variants(variants: Mapping[str, str | Sequence[str]]) -> Axis:
     return "variant", [
         (name, texts.split() if isinstance(texts, str) else list(texts)) for name, texts in variants.items()
     ]
+
+
+def _seeds(combinations: Sequence[Combination]) -> list[int]:
+    return sorted({int(chosen["seed"]) for _, chosen in combinations if "seed" in chosen})
+
+
+def _is_same_row(overrides: Mapping[str, str], chosen: Mapping[str, str]) -> bool:
+    return all(value in (ANY, chosen.get(key)) for key, value in overrides.items() if key != "seed")
+
+
+def _half_width(contrast: Mapping[str, Any]) -> float:
+    return (float(contrast["high"]) - float(contrast["low"])) / 2
 
 
 def _joined(key: str, values: Any) -> str:

@@ -93,7 +93,7 @@ def test_curves_give_their_mean_and_their_spread(sweep):
     (found,) = judge(sweep, claim("costly", "worse", curves=["train/gradient_norm"]))["claims"]
 
     mean, spread = found["evidence"]
-    assert mean["quantity"] == "train/gradient_norm, mean over epochs"
+    assert mean["quantity"] == "lower train/gradient_norm, mean over epochs"
     assert mean["difference"] == pytest.approx(1, abs=0.01)
     assert mean["verdict"] == "supported"
     assert spread["difference"] == pytest.approx(0, abs=0.02)
@@ -164,7 +164,7 @@ def test_the_claims_are_in_markdown_and_on_the_page(sweep, tmp_path):
     text = comparison_as_markdown(comparison)
     assert "**It is so.** Supported." in text
     assert "| ema over none | mIoU | +" in text
-    assert "| ema over none | GMACs | \N{MINUS SIGN}10.0 % | 1 | exact | (contradicted) |" in text
+    assert "| ema over none | lower GMACs | \N{MINUS SIGN}10.0 % | 1 | exact | (contradicted) |" in text
     page = write_page({**comparison, "examples": []}, tmp_path).read_text()
     assert '"text":"Supported."' in page
 

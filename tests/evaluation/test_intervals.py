@@ -234,3 +234,39 @@ def test_groups_of_classes_have_the_mean_of_those_that_have_a_score():
     np.testing.assert_array_equal(with_groups[:, :4], scores)
     np.testing.assert_allclose(with_groups[:, 4:], [[0.3, np.nan, 0.4], [0.6, np.nan, 0.6]])
     assert add_groups(scores, []) is scores
+
+
+def stopped_sweeps(deviation, of_images, effect, until=0.5, first=3, most=20, sweeps=4000):
+    """Simulate sweeps that add seeds until the interval is narrow; return coverage, false positives and mean seeds."""
+    rng = np.random.default_rng(5)
+    covered, significant, seeds = [], [], []
+    for _ in range(sweeps):
+        image_part = rng.normal(0, of_images)  # the same for all seeds
+        differences = effect + image_part + rng.normal(0, deviation, most)
+        # The variance over images is estimated from 100 of them.
+        variance = of_images**2 * rng.chisquare(99) / 99
+        for count in range(first, most + 1):
+            estimate = estimate_difference(differences[:count], variance, 100, sequential=True)
+            if (estimate.high - estimate.low) / 2 <= until:
+                break
+        covered.append(estimate.low <= effect <= estimate.high)
+        significant.append(estimate.p < 0.05)
+        seeds.append(count)
+    return np.mean(covered), np.mean(significant), np.mean(seeds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("deviation", "of_images"), [(0.5, 0.0), (0.7, 0.0), (0.5, 0.15)])
+def test_intervals_stay_honest_where_seeds_are_added_until_they_are_narrow(deviation, of_images):
+    covered, false, _ = stopped_sweeps(deviation, of_images, effect=0.0)
+
+    assert covered >= 0.93
+    assert false <= 0.05
+
+
+def test_a_sequential_interval_excludes_zero_exactly_where_p_is_below_the_level():
+    for differences in ([0.010, 0.012, 0.011], [0.010, 0.014, 0.005], [0.02, 0.01, 0.0]):
+        plain, wider = (estimate_difference(differences, 1e-6, 100, sequential=one) for one in (False, True))
+        assert wider.low < plain.low
+        assert wider.p == pytest.approx(min(1, 2.5 * plain.p))
+        assert (wider.low > 0) == (wider.p < 0.05)

@@ -11,10 +11,13 @@ import time
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
 
 from ema_seg.comparison import compare_runs, read_folder
-from ema_seg.sweeps import job_state, read_plan
+from ema_seg.sweeps import job_state, read_plan, write_plan
 from ema_seg.sweeps.search import OptunaStudy
+from tests.comparison.runs_on_disk import write_run
 from tests.conftest import QUICK, ROOT, is_alive, made_once
 
 TINY = (*QUICK, "data=camvid")
@@ -430,3 +433,90 @@ def test_the_final_view_is_of_the_commands_own_jobs(camvid_root, tmp_path, run_s
     status, _, err = run_script("train", *command(camvid_root, folder, "attention=se", "epochs=1"))
     assert "1 of 1 jobs finished" in err
     assert "The folder has 1 more job of earlier commands" in err
+
+
+@pytest.fixture
+def written_jobs(monkeypatch):
+    """Write the runs of jobs instead of training them; return block and seed of each launch, and those that never end.
+
+    ``se`` differs from ``none`` by as much at every seed, and ``eca`` by more at some seeds than at others.
+    """
+    launches, interrupted = [], []
+
+    def write(self, jobs, shown):
+        chosen = {name: dict(text.split("=", 1) for text in overrides) for name, overrides in jobs.items()}
+        pairs = {name: (overrides["attention"], int(overrides["seed"])) for name, overrides in chosen.items()}
+        launches.append(sorted(pairs.values()))
+        for name, (attention, seed) in pairs.items():
+            if (attention, seed) in interrupted:
+                interrupted.remove((attention, seed))
+                continue
+            shares = {"none": 0.3, "se": 0.2, "eca": 0.25 + (0.1 if seed % 2 else -0.1)}
+            write_run(self.folder / name, attention, seed, wrong=shares[attention])
+
+    # Hydra imports its plugins anew, so that the class of the module by name would be another one.
+    (sweeper,) = (found for found in Plugins.instance().discover(Sweeper) if found.__name__ == "GridSweeper")
+    monkeypatch.setattr(sweeper, "launch", write)
+    monkeypatch.setitem(sweeper.plan_job.__globals__, "check", lambda config: None)  # it builds every job's model
+    return launches, interrupted
+
+
+def sequential(camvid_root, folder, *overrides):
+    return command(camvid_root, folder, "attention=none,eca", "seed=0,1,2", "epochs=1", *overrides)
+
+
+def test_seeds_are_added_to_wide_rows_and_their_baseline_until_the_interval_is_narrow(
+    camvid_root, tmp_path, run_script, written_jobs
+):
+    launches, _ = written_jobs
+    folder = tmp_path / "sweep"
+
+    status, _, err = run_script("train", *sequential(camvid_root, folder, "attention=none,se,eca", "sweep.until=20"))
+
+    assert status == 0, err
+    assert len(launches[0]) == 9
+    # Only the row that varies goes on, with its baseline.
+    for seed, launch in enumerate(launches[1:], 3):
+        assert launch == [("eca", seed), ("none", seed)]
+    assert len(launches) > 1
+    comparison = json.loads((folder / "comparison/comparison.json").read_text())
+    halves = {row["label"]: (row["contrast"]["high"] - row["contrast"]["low"]) / 2 for row in comparison["rows"][1:]}
+    assert all(half <= 0.2 for half in halves.values()), halves
+    assert {row["label"]: row["contrast"]["n"] for row in comparison["rows"][1:]} == {"se": 3, "eca": 2 + len(launches)}
+    assert any("Seeds were added until" in note for note in comparison["notes"])
+    # One seed fewer was too wide.
+    last = 1 + len(launches)
+    for path in folder.glob(f"*seed-{last}_*"):
+        shutil.rmtree(path)
+    earlier = {row["label"]: row["contrast"] for row in compare_runs(read_folder(folder))["rows"]}
+    assert (earlier["eca"]["high"] - earlier["eca"]["low"]) / 2 > 0.2
+
+    # The same command again adds what is missing, and nothing else; without until the sweep stays sequential.
+    del launches[:]
+    assert run_script("train", *sequential(camvid_root, folder, "attention=none,se,eca", "sweep.until=20"))[0] == 0
+    assert [launch for launch in launches if launch] == [[("eca", last), ("none", last)]]
+    assert write_plan(folder, dataclasses.replace(read_plan(folder), until=None)).until == 20
+
+
+def test_an_interrupted_seed_is_finished_and_max_seeds_ends_the_sweep(camvid_root, tmp_path, run_script, written_jobs):
+    launches, interrupted = written_jobs
+    interrupted.append(("eca", 3))
+    folder = tmp_path / "sweep"
+
+    first, _, _ = run_script("train", *sequential(camvid_root, folder, "sweep.until=1", "sweep.max_seeds=4"))
+    del launches[:]
+    second, _, err = run_script("train", *sequential(camvid_root, folder, "sweep.until=1", "sweep.max_seeds=4"))
+
+    assert (first, second) == (1, 0)
+    assert [launch for launch in launches if launch] == [[("eca", 3)]]
+    assert "sweep.until=1: some intervals are wider with 4 seeds; raise sweep.max_seeds to add more." in err
+
+
+def test_too_few_seeds_to_begin_with_are_refused_before_anything_runs(camvid_root, tmp_path, run_script, written_jobs):
+    for seeds, count in (("seed=0,1", 2), ("seed=4", 1)):
+        status, _, err = run_script(
+            "train", *command(camvid_root, tmp_path, "attention=none,se", seeds, "sweep.until=1")
+        )
+        assert status == 1
+        assert f"sweep.until: needs 3 seeds to begin with, got {count}; give seed=0,1,2." in err
+    assert written_jobs[0] == []
