@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ema_seg.analysis.effects import Effects, score_counts
+from ema_seg.analysis.figures import Pictures
 from ema_seg.analysis.interventions import Sample, count_masks, run_interventions
 from ema_seg.analysis.maps import MapStudy
 from ema_seg.analysis.receptive_field import SHARES, ReceptiveField, receptive_field
-from ema_seg.analysis.report import FILES, Pictures, write_analysis
+from ema_seg.analysis.report import FILES, write_analysis
 from ema_seg.analysis.schema import ALL_BLOCKS, INTERVENTIONS, SCHEMA
 from ema_seg.analysis.signals import hooked, replaced_signals
 from ema_seg.analysis.similarity import FeatureSimilarity, recorded_features

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,36 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from ema_seg.analysis.effects import is_decided
-from ema_seg.analysis.report import Pictures
+from ema_seg.analysis.interventions import Sample
+from ema_seg.analysis.receptive_field import ReceptiveField
 from ema_seg.analysis.schema import ALL_BLOCKS, INTERVENTIONS
 from ema_seg.analysis.tables import short_name
 from ema_seg.inference.masks import colourise
 from ema_seg.runtime.escaping import for_figure
 
-__all__ = ["draw_all"]
+__all__ = ["Pictures", "draw_all"]
 
 # Okabe and Ito's colour-blind-safe palette.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 _BECAME_RIGHT, _BECAME_WRONG, _STAYED_WRONG = (0, 114, 178), (213, 94, 0), (240, 200, 80)
 _PICTURE_WIDTH = 2.7
+
+Mask = NDArray[np.integer]
+
+
+@dataclass
+class Pictures:
+    """What the figures show beside the report.
+
+    Attributes:
+        maps: some images with the maps of the blocks, (h, w) by name.
+        examples: by intervention, the image where it matters most, the prediction with it and the model's own, H x W.
+        fields: receptive fields by model.
+    """
+
+    maps: list[tuple[Sample, Mapping[str, NDArray[np.float32]]]] = field(default_factory=list)
+    examples: dict[str, tuple[Sample, Mask, Mask]] = field(default_factory=dict)
+    fields: dict[str, ReceptiveField] = field(default_factory=dict)
 
 
 def draw_all(report: Mapping[str, Any], pictures: Pictures) -> dict[str, Figure]:
@@ -198,11 +217,11 @@ def _draw_fields(report: Mapping[str, Any], pictures: Pictures) -> Figure:
     figure = _figure(4.2 + 2.9 * len(fields), 3.2)
     widths = [1.4, *([1] * len(fields))]
     panels = np.ravel(figure.subplots(1, 1 + len(fields), width_ratios=widths))
-    brightest = max(field.picture.max() for field in fields.values())
-    for (name, field), axes, colour in zip(fields.items(), panels[1:], _COLOURS, strict=False):
-        sides = 2 * np.arange(len(field.profile)) + 1
-        panels[0].plot(sides, np.cumsum(field.profile), color=colour, label=name)
-        axes.imshow(np.sqrt(field.picture / max(brightest, 1e-30)), cmap="magma", vmin=0, vmax=1)
+    brightest = max(found.picture.max() for found in fields.values())
+    for (name, found), axes, colour in zip(fields.items(), panels[1:], _COLOURS, strict=False):
+        sides = 2 * np.arange(len(found.profile)) + 1
+        panels[0].plot(sides, np.cumsum(found.profile), color=colour, label=name)
+        axes.imshow(np.sqrt(found.picture / max(brightest, 1e-30)), cmap="magma", vmin=0, vmax=1)
         axes.set(xticks=[], yticks=[])
         axes.set_title(name, fontsize=9)
     panels[0].set(xlabel="side of the square, pixels", ylabel="share of the gradient", ylim=(0, 1.02))

@@ -176,7 +176,7 @@ def _change(name: str, means: Mapping[str, Tensor], others: Mapping[str, Signal]
         return values.mean(dim=(1, 2), keepdim=True)
     if name == "blurred":
         return _blur(values)
-    return resize(means[block] if name == "static" else others[block].values, values.shape[1:])
+    return resize(means[block].to(values) if name == "static" else others[block].values, values.shape[1:])
 
 
 def resize(values: Tensor, size: Sequence[int]) -> Tensor:

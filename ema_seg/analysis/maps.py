@@ -1,7 +1,7 @@
 """Statistics of the weight maps of attention blocks over images."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -39,11 +39,13 @@ class MapStudy:
 
     def record(self, name: str, block: nn.Module, x: Tensor, y: Tensor) -> None:
         """Take the signal of a block for the current image; see ``hooked``."""
-        self._current[name] = read_signal(block, x, y)
+        signal = read_signal(block, x, y)
+        # On the host, because some devices have no float64.
+        self._current[name] = replace(signal, values=signal.values.cpu())
         found = self._blocks.setdefault(name, _Block())
         if hasattr(block, "channel_weights"):
             for branch, weights in zip(("pointwise", "spatial"), block.channel_weights(x), strict=True):  # type: ignore[operator]
-                found.channel_weights.setdefault(branch, _Moments()).add(weights[0].float())
+                found.channel_weights.setdefault(branch, _Moments()).add(weights[0].float().cpu())
 
     def finish_image(self, truth: NDArray[np.integer], stride: int) -> dict[str, NDArray[np.float32]]:
         """Add the signals of the current image to the statistics.
@@ -61,7 +63,7 @@ class MapStudy:
             block = self._blocks[name]
             values = signal.values if signal.multiplies else signal.values.square().mean(dim=0, keepdim=True).sqrt()
             block.add(signal, values)
-            mean = values.mean(dim=0).cpu().numpy()
+            mean = values.mean(dim=0).numpy()
             maps[name] = mean
             if mean.size > 1:
                 block.regions.append(_region_sums(_at_pixels(mean, truth.shape, stride), regions))
@@ -72,7 +74,7 @@ class MapStudy:
         return maps
 
     def means(self) -> dict[str, Tensor]:
-        """Return the mean signal of each block, float32 (G, h, w), at the map's size in the first image."""
+        """Return the mean signal of each block, float32 (G, h, w) on the host, at the map's size in the first image."""
         return {name: block.signal.mean.float() for name, block in self._blocks.items()}
 
     def results(self, replicates: int, seed: int) -> dict[str, Any]:

@@ -93,5 +93,5 @@ def _contributions(
         weights = torch.randn(len(logits), generator=generator)
         contrast = (weights - weights.mean()).to(logits) @ logits
         (gradient,) = torch.autograd.grad(contrast, pixels)
-    found: NDArray[np.float64] = gradient[0].double().abs().sum(dim=0).cpu().numpy()
+    found: NDArray[np.float64] = gradient[0].abs().sum(dim=0).cpu().double().numpy()
     return found / max(found.sum(), np.finfo(float).tiny)

@@ -2,43 +2,19 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from ema_seg.analysis.figures import Pictures, draw_all
 from ema_seg.analysis.tables import FIGURES, render_markdown
 from ema_seg.reporting.page import write_page
 from ema_seg.runtime.files import Manifest, write_file
 
-if TYPE_CHECKING:
-    from ema_seg.analysis.interventions import Sample
-    from ema_seg.analysis.receptive_field import ReceptiveField
-
-__all__ = ["FILES", "Pictures", "write_analysis"]
+__all__ = ["FILES", "write_analysis"]
 
 FILES = ("analysis.json", "analysis.md", "analysis.html", *(f"figures/{name}.png" for name in FIGURES))
 """Files of an analysis's folder besides the manifest; without a result there is no figure of it."""
-
-Mask = NDArray[np.integer]
-
-
-@dataclass
-class Pictures:
-    """What the figures show beside the report.
-
-    Attributes:
-        maps: some images with the maps of the blocks, (h, w) by name.
-        examples: by intervention, the image where it matters most, the prediction with it and the model's own, H x W.
-        fields: receptive fields by model.
-    """
-
-    maps: "list[tuple[Sample, Mapping[str, NDArray[np.float32]]]]" = field(default_factory=list)
-    examples: "dict[str, tuple[Sample, Mask, Mask]]" = field(default_factory=dict)
-    fields: "dict[str, ReceptiveField]" = field(default_factory=dict)
 
 
 def write_analysis(report: Mapping[str, Any], directory: Path, pictures: Pictures) -> None:
@@ -47,9 +23,6 @@ def write_analysis(report: Mapping[str, Any], directory: Path, pictures: Picture
     Raises:
         DataError: a file cannot be written, or would replace one that no analysis has written.
     """
-    # Imports Matplotlib, which reading an analysis does not need.
-    from ema_seg.analysis.figures import draw_all
-
     figures = draw_all(report, pictures)
     absent = {f"figures/{name}.png" for name in FIGURES if name not in figures}
     manifest = Manifest(directory)

@@ -80,5 +80,5 @@ def recorded_features(modules: Mapping[str, nn.Module], features: dict[str, Tens
 
 
 def _by_position(features: Tensor) -> Tensor:
-    """Return features (1, C, h, w) as float64 (positions, C)."""
-    return features[0].flatten(1).T.double()
+    """Return features (1, C, h, w) as float64 (positions, C), on the host because some devices have no float64."""
+    return features[0].flatten(1).T.to("cpu", torch.float64)

@@ -20,6 +20,7 @@ from scipy import stats
 
 from ema_seg.analysis.schema import load_analysis
 from ema_seg.comparison.configurations import has_settings
+from ema_seg.comparison.costs import COSTS
 from ema_seg.comparison.power import seeds_needed
 from ema_seg.comparison.schema import Claim, Contrast, Evidence, Measure, Row, Spread
 from ema_seg.comparison.statistics import adjust_holm
@@ -175,8 +176,6 @@ class _Judge:
             raise ConfigError(
                 f"sweep.claims: costs must be some of {', '.join(_COSTS)}, got {name!r}.{did_you_mean(name, _COSTS)}"
             )
-        from ema_seg.comparison.compare import COSTS  # imports this module
-
         pairs = [tuple(COSTS[name](side.results[seed].report) for side in _sides(match)) for seed in match.common_seeds]
         known = [(ours, theirs) for ours, theirs in pairs if ours and theirs]
         if not known:

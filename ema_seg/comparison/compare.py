@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ema_seg.comparison.claims import judge_claims
 from ema_seg.comparison.configurations import Configuration, find_baselines, group_runs, has_settings, setting_text
+from ema_seg.comparison.costs import COSTS
 from ema_seg.comparison.further import compare_further
 from ema_seg.comparison.power import MOST_SEEDS, seeds_needed, split_variance
 from ema_seg.comparison.runs import Result, Run, Runs
@@ -33,7 +34,6 @@ from ema_seg.runtime.errors import ConfigError, DataError
 
 __all__ = [
     "CONFIDENCE",
-    "COSTS",
     "REPLICATES",
     "SCHEMA",
     "Match",
@@ -49,16 +49,6 @@ CONFIDENCE = 0.95
 
 Array = NDArray[np.float64]
 
-# Getters of the costs in a report; costs that depend on the batch size are those of the larger batch.
-COSTS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
-    "images_per_second": lambda report: report["throughput"]["forward"][-1]["images_per_second"],
-    "latency": lambda report: report["throughput"]["forward"][-1]["latency"]["median"],
-    "memory": lambda report: report["throughput"]["forward"][-1]["peak_memory"],
-    "parameters": lambda report: report["parameters"]["total"],
-    "gmacs": lambda report: report["gmacs"],
-    # Reports of earlier versions lack it.
-    "reference": lambda report: report["throughput"]["forward"][-1].get("reference"),
-}
 # Runs whose reference computation took so much longer than another's were not measured on the same machine.
 _SAME_SPEED = 1.1
 # Name at most this many rows in a note, such as the trials of a search; count the rest.

@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         maps = attention_weights(model, image, stride, Normalise(data["mean"], data["std"]))
         if not maps:
             raise ModelError(
-                f"{options.checkpoint}: no attention block of this model has weight maps; give a model with EMA."
+                f"{options.checkpoint}: no attention block of the model has weights for positions; give another."
             )
         shown = {name: _without_padding(groups, image.shape[-2:], stride).numpy() for name, groups in maps.items()}
         try:

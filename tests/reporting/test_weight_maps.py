@@ -79,6 +79,6 @@ def test_mistakes_are_one_sentence(checkpoint, image, tmp_path, capsys):
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 5
     assert all(error.startswith("error: ") for error in errors)
-    assert "no attention block of this model has weight maps" in errors[2]
+    assert "no attention block of the model has weights for positions" in errors[2]
     assert "maps.png: the figure cannot be written" in errors[3]
     assert "maps.doc: the figure cannot be written" in errors[4]
