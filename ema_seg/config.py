@@ -378,18 +378,30 @@ class Training(Section):
     """see ``Sweep``"""
 
 
-_Rows = Annotated[list[Options], Field(min_length=1), Must("a list of settings of rows, as in [{variant: none}]")]
+_Rows = Annotated[
+    list[Annotated[Options, Field(min_length=1)]],
+    Field(min_length=1),
+    Must("a list of settings of rows, as in [{variant: none}]"),
+]
 _Names = Annotated[list[str], Must("a list of names")]
 
 
 class _Evidence(Section):
     scores: _Names = []
     """miou, a size, a class or a group of classes of the sweep, or a score beyond the mIoU such as boundary_miou"""
-    costs: _Names = []
+    costs: Annotated[
+        list[Literal["parameters", "gmacs", "latency", "memory"]], Must("some of parameters, gmacs, latency, memory")
+    ] = []
     """some of parameters, gmacs, latency, memory"""
-    curves: _Names = []
-    """columns of metrics.csv: their mean and their spread over the epochs"""
-    interventions: _Names = []
+    curves: Annotated[
+        list[Literal["train/gradient_norm", "train/gradient_norm_max", "train/loss", "val/loss"]],
+        Must("some of train/gradient_norm, train/gradient_norm_max, train/loss, val/loss"),
+    ] = []
+    """columns of metrics.csv, of which less is better: their mean over the epochs and their unsteadiness"""
+    interventions: Annotated[
+        list[Literal["off", "uniform", "static", "swapped", "blurred"]],
+        Must("some of off, uniform, static, swapped, blurred"),
+    ] = []
     """interventions of ema-seg analyse on these rows and their baseline"""
 
 

@@ -201,6 +201,11 @@ def compare_matches(runs: Runs, matches: Matches, *, replicates: int = REPLICATE
         row["seeds_to_decide"] = _seeds_to_decide(row)
     if len({result.report["throughput"]["device"] for result in results}) == 1:
         _mark_slowed(rows)
+    claims = []
+    if runs.claims and baseline == runs.baseline:
+        claims = judge_claims(runs.claims, rows, rows_matched, measures, runs.metric, sequential=sequential)
+    elif runs.claims:
+        notes = [*notes, "The sweep's claims are not judged, because they are about another baseline."]
     notes = [
         *notes,
         *_notes_on_stopping(runs.until),
@@ -228,7 +233,7 @@ def compare_matches(runs: Runs, matches: Matches, *, replicates: int = REPLICATE
         settings=settings,
         baseline=baseline,
         bootstrap={"replicates": replicates, "confidence": CONFIDENCE, "seed": seed},
-        claims=judge_claims(runs.claims, rows, rows_matched, measures, runs.metric),
+        claims=claims,
         rows=rows,
         examples=[example for match in rows_matched for example in _disagreements(match)],
         environment=_environment(results),
@@ -419,10 +424,9 @@ class _DifferenceVariance:
         if not self._count[place] or images[place] < 2:
             return None
         values = self._differences[:, *place][self._valid[:, *place]]
-        estimate = estimate_difference(
-            values, float(variance[place]), int(images[place]), CONFIDENCE, sequential=self._sequential
-        )
-        return as_contrast(estimate, self._baseline, len(values))
+        of_images = float(variance[place])
+        estimate = estimate_difference(values, of_images, int(images[place]), CONFIDENCE, sequential=self._sequential)
+        return as_contrast(estimate, self._baseline, len(values), of_images)
 
     def _subtract(self, scores: Array) -> Array:
         return scores[..., self._ours, :, :] - scores[..., self._theirs, :, :]
@@ -623,8 +627,8 @@ def _notes_on_stopping(until: float | None) -> list[str]:
     if until is None:
         return []
     return [
-        f"Seeds were added until a 95 % interval of the mIoU was at most {until:g} points to each side. Intervals are "
-        "computed at 98 % and p-values multiplied by 2.5, so that they hold under this stopping."
+        f"Seeds were added until a 95 % interval of the mIoU was at most {until:g} points to each side. Intervals of "
+        "scores are computed at 98 % and their p-values multiplied by 2.5, so that they hold under this stopping."
     ]
 
 

@@ -136,7 +136,7 @@ def _add_contrasts(
         mean = drawn.mean(axis=0)
         variance = float(np.var(mean[np.isfinite(mean)], ddof=1))
         estimate = estimate_difference(differences[defined], variance, int(images), confidence, sequential=sequential)
-        row[key]["contrast"] = as_contrast(estimate, match.baseline.label, int(defined.sum()))
+        row[key]["contrast"] = as_contrast(estimate, match.baseline.label, int(defined.sum()), variance)
 
 
 def _read_boundaries(images: Sequence[Mapping[str, Any]], classes: int) -> Counts:

@@ -84,11 +84,13 @@ class Contrast(TypedDict):
     """Difference of a row to its baseline over the ``n`` seeds that both have finished.
 
     ``low`` and ``high`` bound the confidence interval. It covers "seeds and images" (``covers``), or only "images" for
-    a single seed: then it says nothing about another training, and ``p`` is null.
+    a single seed: then it says nothing about another training, and ``p`` is null. ``of_images`` is the variance of the
+    difference over images.
     """
 
     baseline: str
     difference: float
+    of_images: float
     low: float
     high: float
     n: int

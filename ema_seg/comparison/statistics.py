@@ -13,11 +13,19 @@ from ema_seg.evaluation.intervals import Estimate
 __all__ = ["adjust_holm", "as_contrast", "correct_contrasts", "summarise"]
 
 
-def as_contrast(estimate: Estimate, baseline: str, seeds: int) -> Contrast:
+def as_contrast(estimate: Estimate, baseline: str, seeds: int, of_images: float) -> Contrast:
     """Return an estimate over so many seeds as a contrast to the row ``baseline``, without Holm's correction."""
     difference, low, high, p, covers = estimate
     return Contrast(
-        baseline=baseline, difference=difference, low=low, high=high, n=seeds, covers=covers, p=p, p_holm=None
+        baseline=baseline,
+        difference=difference,
+        of_images=of_images,
+        low=low,
+        high=high,
+        n=seeds,
+        covers=covers,
+        p=p,
+        p_holm=None,
     )
 
 

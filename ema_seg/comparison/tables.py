@@ -214,7 +214,7 @@ def verdict_text(claim: Claim) -> str:
     if claim["verdict"] != "undecided":
         return f"{claim['verdict'].capitalize()}."
     more = claim["seeds_more"]
-    return "Undecided." if more is None else f"Undecided; about {more} more seed{'s' * (more > 1)} would show it."
+    return "Undecided." if more is None else f"Undecided; about {more} more seed{'s' * (more > 1)} would decide it."
 
 
 def evidence_cells(evidence: Evidence) -> list[str]:

@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
 __all__ = [
+    "SEQUENTIAL",
     "Array",
     "Estimate",
     "add_groups",
@@ -49,8 +50,8 @@ __all__ = [
 
 Array = NDArray[np.float64]
 
-# Share of the error rate that a sequential interval is computed at.
-_SEQUENTIAL = 0.4
+SEQUENTIAL = 0.4
+"""Share of the error rate that a sequential interval is computed at."""
 
 # Memory of a chunk of weights; the memory of a chunk's scores grows with it and with the number of jobs.
 _CHUNK_BYTES = 2**20
@@ -181,10 +182,10 @@ def estimate_difference(
     tests = [(variance**0.5, freedom)]
     if seeds > 1:
         tests.append((seed_variance**0.5, float(seeds - 1)))
-    error = (1 - confidence) * (_SEQUENTIAL if sequential else 1)
+    error = (1 - confidence) * (SEQUENTIAL if sequential else 1)
     half = max(deviation * float(stdtrit(df, 1 - error / 2)) for deviation, df in tests)
     p = None
     if seeds > 1:
         p = max(2 * float(stdtr(df, -abs(difference) / deviation)) for deviation, df in tests if deviation > 0)
-        p = min(1.0, p / _SEQUENTIAL) if sequential else p
+        p = min(1.0, p / SEQUENTIAL) if sequential else p
     return Estimate(difference, difference - half, difference + half, p, covers)

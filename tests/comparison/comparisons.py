@@ -199,6 +199,7 @@ def _contrast(
     return Contrast(
         baseline="none",
         difference=difference,
+        of_images=1e-6,
         low=difference - half,
         high=difference + half,
         n=seeds,

@@ -6,8 +6,10 @@ import pytest
 import yaml
 
 from ema_seg.analysis.schema import INTERVENTIONS, SCHEMA
+from ema_seg.comparison.claims import _as_on_the_command_line
 from ema_seg.comparison.compare import compare_runs
 from ema_seg.comparison.page import write_page
+from ema_seg.comparison.power import seeds_needed
 from ema_seg.comparison.runs import read_folder
 from ema_seg.comparison.tables import comparison_as_markdown, verdict_text
 from ema_seg.config import SweepClaim, check_settings
@@ -32,8 +34,8 @@ def sweep(tmp_path_factory):
         for seed in range(3):
             name = f"{variant}_{seed}"
             curves = {
-                "epoch": [0.0, 1.0, 2.0],
-                "train/gradient_norm": [norm, 2 * norm + 0.01 * seed, norm],
+                "epoch": [0.0, 1.0, 2.0, 3.0],
+                "train/gradient_norm": [norm, 2 * norm + 0.01 * seed, norm, 2 * norm],
             }
             report = {"gmacs": gmacs, "curves": curves}
             write_run(
@@ -57,12 +59,13 @@ def claim(variant, expect, **evidence):
 
 
 def test_scores_decide_in_both_directions(sweep):
-    right, wrong, open_ = judge(
+    comparison = judge(
         sweep,
         claim("none", "worse", scores=["miou", "boundary_miou"]),
         claim("none", "better", scores=["miou"]),
         claim("same", "worse", scores=["miou"]),
-    )["claims"]
+    )
+    right, wrong, open_ = comparison["claims"]
 
     assert right["verdict"] == "supported"
     assert [evidence["contrast"] for evidence in right["evidence"]] == ["ema over none"] * 2
@@ -74,30 +77,72 @@ def test_scores_decide_in_both_directions(sweep):
     p, p_holm = zip(*((evidence["p"], evidence["p_holm"]) for evidence in right["evidence"]), strict=True)
     assert min(p_holm) == pytest.approx(2 * min(p))
     assert open_["verdict"] == "undecided"
-    assert open_["seeds_more"] is None or open_["seeds_more"] >= 1
+    (evidence,) = open_["evidence"]
+    (spread,) = (row["spread"] for row in comparison["rows"] if row["label"] == "same")
+    needed = seeds_needed(evidence["difference"], spread)
+    assert open_["seeds_more"] == evidence["seeds_more"] == (needed and needed - 3)
     assert verdict_text(open_).startswith("Undecided")
-    assert verdict_text({**open_, "seeds_more": 1}) == "Undecided; about 1 more seed would show it."
+    assert verdict_text({**open_, "seeds_more": 1}) == "Undecided; about 1 more seed would decide it."
 
 
-def test_costs_are_relative_and_exact_where_they_have_no_variance(sweep):
-    (found,) = judge(sweep, claim("costly", "worse", costs=["gmacs"], context={"costs": ["latency"]}))["claims"]
+def test_costs_are_shares_and_exact_where_they_have_no_variance(sweep):
+    found, equal = judge(
+        sweep,
+        claim("costly", "worse", costs=["gmacs"], context={"costs": ["latency"]}),
+        claim("costly", "worse", costs=["parameters"]),
+    )["claims"]
 
     exact, measured = found["evidence"]
     assert found["verdict"] == "supported"
-    assert (exact["difference"], exact["exact"], exact["p"]) == (pytest.approx(0.5), True, None)
+    assert (exact["difference"], exact["exact"], exact["p"]) == (pytest.approx(1 / 3), True, None)
     assert not measured["decides"]
     assert not measured["exact"]
+    assert equal["verdict"] == "undecided"  # the same number of parameters
 
 
-def test_curves_give_their_mean_and_their_spread(sweep):
+def test_curves_give_their_mean_and_their_unsteadiness(sweep):
     (found,) = judge(sweep, claim("costly", "worse", curves=["train/gradient_norm"]))["claims"]
 
-    mean, spread = found["evidence"]
-    assert mean["quantity"] == "lower train/gradient_norm, mean over epochs"
-    assert mean["difference"] == pytest.approx(1, abs=0.01)
+    mean, steady = found["evidence"]
+    assert [mean["quantity"], steady["quantity"]] == ["lower train/gradient_norm", "steadier train/gradient_norm"]
+    assert mean["difference"] == pytest.approx(0.5, abs=0.01)
     assert mean["verdict"] == "supported"
-    assert spread["difference"] == pytest.approx(0, abs=0.02)
+    assert steady["difference"] == pytest.approx(0, abs=0.02)
     assert found["verdict"] == "undecided"
+
+
+def test_a_trend_is_not_unsteady_and_what_is_not_defined_is_missing(sweep, tmp_path):
+    shapes = {
+        "ema": [3.0, 2.4, 2.0, 1.4, 1.0],
+        "rough": [2.0, 1.0, 3.0, 1.0, 3.0],
+        "zero": [1.0, -1.0, 1.0, -1.0, 0.0],
+    }
+    jobs = []
+    for variant, shape in shapes.items():
+        for seed in range(3):
+            curve = [value * (1 + 0.01 * seed) for value in shape]
+            curves = {"epoch": [float(epoch) for epoch in range(5)], "train/loss": curve}
+            write_run(tmp_path / f"{variant}_{seed}", seed=seed, report={"curves": curves})
+            jobs.append(plan_job(f"{variant}_{seed}", variant=variant, seed=str(seed)))
+    write_plan(tmp_path, jobs, BASE)
+
+    rough, zero = judge(
+        tmp_path, claim("rough", "worse", curves=["train/loss"]), claim("zero", "worse", curves=["train/loss"])
+    )["claims"]
+
+    steady = rough["evidence"][-1]
+    assert (steady["quantity"], steady["difference"] > 0) == ("steadier train/loss", True)
+    assert zero["verdict"] == "undecided"
+    assert any("train/loss of ema over zero" in text for text in zero["missing"])
+
+
+def test_claims_are_about_the_sweeps_own_baseline(sweep):
+    judge(sweep, claim("none", "worse", scores=["miou"]))
+
+    comparison = compare_runs(read_folder(sweep), baseline={"variant": "none"}, replicates=100)
+
+    assert comparison["claims"] == []
+    assert any("claims are not judged" in note for note in comparison["notes"])
 
 
 def test_interventions_come_from_the_analyses_of_the_runs(sweep):
@@ -105,7 +150,7 @@ def test_interventions_come_from_the_analyses_of_the_runs(sweep):
     (found,) = judge(sweep, *claims)["claims"]
     assert (found["verdict"], found["evidence"]) == ("undecided", [])
     assert found["missing"] == [
-        f"interventions on {label} (run ema-seg analyse run=<its run> first)" for label in ("same", "ema")
+        f"static on {label} (run ema-seg analyse run=<its run> first)" for label in ("same", "ema")
     ]
 
     for variant, lost in {"ema": 0.02, "same": 0.0}.items():
@@ -143,16 +188,28 @@ def test_what_is_missing_is_said(sweep):
     )["claims"]
 
     assert found["verdict"] == "undecided"
-    assert found["missing"] == ["no row of the sweep has variant=nowhere", "fur of ema over none"]
+    assert found["missing"] == ["a row with variant=nowhere", "IoU, fur of ema over none"]
+    (part,) = judge(sweep, claim("none", "worse", scores=["miou", "mIoU"]))["claims"]
+    assert (part["verdict"], part["missing"]) == ("undecided", ["IoU, mIoU of ema over none"])
+
+
+def test_settings_of_rows_are_those_of_the_command_line():
+    assert _as_on_the_command_line({"placement.head": True, "attention.factor": 8, "variant": "none"}) == {
+        "placement.head": "true",
+        "attention.factor": "8",
+        "variant": "none",
+    }
 
 
 def test_mistakes_are_refused_in_a_sentence(sweep):
-    with pytest.raises(ConfigError, match=r"costs must be some of parameters, gmacs, latency, memory, got 'gmac'"):
-        judge(sweep, claim("none", "worse", costs=["gmac"]))
     for wrong, message in (
+        (claim("none", "worse", costs=["gmac"]), r"costs: must be some of parameters, gmacs, latency, memory, got"),
+        (claim("none", "worse", interventions=["swaped"]), r"interventions: must be some of off, uniform, static"),
+        (claim("none", "worse", curves=["val/miou"]), r"curves: must be some of train/gradient_norm"),
         ({"claim": "a", "rows": [], "expect": "worse"}, r"rows: must be a list of settings of rows"),
-        ({"claim": "a", "rows": [{}], "expect": "good"}, r"expect: must be better or worse, got 'good'"),
-        ({"claim": "a", "rows": [{}], "expect": "better", "score": ["miou"]}, r"sweep.claims\[0\].score"),
+        ({"claim": "a", "rows": [{}], "expect": "worse"}, r"rows: must be a list of settings of rows"),
+        ({"claim": "a", "rows": [{"a": "b"}], "expect": "good"}, r"expect: must be better or worse, got 'good'"),
+        ({"claim": "a", "rows": [{"a": "b"}], "expect": "better", "score": ["miou"]}, r"sweep.claims\[0\].score"),
     ):
         with pytest.raises(ConfigError, match=message):
             judge(sweep, wrong)

@@ -115,7 +115,7 @@ def test_claims_have_their_verdict_and_evidence(page):
     assert page.locator("#claims .verdict").all_inner_texts() == [
         "Supported.",
         "Contradicted.",
-        "Undecided; about 7 more seeds would show it.",
+        "Undecided; about 7 more seeds would decide it.",
     ]
     cells = claims.nth(0).locator("tbody tr").nth(0).locator("td").all_inner_texts()
     assert cells == ["ema over none </script>", "mIoU", "+1.20 [+0.70, +1.70] points", "3", "0.020", "supported"]
