@@ -54,7 +54,7 @@ def analyse(
     images: int | None = None,
     field_images: int = 16,
     device: str = "auto",
-    precision: str | None = None,
+    precision: str = "32-true",
 ) -> dict[str, Any]:
     """Analyse what the attention blocks of a trained model do, on its evaluation split, and write the report.
 
@@ -67,7 +67,8 @@ def analyse(
         images: number of images, spread evenly over the split; None for all.
         field_images: images for the effective receptive field, at most.
         device: see ``find_device``.
-        precision: see ``autocast``; None for that of the run's evaluation. Gradients are computed in float32.
+        precision: see ``autocast``. Rounded weights differ a little from those that a fused kernel applies, so that
+            interventions show rounding in half precision, too. Gradients are computed in float32.
 
     Returns:
         The content of ``analysis.json``, see ``ema_seg.analysis.schema``.
@@ -104,6 +105,14 @@ def analyse(
             if number in shown:
                 pictures.maps.append((sample, found))
     means = maps.means()
+
+    # Effective receptive field: before the interventions, because gradients take the most memory.
+    chosen = [sample.image for sample in _samples(module, [indices[at] for at in _spread(len(indices), field_images)])]
+    pictures.fields["with attention"] = ours.receptive_field(chosen)
+    with replaced_signals(blocks, lambda _, signal: torch.full_like(signal.values, float(signal.multiplies))):
+        pictures.fields["attention off"] = ours.receptive_field(chosen)
+    if theirs is not None:
+        pictures.fields["twin without attention"] = theirs.receptive_field(chosen)
 
     # Interventions: in a random order, because neighbours in a video are like each other.
     order = [indices[at] for at in np.random.default_rng(_SEED).permutation(len(indices))]
@@ -143,14 +152,6 @@ def analyse(
             **effects.of(counts),
             "similarity": similarity,
         }
-
-    # Effective receptive field.
-    chosen = [sample.image for sample in _samples(module, [indices[at] for at in _spread(len(indices), field_images)])]
-    pictures.fields["with attention"] = ours.receptive_field(chosen)
-    with replaced_signals(blocks, lambda _, signal: torch.full_like(signal.values, float(signal.multiplies))):
-        pictures.fields["attention off"] = ours.receptive_field(chosen)
-    if theirs is not None:
-        pictures.fields["twin without attention"] = theirs.receptive_field(chosen)
 
     # Report: analysis.json, and from it the tables, the figures and the page.
     config = ours.config
@@ -202,15 +203,13 @@ class _Opened(NamedTuple):
         return receptive_field(self.model, images, self.stride, self.normalise)
 
 
-def _open(checkpoint: Path, device: torch.device, precision: str | None) -> _Opened:
+def _open(checkpoint: Path, device: torch.device, precision: str) -> _Opened:
     model, saved = load_segmenter(checkpoint)
     config = saved["config"]
     model = model.to(device).eval().requires_grad_(False)
-    evaluation = config.get("evaluation", {})
-    set_execution(model, channels_last=bool(evaluation.get("channels_last")), compile=False)
+    set_execution(model, channels_last=bool(config.get("evaluation", {}).get("channels_last")), compile=False)
     normalise = Normalise(config["data"]["mean"], config["data"]["std"])
-    chosen = precision or str(evaluation.get("precision", "32-true"))
-    return _Opened(model, config, saved["classes"], model_stride(model), normalise, device, chosen)
+    return _Opened(model, config, saved["classes"], model_stride(model), normalise, device, precision)
 
 
 def _open_twin(twin: Path, checkpoint: Path, ours: _Opened) -> _Opened:

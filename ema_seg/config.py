@@ -536,10 +536,8 @@ class Analysing(Section):
     """images for the effective receptive field"""
     device: Name
     """auto, cpu, cuda, cuda:1, mps"""
-    precision: Annotated[
-        Literal["32-true", "bf16-mixed", "16-mixed"] | None, Must("32-true, bf16-mixed or 16-mixed, or null")
-    ]
-    """precision of autocast; null: that of the run's evaluation"""
+    precision: Annotated[Literal["32-true", "bf16-mixed", "16-mixed"], Must("32-true, bf16-mixed or 16-mixed")]
+    """precision of autocast"""
     data: Data
     epochs: Any = None  # set by the configurations of the data sets
 

@@ -15,6 +15,7 @@ from ema_seg.analysis.signals import Signal, read_signal
 from ema_seg.evaluation.boundary import near_boundary
 from ema_seg.evaluation.intervals import draw_weights, estimate_difference, weigh_counts
 from ema_seg.evaluation.strata import small_objects
+from ema_seg.inference.attention import without_padding
 
 __all__ = ["REGIONS", "MapStudy"]
 
@@ -55,18 +56,19 @@ class MapStudy:
             stride: the image is padded to multiples of it at the bottom and right.
 
         Returns:
-            The map (h, w) of each block, the mean over its groups, in order of execution.
+            The map (h, w) of each block without the padding, the mean over its groups, in order of execution.
         """
         regions = self._regions(truth)
         maps = {}
         for name, signal in self._current.items():
             block = self._blocks[name]
             values = signal.values if signal.multiplies else signal.values.square().mean(dim=0, keepdim=True).sqrt()
-            block.add(signal, values)
-            mean = values.mean(dim=0).numpy()
-            maps[name] = mean
-            if mean.size > 1:
-                block.regions.append(_region_sums(_at_pixels(mean, truth.shape, stride), regions))
+            inside = without_padding(values, truth.shape, stride)
+            block.add(signal, inside)
+            maps[name] = inside.mean(dim=0).numpy()
+            if values[0].numel() > 1:
+                at_pixels = _at_pixels(values.mean(dim=0).numpy(), truth.shape, stride)
+                block.regions.append(_region_sums(at_pixels, regions))
         for one, other in combinations(maps, 2):
             if (value := _correlation(maps[one], maps[other])) is not None:
                 self._correlations.setdefault((one, other), []).append(value)
@@ -75,7 +77,7 @@ class MapStudy:
 
     def means(self) -> dict[str, Tensor]:
         """Return the mean signal of each block, float32 (G, h, w) on the host, at the map's size in the first image."""
-        return {name: block.signal.mean.float() for name, block in self._blocks.items()}
+        return {name: block.signal.mean for name, block in self._blocks.items()}
 
     def results(self, replicates: int, seed: int) -> dict[str, Any]:
         """Return the statistics.
@@ -104,8 +106,25 @@ class MapStudy:
         return [truth != 255, *classes, near_boundary(truth), small_objects(truth)]
 
 
+class _Mean:
+    """Mean over images of signals of the size of the first; the others are resized."""
+
+    _sum: Tensor
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, values: Tensor) -> None:
+        self._sum = values.double() if self.count == 0 else self._sum + resize(values, self._sum.shape[1:])
+        self.count += 1
+
+    @property
+    def mean(self) -> Tensor:
+        return (self._sum / self.count).float()
+
+
 class _Moments:
-    """Mean and variance over images, of tensors of the size of the first; the others are resized."""
+    """Variance over images, of tensors of the size of the first; the others are resized."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -123,10 +142,6 @@ class _Moments:
         self.count += 1
 
     @property
-    def mean(self) -> Tensor:
-        return self.first + self._sum / self.count
-
-    @property
     def spread(self) -> float:
         """Standard deviation over the images, averaged over all values."""
         variance = self._squares / self.count - (self._sum / self.count).square()
@@ -137,7 +152,7 @@ class _Moments:
 class _Block:
     multiplies: bool = True
     shape: tuple[int, ...] = ()
-    signal: _Moments = field(default_factory=_Moments)
+    signal: _Mean = field(default_factory=_Mean)
     map: _Moments = field(default_factory=_Moments)
     mean: list[float] = field(default_factory=list)
     low: list[float] = field(default_factory=list)

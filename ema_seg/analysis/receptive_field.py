@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ema_seg.data.normalise import Normalise
 from ema_seg.inference.prediction import device_of, model_input, pad_to_stride
+from ema_seg.runtime.limits import reraise_out_of_memory, reraise_size_errors
 
 __all__ = ["SHARES", "ReceptiveField", "receptive_field"]
 
@@ -88,7 +89,8 @@ def _contributions(
     """Return the contribution of each pixel of the image, H x W; they add up to 1."""
     height, width = image.shape[1:]
     pixels = model_input(model, image[None].to(device_of(model)), normalise).detach().requires_grad_()
-    with torch.enable_grad():
+    advice = "analyse with device=cpu, or smaller images"
+    with torch.enable_grad(), reraise_size_errors(pixels), reraise_out_of_memory(pixels, advice):
         logits = model(pad_to_stride(pixels, stride))[0, :, height // 2, width // 2]
         weights = torch.randn(len(logits), generator=generator)
         contrast = (weights - weights.mean()).to(logits) @ logits

@@ -1,7 +1,8 @@
 """Signals of attention blocks: what a block computes from its input, apart from how it applies it.
 
 The signal of a block with a method ``weight_map`` is its weights, and they multiply the input. The signal of any other
-block is what it adds to its input, such as the context vector of GC and the reconstruction of EMAU.
+block is what it adds to its input, such as the context vector of GC. That of EMAU is its reconstruction, and what its
+ReLU at the end takes from negative sums.
 """
 
 from collections.abc import Callable, Iterator, Mapping

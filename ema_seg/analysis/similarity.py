@@ -59,17 +59,20 @@ class _CrossSums:
 
 @contextmanager
 def recorded_features(modules: Mapping[str, nn.Module], features: dict[str, Tensor]) -> Iterator[None]:
-    """Record the outputs of modules in ``features``; a list of feature maps as ``<name> 0`` and so on."""
+    """Record the outputs of modules in ``features``; a list of feature maps as ``<name> 0`` and so on.
 
-    def record(name: str, output: Any) -> None:
+    The input, which smp's encoders return as their first map, is left out.
+    """
+
+    def record(name: str, inputs: tuple[Any, ...], output: Any) -> None:
         maps = output[0] if isinstance(output, tuple) else output
         if isinstance(maps, Tensor):
             features[name] = maps
         else:
-            features.update({f"{name} {place}": found for place, found in enumerate(maps)})
+            features.update({f"{name} {place}": found for place, found in enumerate(maps) if found is not inputs[0]})
 
     handles = [
-        module.register_forward_hook(lambda _, __, output, name=name: record(name, output))
+        module.register_forward_hook(lambda _, inputs, output, name=name: record(name, inputs, output))
         for name, module in modules.items()
     ]
     try:

@@ -11,7 +11,7 @@ from ema_seg.runtime.escaping import for_markdown, for_markdown_code
 __all__ = ["FIGURES", "format_difference", "render_markdown", "short_name"]
 
 FIGURES = {
-    "interventions": "Difference of the mIoU with each intervention, with 95 % intervals over images",
+    "interventions": "Difference of the mIoU with each intervention, with 95 % intervals over images; scales differ",
     "classes": "Difference of the IoU of each class",
     "examples": "For each intervention the image where it matters most",
     "weight_maps": "Weight maps of the blocks: the mean over their groups",

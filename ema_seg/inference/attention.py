@@ -1,12 +1,15 @@
 """Weight maps of attention blocks."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ema_seg.data.normalise import Normalise
 from ema_seg.inference.prediction import segment
 
-__all__ = ["attention_weights"]
+__all__ = ["attention_weights", "without_padding"]
 
 
 def attention_weights(model: nn.Module, image: Tensor, stride: int, normalise: Normalise) -> dict[str, Tensor]:
@@ -45,3 +48,12 @@ def attention_weights(model: nn.Module, image: Tensor, stride: int, normalise: N
         for handle in handles:
             handle.remove()
     return maps
+
+
+def without_padding(groups: Tensor, size: Sequence[int], stride: int) -> Tensor:
+    """Crop the padding off a map (groups, h, w) of an image of this height and width."""
+    height, width = (
+        math.ceil(cells * length / (length + -length % stride))
+        for cells, length in zip(groups.shape[-2:], size, strict=True)
+    )
+    return groups[:, :height, :width]

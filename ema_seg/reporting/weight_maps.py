@@ -4,7 +4,6 @@
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,12 +12,11 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from ema_seg.data.decoding import decode_image
 from ema_seg.data.normalise import Normalise
 from ema_seg.data.source import File, FolderSource
-from ema_seg.inference.attention import attention_weights
+from ema_seg.inference.attention import attention_weights, without_padding
 from ema_seg.models import load_segmenter, model_stride
 from ema_seg.runtime.errors import DataError, EmaSegError, ModelError, one_line
 from ema_seg.runtime.escaping import for_terminal
@@ -54,15 +52,6 @@ def draw_weight_maps(image: np.ndarray, maps: Mapping[str, np.ndarray]) -> Figur
     return figure
 
 
-def _without_padding(groups: Tensor, size: Sequence[int], stride: int) -> Tensor:
-    """Crop the padding off a map (groups, h, w) of an image of this height and width."""
-    height, width = (
-        math.ceil(cells * length / (length + -length % stride))
-        for cells, length in zip(groups.shape[-2:], size, strict=True)
-    )
-    return groups[:, :height, :width]
-
-
 def _draw_map(axes: Axes, weights: np.ndarray, title: str) -> None:
     axes.imshow(weights, cmap="viridis")
     axes.set_title(f"{title}\n{weights.min():.2f} to {weights.max():.2f}", fontsize=8)
@@ -89,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ModelError(
                 f"{options.checkpoint}: no attention block of the model has weights for positions; give another."
             )
-        shown = {name: _without_padding(groups, image.shape[-2:], stride).numpy() for name, groups in maps.items()}
+        shown = {name: without_padding(groups, image.shape[-2:], stride).numpy() for name, groups in maps.items()}
         try:
             draw_weight_maps(pixels, shown).savefig(options.figure, dpi=150)
         except (OSError, ValueError) as error:

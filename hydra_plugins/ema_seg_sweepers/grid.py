@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import Override
 
 from ema_seg.cli.command_line import reports_errors
 from ema_seg.runtime.errors import ConfigError
-from ema_seg.sweeps import ANY, PlannedJob
+from ema_seg.sweeps import ANY, PlannedJob, job_state
 
 from .base import FolderSweeper, by_dotted_key
 
@@ -32,10 +32,8 @@ class GridSweeper(FolderSweeper):
         """Plan the jobs, report impossible ones, run the others, and compare."""
         self.open_folder(arguments)
         combinations = list(self._combinations(arguments))
-        if self.settings["until"] is not None and len(seeds := _seeds(combinations)) < _FEWEST_SEEDS:
-            raise ConfigError(
-                f"sweep.until: needs {_FEWEST_SEEDS} seeds to begin with, got {len(seeds) or 1}; give seed=0,1,2."
-            )
+        if self.settings["until"] is not None:
+            self._check_sequential(combinations)
         planned = [self.plan_job(overrides, distinguishing) for overrides, distinguishing in combinations]
         overrides_of: dict[str, list[str]] = {}
         for job, (overrides, _) in zip(planned, combinations, strict=True):
@@ -49,6 +47,20 @@ class GridSweeper(FolderSweeper):
         if self.settings["until"] is not None:
             jobs = self._add_seeds(combinations, jobs, overrides_of)
         self.close(jobs)
+
+    def _check_sequential(self, combinations: Sequence[Combination]) -> None:
+        """Raise ConfigError unless there are seeds to begin with and a baseline to compare with."""
+        if len(seeds := _seeds(combinations)) < _FEWEST_SEEDS:
+            raise ConfigError(
+                f"sweep.until: needs {_FEWEST_SEEDS} seeds to begin with, got {len(seeds) or 1}; give seed=0,1,2."
+            )
+        baseline = self.settings["baseline"] or {"attention": "none"}
+        rows = [chosen for _, chosen in combinations]
+        if not any(all(chosen.get(key) == str(value) for key, value in baseline.items()) for chosen in rows):
+            named = ", ".join(f"{key}={value}" for key, value in baseline.items())
+            raise ConfigError(
+                f"sweep.until: needs a baseline, and no job has {named}; add it, or name another with sweep.baseline."
+            )
 
     def _add_seeds(
         self, combinations: Sequence[Combination], jobs: list[PlannedJob], overrides_of: dict[str, list[str]]
@@ -90,6 +102,8 @@ class GridSweeper(FolderSweeper):
         from ema_seg.comparison.compare import compare_runs
         from ema_seg.comparison.runs import read_folder
 
+        if not any(job_state(path.parent).name == "finished" for path in self.folder.glob("*/job.json")):
+            return set()
         rows = {row["label"]: row for row in compare_runs(read_folder(self.folder))["rows"]}
         wide = [row for row in rows.values() if row["contrast"] and _half_width(row["contrast"]) > until]
         bases = [rows[row["contrast"]["baseline"]] for row in wide if row["contrast"]]
@@ -143,7 +157,7 @@ def _variants(variants: Mapping[str, str | Sequence[str]]) -> Axis:
 
 
 def _seeds(combinations: Sequence[Combination]) -> list[int]:
-    return sorted({int(chosen["seed"]) for _, chosen in combinations if "seed" in chosen})
+    return sorted({int(seed) for _, chosen in combinations if (seed := chosen.get("seed", "")).isdecimal()})
 
 
 def _is_same_row(overrides: Mapping[str, str], chosen: Mapping[str, str]) -> bool:

@@ -64,6 +64,21 @@ def test_spread_regions_and_agreement_are_those_of_numpy():
     assert agreement[0][1] == agreement[1][0] == pytest.approx(np.mean(correlations))
 
 
+def test_the_padding_is_no_part_of_the_image():
+    weights = torch.full((1, 4, 6), 0.5)
+    weights[:, 3:] = 0.9  # the image ends after 12 of 16 rows
+    study, block = MapStudy(2), Weights([weights] * 2)
+    for _ in range(2):
+        study.record("block", block, torch.zeros(1, 1, 4, 6), torch.zeros(1, 1, 4, 6))
+        found = study.finish_image(np.zeros((12, 24), np.uint8), 8)
+
+    (result,) = study.results(50, 0)["blocks"]
+
+    assert (result["mean"], result["max"], result["spread"]["positions"]) == (0.5, 0.5, 0)
+    assert found["block"].shape == (3, 6)
+    assert study.means()["block"].shape == (1, 4, 6)  # static weights reach into the padding
+
+
 def test_boundaries_and_small_objects_are_found():
     truth = np.zeros((200, 300), np.uint8)
     truth[60:80, 100:120] = 1  # 400 pixels, below 32²

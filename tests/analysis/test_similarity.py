@@ -42,7 +42,7 @@ def test_rotated_and_scaled_features_are_the_same_and_constant_ones_have_no_simi
 def test_outputs_are_recorded_by_name_lists_map_by_map():
     class Maps(nn.Module):
         def forward(self, x):
-            return [x, x[:, :, ::2]], "tokens"
+            return [x, x[:, :, ::2], x[:, :, ::4]], "tokens"
 
     model = nn.ModuleDict({"maps": Maps(), "conv": nn.Conv2d(1, 2, 1)})
     features = {}
@@ -51,7 +51,7 @@ def test_outputs_are_recorded_by_name_lists_map_by_map():
         model["conv"](torch.zeros(1, 1, 4, 4))
 
     assert {name: tuple(maps.shape) for name, maps in features.items()} == {
-        "maps 0": (1, 1, 4, 4),
         "maps 1": (1, 1, 2, 4),
+        "maps 2": (1, 1, 1, 4),
         "conv": (1, 2, 4, 4),
     }

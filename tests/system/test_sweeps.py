@@ -519,4 +519,8 @@ def test_too_few_seeds_to_begin_with_are_refused_before_anything_runs(camvid_roo
         )
         assert status == 1
         assert f"sweep.until: needs 3 seeds to begin with, got {count}; give seed=0,1,2." in err
+    overrides = command(camvid_root, tmp_path, "attention=se,eca", "seed=0,1,2", "sweep.until=1")
+    status, _, err = run_script("train", *overrides)
+    assert status == 1
+    assert "sweep.until: needs a baseline, and no job has attention=none; add it, or name another" in err
     assert written_jobs[0] == []
