@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import Override
 
 from ema_seg.cli.command_line import reports_errors
 from ema_seg.runtime.errors import ConfigError
-from ema_seg.sweeps import ANY, PlannedJob, job_state
+from ema_seg.sweeps import ANY, PlannedJob
 
 from .base import FolderSweeper, by_dotted_key
 
@@ -102,7 +102,7 @@ class GridSweeper(FolderSweeper):
         from ema_seg.comparison.compare import compare_runs
         from ema_seg.comparison.runs import read_folder
 
-        if not any(job_state(path.parent).name == "finished" for path in self.folder.glob("*/job.json")):
+        if not any(self.folder.glob("*/report/report.json")):  # all jobs have failed
             return set()
         rows = {row["label"]: row for row in compare_runs(read_folder(self.folder))["rows"]}
         wide = [row for row in rows.values() if row["contrast"] and _half_width(row["contrast"]) > until]
