@@ -20,9 +20,10 @@ from ema_seg.analysis.maps import MapStudy
 from ema_seg.analysis.receptive_field import SHARES, ReceptiveField, receptive_field
 from ema_seg.analysis.report import FILES, write_analysis
 from ema_seg.analysis.schema import ALL_BLOCKS, INTERVENTIONS, SCHEMA
-from ema_seg.analysis.signals import hooked, replaced_signals
+from ema_seg.analysis.signals import hooked, neutral_values, replaced_signals
 from ema_seg.analysis.similarity import FeatureSimilarity, recorded_features
 from ema_seg.data import SegmentationDataModule
+from ema_seg.data.datamodule import spread_evenly
 from ema_seg.data.normalise import Normalise
 from ema_seg.evaluation import describe_environment
 from ema_seg.inference.classes import most_likely_classes
@@ -90,14 +91,15 @@ def analyse(
     module.setup("test")
     advice = "analyse on data with the same classes"
     check_classes(ours.classes, module.classes, module.dataset_name, checkpoint, advice)
-    indices = _spread(len(module.test_dataset), images)
+    total = len(module.test_dataset)
+    indices = spread_evenly(total, images or total)
     if len(indices) < 2:
         raise DataError(f"{module.test_dataset.root}: an interval needs at least 2 images, got {len(indices)}.")
 
     # The maps, and the mean of each block's signal.
     maps = MapStudy(module.num_classes)
     pictures = Pictures()
-    shown = set(_spread(len(indices), _SHOWN_MAPS))
+    shown = set(spread_evenly(len(indices), _SHOWN_MAPS))
     with hooked(blocks, maps.record):
         for number, sample in enumerate(track(_samples(module, indices), "Weight maps", total=len(indices))):
             ours.segment(sample.image)
@@ -107,9 +109,11 @@ def analyse(
     means = maps.means()
 
     # Effective receptive field: before the interventions, because gradients take the most memory.
-    chosen = [sample.image for sample in _samples(module, [indices[at] for at in _spread(len(indices), field_images)])]
+    chosen = [
+        sample.image for sample in _samples(module, [indices[at] for at in spread_evenly(len(indices), field_images)])
+    ]
     pictures.fields["with attention"] = ours.receptive_field(chosen)
-    with replaced_signals(blocks, lambda _, signal: torch.full_like(signal.values, float(signal.multiplies))):
+    with replaced_signals(blocks, lambda _, signal: neutral_values(signal)):
         pictures.fields["attention off"] = ours.receptive_field(chosen)
     if theirs is not None:
         pictures.fields["twin without attention"] = theirs.receptive_field(chosen)
@@ -234,12 +238,6 @@ def _samples(module: SegmentationDataModule, indices: Sequence[int]) -> Iterator
     for index in indices:
         sample = module.read_first_readable(module.test_dataset, index)
         yield Sample(sample["name"], sample["image"], sample["mask"].numpy())
-
-
-def _spread(count: int, most: int | None) -> list[int]:
-    """Return up to ``most`` places of ``count``, spread evenly."""
-    chosen = count if most is None else min(count, most)
-    return [place * count // chosen for place in range(chosen)]
 
 
 def _compare_with_twin(

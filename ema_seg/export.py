@@ -19,7 +19,7 @@ from torch.nn import functional
 
 import ema_seg
 from ema_seg.data import SegmentationDataModule
-from ema_seg.data.datamodule import SampleSelection
+from ema_seg.data.datamodule import SampleSelection, spread_evenly
 from ema_seg.evaluation import ConfusionMatrix
 from ema_seg.evaluation.environment import describe_environment
 from ema_seg.inference.export import check_export, write_artefact
@@ -92,11 +92,11 @@ def export(
     module.setup("test")
     advice = "verify on data with the same classes"
     check_classes(saved["classes"], module.classes, module.dataset_name, checkpoint, advice)
-    shown = SampleSelection(module, _spread(len(module.test_dataset), images))
+    shown = SampleSelection(module, spread_evenly(len(module.test_dataset), images))
 
     def calibration() -> Iterator[NDArray[Any]]:
         dataset = module.train_dataset
-        for index in _spread(len(dataset), calibration_images):
+        for index in spread_evenly(len(dataset), calibration_images):
             image = torch.from_numpy(np.ascontiguousarray(dataset.read_image(index)))
             if processing:
                 yield image[None].numpy()
@@ -150,11 +150,6 @@ def export(
             file.replace(out / file.name)
     write_file(out / "export.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
     return report
-
-
-def _spread(length: int, count: int) -> list[int]:
-    """Return at most so many indices, spread evenly."""
-    return sorted({int(place) for place in np.linspace(0, length - 1, min(length, count)).round()})
 
 
 def _scores_of(run: Path | None) -> dict[str, Any] | None:

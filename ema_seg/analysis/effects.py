@@ -6,17 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ema_seg.evaluation.intervals import (
-    Array,
-    add_whole,
-    draw_weights,
-    estimate_difference,
-    score_sums,
-    weigh_counts,
-)
+from ema_seg.evaluation.intervals import Array, add_whole, estimate_difference, resample, score_sums
 from ema_seg.evaluation.strata import STRATA
 
-__all__ = ["MEASURES", "Effects", "is_decided", "score_counts"]
+__all__ = ["MEASURES", "Effects", "estimate_over_images", "is_decided", "score_counts"]
 
 MEASURES = {"miou": "mIoU", "boundary_miou": "boundary mIoU", **{name: f"mIoU, {name} objects" for name in STRATA}}
 """Scores of an analysis beside the IoU of each class: what to call them, by key."""
@@ -56,16 +49,14 @@ class Effects:
         sizes = both[:, :3]
         scored = [sizes.any(axis=1), both[:, 3], *(sizes[:, place] for place in range(len(STRATA)))]
         images = [*(int(one.any(axis=1).sum()) for one in scored), *sizes.any(axis=1).sum(axis=0).tolist()]
-        found = [_estimate(*values) for values in zip(exact, drawn.T, images, strict=True)]
+        found = [estimate_over_images(*values) for values in zip(exact, drawn.T, images, strict=True)]
         return {
             "differences": dict(zip(MEASURES, found, strict=False)),
             "classes": found[len(MEASURES) :],
         }
 
     def _resample(self, counts: NDArray[np.int32]) -> Array:
-        wide = counts.astype(float)
-        replicates = draw_weights(len(counts), *self._bootstrap)
-        return np.concatenate([_score(weigh_counts(weights, wide)) for weights in replicates])
+        return resample(counts.astype(float), _score, *self._bootstrap)
 
 
 def _score(sums: Array) -> Array:
@@ -75,7 +66,14 @@ def _score(sums: Array) -> Array:
     return np.concatenate([sizes[..., 0, :1], boundary, sizes[..., 1:, 0], sizes[..., 0, 1:]], axis=-1)
 
 
-def _estimate(difference: float, drawn: Array, images: int) -> Difference:
+def estimate_over_images(difference: float, drawn: Array, images: int) -> Difference:
+    """Return a difference with its 95 % interval over images; None where fewer than two images have it.
+
+    Args:
+        difference: the difference over all images.
+        drawn: that of bootstrap replicates, ``nan`` where undefined.
+        images: number of images behind it.
+    """
     drawn = drawn[np.isfinite(drawn)]
     if not np.isfinite(difference) or images < 2 or len(drawn) < 2:
         return None

@@ -32,7 +32,7 @@ Mask = NDArray[np.integer]
 
 @dataclass
 class Pictures:
-    """What the figures show beside the report.
+    """Images, maps and fields that the figures show beside the report.
 
     Attributes:
         maps: some images with the maps of the blocks, (h, w) by name.

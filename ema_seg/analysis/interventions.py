@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ema_seg.analysis.schema import ALL_BLOCKS, INTERVENTIONS
-from ema_seg.analysis.signals import Signal, recorded_signals, replaced_signals
+from ema_seg.analysis.signals import Signal, neutral_values, recorded_signals, replaced_signals
 from ema_seg.evaluation.boundary import count_boundaries
 from ema_seg.evaluation.strata import STRATA, count_strata
 from ema_seg.models.placement import modules_before_attention
@@ -171,7 +171,7 @@ def _change(name: str, means: Mapping[str, Tensor], others: Mapping[str, Signal]
     """Return the values (G, h, w) that an intervention puts in the place of those of a block's signal."""
     values = signal.values
     if name == "off":
-        return torch.full_like(values[:, :1, :1], float(signal.multiplies))
+        return neutral_values(signal)
     if name == "uniform":
         return values.mean(dim=(1, 2), keepdim=True)
     if name == "blurred":

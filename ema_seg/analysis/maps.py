@@ -10,10 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ema_seg.analysis.effects import estimate_over_images
 from ema_seg.analysis.interventions import resize
 from ema_seg.analysis.signals import Signal, read_signal
+from ema_seg.attention import EMA
 from ema_seg.evaluation.boundary import near_boundary
-from ema_seg.evaluation.intervals import draw_weights, estimate_difference, weigh_counts
+from ema_seg.evaluation.intervals import resample
 from ema_seg.evaluation.strata import small_objects
 from ema_seg.inference.attention import without_padding
 
@@ -44,8 +46,8 @@ class MapStudy:
         # On the host, because some devices have no float64.
         self._current[name] = replace(signal, values=signal.values.cpu())
         found = self._blocks.setdefault(name, _Block())
-        if hasattr(block, "channel_weights"):
-            for branch, weights in zip(("pointwise", "spatial"), block.channel_weights(x), strict=True):  # type: ignore[operator]
+        if isinstance(block, EMA):
+            for branch, weights in zip(("pointwise", "spatial"), block.channel_weights(x), strict=True):
                 found.channel_weights.setdefault(branch, _Moments()).add(weights[0].float().cpu())
 
     def finish_image(self, truth: NDArray[np.integer], stride: int) -> dict[str, NDArray[np.float32]]:
@@ -228,22 +230,12 @@ def _compare_regions(sums: NDArray[np.float64], replicates: int, seed: int) -> l
         return found
 
     whole = means(sums.sum(axis=0))
-    drawn = np.concatenate(
-        [means(weigh_counts(weights, sums)) for weights in draw_weights(len(sums), replicates, seed)]
-    )
+    drawn = resample(sums, means, replicates, seed)
     rows: list[dict[str, float] | None] = []
     for place in range(1, len(whole)):
-        differences = drawn[:, place] - drawn[:, 0]
-        differences = differences[np.isfinite(differences)]
         occurring = int((sums[:, place, 1] > 0).sum())
-        if occurring < 2 or len(differences) < 2:
-            rows.append(None)
-            continue
-        difference = whole[place] - whole[0]
-        estimate = estimate_difference([difference], float(np.var(differences, ddof=1)), occurring)
-        rows.append(
-            {"mean": float(whole[place]), "difference": estimate.difference, "low": estimate.low, "high": estimate.high}
-        )
+        found = estimate_over_images(whole[place] - whole[0], drawn[:, place] - drawn[:, 0], occurring)
+        rows.append(found and {"mean": float(whole[place]), **found})
     return rows
 
 

@@ -67,7 +67,7 @@ def receptive_field(
         seed: seed of the weights of the contrast, which are those of all models with as many classes.
     """
     generator = torch.Generator().manual_seed(seed)
-    size = tuple(images[0].shape[1:])
+    size = images[0].shape[1], images[0].shape[2]
     profile = np.zeros(0)
     picture = np.zeros(size)
     for image in images:
@@ -80,7 +80,7 @@ def receptive_field(
         profile[: len(found)] += found
         if contributions.shape == size:
             picture += contributions
-    return ReceptiveField(profile / len(images), picture / len(images), size)  # type: ignore[arg-type]
+    return ReceptiveField(profile / len(images), picture / len(images), size)
 
 
 def _contributions(

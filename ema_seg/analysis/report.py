@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from ema_seg.analysis.figures import Pictures, draw_all
 from ema_seg.analysis.tables import FIGURES, render_markdown
 from ema_seg.reporting.page import write_page
+from ema_seg.reporting.report import replace_figures
 from ema_seg.runtime.files import Manifest, write_file
 
 __all__ = ["FILES", "write_analysis"]
@@ -24,15 +24,7 @@ def write_analysis(report: Mapping[str, Any], directory: Path, pictures: Picture
         DataError: a file cannot be written, or would replace one that no analysis has written.
     """
     figures = draw_all(report, pictures)
-    absent = {f"figures/{name}.png" for name in FIGURES if name not in figures}
-    manifest = Manifest(directory)
-    manifest.claim(file for file in FILES if file not in absent)
-    # Figures of an earlier analysis would show another model.
-    manifest.remove(absent)
-    for name, figure in figures.items():
-        content = BytesIO()
-        figure.savefig(content, format="png", dpi=130)
-        write_file(directory / "figures" / f"{name}.png", content.getvalue())
+    replace_figures(Manifest(directory), FILES, figures, dpi=130)
     text = render_markdown(report, tuple(figures))
     write_file(directory / "analysis.md", text.encode(errors="backslashreplace"))
     write_page(text, directory / "analysis.html")

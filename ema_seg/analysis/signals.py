@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ema_seg.attention import ShuffleAttention
 
-__all__ = ["Signal", "apply_signal", "hooked", "read_signal", "recorded_signals", "replaced_signals"]
+__all__ = ["Signal", "apply_signal", "hooked", "neutral_values", "read_signal", "recorded_signals", "replaced_signals"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ def apply_signal(block: nn.Module, x: Tensor, signal: Signal) -> Tensor:
     y = (groups * values if signal.multiplies else groups + values).flatten(1, 2).to(x.dtype)
     # The layers that follow expect its permuted channels, whatever the weights.
     return block.shuffle(y) if isinstance(block, ShuffleAttention) else y
+
+
+def neutral_values(signal: Signal) -> Tensor:
+    """Return the values (G, 1, 1) in the place of a signal's with which the block's output is its input."""
+    return torch.full_like(signal.values[:, :1, :1], float(signal.multiplies))
 
 
 @contextmanager

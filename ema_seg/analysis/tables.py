@@ -37,12 +37,12 @@ def render_markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> s
     return "\n".join(_lines(report, figures)) + "\n"
 
 
-def format_difference(difference: Mapping[str, float] | None, bold: bool = True) -> str:
+def format_difference(difference: Mapping[str, float] | None) -> str:
     """Format a difference in points with its interval; bold if the interval excludes zero."""
     if difference is None:
         return "–"
     text = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * difference[key] for key in ("difference", "low", "high")))
-    return f"**{text}**" if bold and is_decided(difference) else text
+    return f"**{text}**" if is_decided(difference) else text
 
 
 def short_name(block: str) -> str:

@@ -34,6 +34,7 @@ from ema_seg.runtime.texts import read_yaml
 __all__ = [
     "argument",
     "config_of_run_or_checkpoint",
+    "default_folder",
     "expand_home",
     "key_of",
     "plain_config",
@@ -138,6 +139,20 @@ def require_set(config: Mapping[str, Any], **meanings: str) -> None:
     for key, meaning in meanings.items():
         if config[key] is None:
             raise ConfigError(f"{key}: must be set; give {key}=<{meaning}>.")
+
+
+def default_folder(config: Mapping[str, Any], name: Path) -> Path:
+    """Return the folder ``out``, by default ``name`` in the folder of ``run`` or beside its checkpoint.
+
+    Raises:
+        ConfigError: ``out`` is null, and ``run`` is not on this disk.
+    """
+    if config["out"] is not None:
+        return Path(config["out"])
+    source = Path(config["run"])
+    if not source.exists():
+        raise ConfigError(f"out: must be set for run={config['run']}; give out=<a folder>.")
+    return (source if source.is_dir() else source.parent) / name
 
 
 def saved_config(run: Path, key: str) -> dict[str, Any]:

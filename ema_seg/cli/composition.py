@@ -20,7 +20,7 @@ from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ema_seg.cli.command_line import key_of
+from ema_seg.cli.command_line import argument, config_of_run_or_checkpoint, expand_home, key_of
 from ema_seg.cli.early_checks import options_of
 from ema_seg.cli.hydra_patches import Loader, create_config_search_path, get_args_parser, validating_loader
 from ema_seg.cli.sources import timm_optimizers
@@ -39,7 +39,7 @@ from ema_seg.config import (
 )
 from ema_seg.runtime.errors import ConfigError, EmaSegError, did_you_mean, one_line, own_cause
 
-__all__ = ["CONFIGS", "compose", "launch", "offer_settings_of_run"]
+__all__ = ["CONFIGS", "compose", "launch", "launch_on_data_of_run", "offer_settings_of_run"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # The project's own configurations: inside an installed package, beside it in a clone.
@@ -55,6 +55,14 @@ _SCHEMAS: dict[str, type[Section]] = {
 }
 # It overrides methods of Hydra, so that its frames count as Hydra's.
 _LOADER = Loader.__module__
+
+
+def launch_on_data_of_run(task: TaskFunction, config_name: str) -> None:
+    """Compose the configuration on top of the data of the run on the command line, and run ``task``; see ``launch``."""
+    sys.argv = expand_home(sys.argv)
+    run = argument("run")
+    offer_settings_of_run(config_of_run_or_checkpoint(Path(run), key="run") if run else {}, "data")
+    launch(task, CONFIGS, config_name, compose(CONFIGS, config_name))
 
 
 def offer_settings_of_run(saved: Mapping[str, Any], *groups: str) -> None:

@@ -1,23 +1,14 @@
 """The command ``ema-seg export``: from its arguments to a verified artefact."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from ema_seg.cli.command_line import (
-    argument,
-    config_of_run_or_checkpoint,
-    expand_home,
-    plain_config,
-    reports_errors,
-    require_set,
-)
-from ema_seg.cli.composition import CONFIGS, compose, launch, offer_settings_of_run
+from ema_seg.cli.command_line import default_folder, plain_config, reports_errors, require_set
+from ema_seg.cli.composition import launch_on_data_of_run
 from ema_seg.cli.early_checks import check_root
 from ema_seg.config import Exporting, check_settings
-from ema_seg.runtime.errors import ConfigError
 from ema_seg.runtime.host_memory import gc_frozen_imports, keep_freed_memory
 
 __all__ = ["main"]
@@ -27,10 +18,7 @@ __all__ = ["main"]
 def main() -> None:
     """Compose the configuration on top of the run's data, and export."""
     keep_freed_memory()
-    sys.argv = expand_home(sys.argv)
-    run = argument("run")
-    offer_settings_of_run(config_of_run_or_checkpoint(Path(run), key="run") if run else {}, "data")
-    launch(_export, CONFIGS, "export", compose(CONFIGS, "export"))
+    launch_on_data_of_run(_export, "export")
 
 
 @reports_errors
@@ -46,11 +34,8 @@ def _export(composed: DictConfig) -> None:
         from ema_seg.models.checkpoint import checkpoint_path
 
     source = Path(config["run"])
-    if config["out"] is None and not source.exists():
-        raise ConfigError(f"out: must be set for run={config['run']}; give out=<a folder>.")
     run = source if source.is_dir() else None
-    folder = f"{config['format']}_{config['precision']}"
-    out = Path(config["out"] or (source if run else source.parent) / "exported" / folder)
+    out = default_folder(config, Path("exported", f"{config['format']}_{config['precision']}"))
     options = ("format", "precision", "processing", "images", "calibration_images", "budget")
     report = export(
         checkpoint_path(config["run"]), config["data"], out, run=run, **{key: config[key] for key in options}

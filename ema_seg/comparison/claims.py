@@ -11,7 +11,6 @@ what the trained model loses if its weights are changed, from the runs' ``analys
 ``ema_seg.analysis``.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,21 +19,19 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 from ema_seg.analysis.schema import load_analysis
-from ema_seg.comparison.configurations import has_settings
+from ema_seg.comparison.configurations import has_settings, setting_text
 from ema_seg.comparison.costs import COSTS
 from ema_seg.comparison.power import seeds_needed
 from ema_seg.comparison.schema import Claim, Contrast, Evidence, Measure, Row, Spread
 from ema_seg.comparison.statistics import adjust_holm
+from ema_seg.comparison.tables import SIGNIFICANT
 from ema_seg.evaluation.intervals import SEQUENTIAL, estimate_difference
 from ema_seg.runtime.errors import DataError
 
 if TYPE_CHECKING:
     from ema_seg.comparison.compare import Match
 
-__all__ = ["SIGNIFICANT", "judge_claims"]
-
-SIGNIFICANT = 0.05
-"""Significance level, after Holm's correction."""
+__all__ = ["judge_claims"]
 
 _COSTS = {"parameters": "parameters", "gmacs": "GMACs", "latency": "latency", "memory": "peak memory"}
 _EXACT = ("parameters", "gmacs")
@@ -237,7 +234,7 @@ class _Judge:
                 continue
             images = min(one["data"]["images"] for one in analyses)
             quantile = float(stdtrit(images - 1, 1 - SIGNIFICANT / 2))
-            # Of the same images at each seed, so that more seeds hardly average it out.
+            # The images are the same at each seed, so more seeds hardly average this out.
             of_images = float(np.mean([((one["high"] - one["low"]) / 2 / quantile) ** 2 for one in found]))
             values = [-one["difference"] for one in found]
             estimate = estimate_difference(values, of_images, images, sequential=self._sequential)
@@ -283,7 +280,7 @@ def _is_named(match: "Match", named: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _as_on_the_command_line(settings: Mapping[str, Any]) -> dict[str, str]:
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+    return {key: setting_text(value) for key, value in settings.items()}
 
 
 def _named(rows: Sequence[Mapping[str, Any]]) -> str:

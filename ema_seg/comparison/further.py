@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ema_seg.comparison.schema import Measure
 from ema_seg.comparison.statistics import as_contrast, correct_contrasts, summarise
-from ema_seg.evaluation.intervals import Array, draw_weights, estimate_difference, score_sums, weigh_counts
+from ema_seg.evaluation.intervals import Array, estimate_difference, resample, score_sums
 
 if TYPE_CHECKING:
     from ema_seg.comparison.compare import Match
@@ -111,8 +111,8 @@ class _Scored(NamedTuple):
 
 def _resample(family: _Family, counts: Counts, replicates: int, seed: int) -> _Scored:
     exact = counts.astype(float)
-    drawn = [family.score(weigh_counts(weights, exact)) for weights in draw_weights(len(counts), replicates, seed)]
-    return _Scored(family.score(exact.sum(axis=0)), np.concatenate(drawn), family.score(exact))
+    drawn = resample(exact, family.score, replicates, seed)
+    return _Scored(family.score(exact.sum(axis=0)), drawn, family.score(exact))
 
 
 def _add_contrasts(

@@ -33,7 +33,7 @@ from ema_seg.data.transforms import TensorSample, build_train_transform, to_tens
 from ema_seg.runtime.distributed.ranks import rank_info
 from ema_seg.runtime.errors import ConfigError, DataError
 
-__all__ = ["SampleSelection", "SegmentationDataModule", "check_batch_divides"]
+__all__ = ["SampleSelection", "SegmentationDataModule", "check_batch_divides", "spread_evenly"]
 
 
 # Messages suggest only numbers of processes below this.
@@ -364,6 +364,11 @@ def check_batch_divides(batch_size: int, processes: int) -> None:
             f"{batch_size}; set {' or '.join(sizes)}, or use {' or '.join(counts)} "
             f"{'process' if counts == ['1'] else 'processes'}."
         )
+
+
+def spread_evenly(length: int, count: int) -> list[int]:
+    """Return at most ``count`` indices below ``length``, spread evenly from the first to the last."""
+    return sorted({int(place) for place in np.linspace(0, length - 1, min(length, count)).round()})
 
 
 class SampleSelection:

@@ -29,7 +29,7 @@ seeds are needed. So a *sequential* interval is computed at 98 %, and its p-valu
 coverage is 95 % again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +44,7 @@ __all__ = [
     "add_whole",
     "draw_weights",
     "estimate_difference",
+    "resample",
     "score_sums",
     "weigh_counts",
 ]
@@ -104,6 +105,19 @@ def weigh_counts(weights: Array, counts: Array) -> Array:
         The sums, (r, ...).
     """
     return (weights @ counts.reshape(len(counts), -1)).reshape(len(weights), *counts.shape[1:])
+
+
+def resample(counts: Array, score: Callable[[Array], Array], replicates: int, seed: int) -> Array:
+    """Return the scores (R, ...) of bootstrap replicates over images; see ``draw_weights`` and ``weigh_counts``.
+
+    Args:
+        counts: counts of each image, (N, ...).
+        score: computes scores from the sums of replicates, (r, ...).
+        replicates: see ``draw_weights``.
+        seed: see ``draw_weights``.
+    """
+    drawn = draw_weights(len(counts), replicates, seed)
+    return np.concatenate([score(weigh_counts(weights, counts)) for weights in drawn])
 
 
 def add_whole(sums: Array) -> Array:

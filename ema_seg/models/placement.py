@@ -161,7 +161,9 @@ def attention_blocks(model: nn.Module) -> dict[str, nn.Module]:
 def inner_encoder(model: nn.Module) -> nn.Module:
     """Return the model's encoder without the attention on its features."""
     encoder = model.encoder
-    return encoder.encoder if isinstance(encoder, AttentionOnFeatures) else encoder  # type: ignore[return-value]
+    inner = encoder.encoder if isinstance(encoder, AttentionOnFeatures) else encoder
+    assert isinstance(inner, nn.Module)
+    return inner
 
 
 def modules_before_attention(model: nn.Module) -> list[nn.Module]:

@@ -62,9 +62,20 @@ from ema_seg.runtime.files import Manifest, write_file
 from ema_seg.runtime.texts import read_json
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from ema_seg.evaluation import Cost, Evaluation, Example
 
-__all__ = ["FILES", "PANEL", "SCHEMA", "build_report", "load_report", "report_manifest", "write_report"]
+__all__ = [
+    "FILES",
+    "PANEL",
+    "SCHEMA",
+    "build_report",
+    "load_report",
+    "replace_figures",
+    "report_manifest",
+    "write_report",
+]
 
 SCHEMA = "ema-seg.report/2"
 PANEL = "figures/panel.png"
@@ -187,20 +198,32 @@ def write_report(report: Mapping[str, Any], directory: str | Path, panel: "Seque
             figures[name] = draw_scores(report)
     if panel:
         figures["panel"] = draw.draw_samples(panel, report["classes"], report["palette"], describe_model(report))
-    absent = {f"figures/{name}.png" for name in _FIGURES if name not in figures}
-    manifest = report_manifest(directory)
-    manifest.claim(file for file in FILES if file not in absent)
-    # An earlier report's figures would show another model.
-    manifest.remove(absent)
-    for name, figure in figures.items():
-        content = BytesIO()
-        figure.savefig(content, format="png", dpi=150)
-        write_file(directory / "figures" / f"{name}.png", content.getvalue())
+    replace_figures(report_manifest(directory), FILES, figures, dpi=150)
     write_file(directory / "report.md", render_markdown(report, tuple(figures)).encode())
     path = directory / "report.json"
     # File names may have bytes that are not UTF-8, which JSON's escapes preserve.
     write_file(path, _to_json(report).encode(errors="backslashreplace"))
     return path
+
+
+def replace_figures(manifest: Manifest, files: Sequence[str], figures: "Mapping[str, Figure]", *, dpi: int) -> None:
+    """Claim the files of a report, and write its figures to ``figures/<name>.png``.
+
+    Args:
+        manifest: of the report's folder.
+        files: all files that such a report may have; figures among them that this one has not are removed, because
+            those of an earlier report would show another model.
+        figures: the figures by name.
+        dpi: their resolution.
+    """
+    drawn = {f"figures/{name}.png": figure for name, figure in figures.items()}
+    absent = {file for file in files if file.startswith("figures/") and file not in drawn}
+    manifest.claim(file for file in files if file not in absent)
+    manifest.remove(absent)
+    for file, figure in drawn.items():
+        content = BytesIO()
+        figure.savefig(content, format="png", dpi=dpi)
+        write_file(manifest.directory / file, content.getvalue())
 
 
 def report_manifest(directory: Path) -> Manifest:

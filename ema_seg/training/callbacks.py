@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ema_seg.data import SegmentationDataModule
+from ema_seg.data.datamodule import spread_evenly
 from ema_seg.data.normalise import Normalise
 from ema_seg.data.transforms import TensorSample
 from ema_seg.evaluation import Example, predict_example
@@ -269,7 +270,7 @@ class Pictures(Callback):
             return
         data: SegmentationDataModule = trainer.datamodule  # type: ignore[attr-defined]
         dataset = data.val_dataset
-        indices = torch.linspace(0, len(dataset) - 1, min(self.count, len(dataset))).round().int().tolist()
+        indices = spread_evenly(len(dataset), self.count)
         rows = [_row(pl_module, data, data.read_first_readable(dataset, index)) for index in indices]
         figure = draw_samples(rows, data.classes, data.palette)
         content = BytesIO()

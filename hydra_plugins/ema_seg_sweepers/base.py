@@ -110,6 +110,14 @@ class FolderSweeper(Sweeper):
         assert isinstance(settings, dict)
         return settings  # type: ignore[return-value]  # all of its keys are texts
 
+    @property
+    def baseline(self) -> dict[str, str] | None:
+        """Settings of the baseline as on the command line; None for the default one."""
+        settings = self.settings["baseline"]
+        return settings and {
+            str(key): value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()
+        }
+
     def _names_sweep(self, override: Override) -> bool:
         assert self.config is not None
         left_out = [*_UNNAMED_KEYS, *(key for key in machine_keys(self.config) if key != "sweep")]
@@ -164,13 +172,15 @@ class FolderSweeper(Sweeper):
     def write_plan(self, jobs: Sequence[PlannedJob]) -> list[PlannedJob]:
         """Write the plan of the sweep and return the jobs with the folders that they keep."""
         settings = self.settings
-        baseline = settings["baseline"] and {
-            str(key): value if isinstance(value, str) else json.dumps(value)
-            for key, value in settings["baseline"].items()
-        }
         claims = settings.get("claims") or []
         plan = Plan(
-            str(settings["name"]), sys.argv, baseline, list(jobs), settings["groups"], claims, settings.get("until")
+            str(settings["name"]),
+            sys.argv,
+            self.baseline,
+            list(jobs),
+            settings["groups"],
+            claims,
+            settings.get("until"),
         )
         return write_plan(self.folder, plan).jobs[: len(jobs)]
 

@@ -43,10 +43,13 @@ class GridSweeper(FolderSweeper):
             if job.impossible:
                 chosen = " ".join(f"{key}={value}" for key, value in job.overrides.items())
                 print(f"impossible: {chosen}: {job.impossible}", file=sys.stderr)
-        self.launch({job.folder: overrides_of[job.identity] for job in jobs if not self.is_settled(job)}, jobs)
+        self._launch_unsettled(jobs, overrides_of)
         if self.settings["until"] is not None:
             jobs = self._add_seeds(combinations, jobs, overrides_of)
         self.close(jobs)
+
+    def _launch_unsettled(self, jobs: list[PlannedJob], overrides_of: Mapping[str, list[str]]) -> None:
+        self.launch({job.folder: overrides_of[job.identity] for job in jobs if not self.is_settled(job)}, jobs)
 
     def _check_sequential(self, combinations: Sequence[Combination]) -> None:
         """Raise ConfigError unless there are seeds to begin with and a baseline to compare with."""
@@ -54,9 +57,9 @@ class GridSweeper(FolderSweeper):
             raise ConfigError(
                 f"sweep.until: needs {_FEWEST_SEEDS} seeds to begin with, got {len(seeds) or 1}; give seed=0,1,2."
             )
-        baseline = self.settings["baseline"] or {"attention": "none"}
+        baseline = self.baseline or {"attention": "none"}
         rows = [chosen for _, chosen in combinations]
-        if not any(all(chosen.get(key) == str(value) for key, value in baseline.items()) for chosen in rows):
+        if not any(all(chosen.get(key) == value for key, value in baseline.items()) for chosen in rows):
             named = ", ".join(f"{key}={value}" for key, value in baseline.items())
             raise ConfigError(
                 f"sweep.until: needs a baseline, and no job has {named}; add it, or name another with sweep.baseline."
@@ -88,7 +91,7 @@ class GridSweeper(FolderSweeper):
             if not added:
                 return jobs
             jobs = self.write_plan([*jobs, *self.merge_duplicates(added)])
-            self.launch({job.folder: overrides_of[job.identity] for job in jobs if not self.is_settled(job)}, jobs)
+            self._launch_unsettled(jobs, overrides_of)
         if self._wide_jobs(until):
             print(
                 f"sweep.until={self.settings['until']}: some intervals are wider with {most} seeds; raise "
