@@ -19,7 +19,7 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 from ema_seg.analysis.schema import load_analysis
-from ema_seg.comparison.configurations import has_settings, setting_text
+from ema_seg.comparison.configurations import has_settings
 from ema_seg.comparison.costs import COSTS
 from ema_seg.comparison.power import seeds_needed
 from ema_seg.comparison.schema import Claim, Contrast, Evidence, Measure, Row, Spread
@@ -27,6 +27,7 @@ from ema_seg.comparison.statistics import adjust_holm
 from ema_seg.comparison.tables import SIGNIFICANT
 from ema_seg.evaluation.intervals import SEQUENTIAL, estimate_difference
 from ema_seg.runtime.errors import DataError
+from ema_seg.sweeps import setting_text
 
 if TYPE_CHECKING:
     from ema_seg.comparison.compare import Match

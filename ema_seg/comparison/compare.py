@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ema_seg.comparison.claims import judge_claims
-from ema_seg.comparison.configurations import Configuration, find_baselines, group_runs, has_settings, setting_text
+from ema_seg.comparison.configurations import Configuration, find_baselines, group_runs, has_settings
 from ema_seg.comparison.costs import COSTS
 from ema_seg.comparison.further import compare_further
 from ema_seg.comparison.power import MOST_SEEDS, seeds_needed, split_variance
@@ -31,6 +31,7 @@ from ema_seg.evaluation.intervals import (
 )
 from ema_seg.reporting.tables import mean_of_known
 from ema_seg.runtime.errors import ConfigError, DataError
+from ema_seg.sweeps import setting_text
 
 __all__ = [
     "CONFIDENCE",

@@ -8,9 +8,9 @@ from typing import Any
 
 from ema_seg.comparison.runs import Run
 from ema_seg.runtime.errors import ConfigError, did_you_mean
-from ema_seg.sweeps import ANY, machine_keys
+from ema_seg.sweeps import ANY, machine_keys, setting_text
 
-__all__ = ["Configuration", "find_baselines", "group_runs", "has_settings", "setting_text"]
+__all__ = ["Configuration", "find_baselines", "group_runs", "has_settings"]
 
 # Keys that do not distinguish rows. The report, not the training's config, has the settings of the evaluation;
 # ``trainer.max_epochs`` repeats ``epochs``.
@@ -133,11 +133,6 @@ def find_baselines(configurations: Sequence[Configuration], baseline: Mapping[st
         None if configuration in bases else _first_match(configuration, bases, compared)
         for configuration in configurations
     ]
-
-
-def setting_text(value: Any) -> str:
-    """Format a value as on the command line."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _first_match(

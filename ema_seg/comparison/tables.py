@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ema_seg.comparison.configurations import setting_text
 from ema_seg.comparison.schema import SIZES, SLOWED, Claim, Comparison, Contrast, Evidence, Row, Summary
 from ema_seg.reporting.tables import format_number
 from ema_seg.runtime.escaping import for_csv, for_latex, for_markdown, for_terminal, printable
+from ema_seg.sweeps import setting_text
 
 __all__ = [
     "SIGNIFICANT",

@@ -16,7 +16,7 @@ from ema_seg.sweeps.folder import (
     record_failure,
     write_plan,
 )
-from ema_seg.sweeps.identity import hash_config, job_name, machine_keys
+from ema_seg.sweeps.identity import hash_config, job_name, machine_keys, setting_text
 from ema_seg.sweeps.job import Pruned, is_settled, lock_run, read_job, run_job
 
 __all__ = [
@@ -38,5 +38,6 @@ __all__ = [
     "read_plan",
     "record_failure",
     "run_job",
+    "setting_text",
     "write_plan",
 ]

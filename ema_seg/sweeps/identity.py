@@ -8,7 +8,7 @@ from typing import Any
 
 from ema_seg.sweeps.folder import ANY
 
-__all__ = ["hash_config", "job_name", "machine_keys"]
+__all__ = ["hash_config", "job_name", "machine_keys", "setting_text"]
 
 # Keys of the machine, the paths and the display, which change no result but the timings.
 _MACHINE_KEYS = (
@@ -73,6 +73,11 @@ def _without(value: Any, path: str, left_out: list[str]) -> Any:
         return value
     paths = {key: f"{path}.{key}" if path else str(key) for key in value}
     return {str(key): _without(item, paths[key], left_out) for key, item in value.items() if paths[key] not in left_out}
+
+
+def setting_text(value: Any) -> str:
+    """Format a value as on the command line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def job_name(overrides: Mapping[str, str], identity: str) -> str:

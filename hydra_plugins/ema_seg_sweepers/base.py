@@ -1,7 +1,6 @@
 """Base class of the sweepers: a folder that the same command finds again, job identities, and launching."""
 
 import hashlib
-import json
 import os
 import sys
 import time
@@ -38,6 +37,7 @@ from ema_seg.sweeps import (
     machine_keys,
     read_plan,
     record_failure,
+    setting_text,
     write_plan,
 )
 from ema_seg.sweeps.view import SweepView, render, survey
@@ -114,9 +114,7 @@ class FolderSweeper(Sweeper):
     def baseline(self) -> dict[str, str] | None:
         """Settings of the baseline as on the command line; None for the default one."""
         settings = self.settings["baseline"]
-        return settings and {
-            str(key): value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()
-        }
+        return settings and {str(key): setting_text(value) for key, value in settings.items()}
 
     def _names_sweep(self, override: Override) -> bool:
         assert self.config is not None

@@ -1,7 +1,6 @@
 """Sweeper of ``python train.py -m``: a grid of jobs that resumes, survives failed jobs and ends in a comparison."""
 
 import itertools
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from hydra.core.override_parser.types import Override
 
 from ema_seg.cli.command_line import reports_errors
 from ema_seg.runtime.errors import ConfigError
-from ema_seg.sweeps import ANY, PlannedJob
+from ema_seg.sweeps import ANY, PlannedJob, setting_text
 
 from .base import FolderSweeper, by_dotted_key
 
@@ -176,17 +175,13 @@ def _joined(key: str, values: Any) -> str:
     if values == []:
         raise ConfigError(f"sweep.grid.{key}: must have at least one value, got []; add values, or remove the key.")
     if not isinstance(values, list):
-        return _text(values)
-    return ",".join(f"'{value}'" if _is_plain(value) and "," in value else _text(value) for value in values)
+        return setting_text(values)
+    return ",".join(f"'{value}'" if _is_plain(value) and "," in value else setting_text(value) for value in values)
 
 
 def _is_plain(value: Any) -> bool:
     """Check whether Hydra would end this value at a comma in it."""
     return isinstance(value, str) and value[:1] not in ("[", "{", "'", '"') and "(" not in value
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _unquoted(text: str) -> str:

@@ -491,7 +491,7 @@ def test_seeds_are_added_to_wide_rows_and_their_baseline_until_the_interval_is_n
     earlier = {row["label"]: row["contrast"] for row in compare_runs(read_folder(folder))["rows"]}
     assert (earlier["eca"]["high"] - earlier["eca"]["low"]) / 2 > 0.2
 
-    # The same command again runs the missing jobs alone; a later plan without until stays sequential.
+    # The same command runs the missing jobs alone. Without sweep.until the folder keeps its sequential intervals.
     del launches[:]
     assert run_script("train", *sequential(camvid_root, folder, "attention=none,se,eca", "sweep.until=20"))[0] == 0
     assert [launch for launch in launches if launch] == [[("eca", last), ("none", last)]]
